@@ -1,0 +1,72 @@
+"""Ragged sequences to rectangular batches and back: padding, and batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Ids = Sequence[int] | Tensor
+
+
+def left_pad(sequences: Sequence[Ids], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad to the longest sequence on the left, as decoders need it (the last token of every row is a real one).
+
+    Returns ids (B, T) int64 and mask (B, T) int64 with 1 at real tokens, on the CPU.
+    Raises ValueError for no sequences or an empty one.
+    """
+    return _pad(sequences, pad_id, left=True)
+
+
+def right_pad(sequences: Sequence[Ids], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad to the longest sequence on the right, as encoders and language-model training need it.
+
+    Returns ids (B, T) int64 and mask (B, T) int64 with 1 at real tokens, on the CPU.
+    Raises ValueError for no sequences or an empty one.
+    """
+    return _pad(sequences, pad_id, left=False)
+
+
+def _pad(sequences: Sequence[Ids], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    if len(sequences) == 0:
+        raise ValueError("got no sequences to pad")
+    lengths = [len(sequence) for sequence in sequences]
+    if min(lengths) == 0:
+        raise ValueError(f"sequence {lengths.index(0)} is empty")
+    width = max(lengths)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        where = slice(width - length, width) if left else slice(length)
+        ids[row, where] = torch.as_tensor(sequence, dtype=torch.int64)
+        mask[row, where] = 1
+    return ids, mask
+
+
+def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first (an out-of-memory error shows at once)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def bucketed_batches(lengths: Sequence[int], max_tokens: int, generator: torch.Generator) -> list[list[int]]:
+    """Random batches of sequences of similar length, each of at most `max_tokens` tokens with its padding.
+
+    The indices are shuffled, sorted by length within pools of about 50 batches, cut into batches, and the batches
+    shuffled. Every index occurs once. A sequence longer than `max_tokens` makes a batch of its own.
+    """
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    mean = max(1.0, sum(lengths) / max(1, len(lengths)))
+    pool = max(1, int(50 * max_tokens / mean))
+    batches: list[list[int]] = []
+    for start in range(0, len(shuffled), pool):
+        batch: list[int] = []
+        for i in sorted(shuffled[start : start + pool], key=lambda i: lengths[i]):  # ascending: i is the longest so far
+            if batch and lengths[i] * (len(batch) + 1) > max_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(i)
+        batches.append(batch)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,107 @@
+"""Batched sampling from a GPT-2 with a key/value cache.
+
+Left out: beam search and repetition penalties; PPO needs samples whose probabilities are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirlhf.batching import Ids, left_pad
+from minirlhf.models.gpt2 import GPT2, KVCache
+from minirlhf.sampling import SamplingConfig, pack_set, sample
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A batch of continuations: prompts padded on the left to P tokens, then R response columns, T = P + R.
+
+    tokens: (B, T) int64. mask: (B, T) int64, 1 at real tokens. response_mask: (B, R) bool, True up to and including
+    an end-of-sequence token. logprobs: (B, R) fp32, nats, of each response token under the distribution it was drawn
+    from; 0 at padding. sampling_sets: (B, R, ceil(V / 8)) uint8, the packed sampling set of each response token, or
+    None if nothing was truncated or the sets were not asked for.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    sampling_sets: Tensor | None
+
+    @property
+    def responses(self) -> list[Tensor]:
+        """The response tokens of every row, 1-D, without padding."""
+        columns = self.tokens[:, -self.response_mask.size(1) :]
+        return [row[kept] for row, kept in zip(columns, self.response_mask, strict=True)]
+
+
+@torch.no_grad()
+def generate(
+    model: GPT2,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    sampling: SamplingConfig | None = None,
+    *,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    generator: torch.Generator | None = None,
+    keep_sampling_sets: bool = False,
+) -> Generation:
+    """Continue ragged prompts in one batch.
+
+    model: a GPT2, in eval mode (dropout would sample from another policy than the one that is scored).
+    prompts: token ids of each prompt, 1-D, of any lengths of at least 1.
+    max_new_tokens: R; without `eos_token_id` every response has exactly this length, as in the original recipe.
+    eos_token_id: a row stops after this token and costs nothing from then on.
+    generator: on the model's device, the source of all randomness; None: PyTorch's global one.
+    Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
+    training mode.
+    """
+    sampling = sampling or SamplingConfig()
+    if model.training:
+        raise ValueError("the model is in training mode, so dropout would change what is sampled; call model.eval()")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    device = model.wte.weight.device
+    ids, prompt_mask = (x.to(device) for x in left_pad(prompts, pad_token_id))
+    B, P = ids.shape
+    if P + max_new_tokens > model.config.n_positions:
+        raise ValueError(
+            f"a prompt of {P} tokens leaves no room for {max_new_tokens} new ones in the model's context of "
+            f"{model.config.n_positions}; shorten the prompt to {model.config.n_positions - max_new_tokens}"
+        )
+    tokens = torch.cat([ids, ids.new_full((B, max_new_tokens), pad_token_id)], 1)
+    mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_new_tokens)], 1)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    packed_width = -(-model.config.vocab_size // 8)
+    keep_sets = keep_sampling_sets and sampling.truncates
+    sets = tokens.new_zeros((B, max_new_tokens, packed_width), dtype=torch.uint8) if keep_sets else None
+
+    cache = model.new_cache(B, P + max_new_tokens - 1)  # the last token is never fed back
+    rows = torch.arange(B, device=device)  # the rows that are still running
+    logits = _next_logits(model, ids, prompt_mask, cache)
+    for t in range(max_new_tokens):
+        new, logp, keep = sample(logits, sampling, generator)
+        tokens[rows, P + t], mask[rows, P + t], logprobs[rows, t] = new, 1, logp
+        if sets is not None and keep is not None:
+            sets[rows, t] = pack_set(keep)
+        if t + 1 == max_new_tokens:
+            break
+        if eos_token_id is not None:
+            running = (new != eos_token_id).nonzero().squeeze(-1)
+            if len(running) == 0:
+                break
+            if len(running) < len(rows):
+                rows, new = rows[running], new[running]
+                cache.keep_rows(running)
+        logits = _next_logits(model, new.unsqueeze(-1), mask[rows, : P + t + 1], cache)
+    return Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets)
+
+
+def _next_logits(model: GPT2, new: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    """Feed new tokens (B, T) and return the logits (B, V) after the last one."""
+    return model.lm_logits(model.hidden_states(new, mask, cache)[:, -1])

@@ -1,0 +1,1 @@
+"""Transformer models written from scratch, with the parameter names of the published checkpoints."""

@@ -1,0 +1,242 @@
+"""BERT classifier from scratch: token ids to class logits, labels bound by name.
+
+The architecture is Devlin et al. 2018, "BERT": word, position and segment embeddings, an encoder that normalises
+after attention and MLP, a tanh pooler over [CLS], a linear classification head. Parameter names are those of the
+published checkpoints (`bert.encoder.layer.0.attention.self.query`, ...). `uer/roberta-base-finetuned-jd-binary-chinese`
+is such a model in spite of its name.
+
+Shapes: B batch, T tokens, C width, nh heads, hs = C / nh head size, L labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minirlhf.checkpoints import check_tensors, read_folder, write_folder
+from minirlhf.models.layers import (
+    ACTIVATIONS,
+    config_from_json,
+    normal_init,
+    require_activation,
+    require_fractions,
+    require_positive_ints,
+)
+
+NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The fields of a published BERT `config.json` that decide the computation. Raises ValueError for a bad one."""
+
+    vocab_size: int = 21128
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    id2label: Mapping[int, str] = field(default_factory=lambda: {0: NEGATIVE_LABEL, 1: POSITIVE_LABEL})
+
+    def __post_init__(self) -> None:
+        require_positive_ints(
+            self,
+            "vocab_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        )
+        require_fractions(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        require_activation(self, "hidden_act")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"BertConfig.hidden_size must be a multiple of num_attention_heads={self.num_attention_heads}, "
+                f"got {self.hidden_size}"
+            )
+        object.__setattr__(self, "id2label", _checked_labels(self.id2label))
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names in the order of the logits."""
+        return [self.id2label[i] for i in range(len(self.id2label))]
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = self.position_embeddings.weight[: ids.size(1)]  # (T, C)
+        first_segment = self.token_type_embeddings.weight[0]  # (C,): a single text is all of segment 0
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + positions + first_segment))
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.n_head = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout_p = config.attention_probs_dropout_prob
+
+    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            layer(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for layer in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout_p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        return y.transpose(1, 2).reshape(B, T, C)
+
+
+class ResidualOutput(nn.Module):
+    """Linear, dropout, then LayerNorm of the sum with the layer's input: the post-norm residual."""
+
+    def __init__(self, n_in: int, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(n_in, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class BertLayer(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        # The nesting spells the published names: attention.self.query, attention.output.dense, intermediate.dense.
+        self.attention = nn.ModuleDict(
+            {"self": BertSelfAttention(config), "output": ResidualOutput(config.hidden_size, config)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output = ResidualOutput(config.intermediate_size, config)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, allowed), x)
+        return self.output(self.activation(self.intermediate["dense"](x)), x)
+
+
+class BertModel(nn.Module):
+    """The encoder and the pooler."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))})
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embeddings(ids)
+        # Padded queries are computed and never read; every query sees at least the keys of its row's real tokens.
+        allowed = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        for layer in self.encoder["layer"]:
+            x = layer(x, allowed)
+        return x
+
+
+class BertClassifier(nn.Module):
+    """BERT with a classification head: `model(ids, attention_mask=None) -> logits (B, L)`.
+
+    config: a BertConfig, whose `id2label` sets the number and the names of the labels.
+    seed: of the generator that draws the initial weights.
+    """
+
+    def __init__(self, config: BertConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label))
+        normal_init(self, config.initializer_range, torch.Generator().manual_seed(seed))
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Class logits (B, L).
+
+        ids: (B, T) int64, [CLS] first, padded on the right; attention_mask: (B, T), 1 at real tokens, None: no padding.
+        Raises ValueError for texts longer than `max_position_embeddings`.
+        """
+        return self.classify(self.hidden_states(ids, attention_mask))
+
+    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of the last layer; arguments and errors as in `forward`."""
+        limit = self.config.max_position_embeddings
+        if ids.size(1) > limit:
+            raise ValueError(f"a sequence of {ids.size(1)} tokens is longer than the model's {limit} positions")
+        return self.bert(ids, attention_mask)
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Class logits (B, L) of hidden states (B, T, C), from the pooled state of [CLS]."""
+        pooled = torch.tanh(self.bert.pooler["dense"](hidden[:, 0]))  # (B, C)
+        return self.classifier(self.dropout(pooled))
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (..., V) of hidden states (..., C) by the word embedding, for masked-token training."""
+        return F.linear(hidden, self.bert.embeddings.word_embeddings.weight) / math.sqrt(self.config.hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> BertClassifier:
+        """Load a folder in the published layout, in fp32.
+
+        Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
+        """
+        content, tensors = read_folder(folder)
+        if content.get("model_type", "bert") != "bert":
+            raise ValueError(f"{folder} holds a {content['model_type']!r} model, expected 'bert'")
+        model = cls(config_from_json(BertConfig, content))
+        named = {name: t for name, t in tensors.items() if not name.endswith("position_ids")}
+        check_tensors(named, {name: p.shape for name, p in model.state_dict().items()}, folder)
+        model.load_state_dict(named)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.
+
+        Raises OSError if it cannot.
+        """
+        content = {
+            "architectures": ["BertForSequenceClassification"],
+            "model_type": "bert",
+            **dataclasses.asdict(self.config),
+            "label2id": {label: i for i, label in enumerate(self.config.labels)},
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        write_folder(folder, content, {name: t.to(dtype) for name, t in self.state_dict().items()})
+
+
+def _checked_labels(id2label: Any) -> dict[int, str]:
+    """id2label with int keys 0 .. L-1 (JSON has them as text)."""
+    try:
+        labels = {int(i): str(label) for i, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"BertConfig.id2label must map class numbers to names, got {id2label!r}") from None
+    if sorted(labels) != list(range(len(labels))) or not labels:
+        raise ValueError(f"BertConfig.id2label must have the keys 0, 1, ... without gaps, got {sorted(labels)}")
+    if len(set(labels.values())) != len(labels):
+        raise ValueError(f"BertConfig.id2label must have distinct names, got {list(labels.values())}")
+    return labels

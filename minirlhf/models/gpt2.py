@@ -1,0 +1,259 @@
+"""GPT-2 from scratch: token ids to hidden states to logits, with an optional key/value cache.
+
+The architecture is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": token and position
+embeddings, blocks that normalise before attention and MLP, a final LayerNorm, an LM head tied to the token
+embedding. Parameter names are those of the published checkpoints (`wte`, `h.0.attn.c_attn`, ...).
+
+Shapes: B batch, T tokens of this call, S tokens in the cache and this call together, C width, nh heads, hs = C / nh
+head size, V vocabulary.
+
+Left out: attention variants that no GPT-2 checkpoint uses (cross-attention, scaling by layer index).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minirlhf.checkpoints import check_tensors, read_folder, write_folder
+from minirlhf.models.layers import (
+    ACTIVATIONS,
+    Conv1D,
+    config_from_json,
+    normal_init,
+    require_activation,
+    require_fractions,
+    require_positive_ints,
+)
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The fields of a published GPT-2 `config.json` that decide the computation. Raises ValueError for a bad one."""
+
+    vocab_size: int = 21128
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        require_positive_ints(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        require_fractions(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
+        require_activation(self, "activation_function")
+        if self.n_inner is not None:
+            require_positive_ints(self, "n_inner")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPT2Config.n_embd must be a multiple of n_head={self.n_head}, got {self.n_embd}")
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once for `max_length` tokens a row.
+
+    layers: one tensor (2, B, nh, max_length, hs) a layer, keys and values.
+    length: how many tokens are filled.
+    """
+
+    def __init__(self, config: GPT2Config, batch_size: int, max_length: int, like: Tensor):
+        shape = (2, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
+        self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this call's keys and values (B, nh, T, hs) of a layer; return all so far (B, nh, S, hs)."""
+        end = self.length + k.size(2)
+        store = self.layers[layer]
+        store[0, :, :, self.length : end] = k
+        store[1, :, :, self.length : end] = v
+        return store[0, :, :, :end], store[1, :, :, :end]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep only these rows (int64 indices), so that finished sequences cost nothing."""
+        self.layers = [store[:, rows] for store in self.layers]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_pdrop = config.attn_pdrop
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
+        dropout = self.attn_pdrop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(config.n_embd, n_inner)
+        self.c_proj = Conv1D(n_inner, config.n_embd)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), allowed, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """GPT-2 with a tied LM head: `model(ids, attention_mask=None) -> logits (B, T, V)`.
+
+    config: a GPT2Config.
+    seed: of the generator that draws the initial weights.
+    """
+
+    def __init__(self, config: GPT2Config, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self._init_weights(seed)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of the next token after each position; arguments as in `hidden_states`."""
+        return self.lm_logits(self.hidden_states(ids, attention_mask, cache))
+
+    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the final LayerNorm.
+
+        ids: (B, T) int64, the new tokens.
+        attention_mask: (B, S), 1 at real tokens and 0 at padding, for the tokens in the cache and the new ones.
+            Padding may stand on either side; positions count real tokens only. None: no padding.
+        cache: a KVCache to read from and to extend by the new tokens.
+        Raises ValueError for a mask of the wrong shape or a sequence longer than `n_positions`.
+        """
+        B, T = ids.shape
+        past = 0 if cache is None else cache.length
+        S = past + T
+        if S > self.config.n_positions:
+            raise ValueError(f"a sequence of {S} tokens is longer than the model's {self.config.n_positions} positions")
+        if attention_mask is not None and attention_mask.shape != (B, S):
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, S)}")
+        x = self.drop(self.wte(ids) + self.wpe(_positions(attention_mask, past, S, ids.device)))  # (B, T, C)
+        allowed = _allowed(attention_mask, past, T, ids.device)
+        for layer, block in enumerate(self.h):
+            x = block(x, allowed, cache, layer)
+        if cache is not None:
+            cache.length = S
+        return self.ln_f(x)
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C), by the tied token embedding."""
+        return F.linear(hidden, self.wte.weight)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty KVCache for `max_length` tokens a row, on the model's device in its compute type."""
+        weight = self.wte.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return KVCache(self.config, batch_size, max_length, weight.new_empty(0, dtype=dtype))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2:
+        """Load a folder in the published layout, in fp32.
+
+        Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
+        """
+        content, tensors = read_folder(folder)
+        _check_model_type(content, folder)
+        model = cls(config_from_json(GPT2Config, content))
+        named = {_own_name(name): tensor for name, tensor in tensors.items() if not _is_buffer(name)}
+        head = named.pop("lm_head.weight", None)
+        if head is not None and "wte.weight" in named and not torch.equal(head, named["wte.weight"]):
+            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied LM heads are supported")
+        check_tensors(named, {name: p.shape for name, p in model.state_dict().items()}, folder)
+        model.load_state_dict(named)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.
+
+        Raises OSError if it cannot.
+        """
+        content = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            **dataclasses.asdict(self.config),
+            "tie_word_embeddings": True,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        write_folder(folder, content, {f"transformer.{name}": t.to(dtype) for name, t in self.state_dict().items()})
+
+    def _init_weights(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        normal_init(self, std, generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # residual layers scaled by their number, section 2.3 of the paper
+                nn.init.normal_(parameter, 0.0, std / math.sqrt(2 * self.config.n_layer), generator=generator)
+
+
+def _positions(attention_mask: Tensor | None, past: int, total: int, device: torch.device) -> Tensor:
+    """Position ids of the new tokens, (B, T) or (T,): real tokens are numbered 0, 1, 2, ... in every row."""
+    if attention_mask is None:
+        return torch.arange(past, total, device=device)
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+
+
+def _allowed(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
+    """Which keys each new token may attend to, bool (B or 1, 1, T, S); None stands for plain causal attention."""
+    if attention_mask is None and past == 0:
+        return None
+    total = past + new
+    causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(past)[None, None]  # (1, 1, T, S)
+    if attention_mask is None:
+        return causal
+    # A padding token may attend to itself: a softmax over nothing would be NaN.
+    itself = torch.ones_like(causal).triu(past)  # with `causal`: the diagonal
+    return causal & (attention_mask.bool()[:, None, None, :] | itself)
+
+
+def _own_name(name: str) -> str:
+    return name.removeprefix("transformer.")
+
+
+def _is_buffer(name: str) -> bool:
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def _check_model_type(content: dict[str, object], folder: str | os.PathLike[str]) -> None:
+    if content.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(f"{folder} holds a {content['model_type']!r} model, expected 'gpt2'")

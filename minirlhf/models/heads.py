@@ -1,0 +1,209 @@
+"""The value head, and the actor-critic that PPO trains: a GPT-2 with a value head on its hidden states.
+
+`score_tokens` is the one place where token t meets the state before it. Nothing of shape (B, T, V) is made: hidden
+states are cut to the response positions, padding is dropped, and the LM head runs over chunks of them.
+
+Shapes: B batch, P prompt, R response, T = P + R, C width, V vocabulary, N real response tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minirlhf import ppo
+from minirlhf.checkpoints import check_tensors, read_tensors, write_tensors
+from minirlhf.models.gpt2 import GPT2
+from minirlhf.sampling import restrict, unpack_set
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_HEAD_KINDS = ("linear", "tanh")
+LOGITS_PER_CHUNK = 2**25  # fp32 logits alive at once in the LM head, 128 MiB
+
+
+class ValueHead(nn.Module):
+    """Hidden states (..., C) to values (...).
+
+    kind: "linear", unbounded; or "tanh", Linear -> Tanh -> Dropout as in the original recipe, bounded to (-1, 1).
+    dropout: of the "tanh" head.
+    Starts at zero, so that the first advantages are those of no baseline at all (Ziegler et al. 2019 do the same).
+    Raises ValueError for an unknown kind.
+    """
+
+    def __init__(self, n_embd: int, kind: str = "linear", dropout: float = 0.1):
+        super().__init__()
+        if kind not in VALUE_HEAD_KINDS:
+            raise ValueError(f"the kind of a value head must be one of {', '.join(VALUE_HEAD_KINDS)}, got {kind!r}")
+        self.kind = kind
+        self.summary = nn.Linear(n_embd, 1)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.summary.weight)
+        nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        values = self.summary(hidden).squeeze(-1).float()
+        return self.dropout(torch.tanh(values)) if self.kind == "tanh" else values
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of response tokens, each (B, R), fp32, 0 at padding.
+
+    logprobs, entropy: nats, of the distribution that was sampled from.
+    values: of the state before each token; None without a value head.
+    ref_logprobs, exact_kl: nats, the reference's log-probabilities and KL(policy || reference) over the whole
+        sampling set; None without a reference.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    exact_kl: Tensor | None = None
+
+
+class ActorCritic(nn.Module):
+    """A GPT-2 and a value head on its last hidden state.
+
+    `(ids, attention_mask) -> (logits (B, T, V), values (B, T))`; for PPO itself use `score`.
+    value_head: None: a new linear one.
+    """
+
+    def __init__(self, gpt2: GPT2, value_head: ValueHead | None = None):
+        super().__init__()
+        self.gpt2 = gpt2
+        self.value_head = value_head or ValueHead(gpt2.config.n_embd)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) and values (B, T); ids (B, T) int64, attention_mask (B, T) with 1 at real tokens."""
+        hidden = self.gpt2.hidden_states(ids, attention_mask)
+        return self.gpt2.lm_logits(hidden), self.value_head(hidden)
+
+    def score(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        response_length: int,
+        temperature: float = 1.0,
+        sampling_sets: Tensor | None = None,
+        reference: GPT2 | None = None,
+    ) -> TokenScores:
+        """Log-probabilities, values and entropy of the last `response_length` tokens of every row.
+
+        Arguments, result and errors as in `score_tokens`; values are of the state before each token.
+        """
+        return score_tokens(
+            self.gpt2, tokens, mask, response_length, temperature, sampling_sets, reference, self.value_head
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], value_head: str = "linear") -> ActorCritic:
+        """Load a GPT-2 folder, and its `value_head.safetensors` if it has one.
+
+        value_head: the kind of head. Raises as `GPT2.from_pretrained`, and ValueError for a head that does not fit.
+        """
+        gpt2 = GPT2.from_pretrained(folder)
+        head = ValueHead(gpt2.config.n_embd, value_head)
+        path = Path(folder) / VALUE_HEAD_FILE
+        if path.is_file():
+            tensors = read_tensors(path)
+            check_tensors(tensors, {name: p.shape for name, p in head.state_dict().items()}, path)
+            head.load_state_dict(tensors)
+        return cls(gpt2, head)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the GPT-2 in the published layout, and the value head beside it where other tools ignore it."""
+        self.gpt2.save_pretrained(folder)
+        write_tensors(Path(folder) / VALUE_HEAD_FILE, self.value_head.state_dict(), {"kind": self.value_head.kind})
+
+
+def score_tokens(
+    model: GPT2,
+    tokens: Tensor,
+    mask: Tensor | None,
+    response_length: int,
+    temperature: float = 1.0,
+    sampling_sets: Tensor | None = None,
+    reference: GPT2 | None = None,
+    value_head: Callable[[Tensor], Tensor] | None = None,
+) -> TokenScores:
+    """Score the response tokens, the last R = `response_length` columns, each from the state before it.
+
+    tokens: (B, T) int64, T > R. mask: (B, T), 1 at real tokens, or None for no padding.
+    temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`); they are scored
+        under the same distribution.
+    reference: a second GPT2 to compare with; it gets no gradient.
+    Raises ValueError if R leaves no token before the response.
+    """
+    B, T = tokens.shape
+    R = response_length
+    if not 1 <= R < T:
+        raise ValueError(f"response_length must be between 1 and {T - 1} for {T} tokens a row, got {R}")
+    # The state before token t predicts it: positions P-1 .. T-2. The last token's own state predicts nothing.
+    context, context_mask = tokens[:, :-1], None if mask is None else mask[:, :-1]
+    real = None if mask is None else mask[:, -R:].bool()
+
+    def states(gpt2: GPT2) -> Tensor:
+        hidden = gpt2.hidden_states(context, context_mask)[:, -R:]  # (B, R, C)
+        return hidden.flatten(0, 1) if real is None else hidden[real]  # (N, C)
+
+    hidden = states(model)
+    compared = None
+    if reference is not None:
+        with torch.no_grad():
+            compared = states(reference)
+    picked = tokens[:, -R:].flatten() if real is None else tokens[:, -R:][real]  # (N,)
+    sets = None
+    if sampling_sets is not None:
+        sets = sampling_sets.flatten(0, 1) if real is None else sampling_sets[real]  # (N, ceil(V / 8))
+
+    columns = _in_chunks(model, reference, hidden, compared, picked, sets, temperature)
+    if value_head is not None:
+        columns["values"] = value_head(hidden)
+    return TokenScores(**{name: _unflatten(x, real, (B, R)) for name, x in columns.items()})
+
+
+def _in_chunks(
+    model: GPT2,
+    reference: GPT2 | None,
+    hidden: Tensor,
+    compared: Tensor | None,
+    picked: Tensor,
+    sets: Tensor | None,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Per-token results (N,) of the LM head, computed over chunks so that few logits are alive at once."""
+    names = ["logprobs", "entropy"] + (["ref_logprobs", "exact_kl"] if reference is not None else [])
+
+    def head(hidden: Tensor, compared: Tensor | None, picked: Tensor, sets: Tensor | None) -> tuple[Tensor, ...]:
+        keep = None if sets is None else unpack_set(sets, model.config.vocab_size)
+        logits = restrict(model.lm_logits(hidden).float(), temperature, keep)  # (chunk, V)
+        result = ppo.gather_logprobs(logits, picked), ppo.entropy(logits)
+        if reference is None or compared is None:
+            return result
+        ref_logits = restrict(reference.lm_logits(compared).float(), temperature, keep)
+        return *result, ppo.gather_logprobs(ref_logits, picked), ppo.exact_kl(logits, ref_logits)
+
+    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    parts = []
+    for start in range(0, len(picked), rows):
+        cut = slice(start, start + rows)
+        arguments = (hidden[cut], None if compared is None else compared[cut], picked[cut])
+        arguments = (*arguments, None if sets is None else sets[cut])
+        # More than one chunk: recompute each one's logits in the backward pass instead of keeping them all.
+        recompute = torch.is_grad_enabled() and len(picked) > rows
+        parts.append(checkpoint(head, *arguments, use_reentrant=False) if recompute else head(*arguments))
+    return {name: torch.cat(pieces) for name, pieces in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def _unflatten(x: Tensor, real: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """(N,) back to (B, R), 0 at padding."""
+    if real is None:
+        return x.view(shape)
+    return x.new_zeros(shape).masked_scatter(real, x)

@@ -1,0 +1,85 @@
+"""What the GPT-2 and BERT modules share: activation functions, and configs read from published JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Config = TypeVar("Config")
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation, as GPT-2 uses it (Hendrycks & Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": gelu_new,
+    "gelu_pytorch_tanh": gelu_new,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Conv1D(nn.Module):
+    """A linear layer that stores its weight as (in, out), as the published GPT-2 checkpoints do."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
+    """Build a config dataclass from a published `config.json`; keys that the library has no use for are ignored."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in content.items() if name in names})
+
+
+def require_positive_ints(config: object, *names: str) -> None:
+    """Raise ValueError for the first of the named fields that is not an int of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{type(config).__name__}.{name} must be an integer of at least 1, got {value!r}")
+
+
+def require_fractions(config: object, *names: str) -> None:
+    """Raise ValueError for the first of the named fields (dropout rates) that is not a number in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+            raise ValueError(f"{type(config).__name__}.{name} must be a number in [0, 1), got {value!r}")
+
+
+def require_activation(config: object, name: str) -> None:
+    """Raise ValueError if the named field is not a known activation."""
+    value = getattr(config, name)
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+
+
+def normal_init(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    """Draw every weight matrix from N(0, std), zero the biases and set LayerNorms to identity, in module order.
+
+    A generator of our own is used instead of the global one, so that building a model disturbs nobody's random state.
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Embedding, Conv1D)):
+            with torch.no_grad():
+                child.weight.normal_(0.0, std, generator=generator)
+                if getattr(child, "bias", None) is not None:
+                    child.bias.zero_()
+        elif isinstance(child, nn.LayerNorm):
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)

@@ -1,0 +1,163 @@
+"""What every training loop needs: reduced precision, learning-rate schedules, and the supervised loop itself."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("constant", "linear", "cosine")
+Batch = TypeVar("Batch")
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one and the CPU elsewhere.
+
+    Raises ValueError for an unknown name or a GPU that is not there.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:index]', got {device!r}") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but this PyTorch sees no GPU; use 'cpu' or 'auto'")
+    return resolved
+
+
+class Precision:
+    """Mixed precision over fp32 master weights (Micikevicius et al. 2018): autocast, and loss scaling for fp16.
+
+    name: "fp32", "bf16" or "fp16". Raises ValueError for another.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        if name not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+        self.name = name
+        self.device_type = device.type
+        # fp16 has 5 exponent bits: small gradients vanish unless the loss is scaled up. bf16 has fp32's range.
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which forward passes run."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the (scaled) gradients of a loss."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float) -> Tensor:
+        """Unscale, clip the global gradient norm, step, and clear the gradients.
+
+        Returns the gradient norm before clipping, 0-d. With fp16 a step with overflowed gradients is skipped by the
+        scaler, and the norm is then not finite.
+        """
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def lr_factor(schedule: str, progress: float, warmup: float = 0.0, floor: float = 0.0) -> float:
+    """Factor on the peak learning rate at a progress in [0, 1]: linear warm-up, then constant, linear or cosine decay.
+
+    warmup: the share of the progress spent warming up. floor: the factor at the end of the decay.
+    """
+    if progress < warmup:
+        return progress / warmup
+    done = min((progress - warmup) / max(1.0 - warmup, 1e-12), 1.0)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return floor + (1.0 - floor) * (1.0 - done)
+    if schedule == "cosine":
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of the supervised loop. Raises ValueError for a bad one."""
+
+    epochs: int = 3
+    lr: float = 5e-4  # peak learning rate
+    schedule: str = "cosine"
+    warmup: float = 0.05  # share of all steps
+    lr_floor: float = 0.02  # factor on lr at the end
+    weight_decay: float = 0.1  # on matrices only
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        for name in ("lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup", "lr_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+def fit(
+    model: nn.Module,
+    epoch_batches: Callable[[int], Sequence[Batch]],
+    loss_of: Callable[[Batch], Tensor],
+    config: FitConfig,
+    on_step: Callable[[float, float], None] | None = None,
+) -> None:
+    """Minimise a loss over epochs of batches with AdamW, in training mode; the model is left in eval mode.
+
+    epoch_batches: epoch number (0, 1, ...) -> its batches, shuffled by the caller.
+    loss_of: batch -> loss, 0-d, run under autocast.
+    on_step: called after every optimizer step with the progress in (0, 1] and the loss.
+    Raises FloatingPointError at a loss that is not finite.
+    """
+    device = next(model.parameters()).device
+    precision = Precision(config.precision, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        fused=True,
+    )
+    model.train()
+    for epoch in range(config.epochs):
+        batches = epoch_batches(epoch)
+        for i, batch in enumerate(batches):
+            progress = (epoch + i / len(batches)) / config.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * lr_factor(config.schedule, progress, config.warmup, config.lr_floor)
+            with precision.autocast():
+                loss = loss_of(batch)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss became {loss.item()} in epoch {epoch}, batch {i}; lower the lr")
+            precision.backward(loss)
+            precision.step(optimizer, parameters, config.max_grad_norm)
+            if on_step is not None:
+                on_step((epoch + (i + 1) / len(batches)) / config.epochs, loss.item())
+    model.eval()

@@ -1,0 +1,161 @@
+"""Rewards: any callable that scores texts, and the sentiment classifier of the original recipe.
+
+Left out: composed rewards, learned reward models, and judges behind an API.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from minirlhf.classification import predict
+from minirlhf.models.bert import BertClassifier
+from minirlhf.optimization import resolve_device
+from minirlhf.tokenizer import Tokenizer
+
+CANARIES = ("房间干净，服务很好，非常满意，推荐", "房间很脏，服务太差，非常失望，差评")  # positive, negative
+
+
+class TextReward(Protocol):
+    """Scores whole texts (prompt and response): (B,) texts to (B,) finite floats, higher is better."""
+
+    def __call__(self, texts: list[str], /) -> Any: ...
+
+
+class PromptResponseReward(Protocol):
+    """Scores responses in the light of their prompts: two lists of B texts to (B,) finite floats."""
+
+    def __call__(self, prompts: list[str], responses: list[str], /) -> Any: ...
+
+
+RewardFunction = TextReward | PromptResponseReward | Callable[..., Any]
+
+
+class Classification(TypedDict):
+    """The most probable label of a text, and its probability."""
+
+    label: str
+    score: float
+
+
+def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    """Score a batch of B prompts and responses.
+
+    A reward function with two required positional parameters gets (prompts, responses); any other gets the list of
+    prompt + response. Returns the scores, (B,) fp32 on the CPU.
+    Raises ValueError if it returns anything but B finite numbers.
+    """
+    if _takes_prompts(reward):
+        scores = reward(list(prompts), list(responses))  # type: ignore[call-arg, arg-type]
+    else:
+        scores = reward([p + r for p, r in zip(prompts, responses, strict=True)])  # type: ignore[call-arg]
+    return checked_scores(scores, len(prompts))
+
+
+def checked_scores(scores: Any, count: int) -> Tensor:
+    """Scores as a tensor (count,), fp32, on the CPU. Raises ValueError if they are not `count` finite numbers."""
+    try:
+        tensor = torch.as_tensor(scores, dtype=torch.float32) if not _is_list_of_tensors(scores) else torch.stack(
+            [s.detach().float().cpu().reshape(()) for s in scores]
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"scores must be {count} numbers, got {type(scores).__name__}: {error}") from error
+    tensor = tensor.detach().cpu()
+    if tensor.shape != (count,):
+        raise ValueError(f"scores must be {count} numbers, one a text, got shape {tuple(tensor.shape)}")
+    bad = (~torch.isfinite(tensor)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"scores must be finite, got {tensor[bad[0]].item()} for text {bad[0]} ({len(bad)} bad in all)")
+    return tensor
+
+
+class SentimentReward:
+    """P(positive) of a text under a BERT sentiment classifier: `reward(texts) -> (B,)`, fp32 on the CPU.
+
+    positive_label: the name of the positive label; None: the only label whose name begins with "positive" or "正".
+    batch_size: texts a forward pass. Longer texts than the classifier's positions are cut at the end.
+    Raises ValueError if the positive label is not found, or the vocabulary does not match the model.
+    """
+
+    def __init__(
+        self,
+        model: BertClassifier,
+        tokenizer: Tokenizer,
+        positive_label: str | None = None,
+        batch_size: int = 64,
+        device: str | torch.device = "auto",
+    ):
+        if len(tokenizer) != model.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model = model.eval().requires_grad_(False).to(resolve_device(device))
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.positive = _positive_index(model.config.labels, positive_label)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> SentimentReward:
+        """Load a classifier folder. Warns if two plain sentences, one positive and one negative, come out reversed.
+
+        options: as of the constructor. Raises as `BertClassifier.from_pretrained` and the constructor.
+        """
+        reward = cls(BertClassifier.from_pretrained(folder), Tokenizer.from_pretrained(folder), **options)
+        good, bad = reward(list(CANARIES)).tolist()
+        if good <= bad:
+            warnings.warn(
+                f"{folder} gives {CANARIES[0]!r} a lower P(positive), {good:.2f}, than {CANARIES[1]!r}, {bad:.2f}: "
+                "are its labels in the right order?",
+                stacklevel=2,
+            )
+        return reward
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """P(positive) (B,) of each text, in the order given. An empty text is scored as [CLS] [SEP]."""
+        return self.probabilities(texts)[:, self.positive]
+
+    def classify(self, texts: Sequence[str]) -> list[Classification]:
+        """The most probable label of each text with its probability, `{"label": ..., "score": ...}`."""
+        scores, labels = self.probabilities(texts).max(-1)
+        names = self.model.config.labels
+        return [
+            {"label": names[i], "score": s} for i, s in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def probabilities(self, texts: Sequence[str]) -> Tensor:
+        """Probabilities (B, L) of all labels, fp32 on the CPU, computed in batches of similar length."""
+        limit = self.model.config.max_position_embeddings
+        return predict(self.model, self.tokenizer, texts, limit, self.batch_size).softmax(-1)
+
+
+def _positive_index(labels: Sequence[str], name: str | None) -> int:
+    if name is not None:
+        if name not in labels:
+            raise ValueError(f"positive_label must be one of {list(labels)}, got {name!r}")
+        return list(labels).index(name)
+    found = [i for i, label in enumerate(labels) if label.lower().startswith(("positive", "正"))]
+    if len(found) != 1:
+        raise ValueError(f"cannot tell the positive label among {list(labels)}; pass positive_label=")
+    return found[0]
+
+
+def _takes_prompts(reward: RewardFunction) -> bool:
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+    return len(required) == 2
+
+
+def _is_list_of_tensors(scores: Any) -> bool:
+    return isinstance(scores, (list, tuple)) and len(scores) > 0 and all(isinstance(s, Tensor) for s in scores)

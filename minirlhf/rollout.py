@@ -1,0 +1,193 @@
+"""The frozen record of one batch of experience, and how it is collected.
+
+Shapes: B batch, P longest prompt, R longest response, T = P + R, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.batching import length_sorted_batches
+from minirlhf.generation import generate
+from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.heads import ActorCritic, TokenScores
+from minirlhf.rewards import RewardFunction, call_reward
+from minirlhf.sampling import SamplingConfig
+from minirlhf.tokenizer import Tokenizer
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of prompts, responses and what the models said of them; nothing in it changes after it is made.
+
+    tokens: (B, T) int64, prompts padded on the left, responses on the right.
+    mask: (B, T) int64, 1 at real tokens.
+    response_mask: (B, R) bool, True at real response tokens; each row has at least one, and they are contiguous.
+    logprobs, ref_logprobs: (B, R) fp32, nats, of the response tokens under policy and reference before the update,
+        in the distribution that was sampled from; 0 at padding.
+    values: (B, R) fp32, of the state before each response token; 0 at padding.
+    entropy, exact_kl: (B, R) fp32, nats, of the policy, and KL(policy || reference) over the whole sampling set.
+    scores: (B,) fp32, the reward of each sequence.
+    sampling_sets: (B, R, ceil(V / 8)) uint8, packed (see `sampling.pack_set`); None: nothing was truncated.
+    sampler_logprobs: (B, R) fp32, what the sampler itself computed while generating; None if not sampled here.
+    prompts, responses: the B texts; empty if the rollout was made from tokens alone.
+    seconds: the time of each phase of collecting.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    exact_kl: Tensor
+    scores: Tensor
+    sampling_sets: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.tokens.size(0)
+
+    @property
+    def texts(self) -> list[str]:
+        """Prompt + response of every row."""
+        return [p + r for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    def rows(self, index: Tensor) -> Rollout:
+        """These rows (int64), with the columns cut that are padding in all of them. Texts and times are left out."""
+        R = self.response_mask.size(1)
+        mask, response_mask = self.mask[index], self.response_mask[index]
+        left = int(mask[:, :-R].sum(-1).max())
+        right = int(response_mask.sum(-1).max())
+        columns = slice(mask.size(1) - R - left, mask.size(1) - R + right)
+        cut: dict[str, Any] = {"tokens": self.tokens[index, columns], "mask": mask[:, columns], "scores": self.scores[index]}
+        for f in dataclasses.fields(self):
+            x = getattr(self, f.name)
+            if f.name not in cut and isinstance(x, Tensor):
+                cut[f.name] = x[index, :right]
+        return Rollout(**cut)
+
+
+def collect_rollout(
+    policy: ActorCritic,
+    ref_policy: GPT2 | ActorCritic,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    reward_fn: RewardFunction,
+    gen_len: int = 16,
+    sampling: SamplingConfig | None = None,
+    *,
+    eos_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+    forward_batch_size: int = 128,
+    score_full_softmax: bool = False,
+    autocast: Autocast = contextlib.nullcontext,
+) -> Rollout:
+    """Sample a response to each prompt, and score it with policy, reference and reward function.
+
+    policy, ref_policy: in eval mode, on one device, with the same vocabulary.
+    prompts: B texts; each is tokenised without a final [SEP].
+    reward_fn: texts -> (B,) floats, or (prompts, responses) -> (B,) floats.
+    gen_len: R, new tokens a prompt; fewer where `eos_token_id` is drawn.
+    generator: on the models' device, the source of all randomness.
+    forward_batch_size: sequences a scoring pass; it changes memory and speed only.
+    score_full_softmax: score with the full softmax though the tokens come from a truncated one, as the original
+        recipe does.
+    autocast: makes the context for the forward passes (see `optimization.Precision.autocast`).
+    Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers.
+    """
+    sampling = sampling or SamplingConfig()
+    clock = _Clock(policy.gpt2.wte.weight.device)
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: there is nothing to continue")
+    with autocast():
+        sampled = generate(
+            policy.gpt2,
+            [tokenizer.encode_prompt(prompt) for prompt in prompts],
+            gen_len,
+            sampling,
+            eos_token_id=eos_token_id,
+            pad_token_id=tokenizer.pad_id,
+            generator=generator,
+            keep_sampling_sets=not score_full_softmax,
+        )
+    responses = [tokenizer.decode(response) for response in sampled.responses]
+    clock.stop("generation")
+    scores = call_reward(reward_fn, prompts, responses)
+    clock.stop("reward")
+    with autocast():
+        scored = score_in_batches(
+            policy, ref_policy, sampled.tokens, sampled.mask, gen_len, sampling.temperature, sampled.sampling_sets,
+            forward_batch_size,
+        )  # fmt: skip
+    clock.stop("scoring")
+    return Rollout(
+        tokens=sampled.tokens,
+        mask=sampled.mask,
+        response_mask=sampled.response_mask,
+        scores=scores.to(sampled.tokens.device),
+        sampling_sets=sampled.sampling_sets,
+        sampler_logprobs=sampled.logprobs,
+        prompts=tuple(prompts),
+        responses=tuple(responses),
+        seconds=clock.seconds,
+        **scored,
+    )
+
+
+@torch.no_grad()
+def score_in_batches(
+    policy: ActorCritic,
+    ref_policy: GPT2 | ActorCritic,
+    tokens: Tensor,
+    mask: Tensor,
+    response_length: int,
+    temperature: float,
+    sampling_sets: Tensor | None,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """The fields of a Rollout that come from scoring, each (B, R); `score` in batches of similar length."""
+    reference = ref_policy.gpt2 if isinstance(ref_policy, ActorCritic) else ref_policy
+    parts: list[TokenScores] = []
+    batches = list(length_sorted_batches(mask.sum(-1).tolist(), batch_size))
+    for batch in batches:
+        index = torch.tensor(batch, device=tokens.device)
+        sets = None if sampling_sets is None else sampling_sets[index]
+        parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference))
+    back = torch.tensor([i for batch in batches for i in batch], device=tokens.device).argsort()
+    return {
+        name: torch.cat([getattr(part, name) for part in parts])[back].float()
+        for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
+    }
+
+
+class _Clock:
+    """Seconds between stops; on a GPU the queued work is waited for, so that a phase is charged with its own."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}  # type: tuple[torch.device, dict[str, float]]
+        self._last = self._now()
+
+    def stop(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
