@@ -32,10 +32,10 @@ def logistic_regression(train: Sequence[Review], held_out: Sequence[Review]) -> 
         raise ImportError("the classifier baseline needs scikit-learn: pip install scikit-learn") from error
     texts, labels = [review.text for review in train], [review.label for review in train]
     truth = [review.label for review in held_out]
-    # The settings were chosen on a tenth of the training reviews, not on the held-out ones.
+    # The settings have the best mean of both accuracies on a tenth of the training reviews, not on the held-out ones.
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True, dtype=np.float32)
     features = vectorizer.fit_transform(texts + [opening(text) for text in texts])
-    model = LogisticRegression(C=10.0, solver="liblinear", tol=1e-3).fit(features, labels * 2)
+    model = LogisticRegression(C=3.0, solver="liblinear", tol=1e-3).fit(features, labels * 2)
 
     return {
         "accuracy_whole": model.score(vectorizer.transform([r.text for r in held_out]), truth),

@@ -78,7 +78,7 @@ def train_classifier(
         if any(len(target) != len(model.config.labels) for _, target in drawn):
             raise ValueError(f"every target must have {len(model.config.labels)} probabilities, one a label")
         sequences = tokenizer.encode_batch([text for text, _ in drawn], config.max_length)
-        targets = torch.tensor([list(target) for _, target in drawn])  # (N, L)
+        targets = torch.tensor([list(target) for _, target in drawn], dtype=torch.float32)  # (N, L)
         batches = bucketed_batches([len(s) for s in sequences], config.tokens_per_batch, generator)
         return [([sequences[i] for i in batch], targets[batch]) for batch in batches]
 

@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, C width, nh heads, hs = C / nh head size, L labels.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -197,7 +196,7 @@ class BertClassifier(nn.Module):
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of hidden states (..., C) by the word embedding, for masked-token training."""
-        return F.linear(hidden, self.bert.embeddings.word_embeddings.weight) / math.sqrt(self.config.hidden_size)
+        return F.linear(hidden, self.bert.embeddings.word_embeddings.weight)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> BertClassifier:

@@ -1,0 +1,145 @@
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, config.json, the curve; and text statistics.
+
+A run folder is written by one `RunLog`. Lines are appended whole and flushed; after a crash, `resume` cuts the files
+back to the last checkpoint, so that no step is missing or counted twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minirlhf.checkpoints import atomic_write, read_json, write_json
+
+METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
+
+
+class RunLog:
+    """The files of a run in a folder of its own.
+
+    folder: made here; Raises FileExistsError if it exists and is not empty (a run is never overwritten), OSError if
+    it cannot be made. config: written to config.json.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any]):
+        self.folder = Path(folder)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise FileExistsError(f"{self.folder} exists and is not empty; choose another --output, or --resume it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / CONFIG_FILE, config)
+
+    @classmethod
+    def resume(cls, folder: str | os.PathLike[str], iteration: int) -> RunLog:
+        """Go on with a run whose last checkpoint was made after `iteration` steps; later lines are cut off.
+
+        Raises FileNotFoundError if it is not a run folder.
+        """
+        log = cls.__new__(cls)
+        log.folder = Path(folder)
+        read_json(log.folder / CONFIG_FILE)
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            kept = [line for line in read_jsonl(log.folder / name) if line["step"] <= iteration]
+            atomic_write(log.folder / name, "".join(_line(content) for content in kept).encode("utf-8"))
+        return log
+
+    def metrics(self, step: int, stats: Mapping[str, float]) -> None:
+        """Append the statistics of a step to metrics.jsonl."""
+        self._append(METRICS_FILE, {"step": step, **stats})
+
+    def samples(self, step: int, texts: Sequence[str], scores: Sequence[float]) -> None:
+        """Append texts and their scores to samples.jsonl."""
+        self._append(SAMPLES_FILE, {"step": step, "samples": [list(pair) for pair in zip(texts, scores, strict=True)]})
+
+    def history(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return read_jsonl(self.folder / METRICS_FILE)
+
+    def _append(self, name: str, content: Mapping[str, Any]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(_line(content))
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none if there is no file. A last line that a crash cut short is dropped.
+
+    Raises ValueError with the line number for any other line that is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a whole line ends in a line feed
+    content = []
+    for number, line in enumerate(whole, 1):
+        try:
+            content.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+    return content
+
+
+def plot_run(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str], target: float | None = None) -> None:
+    """Draw a run to a picture: reward with its spread, KL against its target, entropy, value loss, response length.
+
+    history: lines of metrics.jsonl. target: the KL controller's, drawn as a line.
+    Raises ImportError that names the extra if matplotlib is missing, ValueError for an empty history.
+    """
+    if not history:
+        raise ValueError("history is empty: there is nothing to draw")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'minirlhf[examples]'") from error
+    steps = [line["step"] for line in history]
+
+    def column(name: str) -> list[float]:
+        return [line[name] for line in history]
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplot_mosaic([["reward", "reward", "kl"], ["entropy", "value", "length"]])
+    mean, std = column("reward/mean"), column("reward/std")
+    axes["reward"].plot(steps, mean, color="tab:blue")
+    axes["reward"].fill_between(
+        steps, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)],
+        color="tab:blue", alpha=0.15,
+    )  # fmt: skip
+    axes["reward"].set(title="reward: mean of the batch, ± 1 standard deviation", ylim=(min(0.0, *mean), max(1.0, *mean)))
+    axes["kl"].plot(steps, column("objective/kl"), color="tab:red", label="KL, nats a sequence")
+    if target is not None:
+        axes["kl"].axhline(target, color="gray", linestyle="--", label="target")
+    axes["kl"].set(title="KL to the reference")
+    axes["kl"].legend()
+    for name, key, title in (
+        ("entropy", "objective/entropy", "entropy, nats a sequence"),
+        ("value", "ppo/loss/value", "value loss"),
+        ("length", "tokens/response", "response length, tokens"),
+    ):
+        axes[name].plot(steps, column(key), color="tab:green")
+        axes[name].set(title=title)
+    for ax in axes.values():
+        ax.set_xlabel("iteration")
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """Distinct character n-grams over all character n-grams of the texts (Li et al. 2016); 0 if there are none."""
+    grams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def printable(text: str) -> str:
+    """A text that cannot steer a terminal: control and formatting characters become their escapes."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
+        for char in text
+    )
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
