@@ -1,0 +1,46 @@
+"""Fixtures that many tests share: a small vocabulary, small random models, and one thread for small tensors."""
+
+import pytest
+import torch
+
+from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, Tokenizer
+
+# Threads cost more than they bring at these sizes.
+torch.set_num_threads(1)
+
+HEAD = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LATIN = [*"abcdefghijklmnopqrstuvwxyz0123456789", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
+CHINESE = [*"酒店周围位置前台房间干净服务很好非常满意推荐脏太差失望评早餐一般，。！？", "wifi", "hello", "world"]
+VOCAB = [*HEAD, *LATIN, *CHINESE]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(VOCAB)
+
+
+def make_gpt2(seed: int = 0, scale: float = 6.0, **overrides) -> GPT2:
+    """A random GPT-2 whose weights are large enough that positions, heads and padding matter."""
+    sizes = dict(vocab_size=len(VOCAB), n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    model = GPT2(GPT2Config(**{**sizes, **overrides}), seed=seed).eval()
+    _scale(model, scale, seed)
+    return model
+
+
+def make_bert(seed: int = 0, scale: float = 6.0, **overrides) -> BertClassifier:
+    """A random BERT classifier; scaled as `make_gpt2`."""
+    sizes = dict(vocab_size=len(VOCAB), max_position_embeddings=64, hidden_size=32, num_hidden_layers=2,
+                 num_attention_heads=4, intermediate_size=64)  # fmt: skip
+    model = BertClassifier(BertConfig(**{**sizes, **overrides}), seed=seed).eval()
+    _scale(model, scale, seed)
+    return model
+
+
+@torch.no_grad()
+def _scale(model: torch.nn.Module, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + 1000)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(scale)
+        else:  # biases and LayerNorms away from their neutral values
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
