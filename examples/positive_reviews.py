@@ -22,6 +22,7 @@ from minirlhf.evaluation import before_after_table, compare
 from minirlhf.metrics import RunLog, plot_run, printable
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
 RECIPES = {
     # The chapter's config, one optimizer step a sample and scoring under the full softmax included.
     "original": dict(minibatch_size=1, max_grad_norm=float("inf"), score_full_softmax=True),
@@ -63,7 +64,8 @@ def main() -> None:
             texts, scores = [rollout.texts[i] for i in shown], [rollout.scores[i].item() for i in shown]
             log.samples(iteration + 1, texts, scores)
             bar.write(f"step {iteration + 1}: mean reward {stats['reward/mean']:.3f}")
-            bar.write("\n".join(f"    {score:.2f}  {printable(text)}" for text, score in zip(texts, scores, strict=True)))
+            for text, score in zip(texts, scores, strict=True):
+                bar.write(f"    {score:.2f}  {printable(text)}")
             trainer.save_checkpoint(output / "checkpoint.safetensors")
 
     plot_run(log.history(), output / "reward_curve.png", config.target)
@@ -71,7 +73,8 @@ def main() -> None:
     reference.save_pretrained(output / "reference")
     for folder in ("policy", "reference"):
         tokenizer.save_pretrained(output / folder)
-    summary, pairs = compare(policy, reference, tokenizer, pool, reward, config.gen_len, config.sampling, seed=config.seed)
+    sampling = config.gen_len, config.sampling
+    summary, pairs = compare(policy, reference, tokenizer, pool, reward, *sampling, seed=config.seed)
     write_json(output / "summary.json", summary)
     (output / "before_after.md").write_text(before_after_table(pairs, rows=12), encoding="utf-8")
     print(before_after_table(pairs, rows=12))
@@ -84,7 +87,7 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default=str(WEIGHTS / "gpt2-chinese-reviews-small"), help="GPT-2 folder")
     parser.add_argument("--reward", default=str(WEIGHTS / "bert-chinese-reviews-sentiment-small"), help="BERT folder")
-    parser.add_argument("--prompts", nargs="+", default=["酒店", "周围", "位置", "前台"], help="texts, or one file of lines")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="texts, or one file with a text a line")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="starter")
     parser.add_argument("--value-head", choices=["linear", "tanh"], default="linear")
     for name, kind in (("steps", int), ("batch-size", int), ("gen-len", int), ("lr", float), ("top-p", float),

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from reviews_data import Review, load_reviews, opening, split_reviews
 
 MIN_COUNT = 3

@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-from reviews_data import Review, opening
 
 from minirlhf import BertClassifier, BertConfig, Tokenizer
 from minirlhf.classification import (
@@ -24,6 +23,7 @@ from minirlhf.classification import (
     reliability_table,
     train_classifier,
 )
+from reviews_data import Review, opening
 
 CONTEXT = 128
 FOLDS = 5
@@ -56,7 +56,9 @@ def train_sentiment_classifier(
         model.bert.embeddings.position_embeddings.weight.copy_(sinusoids(CONTEXT, model.config.hidden_size))
     shared = dict(max_length=CONTEXT, tokens_per_batch=2048, precision=args.precision, device=args.device)
     reading = max(1, args.bert_epochs // 3)
-    language = ClassifierTrainingConfig(epochs=reading, lr=1e-3, schedule="constant", mlm_weight=1.0, seed=args.seed, **shared)
+    language = ClassifierTrainingConfig(
+        epochs=reading, lr=1e-3, schedule="constant", mlm_weight=1.0, seed=args.seed, **shared
+    )
     sentiment = ClassifierTrainingConfig(
         epochs=args.bert_epochs - reading, lr=1e-3, warmup=0.02, mlm_weight=0.1, mask_probability=0.1,
         seed=args.seed + 1, **shared,

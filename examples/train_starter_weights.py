@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-from reviews_data import Review, load_reviews, split_reviews
 
 from minirlhf import GPT2, GPT2Config, Tokenizer
 from minirlhf.sft import SFTConfig, perplexity, train_sft
 from minirlhf.tokenizer import build_vocab
+from reviews_data import Review, load_reviews, split_reviews
 
 CONTEXT = 128  # positions of both models
 

@@ -125,7 +125,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return log_t.exp().item()
 
 

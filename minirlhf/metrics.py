@@ -108,7 +108,7 @@ def plot_run(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str
         steps, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)],
         color="tab:blue", alpha=0.15,
     )  # fmt: skip
-    axes["reward"].set(title="reward: mean of the batch, ± 1 standard deviation", ylim=(min(0.0, *mean), max(1.0, *mean)))
+    axes["reward"].set(title="reward: mean of the batch, ± 1 standard deviation")
     axes["kl"].plot(steps, column("objective/kl"), color="tab:red", label="KL, nats a sequence")
     if target is not None:
         axes["kl"].axhline(target, color="gray", linestyle="--", label="target")

@@ -56,7 +56,9 @@ class Precision:
         """Accumulate the (scaled) gradients of a loss."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float) -> Tensor:
+    def step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float
+    ) -> Tensor:
         """Unscale, clip the global gradient norm, step, and clear the gradients.
 
         Returns the gradient norm before clipping, 0-d. With fp16 a step with overflowed gradients is skipped by the

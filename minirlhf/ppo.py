@@ -135,13 +135,10 @@ class AdaptiveKL:
     """
 
     def __init__(self, init_coef: float, target: float, horizon: float):
-        for name, value, fine in (
-            ("init_kl_coef", init_coef, init_coef >= 0),
-            ("target", target, target > 0),
-            ("horizon", horizon, horizon > 0),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {'at least 0' if name == 'init_kl_coef' else 'positive'}, got {value}")
+        if not init_coef >= 0:
+            raise ValueError(f"init_coef must be at least 0, got {init_coef}")
+        if not target > 0 or not horizon > 0:
+            raise ValueError(f"target and horizon must be positive, got {target} and {horizon}")
         self.coef, self.target, self.horizon = float(init_coef), float(target), float(horizon)
 
     def update(self, kl: float, n: int) -> None:

@@ -52,7 +52,7 @@ def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Seque
     Raises ValueError if it returns anything but B finite numbers.
     """
     if _takes_prompts(reward):
-        scores = reward(list(prompts), list(responses))  # type: ignore[call-arg, arg-type]
+        scores = reward(list(prompts), list(responses))  # type: ignore[call-arg]
     else:
         scores = reward([p + r for p, r in zip(prompts, responses, strict=True)])  # type: ignore[call-arg]
     return checked_scores(scores, len(prompts))
@@ -61,8 +61,10 @@ def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Seque
 def checked_scores(scores: Any, count: int) -> Tensor:
     """Scores as a tensor (count,), fp32, on the CPU. Raises ValueError if they are not `count` finite numbers."""
     try:
-        tensor = torch.as_tensor(scores, dtype=torch.float32) if not _is_list_of_tensors(scores) else torch.stack(
-            [s.detach().float().cpu().reshape(()) for s in scores]
+        tensor = (
+            torch.as_tensor(scores, dtype=torch.float32)
+            if not _is_list_of_tensors(scores)
+            else torch.stack([s.detach().float().cpu().reshape(()) for s in scores])
         )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"scores must be {count} numbers, got {type(scores).__name__}: {error}") from error
@@ -71,7 +73,8 @@ def checked_scores(scores: Any, count: int) -> Tensor:
         raise ValueError(f"scores must be {count} numbers, one a text, got shape {tuple(tensor.shape)}")
     bad = (~torch.isfinite(tensor)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"scores must be finite, got {tensor[bad[0]].item()} for text {bad[0]} ({len(bad)} bad in all)")
+        first = tensor[bad[0]].item()
+        raise ValueError(f"scores must be finite, got {first} for text {bad[0]} ({len(bad)} bad in all)")
     return tensor
 
 
@@ -126,9 +129,7 @@ class SentimentReward:
         """The most probable label of each text with its probability, `{"label": ..., "score": ...}`."""
         scores, labels = self.probabilities(texts).max(-1)
         names = self.model.config.labels
-        return [
-            {"label": names[i], "score": s} for i, s in zip(labels.tolist(), scores.tolist(), strict=True)
-        ]
+        return [{"label": names[i], "score": s} for i, s in zip(labels.tolist(), scores.tolist(), strict=True)]
 
     def probabilities(self, texts: Sequence[str]) -> Tensor:
         """Probabilities (B, L) of all labels, fp32 on the CPU, computed in batches of similar length."""

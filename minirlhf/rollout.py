@@ -74,7 +74,8 @@ class Rollout:
         left = int(mask[:, :-R].sum(-1).max())
         right = int(response_mask.sum(-1).max())
         columns = slice(mask.size(1) - R - left, mask.size(1) - R + right)
-        cut: dict[str, Any] = {"tokens": self.tokens[index, columns], "mask": mask[:, columns], "scores": self.scores[index]}
+        tokens = self.tokens[index, columns]
+        cut: dict[str, Any] = {"tokens": tokens, "mask": mask[:, columns], "scores": self.scores[index]}
         for f in dataclasses.fields(self):
             x = getattr(self, f.name)
             if f.name not in cut and isinstance(x, Tensor):
@@ -139,7 +140,7 @@ def collect_rollout(
         tokens=sampled.tokens,
         mask=sampled.mask,
         response_mask=sampled.response_mask,
-        scores=scores.to(sampled.tokens.device),
+        scores=scores.to(scored["values"]),
         sampling_sets=sampled.sampling_sets,
         sampler_logprobs=sampled.logprobs,
         prompts=tuple(prompts),
@@ -159,7 +160,7 @@ def score_in_batches(
     temperature: float,
     sampling_sets: Tensor | None,
     batch_size: int,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The fields of a Rollout that come from scoring, each (B, R); `score` in batches of similar length."""
     reference = ref_policy.gpt2 if isinstance(ref_policy, ActorCritic) else ref_policy
     parts: list[TokenScores] = []
@@ -170,7 +171,7 @@ def score_in_batches(
         parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference))
     back = torch.tensor([i for batch in batches for i in batch], device=tokens.device).argsort()
     return {
-        name: torch.cat([getattr(part, name) for part in parts])[back].float()
+        name: torch.cat([getattr(part, name) for part in parts])[back]
         for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
     }
 

@@ -63,7 +63,7 @@ def sampling_set(logits: Tensor, config: SamplingConfig) -> Tensor | None:
     """
     if not config.truncates:
         return None
-    logits = logits.float() / config.temperature
+    logits = full_precision(logits) / config.temperature
     keep = torch.ones_like(logits, dtype=torch.bool)
     if config.top_k > 0:
         keep = top_k_set(logits, config.top_k)
@@ -72,13 +72,24 @@ def sampling_set(logits: Tensor, config: SamplingConfig) -> Tensor | None:
     return keep
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """x in fp32; in fp64 if it already is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def restrict(logits: Tensor, temperature: float = 1.0, keep: Tensor | None = None) -> Tensor:
-    """Logits (..., V) of the distribution that is sampled from: divided by the temperature, -inf outside the set."""
+    """Logits (..., V) of the distribution that is sampled from: divided by the temperature, -inf outside the set.
+
+    In fp32 whatever the autocast type: log-probabilities in bf16 have three digits.
+    """
+    logits = full_precision(logits)
     logits = logits if temperature == 1.0 else logits / temperature
     return logits if keep is None else logits.masked_fill(~keep, -torch.inf)
 
 
-def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+def sample(
+    logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token a row.
 
     logits: (B, V). generator: on the same device; None: PyTorch's global one.
@@ -86,7 +97,7 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator | 
     from, and the sampling set, bool (B, V) or None.
     """
     keep = sampling_set(logits, config)
-    logp = restrict(logits.float(), config.temperature, keep).log_softmax(-1)
+    logp = restrict(logits, config.temperature, keep).log_softmax(-1)
     tokens = torch.multinomial(logp.exp(), 1, generator=generator)
     return tokens.squeeze(-1), logp.gather(-1, tokens).squeeze(-1), keep
 

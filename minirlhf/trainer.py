@@ -81,9 +81,9 @@ class PPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size"):
-            value = getattr(self, name)
-            self._require(name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an integer >= 1")
+        counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
+        for name in counts:
+            self._require(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer >= 1")
         for name in ("lr", "target", "horizon", "log_ratio_limit", "max_grad_norm"):
             self._require(name, self._is_number(name) and getattr(self, name) > 0, "a number > 0")
         for name in ("init_kl_coef", "vf_coef", "entropy_coef", "adam_eps"):
@@ -116,9 +116,8 @@ class PPOConfig:
         for name in overrides:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                raise ValueError(
-                    f"PPOConfig has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {known}")
-                )
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+                raise ValueError(f"PPOConfig has no field {name!r}; {hint}")
         return dataclasses.replace(base or cls(), **overrides)
 
     def _is_number(self, name: str) -> bool:
@@ -233,9 +232,7 @@ class PPOTrainer:
         """The loss of a micro-batch, summed over its tokens, and the sums of what is worth logging."""
         c, mask = self.config, batch.response_mask
         with self.precision.autocast():
-            scored = self.policy.score(
-                batch.tokens, batch.mask, mask.size(1), c.temperature, batch.sampling_sets
-            )
+            scored = self.policy.score(batch.tokens, batch.mask, mask.size(1), c.temperature, batch.sampling_sets)
         assert scored.values is not None
         log_ratio = ppo.log_ratio(scored.logprobs, batch.logprobs, c.log_ratio_limit)
         policy_loss = ppo.masked_sum(ppo.policy_loss(log_ratio, advantages, c.cliprange), mask)
@@ -313,9 +310,7 @@ class PPOTrainer:
                     f"positions less gen_len={self.config.gen_len} leave room for {room}"
                 )
 
-    def _rollout(
-        self, queries: Sequence[Tensor], responses: Sequence[Tensor] | None, scores: Any
-    ) -> Rollout:
+    def _rollout(self, queries: Sequence[Tensor], responses: Sequence[Tensor] | None, scores: Any) -> Rollout:
         """A Rollout of token lists, scored with the full softmax."""
         if responses is None or scores is None:
             raise ValueError("step takes a Rollout, or queries, responses and scores")
@@ -343,7 +338,7 @@ class PPOTrainer:
             tokens=tokens,
             mask=mask,
             response_mask=response_mask.bool().to(self.device),
-            scores=scores.to(self.device),
+            scores=scores.to(scored["values"]),
             **scored,
         )
 
@@ -469,7 +464,8 @@ def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer
         raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
     if config.gen_len >= policy.gpt2.config.n_positions:
         raise ValueError(
-            f"PPOConfig.gen_len must be below the model's {policy.gpt2.config.n_positions} positions, got {config.gen_len}"
+            f"PPOConfig.gen_len must be below the model's {policy.gpt2.config.n_positions} positions, "
+            f"got {config.gen_len}"
         )
     if config.eos_token_id is not None and not 0 <= config.eos_token_id < sizes[0]:
         raise ValueError(f"PPOConfig.eos_token_id must be in [0, {sizes[0]}), got {config.eos_token_id}")
@@ -477,6 +473,8 @@ def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     if ids.ndim != 1 or ids.is_floating_point() or len(ids) == 0:
-        raise ValueError(f"{name} must be a 1-D tensor of at least one token id, got shape {tuple(ids.shape)} {ids.dtype}")
+        raise ValueError(
+            f"{name} must be a 1-D tensor of at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")

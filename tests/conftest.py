@@ -39,7 +39,7 @@ def make_bert(seed: int = 0, scale: float = 6.0, **overrides) -> BertClassifier:
 @torch.no_grad()
 def _scale(model: torch.nn.Module, scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 1000)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.mul_(scale)
         else:  # biases and LayerNorms away from their neutral values

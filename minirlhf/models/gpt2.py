@@ -162,9 +162,9 @@ class GPT2(nn.Module):
         """
         B, T = ids.shape
         past = 0 if cache is None else cache.length
-        S = past + T
-        if S > self.config.n_positions:
-            raise ValueError(f"a sequence of {S} tokens is longer than the model's {self.config.n_positions} positions")
+        S, limit = past + T, self.config.n_positions
+        if limit < S:
+            raise ValueError(f"a sequence of {S} tokens is longer than the model's {limit} positions")
         if attention_mask is not None and attention_mask.shape != (B, S):
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, S)}")
         x = self.drop(self.wte(ids) + self.wpe(_positions(attention_mask, past, S, ids.device)))  # (B, T, C)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from minirlhf import ppo
 from minirlhf.checkpoints import check_tensors, read_tensors, write_tensors
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.sampling import restrict, unpack_set
+from minirlhf.sampling import full_precision, restrict, unpack_set
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_KINDS = ("linear", "tanh")
@@ -47,7 +47,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        values = self.summary(hidden).squeeze(-1).float()
+        values = full_precision(self.summary(hidden).squeeze(-1))
         return self.dropout(torch.tanh(values)) if self.kind == "tanh" else values
 
 
@@ -183,19 +183,23 @@ def _in_chunks(
 
     def head(hidden: Tensor, compared: Tensor | None, picked: Tensor, sets: Tensor | None) -> tuple[Tensor, ...]:
         keep = None if sets is None else unpack_set(sets, model.config.vocab_size)
-        logits = restrict(model.lm_logits(hidden).float(), temperature, keep)  # (chunk, V)
+        logits = restrict(model.lm_logits(hidden), temperature, keep)  # (chunk, V)
         result = ppo.gather_logprobs(logits, picked), ppo.entropy(logits)
         if reference is None or compared is None:
             return result
-        ref_logits = restrict(reference.lm_logits(compared).float(), temperature, keep)
+        ref_logits = restrict(reference.lm_logits(compared), temperature, keep)
         return *result, ppo.gather_logprobs(ref_logits, picked), ppo.exact_kl(logits, ref_logits)
 
     rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
     parts = []
     for start in range(0, len(picked), rows):
         cut = slice(start, start + rows)
-        arguments = (hidden[cut], None if compared is None else compared[cut], picked[cut])
-        arguments = (*arguments, None if sets is None else sets[cut])
+        arguments = (
+            hidden[cut],
+            None if compared is None else compared[cut],
+            picked[cut],
+            None if sets is None else sets[cut],
+        )
         # More than one chunk: recompute each one's logits in the backward pass instead of keeping them all.
         recompute = torch.is_grad_enabled() and len(picked) > rows
         parts.append(checkpoint(head, *arguments, use_reentrant=False) if recompute else head(*arguments))

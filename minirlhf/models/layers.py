@@ -76,10 +76,9 @@ def normal_init(module: nn.Module, std: float, generator: torch.Generator) -> No
     """
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding, Conv1D)):
-            with torch.no_grad():
-                child.weight.normal_(0.0, std, generator=generator)
-                if getattr(child, "bias", None) is not None:
-                    child.bias.zero_()
+            nn.init.normal_(child.weight, 0.0, std, generator=generator)
+            if not isinstance(child, nn.Embedding) and child.bias is not None:
+                nn.init.zeros_(child.bias)
         elif isinstance(child, nn.LayerNorm):
             nn.init.ones_(child.weight)
             nn.init.zeros_(child.bias)

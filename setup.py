@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
+
+setup(
+    name="minirlhf",
+    version="0.1.0",
+    description="PPO-RLHF for language models in plain PyTorch, written to be read and used",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="the minirlhf authors",
+    license="MIT",
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["minirlhf", "minirlhf.*"]),
+    package_data={"minirlhf": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.4", "numpy>=1.24", "tokenizers>=0.20", "safetensors>=0.4"],
+    extras_require={
+        "examples": EXAMPLES,
+        "dev": [*EXAMPLES, "pytest>=8", "hypothesis>=6", "transformers>=4.45", "scikit-learn>=1.4", "ruff", "mypy"],
+    },
+)
