@@ -19,6 +19,7 @@ from minirlhf.batching import bucketed_batches, length_sorted_batches, right_pad
 from minirlhf.models.bert import BertClassifier
 from minirlhf.optimization import FitConfig, fit, resolve_device
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.validation import require, require_rates
 
 LabelledText = tuple[str, Sequence[float]]
 
@@ -35,16 +36,12 @@ class ClassifierTrainingConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
-        if self.tokens_per_batch < self.max_length:
-            raise ValueError(
-                f"tokens_per_batch must be at least max_length={self.max_length}, got {self.tokens_per_batch}"
-            )
-        if not 0 <= self.mask_probability < 1:
-            raise ValueError(f"mask_probability must be in [0, 1), got {self.mask_probability}")
-        if self.mlm_weight < 0 or (self.mlm_weight > 0 and self.mask_probability == 0):
-            raise ValueError(f"mlm_weight must be 0, or positive with a mask_probability, got {self.mlm_weight}")
+        require(self, "max_length", type(self.max_length) is int and self.max_length >= 2, "an integer of at least 2")
+        fits = type(self.tokens_per_batch) is int and self.tokens_per_batch >= self.max_length
+        require(self, "tokens_per_batch", fits, f"an integer of at least max_length={self.max_length}")
+        require_rates(self, "mask_probability")
+        fine = self.mlm_weight == 0 or (0 < self.mlm_weight < float("inf") and self.mask_probability > 0)
+        require(self, "mlm_weight", fine, "0, or positive together with mask_probability")
 
 
 def train_classifier(

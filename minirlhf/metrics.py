@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, config.json, the curve; and text statistics.
+"""What a run leaves behind: statistics, metrics.jsonl, samples.jsonl, config.json, the curve.
 
 A run folder is written by one `RunLog`. Lines are appended whole and flushed; after a crash, `resume` cuts the files
 back to the last checkpoint, so that no step is missing or counted twice.
@@ -11,11 +11,59 @@ import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from minirlhf import ppo
 from minirlhf.checkpoints import atomic_write, read_json, write_json
 
+if TYPE_CHECKING:
+    from minirlhf.rollout import Rollout
+
+Stats = dict[str, float]
+TensorStats = dict[str, Tensor]
+
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
+
+
+def rollout_statistics(rollout: Rollout, kl: Tensor, rewards: Tensor, returns: Tensor) -> Stats:
+    """Statistics of one batch of experience, before its update; the README has their glossary.
+
+    kl, rewards, returns: (B, R), as the trainer computed them. "A sequence" means the sum over its response tokens,
+    averaged over the batch; "a token" the mean over all response tokens.
+    """
+    mask = rollout.response_mask
+
+    def per_sequence(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0.0).sum(-1).mean()
+
+    return mean_stats(
+        [
+            {
+                "objective/kl": per_sequence(kl),
+                "objective/kl_k2": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k2")),
+                "objective/kl_k3": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")),
+                "objective/kl_exact": per_sequence(rollout.exact_kl),
+                "objective/entropy": per_sequence(rollout.entropy),
+                "objective/reward_with_kl": per_sequence(rewards),
+                "reward/mean": rollout.scores.mean(),
+                "reward/std": rollout.scores.std(correction=0),
+                "ppo/val/mean": ppo.masked_mean(rollout.values, mask),
+                "ppo/val/var_explained": ppo.explained_variance(rollout.values, returns, mask),
+                "ppo/returns/mean": ppo.masked_mean(returns, mask),
+                "tokens/response": mask.sum(-1).double().mean(),
+            }
+        ]
+    )
+
+
+def mean_stats(stats: Sequence[TensorStats]) -> Stats:
+    """The mean of each statistic over minibatches, read from the device in one transfer."""
+    names = list(stats[0])
+    means = torch.stack([torch.stack([s[name].double() for name in names]) for s in stats]).mean(0)
+    return dict(zip(names, means.tolist(), strict=True))
 
 
 class RunLog:

@@ -11,6 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minirlhf.validation import (
+    require_non_negative,
+    require_one_of,
+    require_positive,
+    require_positive_ints,
+    require_unit_interval,
+)
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine")
 Batch = TypeVar("Batch")
@@ -105,20 +113,12 @@ class FitConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        for name in ("lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "lr_floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        require_positive_ints(self, "epochs")
+        require_positive(self, "lr", "max_grad_norm")
+        require_unit_interval(self, "warmup", "lr_floor")
+        require_non_negative(self, "weight_decay")
+        require_one_of(self, "schedule", SCHEDULES)
+        require_one_of(self, "precision", PRECISIONS)
 
 
 def fit(

@@ -48,7 +48,7 @@ def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Seque
     """Score a batch of B prompts and responses.
 
     A reward function with two required positional parameters gets (prompts, responses); any other gets the list of
-    prompt + response. Returns the scores, (B,) fp32 on the CPU.
+    prompt + response. Returns the scores, (B,) fp64 on the CPU.
     Raises ValueError if it returns anything but B finite numbers.
     """
     if _takes_prompts(reward):
@@ -59,13 +59,11 @@ def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Seque
 
 
 def checked_scores(scores: Any, count: int) -> Tensor:
-    """Scores as a tensor (count,), fp32, on the CPU. Raises ValueError if they are not `count` finite numbers."""
+    """Scores as a tensor (count,), fp64, on the CPU. Raises ValueError if they are not `count` finite numbers."""
     try:
-        tensor = (
-            torch.as_tensor(scores, dtype=torch.float32)
-            if not _is_list_of_tensors(scores)
-            else torch.stack([s.detach().float().cpu().reshape(()) for s in scores])
-        )
+        if isinstance(scores, (list, tuple)):
+            scores = [float(score) for score in scores]  # numbers, or tensors of one element
+        tensor = torch.as_tensor(scores, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"scores must be {count} numbers, got {type(scores).__name__}: {error}") from error
     tensor = tensor.detach().cpu()
@@ -156,7 +154,3 @@ def _takes_prompts(reward: RewardFunction) -> bool:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
     return len(required) == 2
-
-
-def _is_list_of_tensors(scores: Any) -> bool:
-    return isinstance(scores, (list, tuple)) and len(scores) > 0 and all(isinstance(s, Tensor) for s in scores)

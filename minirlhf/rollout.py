@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf.batching import length_sorted_batches
+from minirlhf.batching import Ids, left_pad, length_sorted_batches, right_pad
 from minirlhf.generation import generate
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, TokenScores
-from minirlhf.rewards import RewardFunction, call_reward
+from minirlhf.rewards import RewardFunction, call_reward, checked_scores
 from minirlhf.sampling import SamplingConfig
 from minirlhf.tokenizer import Tokenizer
 
@@ -150,6 +150,54 @@ def collect_rollout(
     )
 
 
+def rollout_from_tokens(
+    policy: ActorCritic,
+    ref_policy: GPT2 | ActorCritic,
+    queries: Sequence[Ids],
+    responses: Sequence[Ids],
+    scores: Any,
+    temperature: float = 1.0,
+    *,
+    pad_token_id: int = 0,
+    forward_batch_size: int = 128,
+    autocast: Autocast = contextlib.nullcontext,
+) -> Rollout:
+    """A Rollout of B queries and responses that were sampled elsewhere, scored here with the full softmax.
+
+    queries, responses: token ids, 1-D, of any lengths of at least 1. scores: B finite numbers.
+    Raises ValueError for lists of unequal or no length, empty sequences, bad token ids, sequences longer than the
+    model's context, or bad scores.
+    """
+    config = policy.gpt2.config
+    if len(queries) != len(responses):
+        raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
+    for name, sequences in (("query", queries), ("response", responses)):
+        for i, ids in enumerate(sequences):
+            _check_ids(f"{name} {i}", torch.as_tensor(ids), config.vocab_size)
+    checked = checked_scores(scores, len(queries))
+    query_ids, query_mask = left_pad(queries, pad_token_id)
+    response_ids, response_mask = right_pad(responses, pad_token_id)
+    device = policy.gpt2.wte.weight.device
+    tokens = torch.cat([query_ids, response_ids], 1).to(device)
+    mask = torch.cat([query_mask, response_mask], 1).to(device)
+    if tokens.size(1) - 1 > config.n_positions:
+        raise ValueError(
+            f"the longest query and the longest response have {query_ids.size(1)} + {response_ids.size(1)} tokens, "
+            f"more than the model's {config.n_positions} positions"
+        )
+    with autocast():
+        scored = score_in_batches(
+            policy, ref_policy, tokens, mask, response_ids.size(1), temperature, None, forward_batch_size
+        )
+    return Rollout(
+        tokens=tokens,
+        mask=mask,
+        response_mask=response_mask.bool().to(device),
+        scores=checked.to(scored["values"]),
+        **scored,
+    )
+
+
 @torch.no_grad()
 def score_in_batches(
     policy: ActorCritic,
@@ -174,6 +222,13 @@ def score_in_batches(
         name: torch.cat([getattr(part, name) for part in parts])[back]
         for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
     }
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    if ids.ndim != 1 or ids.is_floating_point() or len(ids) == 0:
+        raise ValueError(f"{name} must be 1-D with at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")
 
 
 class _Clock:

@@ -19,6 +19,7 @@ from minirlhf.batching import bucketed_batches, length_sorted_batches, right_pad
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.optimization import FitConfig, fit, resolve_device
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.validation import require
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,9 @@ class SFTConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
-        if self.tokens_per_batch < self.max_length:
-            raise ValueError(
-                f"tokens_per_batch must be at least max_length={self.max_length}, got {self.tokens_per_batch}"
-            )
+        require(self, "max_length", type(self.max_length) is int and self.max_length >= 2, "an integer of at least 2")
+        fits = type(self.tokens_per_batch) is int and self.tokens_per_batch >= self.max_length
+        require(self, "tokens_per_batch", fits, f"an integer of at least max_length={self.max_length}")
 
 
 def train_sft(

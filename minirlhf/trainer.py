@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf import ppo
-from minirlhf.batching import left_pad, right_pad
-from minirlhf.checkpoints import check_tensors, read_metadata, read_tensors, write_tensors
+from minirlhf import ppo, training_state
+from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
 from minirlhf.optimization import PRECISIONS, SCHEDULES, Precision, lr_factor, resolve_device
-from minirlhf.rewards import RewardFunction, checked_scores
-from minirlhf.rollout import Rollout, collect_rollout, score_in_batches
+from minirlhf.rewards import RewardFunction
+from minirlhf.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.sampling import SamplingConfig
 from minirlhf.tokenizer import Tokenizer
-
-Stats = dict[str, float]
-TensorStats = dict[str, Tensor]
+from minirlhf.validation import (
+    require_non_negative,
+    require_one_of,
+    require_positive,
+    require_positive_ints,
+    require_unit_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,15 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
-        for name in counts:
-            self._require(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("lr", "target", "horizon", "log_ratio_limit", "max_grad_norm"):
-            self._require(name, self._is_number(name) and getattr(self, name) > 0, "a number > 0")
-        for name in ("init_kl_coef", "vf_coef", "entropy_coef", "adam_eps"):
-            self._require(name, self._is_number(name) and 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
-        for name in ("gamma", "lam", "lr_warmup"):
-            self._require(name, self._is_number(name) and 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
-        for name in ("cliprange", "cliprange_value"):
-            self._require(name, self._is_number(name) and 0 < getattr(self, name) < math.inf, "a finite number > 0")
-        self._require("target_kl", self.target_kl is None or self.target_kl > 0, "None or a number > 0")
-        self._require("lr_schedule", self.lr_schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        self._require("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        require_positive_ints(self, *counts)
+        require_positive(self, "lr", "target", "horizon", "log_ratio_limit", "max_grad_norm")
+        require_positive(self, "cliprange", "cliprange_value")
+        require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "adam_eps")
+        require_unit_interval(self, "gamma", "lam", "lr_warmup")
+        if self.target_kl is not None:
+            require_positive(self, "target_kl")
+        require_one_of(self, "lr_schedule", SCHEDULES)
+        require_one_of(self, "precision", PRECISIONS)
         _ = self.sampling  # temperature, top_k and top_p are checked there
 
     @property
@@ -119,14 +116,6 @@ class PPOConfig:
                 hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
                 raise ValueError(f"PPOConfig has no field {name!r}; {hint}")
         return dataclasses.replace(base or cls(), **overrides)
-
-    def _is_number(self, name: str) -> bool:
-        value = getattr(self, name)
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    def _require(self, name: str, fine: bool, allowed: str) -> None:
-        if not fine:
-            raise ValueError(f"PPOConfig.{name} must be {allowed}, got {getattr(self, name)!r}")
 
 
 class PPOTrainer:
@@ -164,8 +153,10 @@ class PPOTrainer:
         self.kl_controller: ppo.AdaptiveKL | ppo.FixedKL = (
             ppo.AdaptiveKL(c.init_kl_coef, c.target, c.horizon) if c.adaptive_kl else ppo.FixedKL(c.init_kl_coef)
         )
-        self.sampling_generator = torch.Generator(self.device).manual_seed(c.seed)
-        self.shuffling_generator = torch.Generator().manual_seed(c.seed)
+        self.generators = {
+            "sampling": torch.Generator(self.device).manual_seed(c.seed),
+            "shuffling": torch.Generator().manual_seed(c.seed),
+        }
         self.iteration = 0  # batches trained on
         self.optimizer_steps = 0
 
@@ -202,7 +193,12 @@ class PPOTrainer:
             if c.target_kl is not None and mean_stats(epoch)["ppo/policy/approxkl"] > c.target_kl:
                 break
 
-        stats = self._statistics(rollout, kl, rewards, returns, updates)
+        stats = rollout_statistics(rollout, kl, rewards, returns) | mean_stats(updates)
+        # At the first minibatch the policy is still the one that sampled: anything but 0 is an error of scoring.
+        stats["ppo/policy/first_ratio_error"] = float(updates[0]["ppo/policy/ratio_error"])
+        stats["objective/kl_coef"] = self.kl_controller.coef
+        stats["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
+        stats["ppo/updates"] = float(len(updates))
         self.kl_controller.update(stats["objective/kl"], len(rollout))
         self.iteration += 1
         seconds = {**rollout.seconds, "update": time.perf_counter() - start}
@@ -267,7 +263,7 @@ class PPOTrainer:
             c.gen_len,
             c.sampling,
             eos_token_id=c.eos_token_id,
-            generator=self.sampling_generator,
+            generator=self.generators["sampling"],
             forward_batch_size=max(c.forward_batch_size, 128 if self.device.type == "cpu" else 1024),
             score_full_softmax=c.score_full_softmax,
             autocast=self.precision.autocast,
@@ -290,7 +286,7 @@ class PPOTrainer:
         self.check_prompts(prompts)
         history = []
         while self.iteration < self.config.iterations:
-            drawn = torch.randint(len(prompts), (self.config.batch_size,), generator=self.shuffling_generator)
+            drawn = torch.randint(len(prompts), (self.config.batch_size,), generator=self.generators["shuffling"])
             rollout = self.collect([prompts[i] for i in drawn], reward_fn)
             history.append(self.step(rollout))
             if on_step is not None:
@@ -311,81 +307,30 @@ class PPOTrainer:
                 )
 
     def _rollout(self, queries: Sequence[Tensor], responses: Sequence[Tensor] | None, scores: Any) -> Rollout:
-        """A Rollout of token lists, scored with the full softmax."""
+        """A Rollout of token lists, which carry no sampling sets: scored with the full softmax."""
         if responses is None or scores is None:
             raise ValueError("step takes a Rollout, or queries, responses and scores")
-        if not len(queries) == len(responses):
-            raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
-        for name, sequences in (("query", queries), ("response", responses)):
-            for i, ids in enumerate(sequences):
-                _check_ids(f"{name} {i}", torch.as_tensor(ids), self.policy.gpt2.config.vocab_size)
-        scores = checked_scores(scores, len(queries))
-        query_ids, query_mask = left_pad(queries, self.tokenizer.pad_id)
-        response_ids, response_mask = right_pad(responses, self.tokenizer.pad_id)
-        tokens = torch.cat([query_ids, response_ids], 1).to(self.device)
-        mask = torch.cat([query_mask, response_mask], 1).to(self.device)
-        if tokens.size(1) - 1 > self.policy.gpt2.config.n_positions:
-            raise ValueError(
-                f"the longest query and response together have {tokens.size(1)} tokens, more than the model's "
-                f"{self.policy.gpt2.config.n_positions} positions"
-            )
-        with self.precision.autocast():
-            scored = score_in_batches(
-                self.policy, self.ref_policy, tokens, mask, response_ids.size(1), self.config.temperature, None,
-                max(self.config.forward_batch_size, 128),
-            )  # fmt: skip
-        return Rollout(
-            tokens=tokens,
-            mask=mask,
-            response_mask=response_mask.bool().to(self.device),
-            scores=scores.to(scored["values"]),
-            **scored,
+        return rollout_from_tokens(
+            self.policy,
+            self.ref_policy,
+            queries,
+            responses,
+            scores,
+            self.config.temperature,
+            pad_token_id=self.tokenizer.pad_id,
+            forward_batch_size=self.config.forward_batch_size,
+            autocast=self.precision.autocast,
         )
 
     def _minibatches(self, count: int) -> Iterator[Tensor]:
         """Shuffled rows in minibatches; the last one may be smaller."""
-        order = torch.randperm(count, generator=self.shuffling_generator).to(self.device)
+        order = torch.randperm(count, generator=self.generators["shuffling"]).to(self.device)
         yield from order.split(self.config.minibatch_size)
 
     def _progress(self) -> float:
         """The share of the run's optimizer steps that are done."""
         c = self.config
         return min(self.optimizer_steps / (c.iterations * c.ppo_epochs * -(-c.batch_size // c.minibatch_size)), 1.0)
-
-    # ---- statistics -------------------------------------------------------------------------------------------------
-
-    def _statistics(
-        self, rollout: Rollout, kl: Tensor, rewards: Tensor, returns: Tensor, updates: list[TensorStats]
-    ) -> Stats:
-        mask = rollout.response_mask
-        lengths = mask.sum(-1).float()
-        log_ratio = rollout.logprobs - rollout.ref_logprobs
-
-        def per_sequence(x: Tensor) -> Tensor:
-            return torch.where(mask, x, 0.0).sum(-1).mean()
-
-        collected = {
-            "objective/kl": per_sequence(kl),
-            "objective/kl_k2": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k2")),
-            "objective/kl_k3": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")),
-            "objective/kl_exact": per_sequence(rollout.exact_kl),
-            "objective/kl_token_max": torch.where(mask, log_ratio, -torch.inf).max(),
-            "objective/entropy": per_sequence(rollout.entropy),
-            "objective/reward_with_kl": torch.where(mask, rewards, 0.0).sum(-1).mean(),
-            "reward/mean": rollout.scores.mean(),
-            "reward/std": rollout.scores.std(unbiased=False),
-            "ppo/val/mean": ppo.masked_mean(rollout.values, mask),
-            "ppo/val/var_explained": ppo.explained_variance(rollout.values, returns, mask),
-            "ppo/returns/mean": ppo.masked_mean(returns, mask),
-            "tokens/response": lengths.mean(),
-        }
-        stats = mean_stats([collected]) | mean_stats(updates)
-        # At the first minibatch the policy is still the one that sampled: anything but 0 is an error of scoring.
-        stats["ppo/policy/first_ratio_error"] = updates[0]["ppo/policy/ratio_error"].item()
-        stats["objective/kl_coef"] = self.kl_controller.coef
-        stats["ppo/updates"] = float(len(updates))
-        stats["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
-        return stats
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -395,61 +340,14 @@ class PPOTrainer:
         Policy, value head, optimizer state, KL coefficient, random generators, counters and config; not the
         reference, which never changes. Raises OSError if the file cannot be written.
         """
-        tensors = {f"policy.{name}": t for name, t in self.policy.state_dict().items()}
-        names = [name for name, p in self.policy.named_parameters() if p.requires_grad]
-        for name, parameter in zip(names, self.parameters, strict=True):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        tensors["generator.sampling"] = self.sampling_generator.get_state()
-        tensors["generator.shuffling"] = self.shuffling_generator.get_state()
-        counters = {
-            "iteration": self.iteration,
-            "optimizer_steps": self.optimizer_steps,
-            "kl_coef": self.kl_controller.coef,
-            "scaler": self.precision.scaler.state_dict(),
-            "config": dataclasses.asdict(self.config),
-        }
-        write_tensors(path, tensors, {"trainer": json.dumps(counters)})
+        training_state.save(self, path)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Continue from `save_checkpoint`: on the CPU the run goes on bit for bit as if it had not been cut.
 
         Raises FileNotFoundError, or ValueError for a damaged file, or one of other models or settings.
         """
-        tensors, metadata = read_tensors(path), read_metadata(path)
-        if "trainer" not in metadata:
-            raise ValueError(f"{path} is not a trainer checkpoint: its metadata has no 'trainer' entry")
-        counters = json.loads(metadata["trainer"])
-        self._check_config(counters["config"], path)
-        prefix = "policy."
-        weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        check_tensors(weights, {name: t.shape for name, t in self.policy.state_dict().items()}, path)
-        self.policy.load_state_dict(weights)
-        names = [name for name, p in self.policy.named_parameters() if p.requires_grad]
-        for name, parameter in zip(names, self.parameters, strict=True):
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors]
-            state = {key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in keys}
-            self.optimizer.state[parameter] = state
-        self.sampling_generator.set_state(tensors["generator.sampling"])
-        self.shuffling_generator.set_state(tensors["generator.shuffling"])
-        self.precision.scaler.load_state_dict(counters["scaler"])
-        self.iteration, self.optimizer_steps = counters["iteration"], counters["optimizer_steps"]
-        self.kl_controller.coef = counters["kl_coef"]
-
-    def _check_config(self, saved: dict[str, Any], path: str | os.PathLike[str]) -> None:
-        free = {"steps", "save_freq", "forward_batch_size", "device"}  # may change between parts of a run
-        own = dataclasses.asdict(self.config)
-        differing = [name for name in own if name not in free and saved.get(name) != own[name]]
-        changed = [f"{name}: {saved.get(name)!r} then, {own[name]!r} now" for name in differing]
-        if changed:
-            raise ValueError(f"{path} was written under other settings: {'; '.join(changed)}")
-
-
-def mean_stats(stats: Sequence[TensorStats]) -> Stats:
-    """The mean of each statistic over minibatches, read from the device in one transfer."""
-    names = list(stats[0])
-    means = torch.stack([torch.stack([s[name].float() for name in names]) for s in stats]).mean(0)
-    return dict(zip(names, means.tolist(), strict=True))
+        training_state.load(self, path)
 
 
 def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer: Tokenizer, config: PPOConfig) -> None:
@@ -469,12 +367,3 @@ def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer
         )
     if config.eos_token_id is not None and not 0 <= config.eos_token_id < sizes[0]:
         raise ValueError(f"PPOConfig.eos_token_id must be in [0, {sizes[0]}), got {config.eos_token_id}")
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.ndim != 1 or ids.is_floating_point() or len(ids) == 0:
-        raise ValueError(
-            f"{name} must be a 1-D tensor of at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}"
-        )
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")

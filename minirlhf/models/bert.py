@@ -21,14 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf.checkpoints import check_tensors, read_folder, write_folder
-from minirlhf.models.layers import (
-    ACTIVATIONS,
-    config_from_json,
-    normal_init,
-    require_activation,
-    require_fractions,
-    require_positive_ints,
-)
+from minirlhf.models.layers import ACTIVATIONS, config_from_json, normal_init
+from minirlhf.validation import require_one_of, require_positive, require_positive_ints, require_rates
 
 NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 
@@ -62,8 +56,9 @@ class BertConfig:
             "num_attention_heads",
             "intermediate_size",
         )
-        require_fractions(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        require_activation(self, "hidden_act")
+        require_rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        require_positive(self, "layer_norm_eps", "initializer_range")
+        require_one_of(self, "hidden_act", ACTIVATIONS)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"BertConfig.hidden_size must be a multiple of num_attention_heads={self.num_attention_heads}, "

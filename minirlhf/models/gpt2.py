@@ -22,15 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf.checkpoints import check_tensors, read_folder, write_folder
-from minirlhf.models.layers import (
-    ACTIVATIONS,
-    Conv1D,
-    config_from_json,
-    normal_init,
-    require_activation,
-    require_fractions,
-    require_positive_ints,
-)
+from minirlhf.models.layers import ACTIVATIONS, Conv1D, config_from_json, normal_init
+from minirlhf.validation import require_one_of, require_positive, require_positive_ints, require_rates
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,9 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         require_positive_ints(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-        require_fractions(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
-        require_activation(self, "activation_function")
+        require_rates(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
+        require_positive(self, "layer_norm_epsilon", "initializer_range")
+        require_one_of(self, "activation_function", ACTIVATIONS)
         if self.n_inner is not None:
             require_positive_ints(self, "n_inner")
         if self.n_embd % self.n_head:

@@ -46,29 +46,6 @@ def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
     return kind(**{name: value for name, value in content.items() if name in names})
 
 
-def require_positive_ints(config: object, *names: str) -> None:
-    """Raise ValueError for the first of the named fields that is not an int of at least 1."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{type(config).__name__}.{name} must be an integer of at least 1, got {value!r}")
-
-
-def require_fractions(config: object, *names: str) -> None:
-    """Raise ValueError for the first of the named fields (dropout rates) that is not a number in [0, 1)."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-            raise ValueError(f"{type(config).__name__}.{name} must be a number in [0, 1), got {value!r}")
-
-
-def require_activation(config: object, name: str) -> None:
-    """Raise ValueError if the named field is not a known activation."""
-    value = getattr(config, name)
-    if value not in ACTIVATIONS:
-        raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
-
-
 def normal_init(module: nn.Module, std: float, generator: torch.Generator) -> None:
     """Draw every weight matrix from N(0, std), zero the biases and set LayerNorms to identity, in module order.
 

@@ -1,0 +1,52 @@
+"""Checks of config fields: each raises one ValueError with the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+
+def require(config: object, name: str, fine: bool, allowed: str) -> None:
+    """Raise ValueError for a field of a config unless it is fine."""
+    if not fine:
+        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
+
+
+def require_positive_ints(config: object, *names: str) -> None:
+    """Every named field is an int of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(config, name, type(value) is int and value >= 1, "an integer of at least 1")
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Every named field is a number above 0; inf is allowed."""
+    _require_numbers(config, names, lambda x: x > 0, "a number above 0")
+
+
+def require_non_negative(config: object, *names: str) -> None:
+    """Every named field is a finite number of at least 0."""
+    _require_numbers(config, names, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+
+
+def require_unit_interval(config: object, *names: str) -> None:
+    """Every named field is a number in [0, 1]."""
+    _require_numbers(config, names, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+
+
+def require_rates(config: object, *names: str) -> None:
+    """Every named field is a number in [0, 1): dropout and masking rates."""
+    _require_numbers(config, names, lambda x: 0 <= x < 1, "a number in [0, 1)")
+
+
+def require_one_of(config: object, name: str, choices: Collection[str]) -> None:
+    """The named field is one of the choices."""
+    value = getattr(config, name)
+    require(config, name, isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
+
+
+def _require_numbers(config: object, names: Collection[str], fine: Callable[[float], bool], allowed: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(config, name, is_number and fine(value), allowed)
