@@ -6,11 +6,12 @@ from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.ppo import AdaptiveKL, FixedKL
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.rewards import SentimentReward
 from minirlhf.rollout import Rollout, collect_rollout
 from minirlhf.sampling import SamplingConfig, sample_top_p
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.trainer import PPOConfig, PPOTrainer
+from minirlhf.trainer import PPOTrainer
 
 __version__ = "0.1.0"
 

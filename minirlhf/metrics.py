@@ -28,11 +28,11 @@ TensorStats = dict[str, Tensor]
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
 
 
-def rollout_statistics(rollout: Rollout, kl: Tensor, rewards: Tensor, returns: Tensor) -> Stats:
+def rollout_statistics(rollout: Rollout, scores: Tensor, rewards: Tensor, returns: Tensor) -> Stats:
     """Statistics of one batch of experience, before its update; the README has their glossary.
 
-    kl, rewards, returns: (B, R), as the trainer computed them. "A sequence" means the sum over its response tokens,
-    averaged over the batch; "a token" the mean over all response tokens.
+    scores: (B,), as they became rewards. rewards, returns: (B, R), as the trainer computed them. "A sequence" means
+    the sum over its response tokens, averaged over the batch; "a token" the mean over all response tokens.
     """
     mask = rollout.response_mask
 
@@ -42,7 +42,7 @@ def rollout_statistics(rollout: Rollout, kl: Tensor, rewards: Tensor, returns: T
     return mean_stats(
         [
             {
-                "objective/kl": per_sequence(kl),
+                "objective/kl": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")),
                 "objective/kl_k2": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k2")),
                 "objective/kl_k3": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")),
                 "objective/kl_exact": per_sequence(rollout.exact_kl),
@@ -50,6 +50,7 @@ def rollout_statistics(rollout: Rollout, kl: Tensor, rewards: Tensor, returns: T
                 "objective/reward_with_kl": per_sequence(rewards),
                 "reward/mean": rollout.scores.mean(),
                 "reward/std": rollout.scores.std(correction=0),
+                "reward/shaped": scores.mean(),
                 "ppo/val/mean": ppo.masked_mean(rollout.values, mask),
                 "ppo/val/var_explained": ppo.explained_variance(rollout.values, returns, mask),
                 "ppo/returns/mean": ppo.masked_mean(returns, mask),

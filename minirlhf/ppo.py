@@ -13,9 +13,13 @@ Left out: normalisation of returns, which OpenAI's Gym implementation had and it
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+KL_ESTIMATORS = ("k1", "k2", "k3")
+PENALTY_MODES = ("keep", "replace", "subtract")
 LOG_RATIO_LIMIT = 20.0  # exp(20) is about 5e8: large enough to clip on, small enough to stay finite in fp32
 
 
@@ -34,19 +38,22 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_var(x: Tensor, mask: Tensor, ddof: int = 1) -> Tensor:
     """Variance over the unmasked entries of x (B, R), 0-d; divides by their number minus `ddof`."""
+    x = torch.where(mask.bool(), x, 0.0)  # before any arithmetic: 0 times a NaN gradient is NaN
     return masked_sum((x - masked_mean(x, mask)).square(), mask) / (mask.sum() - ddof).clamp_min(1)
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8) -> Tensor:
     """Scale x (B, R) to variance 1 over all unmasked entries, and to mean 0 unless `shift_mean` is False.
 
-    (x - mean) / sqrt(var + eps), with the unbiased variance; without the shift the mean is added back afterwards.
-    Fewer than two unmasked entries have no variance and are left as they are. Padding is 0 in the result.
+    (x - mean) / sqrt(var + eps), with the variance over their number less `ddof`; without the shift the mean is added
+    back afterwards. Fewer than two unmasked entries have no variance and are left as they are. Padding is 0 in the
+    result.
     """
     if mask.sum() < 2:
         return torch.where(mask.bool(), x, 0.0)
+    x = torch.where(mask.bool(), x, 0.0)
     mean = masked_mean(x, mask)
-    whitened = (x - mean) / (masked_var(x, mask) + eps).sqrt()
+    whitened = (x - mean) / (masked_var(x, mask, ddof) + eps).sqrt()
     return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
 
 
@@ -95,13 +102,57 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     raise ValueError(f"the KL estimator must be k1, k2 or k3, got {kind!r}")
 
 
-def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, mask: Tensor) -> Tensor:
+def token_rewards(
+    scores: Tensor, kl: Tensor, kl_coef: float, mask: Tensor, score_position: str = "last_token"
+) -> Tensor:
     """Rewards (B, R): -kl_coef * KL at every response token, plus the score at the last one (Ziegler et al., eq. 2).
 
     scores: (B,), one a sequence. kl: (B, R), nats a token. A sequence without response tokens gets no reward.
+    score_position: "last_token", of each row; or "last_column", of the batch, as implementations for responses of
+        fixed length have it: rows that end earlier lose their score.
     """
-    rewards = torch.where(mask.bool(), -kl_coef * kl, 0.0)
-    return rewards + torch.where(last_token(mask), scores.unsqueeze(-1), 0.0)
+    mask = mask.bool()
+    scored = last_token(mask)
+    if score_position == "last_column":
+        scored = torch.zeros_like(mask)
+        scored[:, -1] = mask[:, -1]
+    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(scored, scores.unsqueeze(-1), 0.0)
+
+
+def penalise(scores: Tensor, where: Tensor, mode: str, value: float) -> Tensor:
+    """Scores (B,) in which the rows of `where`, bool (B,), are changed.
+
+    mode: "keep" leaves them, "replace" sets them to `value`, "subtract" takes `value` off.
+    Raises ValueError for another mode.
+    """
+    if mode == "keep":
+        return scores
+    if mode == "replace":
+        return torch.where(where, torch.full_like(scores, value), scores)
+    if mode == "subtract":
+        return torch.where(where, scores - value, scores)
+    raise ValueError(f"mode must be one of {', '.join(PENALTY_MODES)}, got {mode!r}")
+
+
+class RunningMoments:
+    """Mean and standard deviation of all scores seen so far (Chan et al. 1979, parallel variance)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: sum of squared deviations from the mean
+
+    def update(self, scores: Tensor) -> None:
+        """Take a batch of scores (B,) in."""
+        n, mean = len(scores), scores.double().mean().item()
+        squares = (scores.double() - mean).square().sum().item()
+        delta, total = mean - self.mean, self.count + n
+        self.squares += squares + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    def whiten(self, scores: Tensor) -> Tensor:
+        """(scores - mean) / std with the moments so far; fewer than two scores, or equal ones, are only centred."""
+        std = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+        return (scores - self.mean) / (std if std > 0 else 1.0)
 
 
 def last_token(mask: Tensor) -> Tensor:
@@ -142,9 +193,15 @@ class AdaptiveKL:
         self.coef, self.target, self.horizon = float(init_coef), float(target), float(horizon)
 
     def update(self, kl: float, n: int) -> None:
-        """Move the coefficient after a batch of n episodes with this mean KL per sequence, in nats."""
+        """Move the coefficient after a batch of n episodes with this mean KL per sequence, in nats.
+
+        It never becomes negative, as a batch of more than 5 horizons could make it. A KL that is not finite is
+        ignored.
+        """
+        if not math.isfinite(kl):
+            return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * n / self.horizon
+        self.coef *= max(1.0 + error * n / self.horizon, 0.0)
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------
@@ -183,13 +240,20 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, limit: float = LOG_RATIO_L
     return (logprobs - old_logprobs).clamp(-limit, limit)
 
 
-def policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float = 0.2) -> Tensor:
+def policy_loss(
+    log_ratio: Tensor, advantages: Tensor, cliprange: float = 0.2, dual_clip: float | None = None
+) -> Tensor:
     """The clipped surrogate objective, negated (Schulman et al. 2017, eq. 7), per token (B, R).
 
     max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(log_ratio).
+    dual_clip: c > 1 bounds the loss by -A c where A < 0 (Ye et al. 2020, "Mastering Complex Control in MOBA Games",
+        eq. 5), so that a token that became much likelier in spite of a bad outcome cannot dominate.
     """
     ratio = log_ratio.exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange))
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange))
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2) -> Tensor:
@@ -204,4 +268,5 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_va
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over unmasked tokens, 0-d; 0 where the returns do not vary."""
     variance = masked_var(returns, mask)
-    return torch.where(variance > 0, 1.0 - masked_var(returns - values, mask) / variance.clamp_min(1e-30), 0.0)
+    rounding = (torch.finfo(returns.dtype).eps * 8 * torch.where(mask.bool(), returns, 0.0).abs().max()).square()
+    return torch.where(variance > rounding, 1.0 - masked_var(returns - values, mask) / variance, 0.0)

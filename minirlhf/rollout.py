@@ -96,6 +96,7 @@ def collect_rollout(
     generator: torch.Generator | None = None,
     forward_batch_size: int = 128,
     score_full_softmax: bool = False,
+    score_temperature: float | None = None,
     autocast: Autocast = contextlib.nullcontext,
 ) -> Rollout:
     """Sample a response to each prompt, and score it with policy, reference and reward function.
@@ -108,6 +109,7 @@ def collect_rollout(
     forward_batch_size: sequences a scoring pass; it changes memory and speed only.
     score_full_softmax: score with the full softmax though the tokens come from a truncated one, as the original
         recipe does.
+    score_temperature: what logits are divided by when scoring; None: the sampling temperature.
     autocast: makes the context for the forward passes (see `optimization.Precision.autocast`).
     Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers.
     """
@@ -130,9 +132,10 @@ def collect_rollout(
     clock.stop("generation")
     scores = call_reward(reward_fn, prompts, responses)
     clock.stop("reward")
+    temperature = sampling.temperature if score_temperature is None else score_temperature
     with autocast():
         scored = score_in_batches(
-            policy, ref_policy, sampled.tokens, sampled.mask, gen_len, sampling.temperature, sampled.sampling_sets,
+            policy, ref_policy, sampled.tokens, sampled.mask, gen_len, temperature, sampled.sampling_sets,
             forward_batch_size,
         )  # fmt: skip
     clock.stop("scoring")

@@ -8,12 +8,9 @@ Left out: several GPUs, and a value model apart from the policy.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,106 +19,18 @@ from torch import Tensor
 from minirlhf import ppo, training_state
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import ActorCritic
-from minirlhf.optimization import PRECISIONS, SCHEDULES, Precision, lr_factor, resolve_device
+from minirlhf.models.heads import ActorCritic, ValueHead
+from minirlhf.optimization import Precision, lr_factor, resolve_device
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.rewards import RewardFunction
 from minirlhf.rollout import Rollout, collect_rollout, rollout_from_tokens
-from minirlhf.sampling import SamplingConfig
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.validation import (
-    require_non_negative,
-    require_one_of,
-    require_positive,
-    require_positive_ints,
-    require_unit_interval,
-)
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """Settings of PPO; names and defaults of the first block are those of the original recipe.
-
-    Raises ValueError with the field, the value and what is allowed.
-    """
-
-    # The loop
-    steps: int = 25000  # episodes (sequences) of the whole run: steps / batch_size iterations
-    batch_size: int = 128  # sequences an iteration
-    forward_batch_size: int = 16  # sequences a forward pass: micro-batches; memory and speed, not results
-    gen_len: int = 16  # new tokens a prompt
-    save_freq: int = 5  # iterations between printed samples and saves
-    # The algorithm
-    ppo_epochs: int = 4  # passes over each batch
-    lr: float = 2e-6
-    init_kl_coef: float = 0.2  # first weight of the KL penalty in the reward
-    target: float = 6.0  # KL per sequence (sum over its tokens) that the controller aims at, nats
-    horizon: float = 10000.0  # episodes; the time scale of the controller
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # of GAE
-    cliprange: float = 0.2  # of the ratio
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1  # weight of the value loss
-
-    # What a modern trainer needs besides
-    adaptive_kl: bool = True  # False: init_kl_coef stays
-    minibatch_size: int = 16  # sequences an optimizer step; 1 in the original recipe
-    max_grad_norm: float = 1.0  # inf: no clipping
-    adam_eps: float = 1e-8
-    lr_schedule: str = "constant"  # constant, linear or cosine, counted in optimizer steps over the whole run
-    lr_warmup: float = 0.0  # share of all optimizer steps
-    target_kl: float | None = None  # stop the epochs of a batch once approxkl passes this, nats a token
-    entropy_coef: float = 0.0  # weight of an entropy bonus
-    log_ratio_limit: float = ppo.LOG_RATIO_LIMIT  # log-ratios are clamped to +- this before exp
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.95
-    score_full_softmax: bool = False  # True: score truncated samples with the full softmax, as the original recipe
-    eos_token_id: int | None = None  # None: every response has gen_len tokens
-    precision: str = "fp32"  # fp32, bf16 or fp16, over fp32 weights
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
-        require_positive_ints(self, *counts)
-        require_positive(self, "lr", "target", "horizon", "log_ratio_limit", "max_grad_norm")
-        require_positive(self, "cliprange", "cliprange_value")
-        require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "adam_eps")
-        require_unit_interval(self, "gamma", "lam", "lr_warmup")
-        if self.target_kl is not None:
-            require_positive(self, "target_kl")
-        require_one_of(self, "lr_schedule", SCHEDULES)
-        require_one_of(self, "precision", PRECISIONS)
-        _ = self.sampling  # temperature, top_k and top_p are checked there
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(self.temperature, self.top_k, self.top_p)
-
-    @property
-    def iterations(self) -> int:
-        """Batches of the whole run."""
-        return -(-self.steps // self.batch_size)
-
-    @classmethod
-    def with_overrides(cls, base: PPOConfig | None = None, **overrides: Any) -> PPOConfig:
-        """`base`, or the defaults, with some fields replaced.
-
-        Raises ValueError for an unknown name, with the nearest known one.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in overrides:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-                raise ValueError(f"PPOConfig has no field {name!r}; {hint}")
-        return dataclasses.replace(base or cls(), **overrides)
 
 
 class PPOTrainer:
     """Proximal policy optimisation of a language model against a reward, held near a reference by a KL penalty.
 
-    policy: an ActorCritic; a plain GPT2 gets a new value head. It is trained in place.
+    policy: an ActorCritic; a plain GPT2 gets a new value head, as the config has it. It is trained in place.
     ref_policy: the frozen reference, usually a second copy of the same checkpoint.
     tokenizer: of both; needed for texts only.
     config: a PPOConfig; **overrides replace its fields by name, so the whole dict of the original recipe may be given.
@@ -138,7 +47,7 @@ class PPOTrainer:
         **overrides: Any,
     ):
         self.config = PPOConfig.with_overrides(config, **overrides)
-        policy = policy if isinstance(policy, ActorCritic) else ActorCritic(policy)
+        policy = _with_value_head(policy, self.config)
         _check_models(policy, ref_policy, tokenizer, self.config)
         self.device = resolve_device(self.config.device)
         self.policy = policy.to(self.device).eval()
@@ -157,8 +66,18 @@ class PPOTrainer:
             "sampling": torch.Generator(self.device).manual_seed(c.seed),
             "shuffling": torch.Generator().manual_seed(c.seed),
         }
+        self.score_moments = ppo.RunningMoments()
         self.iteration = 0  # batches trained on
         self.optimizer_steps = 0
+
+    @property
+    def reference(self) -> GPT2:
+        return self.ref_policy.gpt2 if isinstance(self.ref_policy, ActorCritic) else self.ref_policy
+
+    @property
+    def score_temperature(self) -> float:
+        """What logits are divided by when tokens are scored: what was sampled is what is scored, unless turned off."""
+        return self.config.temperature if self.config.score_temperature else 1.0
 
     # ---- the algorithm ----------------------------------------------------------------------------------------------
 
@@ -181,71 +100,139 @@ class PPOTrainer:
         c, mask = self.config, rollout.response_mask
 
         # r_t = score at the last token - beta * (log pi_old - log pi_ref)
-        kl = ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs)
-        rewards = ppo.token_rewards(rollout.scores, kl, self.kl_controller.coef, mask)
-        advantages, returns = ppo.gae(rewards, rollout.values, mask, c.gamma, c.lam)
-        advantages = ppo.whiten(advantages, mask)
+        scores = self._shaped_scores(rollout)
+        kl = (
+            rollout.exact_kl
+            if c.kl_estimator == "exact"
+            else ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)
+        )
+        penalty = self.kl_controller.coef if c.kl_placement == "reward" else 0.0
+        rewards = ppo.token_rewards(scores, kl, penalty, mask, c.score_position)
+        advantages, returns = self._advantages(rewards, rollout.values, mask)
 
         updates: list[TensorStats] = []
         for _ in range(c.ppo_epochs):
-            epoch = [self._update(rollout, advantages, returns, rows) for rows in self._minibatches(len(rollout))]
+            epoch = [
+                self._update(rollout, rewards, advantages, returns, rows) for rows in self._minibatches(len(rollout))
+            ]
             updates += epoch
             if c.target_kl is not None and mean_stats(epoch)["ppo/policy/approxkl"] > c.target_kl:
                 break
 
-        stats = rollout_statistics(rollout, kl, rewards, returns) | mean_stats(updates)
+        stats = rollout_statistics(rollout, scores, rewards, returns) | mean_stats(updates)
         # At the first minibatch the policy is still the one that sampled: anything but 0 is an error of scoring.
         stats["ppo/policy/first_ratio_error"] = float(updates[0]["ppo/policy/ratio_error"])
         stats["objective/kl_coef"] = self.kl_controller.coef
         stats["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
         stats["ppo/updates"] = float(len(updates))
-        self.kl_controller.update(stats["objective/kl"], len(rollout))
+        per_token = 1.0 if c.kl_unit == "sequence" else 1.0 / stats["tokens/response"]
+        self.kl_controller.update(stats["objective/kl"] * per_token, len(rollout))
         self.iteration += 1
         seconds = {**rollout.seconds, "update": time.perf_counter() - start}
         stats |= {f"time/{phase}": value for phase, value in seconds.items()}
         stats["time/tokens_per_second"] = stats["tokens/response"] * len(rollout) / sum(seconds.values())
         return stats
 
-    def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> TensorStats:
-        """One optimizer step on these rows (minibatch), its gradient summed over micro-batches."""
+    def _shaped_scores(self, rollout: Rollout) -> Tensor:
+        """The scores (B,) that become rewards: penalties, then scale, running whitening and clipping."""
+        c, mask = self.config, rollout.response_mask
+        scores = rollout.scores
+        if c.missing_eos != "keep":
+            last = ppo.last_token(mask)
+            ended = (last & (rollout.tokens[:, -mask.size(1) :] == c.eos_token_id)).any(-1)
+            scores = ppo.penalise(scores, ~ended, c.missing_eos, c.missing_eos_score)
+        if c.overlong != "keep" and c.max_response_tokens is not None:
+            scores = ppo.penalise(scores, mask.sum(-1) > c.max_response_tokens, c.overlong, c.overlong_score)
+        scores = scores * c.score_scale
+        if c.score_whitening:
+            self.score_moments.update(scores)
+            scores = self.score_moments.whiten(scores)
+        return scores if c.score_clip is None else scores.clamp(-c.score_clip, c.score_clip)
+
+    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages, whitened, and returns, (B, R), of the rows given."""
         c = self.config
-        tokens = rollout.response_mask[rows].sum()  # of the whole minibatch: its cut into micro-batches changes nothing
+        if c.whiten_scope == "sequence" and len(mask) > 1:
+            rows = [
+                self._advantages(*row) for row in zip(rewards.split(1), values.split(1), mask.split(1), strict=True)
+            ]
+            return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+        if c.whiten_rewards:
+            rewards = ppo.whiten(rewards, mask, shift_mean=False, ddof=c.whiten_ddof)
+        advantages, returns = ppo.gae(rewards, values, mask, c.gamma, c.lam)
+        return ppo.whiten(advantages, mask, ddof=c.whiten_ddof), returns
+
+    def _update(
+        self, rollout: Rollout, rewards: Tensor, advantages: Tensor, returns: Tensor, rows: Tensor
+    ) -> TensorStats:
+        """One optimizer step on these rows (minibatch), its gradient summed over micro-batches."""
+        c, mask = self.config, rollout.response_mask[rows]
+        if c.whiten_scope == "minibatch":
+            advantages, returns = self._advantages(rewards[rows], rollout.values[rows], mask)
+        else:
+            advantages, returns = advantages[rows], returns[rows]
         totals: TensorStats = {}
-        for micro in rows.split(c.forward_batch_size):
-            batch = rollout.rows(micro)
+        for micro in torch.arange(len(rows), device=rows.device).split(c.forward_batch_size):
+            batch = rollout.rows(rows[micro])
             width = batch.response_mask.size(1)
-            loss, sums = self._loss(batch, advantages[micro, :width], returns[micro, :width])
-            self.precision.backward(loss / tokens)
+            weights = self._weights(mask, micro)[:, :width]
+            loss, sums = self._loss(batch, advantages[micro, :width], returns[micro, :width], weights)
+            self.precision.backward(loss)
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() / tokens
+                totals[name] = totals.get(name, 0.0) + value.detach()
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.lr_schedule, self._progress(), c.lr_warmup)
         totals["ppo/grad_norm"] = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm)
         self.optimizer_steps += 1
         return totals
 
-    def _loss(self, batch: Rollout, advantages: Tensor, returns: Tensor) -> tuple[Tensor, TensorStats]:
-        """The loss of a micro-batch, summed over its tokens, and the sums of what is worth logging."""
+    def _weights(self, mask: Tensor, micro: Tensor) -> Tensor:
+        """The weight of each token of a micro-batch in the mean over its minibatch, whose mask is given."""
+        c, own = self.config, mask[micro]
+        if c.loss_averaging == "tokens":  # one count for the minibatch: how it is cut changes nothing
+            return own / mask.sum()
+        if c.loss_averaging == "sequences":
+            return own / own.sum(-1, keepdim=True) / len(mask)
+        return own / own.sum() / -(-len(mask) // c.forward_batch_size)
+
+    def _loss(self, batch: Rollout, advantages: Tensor, returns: Tensor, weights: Tensor) -> tuple[Tensor, TensorStats]:
+        """The loss of a micro-batch, its share of the minibatch's mean, and the same of what is worth logging."""
         c, mask = self.config, batch.response_mask
+        exact = c.kl_placement == "loss" and c.kl_estimator == "exact"
         with self.precision.autocast():
-            scored = self.policy.score(batch.tokens, batch.mask, mask.size(1), c.temperature, batch.sampling_sets)
+            scored = self.policy.score(
+                batch.tokens,
+                batch.mask,
+                mask.size(1),
+                self.score_temperature,
+                batch.sampling_sets,
+                self.reference if exact else None,
+            )
         assert scored.values is not None
+
+        def mean(x: Tensor) -> Tensor:
+            return ppo.masked_sum(x * weights, mask)
+
         log_ratio = ppo.log_ratio(scored.logprobs, batch.logprobs, c.log_ratio_limit)
-        policy_loss = ppo.masked_sum(ppo.policy_loss(log_ratio, advantages, c.cliprange), mask)
-        value_loss = ppo.masked_sum(ppo.value_loss(scored.values, batch.values, returns, c.cliprange_value), mask)
-        entropy = ppo.masked_sum(scored.entropy, mask)
-        loss = policy_loss + c.vf_coef * value_loss - c.entropy_coef * entropy
+        policy_loss = mean(ppo.policy_loss(log_ratio, advantages, c.cliprange, c.dual_clip))
+        value_loss = mean(ppo.value_loss(scored.values, batch.values, returns, c.cliprange_value))
+        loss = c.vf_coef * value_loss
+        if self.iteration >= c.value_warmup:
+            loss = loss + policy_loss - c.entropy_coef * mean(scored.entropy)
+            if c.kl_placement == "loss":
+                kl = scored.exact_kl if exact else ppo.kl_estimate(scored.logprobs, batch.ref_logprobs, c.kl_estimator)
+                assert kl is not None
+                loss = loss + self.kl_controller.coef * mean(kl)
         ratio_error = log_ratio.detach().expm1().abs()
+        value_change = (scored.values.detach() - batch.values).abs()
         sums = {
             "ppo/loss/policy": policy_loss,
             "ppo/loss/value": value_loss,
             "ppo/loss/total": loss,
-            "ppo/policy/approxkl": ppo.masked_sum(0.5 * log_ratio.detach().square(), mask),
-            "ppo/policy/clipfrac": ppo.masked_sum((ratio_error > c.cliprange).float(), mask),
-            "ppo/policy/ratio_error": ppo.masked_sum(ratio_error, mask),
-            "ppo/val/clipfrac": ppo.masked_sum(
-                ((scored.values.detach() - batch.values).abs() > c.cliprange_value).float(), mask
-            ),
+            "ppo/policy/approxkl": mean(0.5 * log_ratio.detach().square()),
+            "ppo/policy/clipfrac": mean((ratio_error > c.cliprange).to(weights)),
+            "ppo/policy/ratio_error": mean(ratio_error),
+            "ppo/val/clipfrac": mean((value_change > c.cliprange_value).to(weights)),
         }
         return loss, sums
 
@@ -266,6 +253,7 @@ class PPOTrainer:
             generator=self.generators["sampling"],
             forward_batch_size=max(c.forward_batch_size, 128 if self.device.type == "cpu" else 1024),
             score_full_softmax=c.score_full_softmax,
+            score_temperature=self.score_temperature,
             autocast=self.precision.autocast,
         )
 
@@ -316,7 +304,7 @@ class PPOTrainer:
             queries,
             responses,
             scores,
-            self.config.temperature,
+            self.score_temperature,
             pad_token_id=self.tokenizer.pad_id,
             forward_batch_size=self.config.forward_batch_size,
             autocast=self.precision.autocast,
@@ -348,6 +336,19 @@ class PPOTrainer:
         Raises FileNotFoundError, or ValueError for a damaged file, or one of other models or settings.
         """
         training_state.load(self, path)
+
+
+def _with_value_head(policy: ActorCritic | GPT2, config: PPOConfig) -> ActorCritic:
+    if isinstance(policy, GPT2):
+        kind = config.value_head or "linear"
+        head = ValueHead(policy.config.n_embd, kind, init_range=config.value_head_init, seed=config.seed)
+        return ActorCritic(policy, head)
+    if config.value_head not in (None, policy.value_head.kind):
+        raise ValueError(
+            f"PPOConfig.value_head is {config.value_head!r}, but the policy has a {policy.value_head.kind!r} head; "
+            "pass the plain GPT2 to get a new one"
+        )
+    return policy
 
 
 def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer: Tokenizer, config: PPOConfig) -> None:

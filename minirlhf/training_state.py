@@ -32,6 +32,7 @@ def save(trainer: PPOTrainer, path: str | os.PathLike[str]) -> None:
         "iteration": trainer.iteration,
         "optimizer_steps": trainer.optimizer_steps,
         "kl_coef": trainer.kl_controller.coef,
+        "score_moments": vars(trainer.score_moments),
         "scaler": trainer.precision.scaler.state_dict(),
         "config": dataclasses.asdict(trainer.config),
     }
@@ -58,6 +59,7 @@ def load(trainer: PPOTrainer, path: str | os.PathLike[str]) -> None:
     trainer.precision.scaler.load_state_dict(counters["scaler"])
     trainer.iteration, trainer.optimizer_steps = counters["iteration"], counters["optimizer_steps"]
     trainer.kl_controller.coef = counters["kl_coef"]
+    vars(trainer.score_moments).update(counters["score_moments"])
 
 
 def _trained(trainer: PPOTrainer) -> dict[str, Any]:

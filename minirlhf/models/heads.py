@@ -32,19 +32,21 @@ class ValueHead(nn.Module):
 
     kind: "linear", unbounded; or "tanh", Linear -> Tanh -> Dropout as in the original recipe, bounded to (-1, 1).
     dropout: of the "tanh" head.
-    Starts at zero, so that the first advantages are those of no baseline at all (Ziegler et al. 2019 do the same).
+    init_range: weights start uniform in +-init_range. 0: the first values are 0 and the first advantages those of no
+        baseline at all, as Ziegler et al. 2019 have it. seed: of the generator that draws them.
     Raises ValueError for an unknown kind.
     """
 
-    def __init__(self, n_embd: int, kind: str = "linear", dropout: float = 0.1):
+    def __init__(self, n_embd: int, kind: str = "linear", dropout: float = 0.1, init_range: float = 0.0, seed: int = 0):
         super().__init__()
         if kind not in VALUE_HEAD_KINDS:
             raise ValueError(f"the kind of a value head must be one of {', '.join(VALUE_HEAD_KINDS)}, got {kind!r}")
         self.kind = kind
         self.summary = nn.Linear(n_embd, 1)
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.summary.weight)
-        nn.init.zeros_(self.summary.bias)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.uniform_(self.summary.weight, -init_range, init_range, generator=generator)
+        nn.init.uniform_(self.summary.bias, -init_range, init_range, generator=generator)
 
     def forward(self, hidden: Tensor) -> Tensor:
         values = full_precision(self.summary(hidden).squeeze(-1))
