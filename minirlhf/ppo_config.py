@@ -75,7 +75,7 @@ class PPOConfig:
     score_scale: float = 1.0  # factor
     score_whitening: bool = False  # by the running mean and standard deviation of all scores so far
     score_clip: float | None = None  # to +- this
-    # Where implementations differ (see docs in examples/presets.md)
+    # Where implementations differ; the table in examples/README.md says which has what
     whiten_scope: str = "batch"  # advantages are whitened over the batch, the minibatch or each sequence
     whiten_ddof: int = 1  # 1: unbiased variance, 0: biased
     whiten_rewards: bool = False  # scale token rewards to variance 1 as well, in the same scope

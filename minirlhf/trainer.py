@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from minirlhf import ppo, training_state
+from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, ValueHead
@@ -99,15 +100,7 @@ class PPOTrainer:
         rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
         c, mask = self.config, rollout.response_mask
 
-        # r_t = score at the last token - beta * (log pi_old - log pi_ref)
-        scores = self._shaped_scores(rollout)
-        kl = (
-            rollout.exact_kl
-            if c.kl_estimator == "exact"
-            else ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)
-        )
-        penalty = self.kl_controller.coef if c.kl_placement == "reward" else 0.0
-        rewards = ppo.token_rewards(scores, kl, penalty, mask, c.score_position)
+        rewards, scores = self._token_rewards(rollout)
         advantages, returns = self._advantages(rewards, rollout.values, mask)
 
         updates: list[TensorStats] = []
@@ -133,8 +126,26 @@ class PPOTrainer:
         stats["time/tokens_per_second"] = stats["tokens/response"] * len(rollout) / sum(seconds.values())
         return stats
 
-    def _shaped_scores(self, rollout: Rollout) -> Tensor:
-        """The scores (B,) that become rewards: penalties, then scale, running whitening and clipping."""
+    def _token_kl(self, rollout: Rollout) -> Tensor:
+        """KL (B, R) of each token between the sampling policy and the reference, as the config estimates it."""
+        if self.config.kl_estimator == "exact":
+            return rollout.exact_kl
+        return ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, self.config.kl_estimator)
+
+    def _token_rewards(self, rollout: Rollout, update: bool = True) -> tuple[Tensor, Tensor]:
+        """Token rewards (B, R), and the scores (B,) in them. update: as in `_shaped_scores`."""
+        c = self.config
+        scores = self._shaped_scores(rollout, update)
+        # r_t = score at the last token - beta * KL_t
+        beta = self.kl_controller.coef if c.kl_placement == "reward" else 0.0
+        rewards = ppo.token_rewards(scores, self._token_kl(rollout), beta, rollout.response_mask, c.score_position)
+        return rewards, scores
+
+    def _shaped_scores(self, rollout: Rollout, update: bool) -> Tensor:
+        """The scores (B,) that become rewards: penalties, then scale, running whitening and clipping.
+
+        update: take the scores into the running moments.
+        """
         c, mask = self.config, rollout.response_mask
         scores = rollout.scores
         if c.missing_eos != "keep":
@@ -145,7 +156,8 @@ class PPOTrainer:
             scores = ppo.penalise(scores, mask.sum(-1) > c.max_response_tokens, c.overlong, c.overlong_score)
         scores = scores * c.score_scale
         if c.score_whitening:
-            self.score_moments.update(scores)
+            if update:
+                self.score_moments.update(scores)
             scores = self.score_moments.whiten(scores)
         return scores if c.score_clip is None else scores.clamp(-c.score_clip, c.score_clip)
 
@@ -235,6 +247,42 @@ class PPOTrainer:
             "ppo/val/clipfrac": mean((value_change > c.cliprange_value).to(weights)),
         }
         return loss, sums
+
+    @torch.no_grad()
+    def explain(self, rollout: Rollout, i: int, file: TextIO | None = None) -> Explanation:
+        """Print one row of a rollout token by token, as PPO sees it, and return it.
+
+        rollout: before or after `step` was called on it; the ratio shows how far the policy has moved since it was
+            sampled. The KL coefficient is the controller's present one.
+        i: the row. file: where to print; None: standard output.
+        Raises ValueError for a row that is not there.
+        """
+        if not 0 <= i < len(rollout):
+            raise ValueError(f"the rollout has rows 0 to {len(rollout) - 1}, got {i}")
+        c, mask = self.config, rollout.response_mask
+        kl, rewards = self._token_kl(rollout), self._token_rewards(rollout, update=False)[0]
+        advantages, returns = self._advantages(rewards, rollout.values, mask)
+        row = rollout.rows(torch.tensor([i], device=self.device))
+        width = row.response_mask.size(1)
+        with self.precision.autocast():
+            now = self.policy.score(row.tokens, row.mask, width, self.score_temperature, row.sampling_sets).logprobs
+        log_ratio = ppo.log_ratio(now, row.logprobs, c.log_ratio_limit)
+        advantage, ratio = advantages[i : i + 1, :width], log_ratio.exp()
+        clipped = torch.where(advantage > 0, ratio > 1 + c.cliprange, ratio < 1 - c.cliprange)
+        columns = [now, row.logprobs, row.ref_logprobs, kl[i : i + 1, :width], rewards[i : i + 1, :width], row.values]
+        columns += [returns[i : i + 1, :width], advantage, ratio]
+        numbers = torch.cat(columns).T.tolist()  # one list a token
+        texts = [self.tokenizer.vocab[token] for token in row.tokens[0, -width:].tolist()]
+        explanation = Explanation(
+            rollout.prompts[i] if rollout.prompts else self.tokenizer.decode(row.tokens[0, :-width]),
+            rollout.scores[i].item(),
+            tuple(
+                TokenExplanation(text, *values, clipped=bool(cut))
+                for text, values, cut in zip(texts, numbers, clipped[0].tolist(), strict=True)
+            ),
+        )
+        print(explanation, file=file)
+        return explanation
 
     # ---- experience -------------------------------------------------------------------------------------------------
 
