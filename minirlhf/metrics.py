@@ -60,6 +60,12 @@ def rollout_statistics(rollout: Rollout, scores: Tensor, rewards: Tensor, return
     )
 
 
+def time_statistics(stats: Stats, seconds: Mapping[str, float], count: int) -> Stats:
+    """Seconds of each phase of a step, and response tokens a second over all of them."""
+    times = {f"time/{phase}": value for phase, value in seconds.items()}
+    return times | {"time/tokens_per_second": stats["tokens/response"] * count / sum(seconds.values())}
+
+
 def mean_stats(stats: Sequence[TensorStats]) -> Stats:
     """The mean of each statistic over minibatches, read from the device in one transfer."""
     names = list(stats[0])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minirlhf import ppo, training_state
 from minirlhf.explanation import Explanation, TokenExplanation
-from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics
+from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.optimization import Precision, lr_factor, resolve_device
@@ -98,33 +98,24 @@ class PPOTrainer:
         """
         start = time.perf_counter()
         rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
-        c, mask = self.config, rollout.response_mask
 
+        # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)
         rewards, scores = self._token_rewards(rollout)
-        advantages, returns = self._advantages(rewards, rollout.values, mask)
+        advantages, returns = self._advantages(rewards, rollout.values, rollout.response_mask)
 
         updates: list[TensorStats] = []
-        for _ in range(c.ppo_epochs):
-            epoch = [
-                self._update(rollout, rewards, advantages, returns, rows) for rows in self._minibatches(len(rollout))
-            ]
+        for _ in range(self.config.ppo_epochs):
+            epoch = []
+            for rows in self._minibatches(len(rollout)):
+                epoch.append(self._update(rollout, rewards, advantages, returns, rows))
             updates += epoch
-            if c.target_kl is not None and mean_stats(epoch)["ppo/policy/approxkl"] > c.target_kl:
+            if self._moved_too_far(epoch):
                 break
 
-        stats = rollout_statistics(rollout, scores, rewards, returns) | mean_stats(updates)
-        # At the first minibatch the policy is still the one that sampled: anything but 0 is an error of scoring.
-        stats["ppo/policy/first_ratio_error"] = float(updates[0]["ppo/policy/ratio_error"])
-        stats["objective/kl_coef"] = self.kl_controller.coef
-        stats["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
-        stats["ppo/updates"] = float(len(updates))
-        per_token = 1.0 if c.kl_unit == "sequence" else 1.0 / stats["tokens/response"]
-        self.kl_controller.update(stats["objective/kl"] * per_token, len(rollout))
+        stats = rollout_statistics(rollout, scores, rewards, returns) | self._update_statistics(updates)
+        self._update_kl_coef(stats, len(rollout))
         self.iteration += 1
-        seconds = {**rollout.seconds, "update": time.perf_counter() - start}
-        stats |= {f"time/{phase}": value for phase, value in seconds.items()}
-        stats["time/tokens_per_second"] = stats["tokens/response"] * len(rollout) / sum(seconds.values())
-        return stats
+        return stats | time_statistics(stats, {**rollout.seconds, "update": time.perf_counter() - start}, len(rollout))
 
     def _token_kl(self, rollout: Rollout) -> Tensor:
         """KL (B, R) of each token between the sampling policy and the reference, as the config estimates it."""
@@ -269,15 +260,24 @@ class PPOTrainer:
         log_ratio = ppo.log_ratio(now, row.logprobs, c.log_ratio_limit)
         advantage, ratio = advantages[i : i + 1, :width], log_ratio.exp()
         clipped = torch.where(advantage > 0, ratio > 1 + c.cliprange, ratio < 1 - c.cliprange)
-        columns = [now, row.logprobs, row.ref_logprobs, kl[i : i + 1, :width], rewards[i : i + 1, :width], row.values]
-        columns += [returns[i : i + 1, :width], advantage, ratio]
-        numbers = torch.cat(columns).T.tolist()  # one list a token
+        columns = {
+            "logprob": now,
+            "old_logprob": row.logprobs,
+            "ref_logprob": row.ref_logprobs,
+            "kl": kl[i : i + 1, :width],
+            "reward": rewards[i : i + 1, :width],
+            "value": row.values,
+            "returns": returns[i : i + 1, :width],
+            "advantage": advantage,
+            "ratio": ratio,
+        }
+        numbers = torch.cat(list(columns.values())).T.tolist()  # one list a token
         texts = [self.tokenizer.vocab[token] for token in row.tokens[0, -width:].tolist()]
         explanation = Explanation(
             rollout.prompts[i] if rollout.prompts else self.tokenizer.decode(row.tokens[0, :-width]),
             rollout.scores[i].item(),
             tuple(
-                TokenExplanation(text, *values, clipped=bool(cut))
+                TokenExplanation(text, clipped=bool(cut), **dict(zip(columns, values, strict=True)))
                 for text, values, cut in zip(texts, numbers, clipped[0].tolist(), strict=True)
             ),
         )
@@ -357,6 +357,25 @@ class PPOTrainer:
             forward_batch_size=self.config.forward_batch_size,
             autocast=self.precision.autocast,
         )
+
+    def _moved_too_far(self, epoch: list[TensorStats]) -> bool:
+        """Whether the policy left the trust region that `target_kl` draws around the one that sampled."""
+        limit = self.config.target_kl
+        return limit is not None and mean_stats(epoch)["ppo/policy/approxkl"] > limit
+
+    def _update_kl_coef(self, stats: Stats, count: int) -> None:
+        """Let the controller see the batch's KL, in the unit of its target."""
+        tokens = 1.0 if self.config.kl_unit == "sequence" else stats["tokens/response"]
+        self.kl_controller.update(stats["objective/kl"] / tokens, count)
+
+    def _update_statistics(self, updates: list[TensorStats]) -> Stats:
+        stats = mean_stats(updates)
+        # At the first minibatch the policy is still the one that sampled: anything but 0 is an error of scoring.
+        stats["ppo/policy/first_ratio_error"] = float(updates[0]["ppo/policy/ratio_error"])
+        stats["objective/kl_coef"] = self.kl_controller.coef
+        stats["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
+        stats["ppo/updates"] = float(len(updates))
+        return stats
 
     def _minibatches(self, count: int) -> Iterator[Tensor]:
         """Shuffled rows in minibatches; the last one may be smaller."""
