@@ -196,7 +196,7 @@ class BertClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> BertClassifier:
-        """Load a folder in the published layout, in fp32.
+        """Load a folder in the published layout, in fp32 and in eval mode.
 
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
@@ -207,7 +207,7 @@ class BertClassifier(nn.Module):
         named = {name: t for name, t in tensors.items() if not name.endswith("position_ids")}
         check_tensors(named, {name: p.shape for name, p in model.state_dict().items()}, folder)
         model.load_state_dict(named)
-        return model
+        return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.

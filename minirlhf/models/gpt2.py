@@ -182,7 +182,7 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2:
-        """Load a folder in the published layout, in fp32.
+        """Load a folder in the published layout, in fp32 and in eval mode.
 
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
@@ -195,7 +195,7 @@ class GPT2(nn.Module):
             raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied LM heads are supported")
         check_tensors(named, {name: p.shape for name, p in model.state_dict().items()}, folder)
         model.load_state_dict(named)
-        return model
+        return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.

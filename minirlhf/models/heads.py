@@ -106,7 +106,7 @@ class ActorCritic(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], value_head: str = "linear") -> ActorCritic:
-        """Load a GPT-2 folder, and its `value_head.safetensors` if it has one.
+        """Load a GPT-2 folder, and its `value_head.safetensors` if it has one, in eval mode.
 
         value_head: the kind of head. Raises as `GPT2.from_pretrained`, and ValueError for a head that does not fit.
         """
@@ -117,7 +117,7 @@ class ActorCritic(nn.Module):
             tensors = read_tensors(path)
             check_tensors(tensors, {name: p.shape for name, p in head.state_dict().items()}, path)
             head.load_state_dict(tensors)
-        return cls(gpt2, head)
+        return cls(gpt2, head).eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the GPT-2 in the published layout, and the value head beside it where other tools ignore it."""
