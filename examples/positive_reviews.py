@@ -11,10 +11,14 @@ folders policy/ and reference/ under --output.
 import argparse
 import dataclasses
 import random
+import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ImportError:
+    sys.exit("the examples need tqdm and matplotlib: pip install 'minirlhf[examples]'")
 
 from minirlhf import GPT2, ActorCritic, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.checkpoints import read_json, write_json
@@ -113,4 +117,7 @@ def read_prompts(prompts: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # bad input: one line, no traceback
+        sys.exit(f"error: {error}")

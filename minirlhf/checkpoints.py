@@ -95,6 +95,31 @@ def check_tensors(
         raise ValueError(f"the weights in {origin} do not fit the model: {shown}")
 
 
+def check_published(
+    content: Mapping[str, Any], folder: str | os.PathLike[str], model_type: str, fixed: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if a published config is of another model, or asks for a variant that is not supported.
+
+    fixed: field -> the only supported value, which is also what a missing field means.
+    """
+    if content.get("model_type", model_type) != model_type:
+        raise ValueError(f"{folder} holds a {content['model_type']!r} model, expected {model_type!r}")
+    for name, value in fixed.items():
+        if content.get(name, value) != value:
+            raise ValueError(f"{folder}: config.json has {name}={content[name]!r}; only {value!r} is supported")
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in another floating-point type. Raises ValueError for a value that it cannot hold."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights are stored in a floating-point type, got {dtype}")
+    stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds values that {dtype} cannot hold: up to {tensors[name].abs().max()}")
+    return stored
+
+
 def write_folder(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minirlhf.batching import bucketed_batches, length_sorted_batches, right_pad
 from minirlhf.models.bert import BertClassifier
-from minirlhf.optimization import FitConfig, fit, resolve_device
+from minirlhf.optimization import FitConfig, eval_mode, fit, resolve_device
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.validation import require, require_rates
 
@@ -32,7 +32,6 @@ class ClassifierTrainingConfig(FitConfig):
     tokens_per_batch: int = 4096  # padding included
     mask_probability: float = 0.15  # share of tokens replaced by [MASK] in training
     mlm_weight: float = 0.0  # weight of the masked-token loss beside the label loss
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,10 +100,11 @@ def predict(
     sequences = tokenizer.encode_batch(texts, max_length)
     device = next(model.parameters()).device
     logits = torch.empty(len(texts), len(model.config.labels))
-    for batch in length_sorted_batches([len(s) for s in sequences], batch_size):
-        ids, mask = right_pad([sequences[i] for i in batch], tokenizer.pad_id)
-        padded = None if bool(mask.all()) else mask.to(device)
-        logits[batch] = model(ids.to(device), padded).float().cpu()
+    with eval_mode(model):
+        for batch in length_sorted_batches([len(s) for s in sequences], batch_size):
+            ids, mask = right_pad([sequences[i] for i in batch], tokenizer.pad_id)
+            padded = None if bool(mask.all()) else mask.to(device)
+            logits[batch] = model(ids.to(device), padded).float().cpu()
     return logits
 
 

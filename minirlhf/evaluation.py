@@ -49,6 +49,8 @@ def compare(
     `kl_full_softmax`: the same of the models' untruncated distributions.
     Raises ValueError as `collect_rollout`.
     """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
     chosen = [prompts[i % len(prompts)] for i in range(samples)]
     device = reference.wte.weight.device
 

@@ -126,12 +126,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         return []
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a whole line ends in a line feed
+    whole = path.read_bytes().split(b"\n")[:-1]  # a whole line ends in a line feed
     content = []
     for number, line in enumerate(whole, 1):
         try:
-            content.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            content.append(json.loads(line.decode("utf-8")))
+        except ValueError as error:
             raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
     return content
 

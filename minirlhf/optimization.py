@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.validation import (
+    require,
     require_non_negative,
     require_one_of,
     require_positive,
@@ -33,8 +34,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:index]', got {device!r}") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:index]', got {device!r}")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but this PyTorch sees no GPU; use 'cpu' or 'auto'")
     return resolved
@@ -111,12 +114,15 @@ class FitConfig:
     max_grad_norm: float = 1.0
     precision: str = "fp32"
     device: str = "auto"
+    seed: int = 0  # of shuffling, masking and dropout
 
     def __post_init__(self) -> None:
         require_positive_ints(self, "epochs")
         require_positive(self, "lr", "max_grad_norm")
         require_unit_interval(self, "warmup", "lr_floor")
         require_non_negative(self, "weight_decay")
+        require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        require(self, "seed", type(self.seed) is int, "an integer")
         require_one_of(self, "schedule", SCHEDULES)
         require_one_of(self, "precision", PRECISIONS)
 
@@ -148,18 +154,48 @@ def fit(
         fused=True,
     )
     model.train()
-    for epoch in range(config.epochs):
-        batches = epoch_batches(epoch)
-        for i, batch in enumerate(batches):
-            progress = (epoch + i / len(batches)) / config.epochs
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * lr_factor(config.schedule, progress, config.warmup, config.lr_floor)
-            with precision.autocast():
-                loss = loss_of(batch)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss became {loss.item()} in epoch {epoch}, batch {i}; lower the lr")
-            precision.backward(loss)
-            precision.step(optimizer, parameters, config.max_grad_norm)
-            if on_step is not None:
-                on_step((epoch + (i + 1) / len(batches)) / config.epochs, loss.item())
+    try:
+        with seeded_dropout(config.seed, device):
+            for epoch in range(config.epochs):
+                batches = epoch_batches(epoch)
+                for i, batch in enumerate(batches):
+                    # The middle of the step: neither the first nor the last one has a learning rate of 0.
+                    progress = (epoch + (i + 0.5) / len(batches)) / config.epochs
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.lr * lr_factor(config.schedule, progress, config.warmup, config.lr_floor)
+                    with precision.autocast():
+                        loss = loss_of(batch)
+                    if not torch.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the loss became {loss.item()} in epoch {epoch}, batch {i}; lower the learning rate"
+                        )
+                    precision.backward(loss)
+                    precision.step(optimizer, parameters, config.max_grad_norm)
+                    if on_step is not None:
+                        on_step((epoch + (i + 1) / len(batches)) / config.epochs, loss.item())
+    finally:
+        model.eval()
+
+
+@contextlib.contextmanager
+def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it dropout, which knows no generator but the global one, draws from a stream of this seed.
+
+    The global random state is the caller's again afterwards.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+        yield
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it a model is in eval mode; afterwards in the mode that it was in."""
+    training = model.training
     model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

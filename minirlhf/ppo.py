@@ -68,7 +68,7 @@ def gather_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Entropy (...) in nats of the distributions softmax(logits (..., V)); logits of -inf have probability 0."""
     logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1)  # 0 * -inf would be NaN
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # 0 * -inf would be NaN
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:

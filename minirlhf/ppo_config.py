@@ -17,6 +17,10 @@ from minirlhf.optimization import PRECISIONS, SCHEDULES
 from minirlhf.sampling import SamplingConfig
 from minirlhf.validation import (
     require,
+    require_above,
+    require_bools,
+    require_counts,
+    require_finite,
     require_non_negative,
     require_one_of,
     require_positive,
@@ -61,10 +65,11 @@ class PPOConfig:
     entropy_coef: float = 0.0  # weight of an entropy bonus
     log_ratio_limit: float = ppo.LOG_RATIO_LIMIT  # log-ratios are clamped to +- this before exp
     dual_clip: float | None = None  # c > 1: bound the loss of tokens with negative advantage by -A c
-    value_warmup: int = 0  # iterations at the start in which the value loss alone is trained
+    value_warmup: int = 0  # iterations at the start in which the value head alone is trained
     # KL
     kl_estimator: str = "k1"  # k1, k2, k3 or exact (over the whole sampling set)
-    kl_placement: str = "reward"  # reward: a penalty in the token rewards; loss: beta * KL added to the loss
+    # reward: a penalty in the token rewards; loss: beta * KL added to the loss, where k1 has a gradient of mean 0
+    kl_placement: str = "reward"
     kl_unit: str = "sequence"  # what the controller compares with its target: KL a sequence, or a token
     # Scores, in the order in which they are changed
     missing_eos: str = "keep"  # keep, replace or subtract, for responses that do not end in eos_token_id
@@ -97,15 +102,19 @@ class PPOConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
         require_positive_ints(self, *counts)
-        require_positive(self, "lr", "target", "horizon", "log_ratio_limit", "max_grad_norm")
-        require_positive(self, "cliprange", "cliprange_value")
-        require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "adam_eps")
+        require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")
+        require_positive(self, "log_ratio_limit", "max_grad_norm")  # inf turns them off
+        require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
         require_unit_interval(self, "gamma", "lam", "lr_warmup")
-        for name in ("target_kl", "score_clip"):
+        require_finite(self, "missing_eos_score", "overlong_score", "score_scale")
+        require_counts(self, "value_warmup", "seed")
+        require_bools(self, "adaptive_kl", "score_whitening", "whiten_rewards")
+        require_bools(self, "score_temperature", "score_full_softmax")
+        for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1)):
             if getattr(self, name) is not None:
-                require_positive(self, name)
-        require(self, "dual_clip", self.dual_clip is None or self.dual_clip > 1, "None or a number above 1")
-        require_non_negative(self, "value_warmup", "value_head_init")
+                require_above(self, bound, name)
+        if self.eos_token_id is not None:
+            require_counts(self, "eos_token_id")
         require_one_of(self, "kl_estimator", (*ppo.KL_ESTIMATORS, "exact"))
         require_one_of(self, "kl_placement", ("reward", "loss"))
         require_one_of(self, "kl_unit", ("sequence", "token"))
@@ -115,10 +124,8 @@ class PPOConfig:
         require_one_of(self, "overlong", ppo.PENALTY_MODES)
         if self.overlong != "keep":
             require_positive_ints(self, "max_response_tokens")
-        for name in ("missing_eos_score", "overlong_score", "score_scale"):
-            require(self, name, math.isfinite(getattr(self, name)), "a finite number")
         require_one_of(self, "whiten_scope", ("batch", "minibatch", "sequence"))
-        require(self, "whiten_ddof", self.whiten_ddof in (0, 1), "0 or 1")
+        require(self, "whiten_ddof", type(self.whiten_ddof) is int and self.whiten_ddof in (0, 1), "0 or 1")
         require_one_of(self, "loss_averaging", ("tokens", "micro_batches", "sequences"))
         require_one_of(self, "score_position", ("last_token", "last_column"))
         if self.value_head is not None:
@@ -205,7 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # huggingface/trl 0.11, the last with PPOTrainer.step
     "trl0.11": dict(
-        lr=1e-5,
+        lr=1.41e-5,
         minibatch_size=128,
         max_grad_norm=math.inf,
         loss_averaging="micro_batches",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minirlhf.classification import predict
 from minirlhf.models.bert import BertClassifier
@@ -60,16 +60,15 @@ def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Seque
 
 def checked_scores(scores: Any, count: int) -> Tensor:
     """Scores as a tensor (count,), fp64, on the CPU. Raises ValueError if they are not `count` finite numbers."""
+    if isinstance(scores, (list, tuple)):  # numbers, or tensors of one element
+        scores = [score.item() if isinstance(score, Tensor) and score.numel() == 1 else score for score in scores]
     try:
-        if isinstance(scores, (list, tuple)):
-            scores = [float(score) for score in scores]  # numbers, or tensors of one element
-        tensor = torch.as_tensor(scores, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+        tensor = torch.as_tensor(scores).detach().to("cpu", torch.float64, copy=True)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"scores must be {count} numbers, got {type(scores).__name__}: {error}") from error
-    tensor = tensor.detach().cpu()
     if tensor.shape != (count,):
         raise ValueError(f"scores must be {count} numbers, one a text, got shape {tuple(tensor.shape)}")
-    bad = (~torch.isfinite(tensor)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(tensor.float())).nonzero().flatten().tolist()  # also what fp32 cannot hold
     if bad:
         first = tensor[bad[0]].item()
         raise ValueError(f"scores must be finite, got {first} for text {bad[0]} ({len(bad)} bad in all)")
@@ -98,7 +97,7 @@ class SentimentReward:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model = model.eval().requires_grad_(False).to(resolve_device(device))
+        self.model = model.eval().to(resolve_device(device))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.positive = _positive_index(model.config.labels, positive_label)
@@ -131,6 +130,8 @@ class SentimentReward:
 
     def probabilities(self, texts: Sequence[str]) -> Tensor:
         """Probabilities (B, L) of all labels, fp32 on the CPU, computed in batches of similar length."""
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of texts, got a single one")
         limit = self.model.config.max_position_embeddings
         return predict(self.model, self.tokenizer, texts, limit, self.batch_size).softmax(-1)
 
@@ -148,7 +149,9 @@ def _positive_index(labels: Sequence[str], name: str | None) -> int:
 
 def _takes_prompts(reward: RewardFunction) -> bool:
     try:
-        parameters = inspect.signature(reward).parameters.values()
+        # A module's __call__ takes anything; its forward says what it wants.
+        called = reward.forward if isinstance(reward, nn.Module) else reward
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -228,7 +228,7 @@ def score_in_batches(
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.ndim != 1 or ids.is_floating_point() or len(ids) == 0:
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
         raise ValueError(f"{name} must be 1-D with at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")

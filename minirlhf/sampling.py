@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minirlhf.validation import require, require_above, require_counts
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -25,12 +27,10 @@ class SamplingConfig:
     top_p: float = 1.0  # in (0, 1]; keep the most probable tokens whose mass reaches p; 1: all
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive, got {self.temperature}; for greedy decoding use top_k=1")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k must be an integer of at least 0, got {self.top_k!r}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        require_above(self, 0, "temperature")  # for greedy decoding: top_k=1
+        require_counts(self, "top_k")
+        require_above(self, 0, "top_p")
+        require(self, "top_p", self.top_p <= 1, "in (0, 1]")
 
     @property
     def truncates(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minirlhf.batching import bucketed_batches, length_sorted_batches, right_pad
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.optimization import FitConfig, fit, resolve_device
+from minirlhf.optimization import FitConfig, eval_mode, fit, resolve_device
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.validation import require
 
@@ -28,7 +28,6 @@ class SFTConfig(FitConfig):
 
     max_length: int = 128  # tokens a text, [CLS] and [SEP] included; longer texts are cut
     tokens_per_batch: int = 4096  # padding included
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +51,8 @@ def train_sft(
     Raises ValueError for no texts, or a `max_length` beyond the model's positions.
     """
     config = config or SFTConfig()
-    if len(texts) == 0:
-        raise ValueError("texts is empty: there is nothing to train on")
+    if isinstance(texts, str) or len(texts) == 0:
+        raise ValueError("texts must be a list with at least one text: there is nothing to train on")
     if config.max_length > model.config.n_positions:
         raise ValueError(f"max_length={config.max_length} exceeds the model's {model.config.n_positions} positions")
     model.to(resolve_device(config.device))
@@ -96,12 +95,15 @@ def perplexity(
     tokens, and over the number of characters they spell (an end of text counts as one, white space as none).
     Raises ValueError for no texts.
     """
-    if len(texts) == 0:
-        raise ValueError("texts is empty: there is nothing to measure")
+    if isinstance(texts, str) or len(texts) == 0:
+        raise ValueError("texts must be a list with at least one text")
+    if max_length < 2 or batch_size < 1:
+        raise ValueError(f"max_length must be at least 2 and batch_size at least 1, got {max_length} and {batch_size}")
     sequences = encode_for_lm(tokenizer, texts, max_length)
     total, tokens = 0.0, 0
-    for batch in length_sorted_batches([len(s) for s in sequences], batch_size):
-        nll, count = token_nll(model, [sequences[i] for i in batch], tokenizer.pad_id)
-        total, tokens = total + nll.double().sum().item(), tokens + count
+    with eval_mode(model):
+        for batch in length_sorted_batches([len(s) for s in sequences], batch_size):
+            nll, count = token_nll(model, [sequences[i] for i in batch], tokenizer.pad_id)
+            total, tokens = total + nll.double().sum().item(), tokens + count
     characters = sum(tokenizer.width(i) for sequence in sequences for i in sequence[1:])
     return {"token": math.exp(total / tokens), "character": math.exp(total / characters)}

@@ -92,7 +92,8 @@ class Tokenizer:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length must be at least 2 for [CLS] and [SEP], got {max_length}")
         room = None if max_length is None else max_length - 2
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        texts = [_checked(text) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [[self.cls_id, *encoding.ids[:room], self.sep_id] for encoding in encodings]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
@@ -118,9 +119,7 @@ class Tokenizer:
         return 1 if token_id in self.special_ids else len(self.vocab[token_id].removeprefix("##")) or 1
 
     def _encode(self, text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise ValueError(f"expected a text, got {text!r} of type {type(text).__name__}")
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
 
     def _check_vocab(self) -> None:
         first: dict[str, int] = {}
@@ -150,6 +149,13 @@ def build_vocab(texts: Iterable[str], min_count: int = 3) -> list[str]:
     frequent = sorted((t for t, n in counts.items() if n >= min_count), key=lambda t: (-counts[t], t))
     head = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return list(dict.fromkeys([*head, *pieces, *(f"##{char}" for char in pieces), *frequent]))
+
+
+def _checked(text: object) -> str:
+    """A text that can be encoded. Raises ValueError for anything but a str; lone surrogates become U+FFFD."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, got {text!r} of type {type(text).__name__}")
+    return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
 
 
 def _is_spaced(char: str) -> bool:

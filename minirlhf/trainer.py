@@ -65,7 +65,7 @@ class PPOTrainer:
         )
         self.generators = {
             "sampling": torch.Generator(self.device).manual_seed(c.seed),
-            "shuffling": torch.Generator().manual_seed(c.seed),
+            "shuffling": torch.Generator().manual_seed(c.seed + 1),
         }
         self.score_moments = ppo.RunningMoments()
         self.iteration = 0  # batches trained on
@@ -97,11 +97,12 @@ class PPOTrainer:
         Raises ValueError for lists of unequal or no length, empty responses, bad token ids, or bad scores.
         """
         start = time.perf_counter()
+        self.policy.eval()  # whatever was done to it between steps
         rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
 
         # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)
         rewards, scores = self._token_rewards(rollout)
-        advantages, returns = self._advantages(rewards, rollout.values, rollout.response_mask)
+        advantages, returns = self.advantages(rewards, rollout.values, rollout.response_mask)
 
         updates: list[TensorStats] = []
         for _ in range(self.config.ppo_epochs):
@@ -152,13 +153,11 @@ class PPOTrainer:
             scores = self.score_moments.whiten(scores)
         return scores if c.score_clip is None else scores.clamp(-c.score_clip, c.score_clip)
 
-    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages, whitened, and returns, (B, R), of the rows given."""
         c = self.config
         if c.whiten_scope == "sequence" and len(mask) > 1:
-            rows = [
-                self._advantages(*row) for row in zip(rewards.split(1), values.split(1), mask.split(1), strict=True)
-            ]
+            rows = [self.advantages(*row) for row in zip(rewards.split(1), values.split(1), mask.split(1), strict=True)]
             return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
         if c.whiten_rewards:
             rewards = ppo.whiten(rewards, mask, shift_mean=False, ddof=c.whiten_ddof)
@@ -171,7 +170,7 @@ class PPOTrainer:
         """One optimizer step on these rows (minibatch), its gradient summed over micro-batches."""
         c, mask = self.config, rollout.response_mask[rows]
         if c.whiten_scope == "minibatch":
-            advantages, returns = self._advantages(rewards[rows], rollout.values[rows], mask)
+            advantages, returns = self.advantages(rewards[rows], rollout.values[rows], mask)
         else:
             advantages, returns = advantages[rows], returns[rows]
         totals: TensorStats = {}
@@ -183,6 +182,8 @@ class PPOTrainer:
             self.precision.backward(loss)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value.detach()
+        if self.iteration < c.value_warmup:  # the value head alone learns: a moving trunk would move the policy
+            self.policy.gpt2.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.lr_schedule, self._progress(), c.lr_warmup)
         totals["ppo/grad_norm"] = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm)
@@ -191,7 +192,8 @@ class PPOTrainer:
 
     def _weights(self, mask: Tensor, micro: Tensor) -> Tensor:
         """The weight of each token of a micro-batch in the mean over its minibatch, whose mask is given."""
-        c, own = self.config, mask[micro]
+        c, mask = self.config, mask.to(self.policy.value_head.summary.weight.dtype)
+        own = mask[micro]
         if c.loss_averaging == "tokens":  # one count for the minibatch: how it is cut changes nothing
             return own / mask.sum()
         if c.loss_averaging == "sequences":
@@ -252,7 +254,7 @@ class PPOTrainer:
             raise ValueError(f"the rollout has rows 0 to {len(rollout) - 1}, got {i}")
         c, mask = self.config, rollout.response_mask
         kl, rewards = self._token_kl(rollout), self._token_rewards(rollout, update=False)[0]
-        advantages, returns = self._advantages(rewards, rollout.values, mask)
+        advantages, returns = self.advantages(rewards, rollout.values, mask)
         row = rollout.rows(torch.tensor([i], device=self.device))
         width = row.response_mask.size(1)
         with self.precision.autocast():
@@ -289,6 +291,7 @@ class PPOTrainer:
     def collect(self, prompts: Sequence[str], reward_fn: RewardFunction) -> Rollout:
         """`collect_rollout` with the trainer's models, settings and generator."""
         c = self.config
+        self.policy.eval()
         return collect_rollout(
             self.policy,
             self.ref_policy,
@@ -428,6 +431,11 @@ def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer
         )
     if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
         raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
+    if reference.config.n_positions < policy.gpt2.config.n_positions:
+        raise ValueError(
+            f"the reference has {reference.config.n_positions} positions, fewer than the policy's "
+            f"{policy.gpt2.config.n_positions}: it could not score what the policy writes"
+        )
     if config.gen_len >= policy.gpt2.config.n_positions:
         raise ValueError(
             f"PPOConfig.gen_len must be below the model's {policy.gpt2.config.n_positions} positions, "

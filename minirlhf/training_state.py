@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from minirlhf import ppo
 from minirlhf.checkpoints import check_tensors, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -44,22 +45,33 @@ def load(trainer: PPOTrainer, path: str | os.PathLike[str]) -> None:
     tensors, metadata = read_tensors(path), read_metadata(path)
     if "trainer" not in metadata:
         raise ValueError(f"{path} is not a trainer checkpoint: its metadata has no 'trainer' entry")
-    counters = json.loads(metadata["trainer"])
-    _check_config(counters["config"], dataclasses.asdict(trainer.config), path)
+    try:
+        counters = json.loads(metadata["trainer"])
+        _check_config(counters["config"], dataclasses.asdict(trainer.config), path)
+        fresh = vars(ppo.RunningMoments())
+        moments = {name: type(value)(counters["score_moments"][name]) for name, value in fresh.items()}
+        iteration, optimizer_steps = int(counters["iteration"]), int(counters["optimizer_steps"])
+        kl_coef, scaler = float(counters["kl_coef"]), dict(counters["scaler"])
+        random_states = {name: tensors[f"generator.{name}"] for name in trainer.generators}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
     weights = {name.removeprefix("policy."): t for name, t in tensors.items() if name.startswith("policy.")}
     check_tensors(weights, {name: t.shape for name, t in trainer.policy.state_dict().items()}, path)
 
+    # Everything was read and checked: only now does the trainer change.
     trainer.policy.load_state_dict(weights)
+    trainer.optimizer.state.clear()
     for name, parameter in _trained(trainer).items():
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors]
-        state = {key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in keys}
-        trainer.optimizer.state[parameter] = state
+        if keys:
+            state = {key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in keys}
+            trainer.optimizer.state[parameter] = state
     for name, generator in trainer.generators.items():
-        generator.set_state(tensors[f"generator.{name}"])
-    trainer.precision.scaler.load_state_dict(counters["scaler"])
-    trainer.iteration, trainer.optimizer_steps = counters["iteration"], counters["optimizer_steps"]
-    trainer.kl_controller.coef = counters["kl_coef"]
-    vars(trainer.score_moments).update(counters["score_moments"])
+        generator.set_state(random_states[name])
+    trainer.precision.scaler.load_state_dict(scaler)
+    trainer.iteration, trainer.optimizer_steps = iteration, optimizer_steps
+    trainer.kl_controller.coef = kl_coef
+    vars(trainer.score_moments).update(moments)
 
 
 def _trained(trainer: PPOTrainer) -> dict[str, Any]:

@@ -19,6 +19,19 @@ def require_positive_ints(config: object, *names: str) -> None:
         require(config, name, type(value) is int and value >= 1, "an integer of at least 1")
 
 
+def require_counts(config: object, *names: str) -> None:
+    """Every named field is an int of at least 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(config, name, type(value) is int and value >= 0, "an integer of at least 0")
+
+
+def require_bools(config: object, *names: str) -> None:
+    """Every named field is True or False."""
+    for name in names:
+        require(config, name, type(getattr(config, name)) is bool, "True or False")
+
+
 def require_positive(config: object, *names: str) -> None:
     """Every named field is a number above 0; inf is allowed."""
     _require_numbers(config, names, lambda x: x > 0, "a number above 0")
@@ -27,6 +40,16 @@ def require_positive(config: object, *names: str) -> None:
 def require_non_negative(config: object, *names: str) -> None:
     """Every named field is a finite number of at least 0."""
     _require_numbers(config, names, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+
+
+def require_finite(config: object, *names: str) -> None:
+    """Every named field is a finite number."""
+    _require_numbers(config, names, math.isfinite, "a finite number")
+
+
+def require_above(config: object, bound: float, *names: str) -> None:
+    """Every named field is a finite number above the bound."""
+    _require_numbers(config, names, lambda x: bound < x < math.inf, f"a finite number above {bound:g}")
 
 
 def require_unit_interval(config: object, *names: str) -> None:

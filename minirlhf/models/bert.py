@@ -20,11 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import check_tensors, read_folder, write_folder
-from minirlhf.models.layers import ACTIVATIONS, config_from_json, normal_init
+from minirlhf.checkpoints import cast, check_published, check_tensors, read_folder, write_folder
+from minirlhf.models.layers import ACTIVATIONS, config_from_json, global_rng_kept, normal_init
 from minirlhf.validation import require_one_of, require_positive, require_positive_ints, require_rates
 
 NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
+
+
+# Variants of the computation that published configs can ask for and this model does not have.
+FIXED_FIELDS = {"position_embedding_type": "absolute", "is_decoder": False}
 
 
 @dataclass(frozen=True)
@@ -165,9 +169,10 @@ class BertClassifier(nn.Module):
     def __init__(self, config: BertConfig, seed: int = 0):
         super().__init__()
         self.config = config
-        self.bert = BertModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, len(config.id2label))
+        with global_rng_kept():
+            self.bert = BertModel(config)
+            self.dropout = nn.Dropout(config.hidden_dropout_prob)
+            self.classifier = nn.Linear(config.hidden_size, len(config.id2label))
         normal_init(self, config.initializer_range, torch.Generator().manual_seed(seed))
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -183,6 +188,8 @@ class BertClassifier(nn.Module):
         limit = self.config.max_position_embeddings
         if ids.size(1) > limit:
             raise ValueError(f"a sequence of {ids.size(1)} tokens is longer than the model's {limit} positions")
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(ids.shape)}")
         return self.bert(ids, attention_mask)
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -201,8 +208,9 @@ class BertClassifier(nn.Module):
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
         content, tensors = read_folder(folder)
-        if content.get("model_type", "bert") != "bert":
-            raise ValueError(f"{folder} holds a {content['model_type']!r} model, expected 'bert'")
+        check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS)
+        if content.get("id2label") is None:  # no names, so none are invented
+            content["id2label"] = {i: f"LABEL_{i}" for i in range(content.get("num_labels") or 2)}
         model = cls(config_from_json(BertConfig, content))
         named = {name: t for name, t in tensors.items() if not name.endswith("position_ids")}
         check_tensors(named, {name: p.shape for name, p in model.state_dict().items()}, folder)
@@ -212,7 +220,7 @@ class BertClassifier(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.
 
-        Raises OSError if it cannot.
+        Raises OSError if it cannot, ValueError before writing if a weight is too large for `dtype`.
         """
         content = {
             "architectures": ["BertForSequenceClassification"],
@@ -221,7 +229,7 @@ class BertClassifier(nn.Module):
             "label2id": {label: i for i, label in enumerate(self.config.labels)},
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        write_folder(folder, content, {name: t.to(dtype) for name, t in self.state_dict().items()})
+        write_folder(folder, content, cast(self.state_dict(), dtype))
 
 
 def _checked_labels(id2label: Any) -> dict[int, str]:

@@ -21,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import check_tensors, read_folder, write_folder
-from minirlhf.models.layers import ACTIVATIONS, Conv1D, config_from_json, normal_init
+from minirlhf.checkpoints import cast, check_published, check_tensors, read_folder, write_folder
+from minirlhf.models.layers import ACTIVATIONS, Conv1D, config_from_json, global_rng_kept, normal_init
 from minirlhf.validation import require_one_of, require_positive, require_positive_ints, require_rates
+
+# Variants of the computation that published configs can ask for and this model does not have.
+FIXED_FIELDS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,12 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        with global_rng_kept():
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+            self.drop = nn.Dropout(config.embd_pdrop)
+            self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self._init_weights(seed)
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -187,7 +191,7 @@ class GPT2(nn.Module):
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
         content, tensors = read_folder(folder)
-        _check_model_type(content, folder)
+        check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
         model = cls(config_from_json(GPT2Config, content))
         named = {_own_name(name): tensor for name, tensor in tensors.items() if not _is_buffer(name)}
         head = named.pop("lm_head.weight", None)
@@ -200,7 +204,7 @@ class GPT2(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.
 
-        Raises OSError if it cannot.
+        Raises OSError if it cannot, ValueError before writing if a weight is too large for `dtype`.
         """
         content = {
             "architectures": ["GPT2LMHeadModel"],
@@ -209,7 +213,8 @@ class GPT2(nn.Module):
             "tie_word_embeddings": True,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        write_folder(folder, content, {f"transformer.{name}": t.to(dtype) for name, t in self.state_dict().items()})
+        tensors = {f"transformer.{name}": tensor for name, tensor in self.state_dict().items()}
+        write_folder(folder, content, cast(tensors, dtype))
 
     def _init_weights(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -246,8 +251,3 @@ def _own_name(name: str) -> str:
 
 def _is_buffer(name: str) -> bool:
     return name.endswith((".attn.bias", ".attn.masked_bias"))
-
-
-def _check_model_type(content: dict[str, object], folder: str | os.PathLike[str]) -> None:
-    if content.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"{folder} holds a {content['model_type']!r} model, expected 'gpt2'")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minirlhf import ppo
-from minirlhf.checkpoints import check_tensors, read_tensors, write_tensors
+from minirlhf.checkpoints import check_tensors, read_metadata, read_tensors, write_tensors
 from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.layers import global_rng_kept
 from minirlhf.sampling import full_precision, restrict, unpack_set
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -42,7 +43,8 @@ class ValueHead(nn.Module):
         if kind not in VALUE_HEAD_KINDS:
             raise ValueError(f"the kind of a value head must be one of {', '.join(VALUE_HEAD_KINDS)}, got {kind!r}")
         self.kind = kind
-        self.summary = nn.Linear(n_embd, 1)
+        with global_rng_kept():
+            self.summary = nn.Linear(n_embd, 1)
         self.dropout = nn.Dropout(dropout)
         generator = torch.Generator().manual_seed(seed)
         nn.init.uniform_(self.summary.weight, -init_range, init_range, generator=generator)
@@ -105,15 +107,19 @@ class ActorCritic(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], value_head: str = "linear") -> ActorCritic:
+    def from_pretrained(cls, folder: str | os.PathLike[str], value_head: str | None = None) -> ActorCritic:
         """Load a GPT-2 folder, and its `value_head.safetensors` if it has one, in eval mode.
 
-        value_head: the kind of head. Raises as `GPT2.from_pretrained`, and ValueError for a head that does not fit.
+        value_head: the kind of head; None: the one in the folder, or a linear one.
+        Raises as `GPT2.from_pretrained`, and ValueError for a head that does not fit.
         """
         gpt2 = GPT2.from_pretrained(folder)
-        head = ValueHead(gpt2.config.n_embd, value_head)
         path = Path(folder) / VALUE_HEAD_FILE
-        if path.is_file():
+        stored = read_metadata(path).get("kind", "linear") if path.is_file() else None
+        if stored is not None and value_head not in (None, stored):
+            raise ValueError(f"{path} holds a {stored!r} value head, but a {value_head!r} one was asked for")
+        head = ValueHead(gpt2.config.n_embd, value_head or stored or "linear")
+        if stored is not None:
             tensors = read_tensors(path)
             check_tensors(tensors, {name: p.shape for name, p in head.state_dict().items()}, path)
             head.load_state_dict(tensors)
@@ -189,12 +195,13 @@ def _in_chunks(
         result = ppo.gather_logprobs(logits, picked), ppo.entropy(logits)
         if reference is None or compared is None:
             return result
-        ref_logits = restrict(reference.lm_logits(compared), temperature, keep)
+        with torch.no_grad():
+            ref_logits = restrict(reference.lm_logits(compared), temperature, keep)
         return *result, ppo.gather_logprobs(ref_logits, picked), ppo.exact_kl(logits, ref_logits)
 
     rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
     parts = []
-    for start in range(0, len(picked), rows):
+    for start in range(0, max(len(picked), 1), rows):
         cut = slice(start, start + rows)
         arguments = (
             hidden[cut],

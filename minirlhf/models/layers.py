@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -46,10 +47,15 @@ def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
     return kind(**{name: value for name, value in content.items() if name in names})
 
 
+def global_rng_kept() -> contextlib.AbstractContextManager[Any]:
+    """Within it layers may be built: PyTorch's own initial weights move the global random state, which is put back."""
+    return torch.random.fork_rng(devices=[])
+
+
 def normal_init(module: nn.Module, std: float, generator: torch.Generator) -> None:
     """Draw every weight matrix from N(0, std), zero the biases and set LayerNorms to identity, in module order.
 
-    A generator of our own is used instead of the global one, so that building a model disturbs nobody's random state.
+    A generator of our own is used instead of the global one.
     """
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding, Conv1D)):

@@ -1,0 +1,284 @@
+"""The BERT classifier against transformers' BertForSequenceClassification, and against itself."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import BertConfig as TheirConfig
+
+from conftest import make_bert
+from minirlhf import BertClassifier, BertConfig
+
+SIZES = dict(vocab_size=50, max_position_embeddings=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+             intermediate_size=24)  # fmt: skip
+LABELS = {0: "bad", 1: "so so", 2: "good"}
+LENGTHS = [7, 1, 4]
+
+
+def random_theirs(seed: int = 0, **overrides) -> BertForSequenceClassification:
+    """transformers' model with every parameter far from its initial value."""
+    labels = {"id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}}
+    model = BertForSequenceClassification(TheirConfig(**{**SIZES, **labels, **overrides})).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = 0.4 * torch.randn(p.shape, generator=generator)
+            p.copy_(1 + noise if "LayerNorm.weight" in name else noise)
+    return model
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ragged_batch() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    rows = [random_ids(n, seed=n) for n in LENGTHS]
+    ids, mask = torch.full((3, max(LENGTHS)), 9), torch.zeros(3, max(LENGTHS), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return rows, ids, mask
+
+
+def assert_relatively_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.fixture(params=["written by transformers", "written by us"])
+def pair(request, tmp_path) -> tuple[BertClassifier, BertForSequenceClassification]:
+    """One set of weights in both implementations, through a folder that the one or the other wrote."""
+    if request.param == "written by us":
+        ours = make_bert(scale=15.0, **SIZES, id2label=LABELS)
+        ours.save_pretrained(tmp_path)
+        return ours, AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    theirs = random_theirs()
+    theirs.save_pretrained(tmp_path)
+    return BertClassifier.from_pretrained(tmp_path).eval(), theirs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_bert(**SIZES).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite_tensors(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors) or tensors
+    save_file({name: t.contiguous() for name, t in changed.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def rewrite_config(folder, **changes) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+# ---- against transformers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@torch.no_grad()
+def test_logits_equal_transformers(pair, dtype, tolerance):
+    ours, theirs = (model.to(dtype) for model in pair)
+    ids = random_ids(4, 20)
+    expected = theirs(ids).logits
+    assert expected.shape == (4, 3)
+    assert expected.std(0).min() > 0.02  # the comparison is of something
+    assert_relatively_close(ours(ids), expected, tolerance)
+
+
+@torch.no_grad()
+def test_padded_logits_equal_transformers(pair):
+    ours, theirs = (model.double() for model in pair)
+    _, ids, mask = ragged_batch()
+    assert_relatively_close(ours(ids, mask), theirs(ids, attention_mask=mask).logits, 1e-10)
+
+
+@pytest.mark.parametrize("overrides", [
+    {"hidden_act": "gelu_new"}, {"hidden_act": "relu"}, {"hidden_act": "silu"}, {"num_attention_heads": 4},
+    {"layer_norm_eps": 0.1}, {"type_vocab_size": 1}, {"num_hidden_layers": 1},
+])  # fmt: skip
+@torch.no_grad()
+def test_config_fields_mean_what_transformers_means(tmp_path, overrides):
+    theirs = random_theirs(**overrides)
+    theirs.save_pretrained(tmp_path)
+    _, ids, mask = ragged_batch()
+    ours = BertClassifier.from_pretrained(tmp_path).double().eval()
+    assert_relatively_close(ours(ids, mask), theirs.double()(ids, attention_mask=mask).logits, 1e-10)
+
+
+def test_gradients_equal_transformers(pair):
+    ours, theirs = (model.double() for model in pair)
+    _, ids, mask = ragged_batch()
+    labels = torch.tensor([2, 0, 1])
+    for model, logits in ((ours, ours(ids, mask)), (theirs, theirs(ids, attention_mask=mask).logits)):
+        model.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert expected.keys() == {name for name, _ in ours.named_parameters()}
+    largest = max(gradient.abs().max().item() for gradient in expected.values())  # those of key biases are 0
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12 * largest)
+
+
+@torch.no_grad()
+def test_masked_token_logits_are_by_the_word_embedding():
+    model = make_bert(**SIZES).double()
+    hidden = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.einsum("btc,vc->btv", hidden, model.bert.embeddings.word_embeddings.weight)
+    torch.testing.assert_close(model.lm_logits(hidden), expected)
+
+
+# ---- padding and length ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_padding_changes_nothing():
+    model = make_bert(**SIZES).double()
+    rows, ids, mask = ragged_batch()
+    wider = torch.cat([ids, torch.full((3, 5), 11)], 1), torch.cat([mask, mask.new_zeros(3, 5)], 1)
+    alone = torch.cat([model(row[None]) for row in rows])
+    assert_relatively_close(model(ids, mask), alone, 1e-10)
+    assert_relatively_close(model(*wider), alone, 1e-10)
+    assert_relatively_close(model(ids, mask.bool()), alone, 1e-10)
+    assert not torch.allclose(model(ids), alone, rtol=1e-3)  # the mask is what does it
+
+
+@torch.no_grad()
+def test_texts_beyond_the_positions_are_refused():
+    model = make_bert(**SIZES)
+    model(random_ids(1, 24))
+    with pytest.raises(ValueError, match=r"25 tokens.*24 positions"):
+        model(random_ids(1, 25))
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 1), (1, 7), (7,)])
+@torch.no_grad()
+def test_mask_of_another_shape_is_refused(shape):
+    _, ids, _ = ragged_batch()
+    with pytest.raises(ValueError, match="attention_mask"):
+        make_bert(**SIZES)(ids, torch.ones(shape, dtype=torch.int64))
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_round_trip_is_bit_equal(tmp_path, dtype):
+    model = make_bert(**SIZES, hidden_act="relu", id2label=LABELS, attention_probs_dropout_prob=0.25)
+    model.save_pretrained(tmp_path, dtype=dtype)
+    loaded = BertClassifier.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name].to(dtype).float())
+
+
+def test_labels_pass_through_folders(pair):
+    ours, theirs = pair
+    assert ours.config.labels == ["bad", "so so", "good"]
+    assert theirs.config.id2label == LABELS
+    assert theirs.config.label2id == {"bad": 0, "so so": 1, "good": 2}
+
+
+def test_labels_are_in_the_order_of_the_logits_not_of_the_file(folder):
+    rewrite_config(folder, id2label={"1": "first", "0": "zeroth"})
+    assert BertClassifier.from_pretrained(folder).config.labels == ["zeroth", "first"]
+
+
+def test_a_folder_without_labels_gets_no_invented_ones(folder):
+    """transformers would call them LABEL_0 and LABEL_1; to call them negative and positive would be a guess."""
+    content = json.loads((folder / "config.json").read_text())
+    del content["id2label"], content["label2id"]
+    (folder / "config.json").write_text(json.dumps(content))
+    try:
+        labels = BertClassifier.from_pretrained(folder).config.labels
+    except ValueError:
+        return
+    assert not any(label.startswith(("positive", "negative")) for label in labels)
+
+
+@pytest.mark.parametrize("id2label", [
+    {}, {1: "a"}, {0: "a", 2: "b"}, {0: "same", 1: "same"}, {"zero": "a"}, ["a", "b"], 2, {-1: "a", 0: "b"},
+])  # fmt: skip
+def test_bad_labels_are_refused(folder, id2label):
+    with pytest.raises(ValueError, match=r"BertConfig.id2label"):
+        BertConfig(id2label=id2label)
+    rewrite_config(folder, id2label=id2label)
+    with pytest.raises(ValueError, match=r"BertConfig.id2label"):
+        BertClassifier.from_pretrained(folder)
+
+
+def test_label_count_must_fit_the_head(folder):
+    rewrite_config(folder, id2label={"0": "a", "1": "b", "2": "c"})
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(2, 16\), the config asks for \(3, 16\)"):
+        BertClassifier.from_pretrained(folder)
+
+
+def test_position_ids_buffer_is_ignored(folder):
+    before = BertClassifier.from_pretrained(folder).state_dict()
+    rewrite_tensors(folder, lambda t: {**t, "bert.embeddings.position_ids": torch.arange(24)[None]})
+    after = BertClassifier.from_pretrained(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_error_names_every_tensor_that_is_wrong(folder):
+    def damage(tensors):
+        del tensors["bert.pooler.dense.bias"], tensors["classifier.bias"]
+        tensors["bert.encoder.layer.2.output.dense.bias"] = torch.zeros(16)
+        tensors["bert.embeddings.word_embeddings.weight"] = torch.zeros(49, 16)
+        tensors["classifier.weight"][0, 0] = torch.nan
+
+    rewrite_tensors(folder, damage)
+    with pytest.raises(ValueError) as caught:
+        BertClassifier.from_pretrained(folder)
+    message = str(caught.value)
+    for problem in (str(folder), "missing bert.pooler.dense.bias", "missing classifier.bias",
+                    "unexpected bert.encoder.layer.2.output.dense.bias", "classifier.weight holds NaN",
+                    "word_embeddings.weight has shape (49, 16), the config asks for (50, 16)"):  # fmt: skip
+        assert problem in message, problem
+
+
+def test_another_model_type_is_refused(folder):
+    rewrite_config(folder, model_type="gpt2")
+    with pytest.raises(ValueError, match="'gpt2' model, expected 'bert'"):
+        BertClassifier.from_pretrained(folder)
+
+
+# ---- construction ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    *((name, value) for name in (*SIZES, "type_vocab_size") for value in (0, -1, 2.0, "8", True, None)),
+    *((name, value) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")
+      for value in (-0.1, 1, math.nan, "0.1", None)),
+    *((name, value) for name in ("layer_norm_eps", "initializer_range") for value in (0, -1e-5, math.nan, "x", None)),
+    ("hidden_act", "swish9000"), ("hidden_act", None), ("num_attention_heads", 3),
+])  # fmt: skip
+def test_bad_config_values_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"BertConfig\.({field}|hidden_size must be a multiple)"):
+        BertConfig(**{**SIZES, field: value})
+
+
+def test_building_depends_on_the_seed_alone():
+    state = torch.get_rng_state()
+    first, second, other = (BertClassifier(BertConfig(**SIZES), seed=seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+@pytest.mark.parametrize("active", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+@torch.no_grad()
+def test_dropout_is_on_in_training_and_off_in_evaluation(active):
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, none = make_bert(**SIZES, **{**rates, active: 0.5}), make_bert(**SIZES, **rates)
+    ids = random_ids(4, 8)
+    assert torch.equal(model(ids), none(ids))
+    assert not torch.allclose(model.train()(ids), none(ids), atol=1e-3)
+    assert torch.equal(model.eval()(ids), none(ids))

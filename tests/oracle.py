@@ -1,0 +1,381 @@
+"""A second PPO, for tests only: float64 numpy and explicit loops, written from the papers, without torch.
+
+Sources: Schulman et al. 2016 (GAE), 2017 (PPO), 2020 (KL estimators); Ziegler et al. 2019 (rewards, KL controller);
+Stiennon et al. 2020; Radford et al. 2019 (GPT-2); Loshchilov & Hutter 2019 (AdamW); Pascanu et al. 2013 (clipping).
+Gradients come from the complex step (Squire & Trapp 1998): f'(x) = Im f(x + ih) / h, exact to rounding.
+"""
+
+import math
+
+import numpy as np
+
+# ---- masked statistics ----------------------------------------------------------------------------------------------
+
+
+def entries(x, mask):
+    """The unmasked entries, row by row."""
+    return [float(x[b][t]) for b in range(len(mask)) for t in range(len(mask[b])) if mask[b][t]]
+
+
+def mean(xs):
+    return sum(xs) / len(xs) if xs else 0.0
+
+
+def variance(xs, ddof=1):
+    m = mean(xs)
+    return sum((x - m) ** 2 for x in xs) / max(len(xs) - ddof, 1)
+
+
+def whiten_rows(rows, shift_mean=True, ddof=1, eps=1e-8):
+    """Rows of any lengths, whitened over all their entries."""
+    xs = [x for row in rows for x in row]
+    if len(xs) < 2:
+        return rows
+    m, scale = mean(xs), math.sqrt(variance(xs, ddof) + eps)
+    return [[(x - m) / scale + (0.0 if shift_mean else m) for x in row] for row in rows]
+
+
+def whiten(x, mask, shift_mean=True, ddof=1):
+    """The same of rectangular rows with a mask; 0 at padding."""
+    ragged = [[float(v) for v, kept in zip(*pair, strict=True) if kept] for pair in zip(x, mask, strict=True)]
+    out = np.zeros(np.shape(mask))
+    for b, row in enumerate(whiten_rows(ragged, shift_mean, ddof)):
+        out[b, [t for t in range(len(mask[b])) if mask[b][t]]] = row
+    return out
+
+
+def explained_variance(values, returns, mask):
+    r, v = entries(returns, mask), entries(values, mask)
+    total = variance(r)
+    return 1.0 - variance([a - b for a, b in zip(r, v, strict=True)]) / total if total > 0 else 0.0
+
+
+# ---- distributions --------------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits):
+    """Of one distribution; a logit of -inf has probability 0."""
+    top = max(logits)
+    total = math.log(sum(math.exp(z - top) for z in logits))
+    return [z - top - total for z in logits]
+
+
+def entropy(logits):
+    return -sum(math.exp(lp) * lp for lp in log_softmax(logits) if lp > -math.inf)
+
+
+def exact_kl(logits, ref_logits):
+    pairs = zip(log_softmax(logits), log_softmax(ref_logits), strict=True)
+    return sum(math.exp(p) * (p - q) for p, q in pairs if p > -math.inf)
+
+
+def k1(logp, ref):
+    """-log r with r = q / p (Schulman 2020)."""
+    return -(ref - logp)
+
+
+def k2(logp, ref):
+    """(log r)^2 / 2."""
+    return (ref - logp) ** 2 / 2
+
+
+def k3(logp, ref):
+    """(r - 1) - log r."""
+    return (math.exp(ref - logp) - 1) - (ref - logp)
+
+
+# ---- rewards, advantages, losses ------------------------------------------------------------------------------------
+
+
+def token_rewards(scores, kl, coef, mask):
+    out = np.zeros(np.shape(mask))
+    for b in range(len(mask)):
+        real = [t for t in range(len(mask[b])) if mask[b][t]]
+        for t in real:
+            out[b, t] = -coef * float(kl[b][t])
+        if real:
+            out[b, real[-1]] += float(scores[b])
+    return out
+
+
+def gae_row(rewards, values, gamma, lam):
+    """Eq. 16 of Schulman et al. 2016 as the sum it is: A_t = sum_l (gamma lam)^l delta_{t+l}; and A_t + V_t."""
+    n = len(rewards)
+    delta = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
+    advantages = [sum((gamma * lam) ** k * delta[t + k] for k in range(n - t)) for t in range(n)]
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def gae(rewards, values, mask, gamma, lam):
+    advantages, returns = np.zeros(np.shape(mask)), np.zeros(np.shape(mask))
+    for b in range(len(mask)):
+        real = [t for t in range(len(mask[b])) if mask[b][t]]
+        row = gae_row([float(rewards[b][t]) for t in real], [float(values[b][t]) for t in real], gamma, lam)
+        for t, a, r in zip(real, *row, strict=True):
+            advantages[b, t], returns[b, t] = a, r
+    return advantages, returns
+
+
+def clip(x, low, high):
+    """By the real part, so that it may be differentiated by the complex step."""
+    x = np.asarray(x)
+    return np.where(x.real < low, low, np.where(x.real > high, high, x))
+
+
+def larger(a, b):
+    return np.where(np.real(a) >= np.real(b), a, b)
+
+
+def smaller(a, b):
+    return np.where(np.real(a) <= np.real(b), a, b)
+
+
+def policy_loss(logp, old_logp, advantage, cliprange, limit=20.0, dual_clip=None):
+    """-L^CLIP of one token (Schulman et al. 2017, eq. 7), with the log-ratio held within +-limit.
+
+    dual_clip: where A < 0 the objective is not below c A (Ye et al. 2020, eq. 5).
+    """
+    ratio = np.exp(clip(np.asarray(logp) - old_logp, -limit, limit))
+    objective = smaller(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)
+    if dual_clip is not None:
+        objective = np.where(np.asarray(advantage) < 0, larger(objective, dual_clip * advantage), objective)
+    return -objective
+
+
+def value_loss(value, old_value, target, cliprange_value):
+    """Of one token, as in OpenAI's baselines PPO2."""
+    clipped = old_value + clip(np.asarray(value) - old_value, -cliprange_value, cliprange_value)
+    return larger((value - target) ** 2, (clipped - target) ** 2) / 2
+
+
+def token_mean(rows):
+    """One average over all tokens of a minibatch, given as rows of any lengths."""
+    flat = [x for row in rows for x in row]
+    return sum(flat) / len(flat)
+
+
+def adaptive_kl(coef, kl, n, target, horizon):
+    """Ziegler et al. 2019, section 2.2."""
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return coef * (1 + error * n / horizon)
+
+
+# ---- optimiser ------------------------------------------------------------------------------------------------------
+
+
+def clip_grad_norm(grads, max_norm):
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)); the 1e-6 is PyTorch's documented guard."""
+    norm = math.sqrt(sum(float(x) ** 2 for g in grads.values() for x in g.flat))
+    factor = min(1.0, max_norm / (norm + 1e-6))
+    return {name: g * factor for name, g in grads.items()}, norm
+
+
+def adamw(param, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    """Loshchilov & Hutter 2019, algorithm 2, at its step t = 1, 2, ...; returns the new param, m and v."""
+    m = betas[0] * m + (1 - betas[0]) * grad
+    v = betas[1] * v + (1 - betas[1]) * grad**2
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    return param - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * param), m, v
+
+
+# ---- GPT-2 ----------------------------------------------------------------------------------------------------------
+# Parameters are a dict of arrays with a leading axis N: N variants of one model run at once, for the complex step.
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight[:, None] + bias[:, None]
+
+
+def softmax(z):
+    e = np.exp(z - z.real.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def hidden_states(p, ids, n_head):
+    """One sequence without padding: the states (N, T, C) after the last LayerNorm."""
+    x = p["gpt2.wte.weight"][:, ids] + p["gpt2.wpe.weight"][:, : len(ids)]
+    C = x.shape[-1]
+    size = C // n_head
+    layer = 0
+    while f"gpt2.h.{layer}.ln_1.weight" in p:
+        own = {name.split(".", 3)[3]: a for name, a in p.items() if name.startswith(f"gpt2.h.{layer}.")}
+        y = layer_norm(x, own["ln_1.weight"], own["ln_1.bias"])
+        qkv = y @ own["attn.c_attn.weight"] + own["attn.c_attn.bias"][:, None]
+        q, k, v = qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
+        mixed = np.zeros_like(x)
+        for head in range(n_head):
+            cut = slice(head * size, (head + 1) * size)
+            for t in range(len(ids)):
+                weights = softmax((q[:, t, None, cut] * k[:, : t + 1, cut]).sum(-1) / math.sqrt(size))
+                mixed[:, t, cut] = (weights[:, :, None] * v[:, : t + 1, cut]).sum(1)
+        x = x + mixed @ own["attn.c_proj.weight"] + own["attn.c_proj.bias"][:, None]
+        y = layer_norm(x, own["ln_2.weight"], own["ln_2.bias"])
+        y = y @ own["mlp.c_fc.weight"] + own["mlp.c_fc.bias"][:, None]
+        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + y @ own["mlp.c_proj.weight"] + own["mlp.c_proj.bias"][:, None]
+        layer += 1
+    return layer_norm(x, p["gpt2.ln_f.weight"], p["gpt2.ln_f.bias"])
+
+
+def score_row(p, row, n_head, temperature, head_kind="linear"):
+    """For each response token of a row, lists of (N,): log-probability, value of the state before it, entropy.
+
+    And the log-probabilities (N, K) of all K tokens of its sampling set.
+    """
+    query, response = list(row["query"]), list(row["response"])
+    ids = query + response
+    hidden = hidden_states(p, ids, n_head)
+    logprobs, values, entropies, wholes = [], [], [], []
+    for t, token in enumerate(response):
+        h = hidden[:, len(query) + t - 1]  # the state before the token
+        kept = np.arange(p["gpt2.wte.weight"].shape[1])
+        if row.get("keep") is not None:
+            kept = kept[np.asarray(row["keep"][t], dtype=bool)]
+        logits = (p["gpt2.wte.weight"][:, kept] * h[:, None]).sum(-1) / temperature
+        logp = logits - logits.real.max(-1, keepdims=True)
+        logp = logp - np.log(np.exp(logp).sum(-1, keepdims=True))
+        logprobs.append(logp[:, list(kept).index(token)])
+        entropies.append(-(np.exp(logp) * logp).sum(-1))
+        wholes.append(logp)
+        if "value_head.summary.weight" in p:
+            value = (p["value_head.summary.weight"][:, 0] * h).sum(-1) + p["value_head.summary.bias"][:, 0]
+            values.append(np.tanh(value) if head_kind == "tanh" else value)
+    return logprobs, values, entropies, wholes
+
+
+def _variants(params):
+    """The model with each of its M numbers moved by ih in turn: arrays (M, *shape)."""
+    total = sum(a.size for a in params.values())
+    out, start = {}, 0
+    for name, a in params.items():
+        flat = np.tile(a.reshape(1, -1).astype(complex), (total, 1))
+        for j in range(a.size):
+            flat[start + j, j] += 1e-30j
+        out[name], start = flat.reshape(total, *a.shape), start + a.size
+    return out
+
+
+def _gradients(params, losses):
+    """Im f(x + ih) / h, cut into the shapes of the parameters."""
+    out, start = {}, 0
+    for name, a in params.items():
+        out[name] = (losses[start : start + a.size].imag / 1e-30).reshape(a.shape)
+        start += a.size
+    return out
+
+
+# ---- one whole step -------------------------------------------------------------------------------------------------
+
+
+def token_kl(kind, logp, ref, whole, ref_whole):
+    """k1, k2, k3 of one token, or the exact KL over its sampling set; real or complex."""
+    if kind == "exact":
+        return (np.exp(whole) * (whole - ref_whole)).sum(-1)
+    log_r = ref - logp
+    return {"k1": lambda: -log_r, "k2": lambda: log_r**2 / 2, "k3": lambda: np.exp(log_r) - 1 - log_r}[kind]()
+
+
+def advantages_of(rewards, values, gamma, lam, ddof, whiten_rewards):
+    """Whitened advantages, and returns, of a group of rows."""
+    if whiten_rewards:
+        rewards = whiten_rows(rewards, shift_mean=False, ddof=ddof)
+    pairs = [gae_row(r, v, gamma, lam) for r, v in zip(rewards, values, strict=True)]
+    return whiten_rows([a for a, _ in pairs], ddof=ddof), [r for _, r in pairs]
+
+
+def average(rows, how, micro):
+    """The mean over a minibatch: of its tokens, of the means of its rows, or of the means of its micro-batches."""
+    if how == "tokens":
+        return token_mean(rows)
+    if how == "sequences":
+        return sum(token_mean([row]) for row in rows) / len(rows)
+    parts = [rows[i : i + micro] for i in range(0, len(rows), micro)]
+    return sum(token_mean(part) for part in parts) / len(parts)
+
+
+def ppo_step(
+    params, ref_params, rows, minibatches, *, n_head, lr, kl_coef=0.2, gamma=1.0, lam=0.95, cliprange=0.2,
+    cliprange_value=0.2, vf_coef=0.1, entropy_coef=0.0, max_grad_norm=1.0, adam_eps=1e-8, temperature=1.0,
+    log_ratio_limit=20.0, head_kind="linear", state=None, dual_clip=None, kl_estimator="k1", kl_placement="reward",
+    whiten_scope="batch", whiten_ddof=1, whiten_rewards=False, loss_averaging="tokens", forward_batch_size=1,
+):  # fmt: skip
+    """One PPO step: rewards, GAE and whitening once, then an optimizer step for each minibatch.
+
+    params, ref_params: name -> float64 array. rows: dicts with query, response, score and perhaps keep (R, V).
+    minibatches: lists of row numbers, one an optimizer step, epochs one after the other.
+    state: Adam's of an earlier step. Returns new params, state, statistics.
+    """
+    params = {name: np.array(a, dtype=np.float64) for name, a in params.items()}
+    single = {name: a[None] for name, a in params.items()}
+    ref = {name: np.asarray(a, dtype=np.float64)[None] for name, a in ref_params.items()}
+    count = range(len(rows))
+    old = [score_row(single, row, n_head, temperature, head_kind) for row in rows]
+    refs = [score_row(ref, row, n_head, temperature) for row in rows]
+    old_logprobs = [[float(x[0]) for x in old[b][0]] for b in count]
+    values = [[float(x[0]) for x in old[b][1]] for b in count]
+    ref_logprobs = [[float(x[0]) for x in refs[b][0]] for b in count]
+    rewards = []
+    for b in count:
+        parts = zip(old_logprobs[b], ref_logprobs[b], old[b][3], refs[b][3], strict=True)
+        kl = [float(np.squeeze(token_kl(kl_estimator, *part))) for part in parts]
+        rewards.append([-kl_coef * x if kl_placement == "reward" else 0.0 for x in kl])
+        rewards[-1][-1] += rows[b]["score"]
+    settings = (gamma, lam, whiten_ddof, whiten_rewards)
+    if whiten_scope == "sequence":
+        groups = [advantages_of([rewards[b]], [values[b]], *settings) for b in count]
+        advantages, returns = ([group[i][0] for group in groups] for i in range(2))
+    else:
+        advantages, returns = advantages_of(rewards, values, *settings)
+
+    zeros = {name: np.zeros_like(a) for name, a in params.items()}
+    state = {"t": 0, "m": zeros, "v": zeros} if state is None else state
+    state = {"t": state["t"], "m": dict(state["m"]), "v": dict(state["v"])}
+    log = {"policy": [], "value": [], "norm": [], "clipped": 0, "limited": 0}
+    for chosen in minibatches:
+        if whiten_scope == "minibatch":
+            group = advantages_of([rewards[b] for b in chosen], [values[b] for b in chosen], *settings)
+            advantages, returns = (dict(zip(chosen, part, strict=True)) for part in group)
+        variants = _variants(params)
+        policy, value, bonus, penalty = [], [], [], []
+        for b in chosen:
+            new = score_row(variants, rows[b], n_head, temperature, head_kind)
+            tokens = range(len(rows[b]["response"]))
+            policy.append(
+                [
+                    policy_loss(new[0][t], old_logprobs[b][t], advantages[b][t], cliprange, log_ratio_limit, dual_clip)
+                    for t in tokens
+                ]
+            )
+            value.append([value_loss(new[1][t], values[b][t], returns[b][t], cliprange_value) for t in tokens])
+            bonus.append(new[2])
+            penalty.append(
+                [token_kl(kl_estimator, new[0][t], ref_logprobs[b][t], new[3][t], refs[b][3][t]) for t in tokens]
+            )
+            log_ratios = [new[0][t][0].real - old_logprobs[b][t] for t in tokens]
+            log["clipped"] += sum(not math.log(1 - cliprange) <= x <= math.log(1 + cliprange) for x in log_ratios)
+            log["limited"] += sum(abs(x) > log_ratio_limit for x in log_ratios)
+        policy, value, bonus, penalty = (
+            average(x, loss_averaging, forward_batch_size) for x in (policy, value, bonus, penalty)
+        )
+        loss = policy + vf_coef * value - entropy_coef * bonus
+        if kl_placement == "loss":
+            loss = loss + kl_coef * penalty
+        grads, norm = clip_grad_norm(_gradients(params, loss), max_grad_norm)
+        state["t"] += 1
+        for name in params:
+            params[name], state["m"][name], state["v"][name] = adamw(
+                params[name], grads[name], state["m"][name], state["v"][name], state["t"], lr, eps=adam_eps
+            )
+        log["policy"].append(policy[0].real)
+        log["value"].append(value[0].real)
+        log["norm"].append(norm)
+    stats = {
+        "objective/kl": mean([sum(a) - sum(b) for a, b in zip(old_logprobs, ref_logprobs, strict=True)]),
+        "ppo/loss/policy": mean(log["policy"]),
+        "ppo/loss/value": mean(log["value"]),
+        "ppo/grad_norm": mean(log["norm"]),
+        "clipped": log["clipped"],
+        "limited": log["limited"],
+    }
+    return params, state, stats

@@ -1,0 +1,177 @@
+"""The shape of the package, read from its source: one-way imports, few dependencies, no global seeds, docstrings."""
+
+import ast
+import inspect
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import minirlhf
+
+ROOT = Path(minirlhf.__file__).parent
+DEPENDENCIES = {"torch", "numpy", "tokenizers", "safetensors"}
+
+# What each module may import of ours when it runs; "models" stands for every module of that package.
+ALLOWED = {
+    "validation": set(),
+    "batching": set(),
+    "checkpoints": set(),
+    "ppo": set(),
+    "sampling": {"validation"},
+    "optimization": {"validation"},
+    "tokenizer": {"checkpoints"},
+    "models": {"checkpoints", "models", "ppo", "sampling", "validation"},
+    "generation": {"batching", "models.gpt2", "sampling"},
+    "classification": {"batching", "models", "optimization", "tokenizer", "validation"},
+    "sft": {"batching", "models", "optimization", "tokenizer", "validation"},
+    "rewards": {"classification", "models", "optimization", "tokenizer"},
+    "rollout": {"batching", "generation", "models", "rewards", "sampling", "tokenizer"},
+    "metrics": {"checkpoints", "ppo"},
+    "training_state": {"checkpoints", "ppo"},
+    "explanation": {"metrics"},
+    "ppo_config": {"models", "optimization", "ppo", "sampling", "validation"},
+    "trainer": {"explanation", "metrics", "models", "optimization", "ppo", "ppo_config", "rewards", "rollout",
+                "sampling", "tokenizer", "training_state"},
+    "evaluation": {"metrics", "models", "rewards", "rollout", "sampling", "tokenizer"},
+}  # fmt: skip
+ENTRANCES = {"__init__", "__main__"}  # these gather what the others offer
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def runtime_nodes(tree: ast.AST, inside_functions: bool = True):
+    """All nodes but those of `if TYPE_CHECKING:` bodies, and of function bodies unless asked for."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if not inside_functions and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        yield node
+        yield from runtime_nodes(node, inside_functions)
+
+
+def imported(tree: ast.AST, inside_functions: bool = True) -> set[str]:
+    """Full names of all modules that a source imports when it runs; `from a import b` gives a.b if that is a module."""
+    names = set()
+    for node in runtime_nodes(tree, inside_functions):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full.removeprefix("minirlhf.") in SOURCES else node.module)
+    return names
+
+
+def our_imports(name: str) -> set[str]:
+    found = {i.removeprefix("minirlhf.") for i in imported(TREES[name]) if i.split(".")[0] == "minirlhf"}
+    return {"__init__" if i == "minirlhf" else i for i in found}
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ENTRANCES])
+def test_imports_run_one_way(name):
+    package = name.split(".")[0]
+    assert package in ALLOWED, f"say in this table what the new module {name} may import"
+    for target in our_imports(name):
+        allowed = target in ALLOWED[package] or target.split(".")[0] in ALLOWED[package]
+        assert allowed, f"{name} must not import {target}"
+
+
+def test_no_module_imports_itself_over_others():
+    edges, done = {name: our_imports(name) for name in SOURCES}, set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"cycle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in done:
+            for target in sorted(edges[name]):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in SOURCES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_modules_need_only_the_declared_dependencies(name):
+    """Whatever else a function uses (plots, progress bars) it imports itself, when it is called."""
+    packages = {i.split(".")[0] for i in imported(TREES[name], inside_functions=False)}
+    foreign = packages - set(sys.stdlib_module_names) - {"minirlhf"}
+    assert foreign <= DEPENDENCIES, f"{name} imports {foreign - DEPENDENCIES} at module level"
+
+
+def test_nothing_imports_transformers():
+    for name, tree in TREES.items():
+        assert not {"transformers", "trl", "accelerate"} & {i.split(".")[0] for i in imported(tree)}, name
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of nested attributes on a plain name, "" for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    base = dotted(node.value) if isinstance(node, ast.Attribute) else ""
+    return f"{base}.{node.attr}" if base else ""
+
+
+GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.random.manual_seed", "torch.random.seed", "random.seed",
+                "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "np.random.seed",
+                "numpy.random.seed"}  # fmt: skip
+
+
+def global_seeds(tree: ast.AST) -> set[str]:
+    found = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & GLOBAL_SEEDS
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & GLOBAL_SEEDS
+    return found
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_module_seeds_a_global_generator(name):
+    assert not global_seeds(TREES[name])
+
+
+def test_the_checks_see_what_they_look_for():
+    bad = "import torch\nfrom random import seed\ndef f():\n    import matplotlib\n    torch.manual_seed(0)\n"
+    assert global_seeds(ast.parse(bad)) == {"torch.manual_seed", "random.seed"}
+    assert not global_seeds(ast.parse("torch.Generator().manual_seed(0); generator.manual_seed(0)"))
+    assert imported(ast.parse(bad)) == {"torch", "random", "matplotlib"}
+    assert imported(ast.parse(bad), inside_functions=False) == {"torch", "random"}
+    assert imported(ast.parse("if TYPE_CHECKING:\n    import a\nif x:\n    import b")) == {"b"}
+    assert imported(ast.parse("from minirlhf import ppo, GPT2\nfrom minirlhf.models import gpt2")) == {
+        "minirlhf.ppo", "minirlhf", "minirlhf.models.gpt2",
+    }  # fmt: skip
+    assert len(SOURCES) >= 15 and our_imports("generation") >= {"sampling", "models.gpt2"}
+
+
+@pytest.mark.parametrize("name", minirlhf.__all__)
+def test_public_names_exist_and_have_a_docstring(name):
+    public = getattr(minirlhf, name)
+    doc = inspect.getdoc(public)
+    assert doc and not doc.startswith(f"{name}("), "a dataclass without a docstring gets its signature"
+    if isinstance(public, type):
+        assert "__doc__" in vars(public) and doc != inspect.getdoc(public.__mro__[1])
+        for attribute, value in vars(public).items():
+            function = getattr(value, "__func__", value)  # of class methods
+            if not attribute.startswith("_") and isinstance(function, types.FunctionType) and attribute != "forward":
+                assert function.__doc__, f"{name}.{attribute}"
+
+
+def test_public_names_are_listed_once_and_complete():
+    assert sorted(set(minirlhf.__all__)) == sorted(minirlhf.__all__)
+    gathered = {name for name, value in vars(minirlhf).items() if not name.startswith("_")
+                and not isinstance(value, types.ModuleType)}  # fmt: skip
+    assert gathered <= set(minirlhf.__all__)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_module_says_what_it_is_for(name):
+    assert ast.get_docstring(TREES[name])

@@ -1,0 +1,214 @@
+"""Devices, precision, learning-rate schedules and the supervised loop."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from minirlhf.optimization import FitConfig, Precision, fit, lr_factor, resolve_device
+
+CPU = torch.device("cpu")
+PLAIN = dict(lr=0.05, schedule="constant", warmup=0.0, device="cpu")
+
+
+def small_model(seed: int = 0) -> nn.Linear:
+    model = nn.Linear(3, 2)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def regression(model: nn.Module):
+    """A batch and its loss, which a linear model can bring to 0."""
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+    y = x @ torch.tensor([[1.0, -1.0], [0.5, 2.0], [0.0, 1.0]]) + 0.3
+    return (x, y), lambda batch: (model(batch[0]).float() - batch[1]).square().mean()
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+def test_devices_by_name():
+    assert resolve_device("cpu") == CPU and resolve_device(CPU) == CPU
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cpu cpu"])
+def test_unknown_devices_are_refused(device):
+    with pytest.raises(ValueError, match="device must be 'auto', 'cpu'"):
+        resolve_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_a_gpu_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match="sees no GPU"):
+        resolve_device(device)
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_matrix_products_run_in_the_named_precision_over_fp32_weights(name, dtype):
+    model, precision = small_model(), Precision(name, CPU)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with precision.autocast():
+        output = model(torch.ones(4, 3))
+    assert output.dtype == dtype
+    precision.backward(output.float().square().sum())
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    precision.step(optimizer, list(model.parameters()), 1e9)
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert p.dtype == torch.float32
+        assert not torch.equal(p, old)
+        assert not torch.equal(p, p.bfloat16().float())  # finer than bf16 could hold
+        assert p.grad is None
+    moments = [s["exp_avg"] for s in optimizer.state.values()]
+    assert len(moments) == 2 and all(m.dtype == torch.float32 for m in moments)
+
+
+@pytest.mark.parametrize(("limit", "factor"), [(1.0, 0.1), (10.0, 1.0), (1e9, 1.0)])
+def test_step_clips_the_global_norm_and_returns_it_unclipped(limit, factor):
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([a, b], lr=1.0)
+    precision = Precision("fp32", CPU)
+    precision.backward(6 * a.sum() + 8 * b[0])  # gradient (6, 8, 0): norm 10
+    norm = precision.step(optimizer, [a, b], limit)
+    assert norm.shape == () and norm.item() == pytest.approx(10)
+    assert a.item() == pytest.approx(-6 * factor, rel=1e-5)
+    assert b.tolist() == pytest.approx([-8 * factor, 0], rel=1e-5)
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"fp32, bf16, fp16.*'fp8'"):
+        Precision("fp8", CPU)
+
+
+# ---- learning rate --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("schedule", "progress", "warmup", "floor", "expected"), [
+    ("constant", 0.0, 0.0, 0.0, 1.0), ("constant", 0.7, 0.0, 0.1, 1.0), ("constant", 1.0, 0.0, 0.0, 1.0),
+    ("linear", 0.0, 0.0, 0.0, 1.0), ("linear", 0.25, 0.0, 0.0, 0.75), ("linear", 1.0, 0.0, 0.0, 0.0),
+    ("linear", 0.5, 0.0, 0.2, 0.6), ("linear", 1.0, 0.0, 0.2, 0.2),
+    ("cosine", 0.0, 0.0, 0.0, 1.0), ("cosine", 0.5, 0.0, 0.0, 0.5), ("cosine", 1.0, 0.0, 0.0, 0.0),
+    ("cosine", 1 / 3, 0.0, 0.0, 0.75), ("cosine", 0.5, 0.0, 0.2, 0.6), ("cosine", 1.0, 0.0, 0.2, 0.2),
+    ("constant", 0.05, 0.2, 0.0, 0.25), ("linear", 0.1, 0.2, 0.0, 0.5), ("cosine", 0.15, 0.2, 0.5, 0.75),
+    ("linear", 0.2, 0.2, 0.0, 1.0), ("linear", 0.6, 0.2, 0.0, 0.5), ("cosine", 0.6, 0.2, 0.0, 0.5),
+    ("constant", 0.5, 1.0, 0.0, 0.5), ("linear", 1.0, 1.0, 0.0, 1.0),
+])  # fmt: skip
+def test_lr_factor_golden_values(schedule, progress, warmup, floor, expected):
+    assert lr_factor(schedule, progress, warmup, floor) == pytest.approx(expected, abs=1e-9)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"constant, linear, cosine.*'step'"):
+        lr_factor("step", 0.5)
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    *(("epochs", v) for v in (0, -1, 1.5, "3")), *(("lr", v) for v in (0, -1e-3, math.nan)),
+    *(("max_grad_norm", v) for v in (0, -1, math.nan)), *(("warmup", v) for v in (-0.1, 1.1, math.nan)),
+    *(("lr_floor", v) for v in (-0.1, 1.1, math.nan)), *(("weight_decay", v) for v in (-0.1, math.nan)),
+    ("schedule", "step"), ("precision", "fp8"), ("precision", None),
+])  # fmt: skip
+def test_bad_settings_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        FitConfig(**{field: value})
+
+
+def test_settings_are_frozen_and_misspelt_ones_refused():
+    with pytest.raises(AttributeError):
+        FitConfig().lr = 1.0
+    with pytest.raises(TypeError):
+        FitConfig(learning_rate=1.0)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fit_brings_the_loss_down_and_leaves_evaluation_mode(precision):
+    model = small_model().eval()
+    batch, loss_of = regression(model)
+    before = loss_of(batch).item()
+    seen = []
+
+    def recording_loss(batch):
+        seen.append(model.training)
+        return loss_of(batch)
+
+    config = FitConfig(epochs=60, precision=precision, weight_decay=0.0, **PLAIN)
+    fit(model, lambda epoch: [batch, batch], recording_loss, config)
+    assert loss_of(batch).item() < 0.01 * before
+    assert len(seen) == 120 and all(seen) and not model.training
+
+
+def test_fit_equals_a_loop_by_hand():
+    model, other = small_model(), small_model()
+    batch, loss_of = regression(model)
+    _, other_loss = regression(other)
+    config = FitConfig(epochs=2, lr=0.1, schedule="linear", warmup=0.0, lr_floor=0.2, weight_decay=0.5,
+                       betas=(0.8, 0.9), max_grad_norm=0.7, device="cpu")  # fmt: skip
+    fit(model, lambda epoch: [batch, batch], loss_of, config)
+    groups = [{"params": [other.weight], "weight_decay": 0.5}, {"params": [other.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
+    for factor in (0.9, 0.7, 0.5, 0.3):  # linear from 1 to 0.2, at the middle of each of four steps
+        optimizer.zero_grad()
+        other_loss(batch).backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.7)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * factor
+        optimizer.step()
+    torch.testing.assert_close(model.weight, other.weight)
+    torch.testing.assert_close(model.bias, other.bias)
+
+
+def test_fit_reports_every_step():
+    model = small_model()
+    batch, loss_of = regression(model)
+    first = loss_of(batch).item()
+    epochs, steps = [], []
+
+    def epoch_batches(epoch):
+        epochs.append(epoch)
+        return [batch] * (epoch + 1)
+
+    fit(model, epoch_batches, loss_of, FitConfig(epochs=3, **PLAIN), lambda *step: steps.append(step))
+    assert epochs == [0, 1, 2]
+    assert [progress for progress, _ in steps] == pytest.approx([1 / 3, 1 / 2, 2 / 3, 7 / 9, 8 / 9, 1])
+    assert steps[0][1] == pytest.approx(first)
+
+
+def test_a_single_step_with_the_default_schedule_trains():
+    model = small_model()
+    batch, loss_of = regression(model)
+    before = model.weight.detach().clone()
+    fit(model, lambda epoch: [batch], loss_of, FitConfig(epochs=1, device="cpu"))
+    assert not torch.equal(model.weight, before)
+
+
+def test_frozen_parameters_stay():
+    model = small_model()
+    model.bias.requires_grad_(False)
+    bias, weight = model.bias.clone(), model.weight.detach().clone()
+    batch, loss_of = regression(model)
+    fit(model, lambda epoch: [batch], loss_of, FitConfig(epochs=2, **PLAIN))
+    assert torch.equal(model.bias, bias) and not torch.equal(model.weight, weight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(bad):
+    model = small_model()
+    before = model.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="epoch 0, batch 0"):
+        fit(model, lambda epoch: [0], lambda _: model.weight.sum() * bad, FitConfig(**PLAIN))
+    assert torch.equal(model.weight, before)
