@@ -86,7 +86,7 @@ def last_column() -> tuple[str, ...]:
 def make_trainer(**overrides) -> PPOTrainer:
     config = GPT2Config(vocab_size=len(VOCAB), n_positions=32, n_embd=64, n_layer=2, n_head=4, initializer_range=0.3)
     policy, reference = ActorCritic(GPT2(config, seed=0)), GPT2(config, seed=0)
-    base = PPOConfig(batch_size=BATCH, gen_len=LENGTH, top_p=1.0, lr=1e-4, eos_token_id=EOS, max_grad_norm=float("inf"))
+    base = PPOConfig(batch_size=BATCH, gen_len=LENGTH, top_p=1.0, lr=1e-4, eos_token_id=EOS, max_grad_norm=None)
     return PPOTrainer(policy, reference, Tokenizer(VOCAB), base, device="cpu", **overrides)
 
 

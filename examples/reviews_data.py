@@ -1,7 +1,7 @@
 """Labelled Chinese reviews for the examples: loading, a fixed balanced split, and short openings used as prompts.
 
-The two CSV files are published by ChineseNlpCorpus on GitHub; every choice below depends on the texts alone
-(through SHA-256), never on the order of rows or on a random seed.
+The two CSV files are published by ChineseNlpCorpus on GitHub. The split and every draw depend on the texts alone
+(through SHA-256), never on a random seed; of several copies of a review the first one is kept.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The sentiment classifier of the starter weights: trained on labels, on masked tokens and on an n-gram teacher.
 
 40,000 reviews are too few for a transformer from random weights to beat character n-grams on its own. It gets there
-by predicting masked tokens first, and by distillation (Hinton et al. 2015): a naive-Bayes-weighted logistic
-regression on character 1-4-grams (Wang & Manning 2012) gives its opinion on every excerpt, always from a model that
-was fitted without that review, which tells apart the excerpts that carry the review's sentiment from those that do
-not.
+with the word embeddings of the language model, and by distillation (Hinton et al. 2015): a naive-Bayes-weighted
+logistic regression on character 1-4-grams (Wang & Manning 2012) gives its opinion on every excerpt, always from a
+model that was fitted without that review, which tells apart the excerpts that carry the review's sentiment from those
+that do not.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from minirlhf import BertClassifier, BertConfig, Tokenizer
+from minirlhf import GPT2, BertClassifier, BertConfig, Tokenizer
 from minirlhf.classification import (
     ClassifierTrainingConfig,
     fit_temperature,
@@ -52,19 +52,26 @@ def train_sentiment_classifier(
         return drawn
 
     model = BertClassifier(bert_config(len(tokenizer)), seed=args.seed)
-    with torch.no_grad():
-        model.bert.embeddings.position_embeddings.weight.copy_(sinusoids(CONTEXT, model.config.hidden_size))
-    shared = dict(max_length=CONTEXT, tokens_per_batch=2048, precision=args.precision, device=args.device)
-    reading = max(1, args.bert_epochs // 3)
-    language = ClassifierTrainingConfig(
-        epochs=reading, lr=1e-3, schedule="constant", mlm_weight=1.0, seed=args.seed, **shared
-    )
-    sentiment = ClassifierTrainingConfig(
-        epochs=args.bert_epochs - reading, lr=1e-3, warmup=0.02, mlm_weight=0.1, mask_probability=0.1,
-        seed=args.seed + 1, **shared,
-    )  # fmt: skip
-    for config, first in ((language, 0), (sentiment, reading)):
-        train_classifier(model, tokenizer, lambda epoch, first=first: examples(first + epoch), config, on_step)
+    embeddings = model.bert.embeddings
+    with torch.no_grad():  # what the language model knows of each token, and where it stands
+        words = GPT2.from_pretrained(args.output / "gpt2-chinese-reviews-small").wte.weight
+        embeddings.word_embeddings.weight.copy_(words)
+        embeddings.position_embeddings.weight.copy_(sinusoids(CONTEXT, words.size(1)) * words.std())
+    seen = 0
+    for cycle, epochs in enumerate(args.bert_epochs):  # cosine cycles, a warm restart between them (SGDR, 2017)
+        config = ClassifierTrainingConfig(
+            epochs=epochs,
+            lr=6e-4 if cycle == 0 else 5e-4,
+            weight_decay=0.05,
+            mask_probability=0.0,
+            max_length=CONTEXT,
+            tokens_per_batch=2048,
+            precision=args.precision,
+            device=args.device,
+            seed=args.seed + cycle,
+        )
+        train_classifier(model, tokenizer, lambda epoch, first=seen: examples(first + epoch), config, on_step)
+        seen += epochs
 
     labels = torch.tensor([review.label for review in tuning] * 2)
     texts = [review.text for review in tuning] + [opening(review.text) for review in tuning]
@@ -86,10 +93,10 @@ def train_sentiment_classifier(
 
 
 def bert_config(vocab_size: int) -> BertConfig:
-    # No dropout on the attention weights: it would force the slow attention kernel.
+    # No dropout: every epoch shows new excerpts, and the teacher's opinions do not overfit.
     return BertConfig(
         vocab_size=vocab_size, max_position_embeddings=CONTEXT, hidden_size=256, num_hidden_layers=3,
-        num_attention_heads=4, intermediate_size=1024, attention_probs_dropout_prob=0.0,
+        num_attention_heads=4, intermediate_size=1024, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
 
 
@@ -106,12 +113,12 @@ def excerpt(text: str, rng: random.Random) -> str:
 
 
 def sinusoids(positions: int, width: int) -> torch.Tensor:
-    """Sinusoidal position embeddings (Vaswani et al. 2017, section 3.5), at the scale of the other embeddings.
+    """Sinusoidal position embeddings (Vaswani et al. 2017, section 3.5), of standard deviation about 0.7.
 
     Only a starting point: neighbours are recognisable from the first step, which a small model learns slowly.
     """
     angle = torch.arange(positions)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
-    return 0.02 * torch.cat([angle.sin(), angle.cos()], dim=1)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class NGramTeacher:

@@ -147,7 +147,7 @@ def write_tensors(
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write a JSON object, atomically, in UTF-8 with sorted keys left as given."""
-    atomic_write(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+    atomic_write(path, (json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode("utf-8"))
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:

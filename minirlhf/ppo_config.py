@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +56,7 @@ class PPOConfig:
     # What a modern trainer needs besides
     adaptive_kl: bool = True  # False: init_kl_coef stays
     minibatch_size: int = 16  # sequences an optimizer step; 1 in the original recipe
-    max_grad_norm: float = 1.0  # inf: no clipping
+    max_grad_norm: float | None = 1.0  # None: no clipping
     adam_eps: float = 1e-8
     lr_schedule: str = "constant"  # constant, linear or cosine, counted in optimizer steps over the whole run
     lr_warmup: float = 0.0  # share of all optimizer steps
@@ -103,7 +102,7 @@ class PPOConfig:
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
         require_positive_ints(self, *counts)
         require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")
-        require_positive(self, "log_ratio_limit", "max_grad_norm")  # inf turns them off
+        require_positive(self, "log_ratio_limit")
         require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
         require_unit_interval(self, "gamma", "lam", "lr_warmup")
         require_finite(self, "missing_eos_score", "overlong_score", "score_scale")
@@ -113,6 +112,8 @@ class PPOConfig:
         for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1)):
             if getattr(self, name) is not None:
                 require_above(self, bound, name)
+        if self.max_grad_norm is not None:
+            require_positive(self, "max_grad_norm")
         if self.eos_token_id is not None:
             require_counts(self, "eos_token_id")
         require_one_of(self, "kl_estimator", (*ppo.KL_ESTIMATORS, "exact"))
@@ -173,7 +174,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The chapter: one optimizer step a sample, advantages whitened within it, top-p samples scored in full.
     "original": dict(
         minibatch_size=1,
-        max_grad_norm=math.inf,
+        max_grad_norm=None,
         whiten_scope="sequence",
         score_position="last_column",
         score_full_softmax=True,
@@ -187,7 +188,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=64,
         minibatch_size=64,
         adam_eps=1e-5,
-        max_grad_norm=math.inf,
+        max_grad_norm=None,
         whiten_scope="minibatch",
         whiten_ddof=0,
         whiten_rewards=True,
@@ -201,7 +202,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         lr=1.41e-5,
         batch_size=256,
         minibatch_size=1,
-        max_grad_norm=math.inf,
+        max_grad_norm=None,
         whiten_scope="sequence",
         score_position="last_column",
         score_temperature=False,
@@ -214,7 +215,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "trl0.11": dict(
         lr=1.41e-5,
         minibatch_size=128,
-        max_grad_norm=math.inf,
+        max_grad_norm=None,
         loss_averaging="micro_batches",
         score_temperature=False,
         score_full_softmax=True,

@@ -8,6 +8,7 @@ Left out: several GPUs, and a value model apart from the policy.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -186,7 +187,7 @@ class PPOTrainer:
             self.policy.gpt2.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.lr_schedule, self._progress(), c.lr_warmup)
-        totals["ppo/grad_norm"] = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm)
+        totals["ppo/grad_norm"] = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm or math.inf)
         self.optimizer_steps += 1
         return totals
 

@@ -528,7 +528,8 @@ POSITIVE = ("lr", "target", "horizon", "cliprange", "cliprange_value", "max_grad
 NAN = float("nan")
 BAD_FIELDS = [
     *((name, value) for name in INTEGERS for value in (0, -1, 1.5, "4", None, True)),
-    *((name, value) for name in POSITIVE for value in (0, -1.0, NAN, "1", None)),
+    *((name, value) for name in POSITIVE for value in (0, -1.0, NAN, "1")),
+    *((name, None) for name in POSITIVE if name != "max_grad_norm"),  # None: no clipping
     *((name, value) for name in ("init_kl_coef", "vf_coef", "entropy_coef", "adam_eps") for value in (-0.1, NAN, "1")),
     *((name, value) for name in ("gamma", "lam", "lr_warmup") for value in (-0.1, 1.1, NAN, "1")),
     *(("target_kl", value) for value in (0, -1.0, NAN, "1")),
