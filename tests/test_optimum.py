@@ -42,7 +42,7 @@ def test_fixed_beta_reaches_the_exact_optimum(seed):
     optimum /= optimum.sum()
 
     trainer = PPOTrainer(
-        policy, reference, tokenizer, steps=100 * 256, batch_size=256, minibatch_size=64, forward_batch_size=64,
+        policy, reference, tokenizer, steps=50 * 256, batch_size=256, minibatch_size=64, forward_batch_size=64,
         gen_len=LENGTH, lr=1e-3, lr_schedule="linear", adaptive_kl=False, init_kl_coef=BETA, top_p=1.0, vf_coef=0.5,
         cliprange_value=10.0, ppo_epochs=2, seed=seed,
     )  # fmt: skip
