@@ -30,7 +30,7 @@ from minirlhf.metrics import RunLog, plot_run, printable
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
 # For the starter weights, a GPT-2 25 times smaller than the original: larger steps, and a bonus that keeps it varied.
-STARTER = dict(steps=6400, lr=2e-4, minibatch_size=32, forward_batch_size=32, entropy_coef=0.015)
+STARTER = dict(steps=5120, lr=2e-4, minibatch_size=32, forward_batch_size=32, entropy_coef=0.01)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         rows.append(row(seed, seconds, json.loads((run / "summary.json").read_text(encoding="utf-8"))))
         histories.append(read_jsonl(run / "metrics.jsonl"))
-        print(rows[-1], flush=True)
+        print(" ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
     table = markdown(rows)
     print(table)
     (args.output / "table.md").write_text(table, encoding="utf-8")
