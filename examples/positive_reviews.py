@@ -20,7 +20,7 @@ try:
     import matplotlib  # noqa: F401  (the curve at the end needs it: better to know now)
     from tqdm import tqdm
 except ImportError:
-    sys.exit("the examples need tqdm and matplotlib: pip install 'minirlhf[examples]'")
+    sys.exit("the examples need tqdm and matplotlib: pip install -e '.[examples]'")
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.checkpoints import read_json, write_json

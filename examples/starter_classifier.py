@@ -1,7 +1,7 @@
-"""The sentiment classifier of the starter weights: trained on labels, on masked tokens and on an n-gram teacher.
+"""The sentiment classifier of the starter weights: trained on labels and on an n-gram teacher.
 
-40,000 reviews are too few for a transformer from random weights to beat character n-grams on its own. It gets there
-with the word embeddings of the language model, and by distillation (Hinton et al. 2015): a naive-Bayes-weighted
+40,000 reviews are too few for a transformer from random weights to come near character n-grams on its own. It gets
+there with the word embeddings of the language model, and by distillation (Hinton et al. 2015): a naive-Bayes-weighted
 logistic regression on character 1-4-grams (Wang & Manning 2012) gives its opinion on every excerpt, always from a
 model that was fitted without that review, which tells apart the excerpts that carry the review's sentiment from those
 that do not.

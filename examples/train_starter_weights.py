@@ -1,6 +1,6 @@
 """Train the two small models in `weights/` from labelled Chinese reviews, with this library's own code.
 
-    python examples/train_starter_weights.py --data FOLDER [--output weights] [--only gpt2|bert]
+    python examples/train_starter_weights.py --data FOLDER [--output runs/weights] [--only gpt2|bert]
 
 FOLDER holds ChnSentiCorp_htl_all.csv and online_shopping_10_cats.csv as ChineseNlpCorpus publishes them. One tenth of
 the reviews is held out by hash. The language model sees texts only; the classifier learns from whole reviews,
@@ -82,7 +82,7 @@ class Progress:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two published CSV files")
-    parser.add_argument("--output", type=Path, default=Path("weights"))
+    parser.add_argument("--output", type=Path, default=Path("runs/weights"))
     parser.add_argument("--only", choices=["gpt2", "bert"])
     parser.add_argument("--gpt2-epochs", type=int, default=7)
     parser.add_argument("--bert-epochs", type=int, nargs="+", default=[9, 6], help="epochs of each cosine cycle")

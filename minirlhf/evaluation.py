@@ -46,7 +46,8 @@ def compare(
     Returns the figures by name and the samples as pairs. For "policy" and "reference" each: mean reward, distinct-1
     and distinct-2 (over the characters of the responses). `kl`: KL(policy || reference) a sequence (sum over its
     tokens), nats, the exact KL at each token of the policy's samples, in the distribution that was sampled;
-    `kl_full_softmax`: the same of the models' untruncated distributions.
+    `kl_full_softmax`: the same with the models' untruncated distributions at each token, still on samples of the
+    truncated policy.
     Raises ValueError as `collect_rollout`.
     """
     if isinstance(prompts, str) or len(prompts) == 0:

@@ -109,6 +109,7 @@ class PPOConfig:
         require_counts(self, "value_warmup", "seed")
         require_bools(self, "adaptive_kl", "score_whitening", "whiten_rewards")
         require_bools(self, "score_temperature", "score_full_softmax")
+        require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1)):
             if getattr(self, name) is not None:
                 require_above(self, bound, name)

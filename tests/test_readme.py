@@ -87,7 +87,7 @@ def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
         args, config = positive_reviews.read_settings()
         seen.append((args, config))
     (plain, own), (mine, config), (original, recipe) = seen
-    assert own.steps == 12800 and Path(plain.policy).parent == REPO / "weights"
+    assert own.steps == positive_reviews.STARTER["steps"] and Path(plain.policy).parent == REPO / "weights"
     assert mine.prompts == ["房间", "早餐", "服务员"] and (config.steps, config.seed) == (6400, 3)
     assert original.policy == "GPT2_FOLDER" and recipe.precision == "bf16" and recipe.minibatch_size == 1
 

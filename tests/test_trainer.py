@@ -384,9 +384,36 @@ def test_during_value_warm_up_the_value_loss_alone_is_trained():
         each.step(*batch())
     same(weights(frozen[0]), before)  # no value loss either
     assert not torch.equal(weights(frozen[1])["gpt2.wte.weight"], before["gpt2.wte.weight"])
-    assert not torch.equal(weights(trainer)["gpt2.wte.weight"], weights(plain)["gpt2.wte.weight"])
+    assert not torch.equal(weights(plain)["gpt2.wte.weight"], before["gpt2.wte.weight"])
+    assert torch.equal(weights(trainer)["gpt2.wte.weight"], before["gpt2.wte.weight"])  # the policy itself stays
     head = "value_head.summary.weight"
     assert not torch.equal(weights(trainer)[head], before[head])
+
+
+def test_scores_may_leave_the_temperature_out():
+    """score_temperature=False, as TRL had it: sampled at 0.5, scored at 1."""
+    trainer = make_trainer(temperature=0.5, top_p=1.0, score_temperature=False)
+    rollout = trainer.collect(PROMPTS, reward)
+    width = rollout.response_mask.size(1)
+    with torch.no_grad():
+        at_one, at_half = (trainer.policy.score(rollout.tokens, rollout.mask, width, t).logprobs for t in (1.0, 0.5))
+    torch.testing.assert_close(rollout.logprobs, at_one)
+    assert (rollout.logprobs - at_half).abs().max() > 0.1
+    assert trainer.step(rollout)["ppo/policy/first_ratio_error"] < 1e-5  # the update scores alike
+
+
+def test_a_new_value_head_is_made_as_the_settings_say():
+    heads = []
+    for seed in (0, 0, 1):
+        config = PPOConfig(value_head="tanh", value_head_init=0.25, seed=seed, device="cpu")
+        trainer = PPOTrainer(make_gpt2(0, **SMALL), make_gpt2(1, **SMALL), Tokenizer(VOCAB), config)
+        heads.append(trainer.policy.value_head)
+        weight = heads[-1].summary.weight
+        assert heads[-1].kind == "tanh" and 0.1 < weight.abs().max() <= 0.25
+    assert torch.equal(heads[0].summary.weight, heads[1].summary.weight)
+    assert not torch.equal(heads[0].summary.weight, heads[2].summary.weight)
+    with pytest.raises(ValueError, match="linear"):
+        make_trainer(value_head="tanh")  # the policy has a linear one already
 
 
 def test_every_preset_trains():
