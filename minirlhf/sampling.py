@@ -50,7 +50,7 @@ def top_p_set(probs: Tensor, p: float) -> Tensor:
     The most probable token is always kept; of equally probable tokens the lower ids come first.
     """
     if p >= 1:
-        return torch.ones_like(probs, dtype=torch.bool)  # a rounded running sum would lose the tail
+        return probs > 0  # a rounded running sum would lose the tail
     values, order = probs.sort(dim=-1, descending=True, stable=True)
     before = values.cumsum(-1) - values  # mass of the tokens ahead of each one
     keep = before < p
