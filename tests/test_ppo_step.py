@@ -9,7 +9,7 @@ from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer, Value
 from minirlhf.sampling import unpack_set
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
-SIZES = dict(vocab_size=len(TOKENS), n_positions=16, n_embd=4, n_layer=1, n_head=2, n_inner=8)
+SIZES = dict(vocab_size=len(TOKENS), n_positions=48, n_embd=4, n_layer=1, n_head=2, n_inner=8)
 DEFAULTS = dict(
     batch_size=5, minibatch_size=2, forward_batch_size=2, ppo_epochs=2, lr=3e-3, top_p=1.0, device="cpu", gen_len=4,
     horizon=50.0, target=2.0, adaptive_kl=True,
@@ -42,7 +42,7 @@ def random_rows(seed, count, longest=5):
         lengths[0] = 1
     rows = []
     while len(rows) < count:
-        query = rng.integers(0, len(TOKENS), rng.integers(1, longest + 1)).tolist()
+        query = rng.integers(0, len(TOKENS), rng.integers(1, min(longest, 5) + 1)).tolist()
         response = rng.integers(0, len(TOKENS), lengths[len(rows)]).tolist()
         if all(query + response != r["query"] + r["response"] for r in rows):  # they are told apart by their tokens
             rows.append({"query": query, "response": response, "score": float(rng.integers(-16, 17)) / 8})
@@ -124,6 +124,10 @@ def compare(trainer, params):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_step_over_ragged_rows(seed):
     run_both(random_rows(seed, 5), seed=seed)
+
+
+def test_a_step_over_rows_of_1_to_40_tokens():
+    run_both([*random_rows(11, 3, longest=40), *random_rows(12, 1, longest=17)], ppo_epochs=1)
 
 
 def test_the_oracle_moves_the_weights_by_more_than_the_tolerance():
