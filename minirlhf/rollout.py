@@ -18,7 +18,7 @@ from torch import Tensor
 from minirlhf.batching import Ids, left_pad, length_sorted_batches, right_pad
 from minirlhf.generation import generate
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import ActorCritic, TokenScores
+from minirlhf.models.heads import ActorCritic, TokenScores, language_model
 from minirlhf.rewards import RewardFunction, call_reward, checked_scores
 from minirlhf.sampling import SamplingConfig
 from minirlhf.tokenizer import Tokenizer
@@ -213,7 +213,7 @@ def score_in_batches(
     batch_size: int,
 ) -> dict[str, Any]:
     """The fields of a Rollout that come from scoring, each (B, R); `score` in batches of similar length."""
-    reference = ref_policy.gpt2 if isinstance(ref_policy, ActorCritic) else ref_policy
+    reference = language_model(ref_policy)
     parts: list[TokenScores] = []
     batches = list(length_sorted_batches(mask.sum(-1).tolist(), batch_size))
     for batch in batches:

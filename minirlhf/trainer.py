@@ -21,7 +21,7 @@ from minirlhf import ppo, training_state
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import ActorCritic, ValueHead
+from minirlhf.models.heads import ActorCritic, ValueHead, language_model
 from minirlhf.optimization import Precision, lr_factor, resolve_device
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.rewards import RewardFunction
@@ -74,7 +74,7 @@ class PPOTrainer:
 
     @property
     def reference(self) -> GPT2:
-        return self.ref_policy.gpt2 if isinstance(self.ref_policy, ActorCritic) else self.ref_policy
+        return language_model(self.ref_policy)
 
     @property
     def score_temperature(self) -> float:
@@ -423,7 +423,7 @@ def _with_value_head(policy: ActorCritic | GPT2, config: PPOConfig) -> ActorCrit
 
 
 def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer: Tokenizer, config: PPOConfig) -> None:
-    reference = ref_policy.gpt2 if isinstance(ref_policy, ActorCritic) else ref_policy
+    reference = language_model(ref_policy)
     sizes = policy.gpt2.config.vocab_size, reference.config.vocab_size, len(tokenizer)
     if len(set(sizes)) != 1:
         raise ValueError(

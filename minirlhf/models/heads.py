@@ -131,6 +131,11 @@ class ActorCritic(nn.Module):
         write_tensors(Path(folder) / VALUE_HEAD_FILE, self.value_head.state_dict(), {"kind": self.value_head.kind})
 
 
+def language_model(model: GPT2 | ActorCritic) -> GPT2:
+    """The GPT-2 of a model that may have a value head."""
+    return model.gpt2 if isinstance(model, ActorCritic) else model
+
+
 def score_tokens(
     model: GPT2,
     tokens: Tensor,
