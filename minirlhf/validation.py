@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection
 
 
@@ -13,10 +14,10 @@ def require(config: object, name: str, fine: bool, allowed: str) -> None:
 
 
 def require_positive_ints(config: object, *names: str) -> None:
-    """Every named field is an int of at least 1."""
+    """Every named field is an int of at least 1 (and below 2**63, more than which nothing can have)."""
     for name in names:
         value = getattr(config, name)
-        require(config, name, type(value) is int and value >= 1, "an integer of at least 1")
+        require(config, name, type(value) is int and 1 <= value < 2**63, "an integer of at least 1")
 
 
 def require_counts(config: object, *names: str) -> None:
@@ -72,4 +73,5 @@ def _require_numbers(config: object, names: Collection[str], fine: Callable[[flo
     for name in names:
         value = getattr(config, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max)  # or no float holds it
         require(config, name, is_number and fine(value), allowed)
