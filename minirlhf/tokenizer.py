@@ -1,166 +1,172 @@
-"""Text to token ids and back, under BERT's rules for Chinese: every Chinese character is one token.
+"""Text to token ids and back: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's byte-level BPE.
 
-Built on the `tokenizers` package from a `vocab.txt`, one token a line, as the uer models publish it.
+Built on the `tokenizers` package. The kinds are `tokenization.wordpiece` and `tokenization.byte_bpe`;
+`tokenization.folder` tells which of them a folder holds.
 """
 
 from __future__ import annotations
 
 import os
-import unicodedata
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-import tokenizers
-from tokenizers import AddedToken, normalizers, pre_tokenizers
-from tokenizers.models import WordPiece
 from torch import Tensor
 
-from minirlhf.checkpoints import atomic_write
+from minirlhf.files import atomic_write, replaced_folder, write_json
+from minirlhf.tokenization.base import TokenizerModel, is_unicode
+from minirlhf.tokenization.folder import TOKENIZER_FILES, read_tokenizer
+from minirlhf.tokenization.wordpiece import WordPiece, build_vocab
 
-VOCAB_FILE = "vocab.txt"
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_CHARS_PER_WORD = 100  # BERT's limit: a longer word becomes [UNK]
+__all__ = ["Tokenizer", "build_vocab"]
 
 
 class Tokenizer:
-    """BERT word pieces with Chinese characters one by one.
+    """A tokenizer of either kind, with the ids that transformers' class for the same folder gives.
 
-    vocab: the tokens in the order of their ids.
-    Raises ValueError for a duplicate, an empty token or a missing special token.
+    model: a WordPiece or a ByteBPE; a list of tokens, in the order of their ids, is BERT's WordPiece.
+    vocab: the tokens in the order of their ids, as the vocabulary file writes them.
+    special_ids: of the special tokens: found literally in a text ("[SEP]"), and left out of decoded text.
+    eos_id: ends a text: [SEP], or <|endoftext|>. pad_id: fills batches; it may be eos_id, since a mask says what is
+        padding.
+    Raises ValueError for a bad vocabulary (see the models).
     """
 
-    def __init__(self, vocab: Sequence[str]):
-        self.vocab = list(vocab)
-        self._check_vocab()
-        ids = {token: i for i, token in enumerate(self.vocab)}
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[token] for token in SPECIAL_TOKENS)
-        self.special_ids = frozenset(ids[token] for token in SPECIAL_TOKENS)
-        model = WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_CHARS_PER_WORD)
-        self._tokenizer = tokenizers.Tokenizer(model)
-        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        # A literal "[SEP]" in a text becomes the special token, as in BertTokenizer.
-        self._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    def __init__(self, model: TokenizerModel | Sequence[str]):
+        self.model = model if isinstance(model, TokenizerModel) else WordPiece(model)
+        self.vocab = self.model.vocab
+        self.special_ids = self.model.special_ids
+        self.pad_id, self.eos_id = self.model.pad_id, self.model.eos_id
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Read `vocab.txt` of a model folder. Raises FileNotFoundError, or ValueError for a damaged file."""
-        path = Path(folder) / VOCAB_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not valid UTF-8: {error}") from error
-        vocab = [line.rstrip("\r") for line in lines]
-        if vocab and vocab[-1] == "":
-            vocab.pop()
-        try:
-            return cls(vocab)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        """Read the tokenizer of a model folder, whichever kind its files are of.
+
+        `tokenizer.json` is read if it is there, else `vocab.json` with `merges.txt`, else `vocab.txt`; besides,
+        `tokenizer_config.json` and `special_tokens_map.json`.
+        Raises FileNotFoundError that lists what was looked for, or ValueError with the file for a damaged file, and
+        for a tokenizer or a setting that is not supported.
+        """
+        return cls(read_tokenizer(folder))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `vocab.txt` into a folder, which is made if it does not exist."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        atomic_write(Path(folder) / VOCAB_FILE, ("\n".join(self.vocab) + "\n").encode("utf-8"))
+        """Write all that transformers needs for the same ids, at one moment; the folder is made if it is not there.
+
+        Other tokenizer files of the folder are removed, and all else in it stays. Raises OSError if the folder cannot
+        be written.
+        """
+        files = self.model.files()
+        with replaced_folder(folder) as staged:
+            for name in TOKENIZER_FILES:
+                (staged / name).unlink(missing_ok=True)  # or the folder would hold two tokenizers
+            for name, content in files.items():
+                if isinstance(content, Mapping):
+                    write_json(staged / name, content)
+                else:
+                    atomic_write(staged / name, content.encode("utf-8"))
 
     def __len__(self) -> int:
         return len(self.vocab)
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Token ids of a text: [CLS] ... [SEP], cut at the end to `max_length` tokens, both of these included."""
-        ids = self._encode(text)
-        if max_length is not None:
-            if max_length < 2:
-                raise ValueError(f"max_length must be at least 2 for [CLS] and [SEP], got {max_length}")
-            ids = ids[: max_length - 2]
-        return [self.cls_id, *ids, self.sep_id]
+        """Token ids of a text: [CLS] ... [SEP], of BPE the text's alone; cut at the end to `max_length` in all.
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt to be continued: [CLS] ..., without the final [SEP].
-
-        Raises ValueError if no token is left of the text (an empty or a blank prompt).
+        Raises ValueError for what is no text or no valid Unicode, and for a `max_length` without room.
         """
-        ids = self._encode(text)
-        if not ids:
-            raise ValueError(f"prompt {text!r} is empty: it must hold at least one visible character")
-        return [self.cls_id, *ids]
+        room = self._room(max_length)
+        return self._framed(self._encode(text)[:room])
 
     def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """`encode` over many texts at once, in parallel threads."""
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length must be at least 2 for [CLS] and [SEP], got {max_length}")
-        room = None if max_length is None else max_length - 2
-        texts = [_checked(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [[self.cls_id, *encoding.ids[:room], self.sep_id] for encoding in encodings]
+        room = self._room(max_length)
+        return [self._framed(ids[:room]) for ids in self._encode_batch(texts)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt to be continued: [CLS] ... without the final [SEP], of BPE the text's alone.
+
+        Raises ValueError if no token is left of the text (an empty prompt; of WordPiece a blank one as well). With BPE
+        the prompt "<|endoftext|>" is the beginning of a new text, as the published GPT-2 has learned it.
+        """
+        ids = self._encode(text)
+        if not ids:
+            raise ValueError(f"prompt {text!r} is empty: it must hold at least one token")
+        return [*self.model.opening, *ids]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that a language model learns, with their end: [CLS] ... [SEP], or ... <|endoftext|>.
+
+        Raises ValueError for an empty text of BPE: its end alone leaves nothing to predict.
+        """
+        documents = [[*self.model.opening, *ids, self.eos_id] for ids in self._encode_batch(texts)]
+        for i, document in enumerate(documents):
+            if len(document) < 2:
+                raise ValueError(f"text {i} is empty: there is nothing to predict in it")
+        return documents
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """Clean text: no special tokens, no spaces between Chinese characters, a space between Latin words.
+        """The text of token ids, special tokens left out.
 
+        WordPiece: clean text, no spaces between Chinese characters, a space between Latin words. BPE: byte for byte;
+        what is left of a character that was cut becomes U+FFFD.
         Raises ValueError for an id outside the vocabulary.
         """
-        text = ""
-        for i in ids.tolist() if isinstance(ids, Tensor) else ids:
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        for i in ids:
             if not 0 <= i < len(self.vocab):
                 raise ValueError(f"token id {i} is outside the vocabulary of {len(self.vocab)} tokens")
-            if i in self.special_ids:
-                continue
-            token = self.vocab[i]
-            if token.startswith("##") and len(token) > 2:
-                text += token[2:]
-            else:
-                text += (" " if text and _is_spaced(text[-1]) and _is_spaced(token[0]) else "") + token
-        return text
+        return self.model.decode(ids)
 
     def width(self, token_id: int) -> int:
-        """How many characters of text a token stands for; a special token counts as one."""
-        return 1 if token_id in self.special_ids else len(self.vocab[token_id].removeprefix("##")) or 1
+        """How many characters of text a token stands for, white space left out; a special token counts as one."""
+        return 1 if token_id in self.special_ids else self.model.width(token_id)
+
+    @property
+    def unk_id(self) -> int:
+        """Id of [UNK]. Raises ValueError for BPE, as the three below."""
+        return self._bert_id("[UNK]")
+
+    @property
+    def cls_id(self) -> int:
+        """Id of [CLS]."""
+        return self._bert_id("[CLS]")
+
+    @property
+    def sep_id(self) -> int:
+        """Id of [SEP]."""
+        return self._bert_id("[SEP]")
+
+    @property
+    def mask_id(self) -> int:
+        """Id of [MASK]."""
+        return self._bert_id("[MASK]")
+
+    def _bert_id(self, token: str) -> int:
+        if not isinstance(self.model, WordPiece):
+            raise ValueError(f"a byte-level BPE has no {token}: what asks for it needs a tokenizer of BERT's kind")
+        return self.model.ids[token]
+
+    def _room(self, max_length: int | None) -> int | None:
+        """How many tokens of a text fit into `max_length` beside those before and after it."""
+        frame = len(self.model.opening) + len(self.model.closing)
+        if max_length is None:
+            return None
+        if max_length < max(frame, 1):
+            least = f"{frame} for [CLS] and [SEP]" if frame else "1"
+            raise ValueError(f"max_length must be at least {least}, got {max_length}")
+        return max_length - frame
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        return [*self.model.opening, *ids, *self.model.closing]
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
+        """The token ids of a text, nothing before or after."""
+        return self.model.backend.encode(_checked(text), add_special_tokens=False).ids
 
-    def _check_vocab(self) -> None:
-        first: dict[str, int] = {}
-        for i, token in enumerate(self.vocab):
-            if token == "":
-                raise ValueError(f"the vocabulary has an empty token at id {i}")
-            if first.setdefault(token, i) != i:
-                raise ValueError(f"the vocabulary has {token!r} twice, at ids {first[token]} and {i}")
-        missing = [token for token in SPECIAL_TOKENS if token not in first]
-        if missing:
-            raise ValueError(f"the vocabulary lacks the special tokens {', '.join(missing)}")
-
-
-def build_vocab(texts: Iterable[str], min_count: int = 3) -> list[str]:
-    """A vocabulary under BERT's rules, with the special tokens at the ids of the published Chinese vocabulary.
-
-    Kept are the tokens (Chinese characters, punctuation, Latin words, numbers) that occur at least `min_count` times,
-    most frequent first, and every Latin letter and digit that occurs, alone and as a continuation ("##a"), so that
-    rare words are spelled instead of lost.
-    """
-    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    counts: dict[str, int] = {}
-    for text in texts:
-        for token, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)):
-            counts[token] = counts.get(token, 0) + 1
-    pieces = sorted({char for token in counts for char in token if char.isascii() and char.isalnum()})
-    frequent = sorted((t for t, n in counts.items() if n >= min_count), key=lambda t: (-counts[t], t))
-    head = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return list(dict.fromkeys([*head, *pieces, *(f"##{char}" for char in pieces), *frequent]))
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        checked = [_checked(text) for text in texts]
+        return [encoding.ids for encoding in self.model.backend.encode_batch_fast(checked, add_special_tokens=False)]
 
 
 def _checked(text: object) -> str:
     """A text that can be encoded. Raises ValueError for anything but a str; lone surrogates become U+FFFD."""
     if not isinstance(text, str):
         raise ValueError(f"expected a text, got {text!r} of type {type(text).__name__}")
-    return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-
-
-def _is_spaced(char: str) -> bool:
-    """Whether the script of this letter or digit writes spaces between words (Chinese and Japanese do not)."""
-    if not char.isalnum():
-        return False
-    name = unicodedata.name(char, "")
-    return not name.startswith(("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC"))
+    return text if is_unicode(text) else "".join(char if is_unicode(char) else "\ufffd" for char in text)

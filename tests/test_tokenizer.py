@@ -81,6 +81,18 @@ def test_what_is_no_text_is_refused(tokenizer, text):
             encode(text)
 
 
+@pytest.mark.parametrize("text", ["x\ud83d", "酒店\udc80", "a\ud800b" * 99])
+def test_half_a_surrogate_pair_is_read_as_the_replacement_character(tokenizer, text):
+    readable = "".join("\ufffd" if 0xD800 <= ord(char) < 0xE000 else char for char in text)
+    for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda t: tokenizer.encode_batch(["a", t])):
+        assert encode(text) == encode(readable)
+
+
+@pytest.mark.parametrize("texts", [["酒店很好", "hello, wifi", "", "[SEP]"], []])
+def test_a_document_is_an_encoded_text(tokenizer, texts):
+    assert tokenizer.encode_documents(texts) == tokenizer.encode_batch(texts)
+
+
 @pytest.mark.parametrize("max_length", [2, 3, 5, 6, 7, 100])
 def test_truncation_equals_transformers(tokenizer, fast, max_length):
     text = "酒店很好"  # 6 tokens with [CLS] and [SEP]
@@ -198,14 +210,15 @@ def test_saving_and_loading_keeps_the_vocabulary(tmp_path, tokenizer):
     loaded = Tokenizer.from_pretrained(tmp_path / "new" / "folder")
     assert loaded.vocab == VOCAB and len(loaded) == len(VOCAB)
     assert loaded.encode("酒店hellox") == tokenizer.encode("酒店hellox")
-    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["vocab.txt"]
+    saved = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert saved == {"vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 
 
 def test_special_ids_are_found_by_name():
     moved = ["a", "[MASK]", "[SEP]", "[UNK]", "[PAD]", "[CLS]"]
     tokenizer = Tokenizer(moved)
     found = (tokenizer.mask_id, tokenizer.sep_id, tokenizer.unk_id, tokenizer.pad_id, tokenizer.cls_id)
-    assert found == (1, 2, 3, 4, 5)
+    assert found == (1, 2, 3, 4, 5) and tokenizer.eos_id == tokenizer.sep_id
     assert tokenizer.special_ids == {1, 2, 3, 4, 5}
     assert tokenizer.encode("a?") == [5, 0, 3, 2]
 
