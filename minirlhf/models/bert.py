@@ -20,15 +20,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import cast, check_published, check_tensors, read_folder, write_folder
-from minirlhf.models.layers import ACTIVATIONS, config_from_json, global_rng_kept, normal_init
-from minirlhf.validation import require_one_of, require_positive, require_positive_ints, require_rates
+from minirlhf.checkpoints import (
+    cast,
+    check_published,
+    published_config,
+    read_folder,
+    renamed,
+    write_folder,
+)
+from minirlhf.files import naming
+from minirlhf.model_card import ModelCard, Origin
+from minirlhf.models.layers import (
+    ACTIVATIONS,
+    attention,
+    config_from_json,
+    fill,
+    global_rng_kept,
+    normal_init,
+    shapes_only,
+)
+from minirlhf.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
 
 NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 
 
 # Variants of the computation that published configs can ask for and this model does not have.
-FIXED_FIELDS = {"position_embedding_type": "absolute", "is_decoder": False}
+FIXED_FIELDS = {
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "problem_type": (None, "single_label_classification"),
+}
+LAYER_TENSORS = 16  # of one layer
 
 
 @dataclass(frozen=True)
@@ -107,7 +129,7 @@ class BertSelfAttention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         dropout = self.dropout_p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        y = attention(q, k, v, allowed, dropout)
         return y.transpose(1, 2).reshape(B, T, C)
 
 
@@ -166,6 +188,8 @@ class BertClassifier(nn.Module):
     seed: of the generator that draws the initial weights.
     """
 
+    origin: Origin | None = None  # what it was loaded from
+
     def __init__(self, config: BertConfig, seed: int = 0):
         super().__init__()
         self.config = config
@@ -205,22 +229,42 @@ class BertClassifier(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> BertClassifier:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
-        Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
+        Read are the names that published checkpoints have: with or without `bert.`, LayerNorm's parameters as weight
+        and bias or as gamma and beta. The heads of the pretraining tasks, `cls.`, are dropped.
+        Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor, or
+        one without a classification head.
         """
         content, tensors = read_folder(folder)
         check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS)
-        if content.get("id2label") is None:  # no names, so none are invented
-            content["id2label"] = {i: f"LABEL_{i}" for i in range(content.get("num_labels") or 2)}
-        model = cls(config_from_json(BertConfig, content))
-        named = {name: t for name, t in tensors.items() if not name.endswith("position_ids")}
-        check_tensors(named, {name: p.shape for name, p in model.state_dict().items()}, folder)
-        model.load_state_dict(named)
+        most = len(tensors) // LAYER_TENSORS
+        with naming(folder), shapes_only():
+            if content.get("id2label") is None:  # no names, so none are invented
+                content["id2label"] = _nameless_labels(content.get("num_labels"))
+            config = config_from_json(BertConfig, content)
+            fits = config.num_hidden_layers <= most  # even an empty layer costs memory
+            require(config, "num_hidden_layers", fits, f"at most {most}, the layers that are stored")
+            model = cls(config)
+        named = renamed(tensors, _own_name, folder)
+        if not any(name.startswith("classifier.") for name in named):
+            raise ValueError(
+                f"{folder} holds no classification head (classifier.weight, classifier.bias): it is a BERT that was "
+                "not yet trained to classify"
+            )
+        fill(model, named, folder)
+        model.origin = Origin.of(folder, content)
         return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        summary: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
 
-        Raises OSError if it cannot, ValueError before writing if a weight is too large for `dtype`.
+        dtype: the type the weights are stored in. summary: of the training, names to JSON values, for the README and
+            the metadata of the weights.
+        Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
         """
         content = {
             "architectures": ["BertForSequenceClassification"],
@@ -229,7 +273,20 @@ class BertClassifier(nn.Module):
             "label2id": {label: i for i, label in enumerate(self.config.labels)},
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        write_folder(folder, content, cast(self.state_dict(), dtype))
+        config, tensors = published_config(content, self.origin), cast(self.state_dict(), dtype)
+        write_folder(folder, config, tensors, ModelCard("BertClassifier", self.origin, summary))
+
+
+def _own_name(published: str) -> str | None:
+    if published.endswith("position_ids") or published.startswith("cls."):
+        return None
+    return f"bert.{published}" if published.startswith(("embeddings.", "encoder.", "pooler.")) else published
+
+
+def _nameless_labels(count: Any) -> dict[int, str]:
+    if count is not None and (not isinstance(count, int) or not 1 <= count <= 10_000):
+        raise ValueError(f"config.json has num_labels={count!r}; it must be a number of classes")
+    return {i: f"LABEL_{i}" for i in range(2 if count is None else count)}
 
 
 def _checked_labels(id2label: Any) -> dict[int, str]:

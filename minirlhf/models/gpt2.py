@@ -15,18 +15,52 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import cast, check_published, check_tensors, read_folder, write_folder
-from minirlhf.models.layers import ACTIVATIONS, Conv1D, config_from_json, global_rng_kept, normal_init
-from minirlhf.validation import require_one_of, require_positive, require_positive_ints, require_rates
+from minirlhf.checkpoints import (
+    cast,
+    check_published,
+    published_config,
+    read_folder,
+    renamed,
+    write_folder,
+)
+from minirlhf.files import naming
+from minirlhf.model_card import ModelCard, Origin
+from minirlhf.models.layers import (
+    ACTIVATIONS,
+    Conv1D,
+    attention,
+    config_from_json,
+    fill,
+    global_rng_kept,
+    normal_init,
+    shapes_only,
+)
+from minirlhf.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
 
 # Variants of the computation that published configs can ask for and this model does not have.
-FIXED_FIELDS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+FIXED_FIELDS = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+LAYER_TENSORS = 12  # of one block
+# Other names that published configs have for fields of ours.
+FIELD_NAMES = {
+    "n_ctx": "n_positions",
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
+TRANSFORMERS_EOS = 50256  # the token that transformers' GPT-2 config ends texts with unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -97,7 +131,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
         dropout = self.attn_pdrop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None)
+        y = attention(q, k, v, allowed, dropout, is_causal=allowed is None)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -133,6 +167,8 @@ class GPT2(nn.Module):
     config: a GPT2Config.
     seed: of the generator that draws the initial weights.
     """
+
+    origin: Origin | None = None  # what it was loaded from
 
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
@@ -188,33 +224,58 @@ class GPT2(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
+        Read are the names that published checkpoints have: with or without `transformer.`, with or without a tied
+        `lm_head.weight`, with attention masks, which are dropped.
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
         content, tensors = read_folder(folder)
         check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
-        model = cls(config_from_json(GPT2Config, content))
-        named = {_own_name(name): tensor for name, tensor in tensors.items() if not _is_buffer(name)}
+        with naming(folder), shapes_only():
+            model = cls(read_config(content, len(tensors)))
+        named = renamed(tensors, own_name, folder)
         head = named.pop("lm_head.weight", None)
-        if head is not None and "wte.weight" in named and not torch.equal(head, named["wte.weight"]):
+        if head is not None and not torch.equal(named.setdefault("wte.weight", head), head):
             raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied LM heads are supported")
-        check_tensors(named, {name: p.shape for name, p in model.state_dict().items()}, folder)
-        model.load_state_dict(named)
+        if head is None and not content.get("tie_word_embeddings", True):
+            raise ValueError(f"{folder}: config.json has an LM head that is not tied, but there is no lm_head.weight")
+        fill(model, named, folder)
+        model.origin = Origin.of(folder, content)
         return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and `model.safetensors` in the published layout, with the weights stored as `dtype`.
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        summary: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
 
-        Raises OSError if it cannot, ValueError before writing if a weight is too large for `dtype`.
+        dtype: the type the weights are stored in. summary: of the training, names to JSON values, for the README and
+            the metadata of the weights.
+        Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
+        """
+        config, tensors = self.published(dtype)
+        write_folder(folder, config, tensors, ModelCard("GPT2", self.origin, summary))
+
+    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The content of `config.json` and the tensors by their published names, as transformers has them.
+
+        Keys of the config.json that the model was loaded with, say of its special tokens, are in it too.
+        Raises ValueError if a weight is not finite in `dtype`.
         """
         content = {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             **dataclasses.asdict(self.config),
+            "n_ctx": self.config.n_positions,  # what llama.cpp's converter reads
             "tie_word_embeddings": True,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
         tensors = {f"transformer.{name}": tensor for name, tensor in self.state_dict().items()}
-        write_folder(folder, content, cast(tensors, dtype))
+        config = published_config(content, self.origin)
+        if self.config.vocab_size <= TRANSFORMERS_EOS:  # no token of this vocabulary
+            config = {"bos_token_id": None, "eos_token_id": None, **config}
+        return config, cast(tensors, dtype)
 
     def _init_weights(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -223,6 +284,25 @@ class GPT2(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # residual layers scaled by their number, section 2.3 of the paper
                 nn.init.normal_(parameter, 0.0, std / math.sqrt(2 * self.config.n_layer), generator=generator)
+
+
+def read_config(content: Mapping[str, Any], stored: int) -> GPT2Config:
+    """The GPT2Config of a published `config.json`, by whichever names, for a file of `stored` tensors.
+
+    Raises ValueError for a bad field, or more layers than the file can hold: even an empty one costs memory.
+    """
+    known = {own: content[other] for other, own in FIELD_NAMES.items() if other in content}
+    config = config_from_json(GPT2Config, {**known, **content})
+    most = stored // LAYER_TENSORS
+    require(config, "n_layer", config.n_layer <= most, f"at most {most}, the layers that are stored")
+    return config
+
+
+def own_name(published: str) -> str | None:
+    """A published tensor's name in the model's form; None for the causal masks that old versions stored."""
+    if published.endswith((".attn.bias", ".attn.masked_bias")):
+        return None
+    return published.removeprefix("transformer.")
 
 
 def _positions(attention_mask: Tensor | None, past: int, total: int, device: torch.device) -> Tensor:
@@ -243,11 +323,3 @@ def _allowed(attention_mask: Tensor | None, past: int, new: int, device: torch.d
     # A padding token may attend to itself: a softmax over nothing would be NaN.
     itself = torch.ones_like(causal).triu(past)  # with `causal`: the diagonal
     return causal & (attention_mask.bool()[:, None, None, :] | itself)
-
-
-def _own_name(name: str) -> str:
-    return name.removeprefix("transformer.")
-
-
-def _is_buffer(name: str) -> bool:
-    return name.endswith((".attn.bias", ".attn.masked_bias"))

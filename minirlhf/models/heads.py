@@ -9,16 +9,18 @@ Shapes: B batch, P prompt, R response, T = P + R, C width, V vocabulary, N real 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minirlhf import ppo
-from minirlhf.checkpoints import check_tensors, read_metadata, read_tensors, write_tensors
+from minirlhf.checkpoints import cast, check_tensors, read_metadata, read_tensors, write_folder
+from minirlhf.hub import locate
+from minirlhf.model_card import ModelCard
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.layers import global_rng_kept
 from minirlhf.sampling import full_precision, restrict, unpack_set
@@ -114,8 +116,10 @@ class ActorCritic(nn.Module):
         Raises as `GPT2.from_pretrained`, and ValueError for a head that does not fit.
         """
         gpt2 = GPT2.from_pretrained(folder)
-        path = Path(folder) / VALUE_HEAD_FILE
+        path = locate(folder) / VALUE_HEAD_FILE
         stored = read_metadata(path).get("kind", "linear") if path.is_file() else None
+        if stored is not None and stored not in VALUE_HEAD_KINDS:
+            raise ValueError(f"{path} holds a {stored!r} value head, known are {', '.join(VALUE_HEAD_KINDS)}")
         if stored is not None and value_head not in (None, stored):
             raise ValueError(f"{path} holds a {stored!r} value head, but a {value_head!r} one was asked for")
         head = ValueHead(gpt2.config.n_embd, value_head or stored or "linear")
@@ -125,10 +129,20 @@ class ActorCritic(nn.Module):
             head.load_state_dict(tensors)
         return cls(gpt2, head).eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the GPT-2 in the published layout, and the value head beside it where other tools ignore it."""
-        self.gpt2.save_pretrained(folder)
-        write_tensors(Path(folder) / VALUE_HEAD_FILE, self.value_head.state_dict(), {"kind": self.value_head.kind})
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        summary: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the GPT-2 in the published layout and the value head beside it, where other tools ignore it.
+
+        dtype, summary and errors as of `GPT2.save_pretrained`; everything is written at one moment.
+        """
+        config, tensors = self.gpt2.published(dtype)
+        head = cast(self.value_head.state_dict(), torch.float32), {"kind": self.value_head.kind}
+        card = ModelCard("ActorCritic", self.gpt2.origin, summary)
+        write_folder(folder, config, tensors, card, beside={VALUE_HEAD_FILE: head})
 
 
 def language_model(model: GPT2 | ActorCritic) -> GPT2:

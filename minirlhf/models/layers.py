@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minirlhf.checkpoints import check_tensors
 
 Config = TypeVar("Config")
+SHORT_SEQUENCE = 128  # keys up to which the plain formula is faster to train with on a CPU
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -21,10 +27,13 @@ def gelu_new(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_python": F.gelu,
     "gelu_new": gelu_new,
+    "gelu_fast": gelu_new,
     "gelu_pytorch_tanh": gelu_new,
     "relu": F.relu,
     "silu": F.silu,
+    "swish": F.silu,
     "tanh": torch.tanh,
 }
 
@@ -41,6 +50,27 @@ class Conv1D(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)
 
 
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(hs)) v (Vaswani et al. 2017, equation 1), (B, nh, T, hs).
+
+    q: (B, nh, T, hs); k, v: (B, nh, S, hs).
+    allowed: bool, broadcast to (B, nh, T, S), True where a query may attend; or is_causal for the lower triangle.
+    `F.scaled_dot_product_attention`, but for its backward pass over short sequences on a CPU: there the fused kernel
+    needs three to five times as long as the formula itself.
+    """
+    short = k.size(2) <= SHORT_SEQUENCE and q.device.type == "cpu" and torch.is_grad_enabled()
+    if not short or dropout_p > 0:
+        return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, is_causal)
+    if is_causal:
+        allowed = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, nh, T, S)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
     """Build a config dataclass from a published `config.json`; keys that the library has no use for are ignored."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -50,6 +80,38 @@ def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
 def global_rng_kept() -> contextlib.AbstractContextManager[Any]:
     """Within it layers may be built: PyTorch's own initial weights move the global random state, which is put back."""
     return torch.random.fork_rng(devices=[])
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Within it the functions that draw initial weights do nothing. On the meta device they would load the compiler."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within it a model is built without memory or random numbers, whatever its config asks for, to be filled later.
+
+    Raises ValueError for a shape that no tensor can have.
+    """
+    try:
+        with torch.device("meta"), _WithoutDraws():
+            yield
+    except (RuntimeError, TypeError) as error:  # more elements or bytes than 64 bits count
+        raise ValueError(f"the config asks for a tensor beyond all sizes: {str(error).splitlines()[0]}") from error
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | os.PathLike[str]) -> None:
+    """Give a model that was built under `shapes_only` its weights, copied to fp32 on the CPU.
+
+    Raises ValueError as `check_tensors`, before it takes any memory.
+    """
+    check_tensors(tensors, {name: p.shape for name, p in model.state_dict().items()}, origin)
+    own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    model.load_state_dict(own, assign=True)
 
 
 def normal_init(module: nn.Module, std: float, generator: torch.Generator) -> None:

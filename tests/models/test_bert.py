@@ -227,6 +227,51 @@ def test_position_ids_buffer_is_ignored(folder):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("change", [
+    lambda tensors: {name.removeprefix("bert."): t for name, t in tensors.items()},
+    lambda tensors: {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+                     for name, t in tensors.items()},
+    lambda tensors: {**tensors, "cls.predictions.bias": torch.ones(50), "cls.seq_relationship.weight": torch.ones(2)},
+], ids=["no prefix", "gamma and beta", "heads of pretraining"])  # fmt: skip
+def test_other_spellings_of_a_checkpoint_load(folder, change):
+    before = BertClassifier.from_pretrained(folder).state_dict()
+    names = load_file(folder / "model.safetensors").keys()
+    rewrite_tensors(folder, change)
+    assert load_file(folder / "model.safetensors").keys() != names
+    after = BertClassifier.from_pretrained(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+def test_a_model_that_was_not_trained_to_classify_is_named(folder, prefix):
+    rewrite_tensors(folder, lambda tensors: {
+        **{name.replace("bert.", prefix): t for name, t in tensors.items() if not name.startswith("classifier")},
+        "cls.predictions.bias": torch.ones(50),
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=r"holds no classification head \(classifier.weight") as caught:
+        BertClassifier.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_labels_that_do_not_exclude_each_other_are_refused(folder, problem_type):
+    """Their scores are no softmax."""
+    rewrite_config(folder, problem_type="single_label_classification")
+    BertClassifier.from_pretrained(folder)
+    rewrite_config(folder, problem_type=problem_type)
+    with pytest.raises(ValueError, match=f"problem_type='{problem_type}'; only None or 'single_label"):
+        BertClassifier.from_pretrained(folder)
+
+
+def test_the_number_of_labels_without_names(folder):
+    rewrite_config(folder, id2label=None, num_labels=2)
+    assert BertClassifier.from_pretrained(folder).config.labels == ["LABEL_0", "LABEL_1"]
+    for count in (0, -1, "2", 2.5, 10**12):
+        rewrite_config(folder, num_labels=count)
+        with pytest.raises(ValueError, match="num_labels="):
+            BertClassifier.from_pretrained(folder)
+
+
 def test_one_error_names_every_tensor_that_is_wrong(folder):
     def damage(tensors):
         del tensors["bert.pooler.dense.bias"], tensors["classifier.bias"]

@@ -92,6 +92,7 @@ def test_logits_equal_transformers(pair, dtype, tolerance):
 @pytest.mark.parametrize("overrides", [
     {"activation_function": "gelu"}, {"activation_function": "relu"}, {"activation_function": "silu"},
     {"activation_function": "tanh"}, {"activation_function": "gelu_pytorch_tanh"},
+    {"activation_function": "gelu_fast"}, {"activation_function": "gelu_python"}, {"activation_function": "swish"},
     {"n_inner": 24}, {"n_head": 4}, {"layer_norm_epsilon": 0.1},
 ])  # fmt: skip
 @torch.no_grad()
@@ -103,7 +104,7 @@ def test_config_fields_mean_what_transformers_means(tmp_path, overrides):
     ours = GPT2.from_pretrained(tmp_path).double().eval()
     assert_relatively_close(ours(ids), expected, 1e-10)
     default = GPT2(GPT2Config(**SIZES))  # the field matters: without it the result is another one
-    if "n_inner" not in overrides and "gelu_pytorch_tanh" not in overrides.values():
+    if not {"n_inner"} & overrides.keys() | {"gelu_pytorch_tanh", "gelu_fast"} & set(overrides.values()):
         default.load_state_dict(ours.state_dict())
         assert not torch.allclose(default.double().eval()(ids), expected, rtol=1e-6)
 
@@ -268,7 +269,7 @@ def test_saving_replaces_a_model_and_leaves_other_files(folder):
     make_gpt2(seed=5, **SIZES).save_pretrained(folder)
     loaded = GPT2.from_pretrained(folder)
     assert torch.equal(loaded.wte.weight, make_gpt2(seed=5, **SIZES).wte.weight)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "vocab.txt"]
     assert (folder / "vocab.txt").read_text() == "kept"
 
 
@@ -288,6 +289,78 @@ def test_other_spellings_of_a_checkpoint_load(folder, change):
     loaded = GPT2.from_pretrained(folder)
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, stored.get(name, stored.get(f"transformer.{name}")))
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_a_tied_head_may_be_all_there_is_of_the_embedding(folder, prefix):
+    """As `safetensors.torch.save_model` leaves tied weights."""
+    before = GPT2.from_pretrained(folder)
+
+    def change(tensors):
+        tensors = {name.replace("transformer.", prefix): t for name, t in tensors.items()}
+        tensors["lm_head.weight"] = tensors.pop(f"{prefix}wte.weight")
+        return tensors
+
+    rewrite_tensors(folder, change)
+    assert torch.equal(GPT2.from_pretrained(folder).wte.weight, before.wte.weight)
+
+
+def test_layer_norms_may_have_their_old_names(folder):
+    before = GPT2.from_pretrained(folder).state_dict()
+    rewrite_tensors(folder, lambda tensors: {
+        name.replace(".weight", ".gamma").replace(".bias", ".beta") if ".ln_" in name else name: t
+        for name, t in tensors.items()
+    })  # fmt: skip
+    assert "transformer.h.0.ln_1.gamma" in load_file(folder / "model.safetensors")
+    after = GPT2.from_pretrained(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_tensor_under_two_names_is_refused(folder):
+    rewrite_tensors(folder, lambda t: {**t, "wpe.weight": t["transformer.wpe.weight"] + 1})
+    with pytest.raises(ValueError, match=r"hold wpe.weight twice"):
+        GPT2.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("own", "other"), [
+    ("n_positions", "n_ctx"), ("n_positions", "max_position_embeddings"), ("n_embd", "hidden_size"),
+    ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads"),
+])  # fmt: skip
+def test_config_fields_may_have_other_names(folder, own, other):
+    content = json.loads((folder / "config.json").read_text())
+    del content["n_ctx"]
+    value = content.pop(own)
+    (folder / "config.json").write_text(json.dumps({**content, other: value}))
+    assert GPT2.from_pretrained(folder).config == GPT2Config(**SIZES)
+    # Of two names the field's own one counts, as a mask size n_ctx may be smaller than the positions.
+    (folder / "config.json").write_text(json.dumps({**content, other: 7, own: value}))
+    assert GPT2.from_pretrained(folder).config == GPT2Config(**SIZES)
+
+
+def test_what_is_loaded_is_the_models_own_memory(folder):
+    """A change of the one does not reach the other, nor the file."""
+    first, second = GPT2.from_pretrained(folder), GPT2.from_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for p in first.parameters():
+            p.fill_(7)
+    assert not any((p == 7).all() for p in second.parameters())
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert all(p.requires_grad and p.is_leaf and p.device.type == "cpu" for p in first.parameters())
+
+
+def test_loading_draws_no_random_numbers(folder):
+    state = torch.get_rng_state()
+    GPT2.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_untied_head_that_is_not_there_is_refused(folder):
+    rewrite_config(folder, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"LM head that is not tied, but there is no lm_head.weight"):
+        GPT2.from_pretrained(folder)
+    rewrite_tensors(folder, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()})
+    GPT2.from_pretrained(folder)
 
 
 def test_untied_head_is_refused(folder):

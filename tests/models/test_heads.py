@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import make_gpt2
 from minirlhf import GPT2, ActorCritic, ValueHead
+from minirlhf.checkpoints import write_tensors
 from minirlhf.models import heads
 
 V = 45  # not a multiple of 8: the last byte of a packed set is partly used
@@ -357,7 +358,7 @@ def test_a_value_head_of_another_kind_is_not_loaded_silently(tmp_path):
 def test_a_value_head_of_another_width_is_refused(tmp_path):
     model = make_actor_critic().float()
     model.save_pretrained(tmp_path)
-    heads.write_tensors(tmp_path / "value_head.safetensors", ValueHead(8).state_dict(), {"kind": "linear"})
+    write_tensors(tmp_path / "value_head.safetensors", ValueHead(8).state_dict(), {"kind": "linear"})
     with pytest.raises(ValueError, match=r"value_head.safetensors.*summary.weight has shape \(1, 8\)"):
         ActorCritic.from_pretrained(tmp_path)
 
