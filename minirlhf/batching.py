@@ -51,22 +51,28 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterator[l
         yield order[start : start + batch_size]
 
 
-def bucketed_batches(lengths: Sequence[int], max_tokens: int, generator: torch.Generator) -> list[list[int]]:
+def bucketed_batches(
+    lengths: Sequence[int], max_tokens: int, generator: torch.Generator, counts: Sequence[int] | None = None
+) -> list[list[int]]:
     """Random batches of sequences of similar length, each of at most `max_tokens` tokens with its padding.
 
+    counts: how many sequences of that length an index stands for, none of which may go to another batch; None: one.
     The indices are shuffled, sorted by length within pools of about 50 batches, cut into batches, and the batches
-    shuffled. Every index occurs once. A sequence longer than `max_tokens` makes a batch of its own.
+    shuffled. Every index occurs once. An index of more than `max_tokens` tokens makes a batch of its own.
     """
+    counts = [1] * len(lengths) if counts is None else counts
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
-    mean = max(1.0, sum(lengths) / max(1, len(lengths)))
+    mean = max(1.0, sum(n * count for n, count in zip(lengths, counts, strict=True)) / max(1, len(lengths)))
     pool = max(1, int(50 * max_tokens / mean))
     batches: list[list[int]] = []
     for start in range(0, len(shuffled), pool):
         batch: list[int] = []
+        rows = 0
         for i in sorted(shuffled[start : start + pool], key=lambda i: lengths[i]):  # ascending: i is the longest so far
-            if batch and lengths[i] * (len(batch) + 1) > max_tokens:
+            if batch and lengths[i] * (rows + counts[i]) > max_tokens:
                 batches.append(batch)
-                batch = []
+                batch, rows = [], 0
             batch.append(i)
+            rows += counts[i]
         batches.append(batch)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -5,6 +5,7 @@ Left out: confidence intervals, best-of-n, second scorers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from minirlhf.rewards import RewardFunction
 from minirlhf.rollout import Rollout, collect_rollout
 from minirlhf.sampling import SamplingConfig
 from minirlhf.tokenizer import Tokenizer
+
+MARKUP = r"[\\`*_~\[\]<&|$]"  # what Markdown, HTML in it, or a table would take for its own
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ def compare(
 
 
 def before_after_table(pairs: Sequence[Pair], rows: int = 12) -> str:
-    """The first rows as a Markdown table, control characters made visible."""
+    """The first rows as a Markdown table that shows the texts as they are: control characters visible, no markup."""
     lines = ["| prompt | before | reward | after | reward |", "|---|---|---|---|---|"]
     for pair in pairs[:rows]:
-        texts = [printable(text).replace("|", "\\|") for text in (pair.prompt, pair.before, pair.after)]
+        texts = [re.sub(MARKUP, r"\\\g<0>", printable(text)) for text in (pair.prompt, pair.before, pair.after)]
         lines.append(f"| {texts[0]} | {texts[1]} | {pair.before_reward:.2f} | {texts[2]} | {pair.after_reward:.2f} |")
     return "\n".join(lines) + "\n"

@@ -1,12 +1,15 @@
 """What a run leaves behind: statistics, metrics.jsonl, samples.jsonl, config.json, the curve.
 
-A run folder is written by one `RunLog`. Lines are appended whole and flushed; after a crash, `resume` cuts the files
-back to the last checkpoint, so that no step is missing or counted twice.
+A run folder is written by one `RunLog`. A line is in its file when the call returns, where a killed process leaves it,
+and on the disk after `flush`, where a power failure does. `resume` cuts the files back to how long they were at a
+checkpoint, so that no step is missing or counted twice.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import ppo
-from minirlhf.checkpoints import atomic_write, read_json, write_json
+from minirlhf.files import atomic_write, flush_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from minirlhf.rollout import Rollout
@@ -67,9 +70,14 @@ def time_statistics(stats: Stats, seconds: Mapping[str, float], count: int) -> S
 
 
 def mean_stats(stats: Sequence[TensorStats]) -> Stats:
-    """The mean of each statistic over minibatches, read from the device in one transfer."""
+    """The mean of each statistic over minibatches, read from the device in one transfer.
+
+    A minibatch with a statistic that is not finite, whose optimizer step was skipped, is left out, unless all are so.
+    """
     names = list(stats[0])
-    means = torch.stack([torch.stack([s[name].double() for name in names]) for s in stats]).mean(0)
+    rows = torch.stack([torch.stack([s[name].double() for name in names]) for s in stats]).cpu()
+    finite = rows.isfinite().all(-1)
+    means = (rows[finite] if finite.any() else rows).mean(0)
     return dict(zip(names, means.tolist(), strict=True))
 
 
@@ -88,22 +96,27 @@ class RunLog:
         write_json(self.folder / CONFIG_FILE, config)
 
     @classmethod
-    def resume(cls, folder: str | os.PathLike[str], iteration: int) -> RunLog:
-        """Go on with a run whose last checkpoint was made after `iteration` steps; later lines are cut off.
+    def resume(cls, folder: str | os.PathLike[str], lengths: Mapping[str, int]) -> RunLog:
+        """Go on with a run: its files are cut back to these lengths, which `flush` gave; later lines are dropped.
 
-        Raises FileNotFoundError if it is not a run folder.
+        Raises FileNotFoundError if it is not a run folder, ValueError before anything is cut if lines are lost.
         """
         log = cls.__new__(cls)
         log.folder = Path(folder)
         read_json(log.folder / CONFIG_FILE)
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            kept = [line for line in read_jsonl(log.folder / name) if line["step"] <= iteration]
-            atomic_write(log.folder / name, "".join(_line(content) for content in kept).encode("utf-8"))
+        for name, length in lengths.items():
+            there = log._length(name)
+            if there < length:
+                raise ValueError(f"{log.folder / name} lost lines: it has {there} bytes, {length} when it was saved")
+        for name, length in lengths.items():
+            if log._length(name) > length:
+                os.truncate(log.folder / name, length)
         return log
 
     def metrics(self, step: int, stats: Mapping[str, float]) -> None:
-        """Append the statistics of a step to metrics.jsonl."""
-        self._append(METRICS_FILE, {"step": step, **stats})
+        """Append the statistics of a step to metrics.jsonl; NaN and infinities, which JSON has not, become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
+        self._append(METRICS_FILE, {"step": step, **finite})
 
     def samples(self, step: int, texts: Sequence[str], scores: Sequence[float]) -> None:
         """Append texts and their scores to samples.jsonl."""
@@ -113,30 +126,50 @@ class RunLog:
         """All lines of metrics.jsonl."""
         return read_jsonl(self.folder / METRICS_FILE)
 
+    def flush(self) -> dict[str, int]:
+        """Put all lines on the disk. Returns the lengths of the files in bytes, for `resume`."""
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            if (self.folder / name).exists():
+                with open(self.folder / name, "ab") as file:
+                    os.fsync(file.fileno())
+        flush_folder(self.folder)
+        return {name: self._length(name) for name in (METRICS_FILE, SAMPLES_FILE)}
+
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(_line(content))
+        line = json_line(content) + "\n"
+        with open(self.folder / name, "ab") as file:
+            file.write(line.encode("utf-8"))
+
+    def _length(self, name: str) -> int:
+        path = self.folder / name
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is not a file")
+        return path.stat().st_size if path.exists() else 0
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none if there is no file. A last line that a crash cut short is dropped.
 
-    Raises ValueError with the line number for any other line that is not JSON.
+    Raises ValueError with the line number for any other line that is not a JSON object.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         return []
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file")
     whole = path.read_bytes().split(b"\n")[:-1]  # a whole line ends in a line feed
     content = []
     for number, line in enumerate(whole, 1):
         try:
             content.append(json.loads(line.decode("utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+        if not isinstance(content[-1], dict):
+            raise ValueError(f"{path}, line {number} must hold a JSON object, but holds a {type(content[-1]).__name__}")
     return content
 
 
-def plot_run(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str], target: float | None = None) -> None:
+def plot_run(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], target: float | None = None) -> None:
     """Draw a run to a picture: reward with its spread, KL against its target, entropy, value loss, response length.
 
     history: lines of metrics.jsonl. target: the KL controller's, drawn as a line.
@@ -152,7 +185,7 @@ def plot_run(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str
     steps = [line["step"] for line in history]
 
     def column(name: str) -> list[float]:
-        return [line[name] for line in history]
+        return [math.nan if line[name] is None else line[name] for line in history]
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -179,7 +212,9 @@ def plot_run(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str
     for ax in axes.values():
         ax.set_xlabel("iteration")
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100)
+    atomic_write(path, picture.getvalue())
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float:
@@ -190,11 +225,15 @@ def distinct_n(texts: Iterable[str], n: int) -> float:
 
 def printable(text: str) -> str:
     """A text that cannot steer a terminal: control and formatting characters become their escapes."""
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
-        for char in text
-    )
+    return "".join(char.encode("unicode_escape").decode() if _steers(char) else char for char in text)
 
 
-def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, ensure_ascii=False) + "\n"
+def json_line(content: Mapping[str, Any]) -> str:
+    """One line of JSON, for every reader's idea of a line, that is safe to show in a terminal; without a line feed."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return "".join(json.dumps(char)[1:-1] if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    """Whether a character is for control or formatting, separates lines, or is half of one (a lone surrogate)."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -1,10 +1,11 @@
-"""What every training loop needs: reduced precision, learning-rate schedules, and the supervised loop itself."""
+"""What every training loop needs: reduced precision, schedules, batches that fit, and the supervised loop itself."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from minirlhf.validation import (
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine")
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -68,19 +70,40 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def step(
-        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float
-    ) -> Tensor:
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float, loss: Tensor
+    ) -> float:
         """Unscale, clip the global gradient norm, step, and clear the gradients.
 
-        Returns the gradient norm before clipping, 0-d. With fp16 a step with overflowed gradients is skipped by the
-        scaler, and the norm is then not finite.
+        loss: 0-d, of which these are the gradients. If it or a gradient is not finite the step is skipped: weights
+        and optimizer state stay as they are. With fp16 that is also how a loss scale is found that does not overflow.
+        Returns the gradient norm before clipping; NaN or infinite for a step that was skipped.
         """
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        self.scaler.step(optimizer)
+        total = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        norm = torch.where(torch.isfinite(loss.detach()), total, torch.nan).item()  # one wait for the device
+        if math.isfinite(norm):
+            self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def in_batches_that_fit(compute: Callable[[int], Result], size: int) -> tuple[Result, int]:
+    """`compute(size)`, with half the size, and a warning, for as long as the GPU runs out of memory.
+
+    compute: batch size -> result, the same for every size, from the start each time it is called.
+    Returns the result and the size that fitted. Raises torch.cuda.OutOfMemoryError if a size of 1 does not.
+    """
+    while True:
+        try:
+            return compute(size), size
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Here, and not in the except clause: there the exception still holds on to what was computed.
+        torch.cuda.empty_cache()
+        warnings.warn(f"out of memory with {size} sequences a forward pass: now {size // 2}", stacklevel=2)
+        size //= 2
 
 
 def lr_factor(schedule: str, progress: float, warmup: float = 0.0, floor: float = 0.0) -> float:
@@ -139,7 +162,8 @@ def fit(
     epoch_batches: epoch number (0, 1, ...) -> its batches, shuffled by the caller.
     loss_of: batch -> loss, 0-d, run under autocast.
     on_step: called after every optimizer step with the progress in (0, 1] and the loss.
-    Raises FloatingPointError at a loss that is not finite.
+    Raises FloatingPointError at a loss or gradient that is not finite, before it reaches the weights. (With fp16 a
+    gradient that overflows is skipped, and the loss scale lowered.)
     """
     device = next(model.parameters()).device
     precision = Precision(config.precision, device)
@@ -170,7 +194,11 @@ def fit(
                             f"the loss became {loss.item()} in epoch {epoch}, batch {i}; lower the learning rate"
                         )
                     precision.backward(loss)
-                    precision.step(optimizer, parameters, config.max_grad_norm)
+                    norm = precision.step(optimizer, parameters, config.max_grad_norm, loss)
+                    if not math.isfinite(norm) and config.precision != "fp16":
+                        raise FloatingPointError(
+                            f"the gradient became {norm} in epoch {epoch}, batch {i}; lower the learning rate"
+                        )
                     if on_step is not None:
                         on_step((epoch + (i + 1) / len(batches)) / config.epochs, loss.item())
     finally:
@@ -188,6 +216,18 @@ def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
         yield
+
+
+@contextlib.contextmanager
+def undone_on_error(generators: Iterable[torch.Generator]) -> Iterator[None]:
+    """Within it generators may be drawn from; if an error leaves it, they are as they were before."""
+    states = [(generator, generator.get_state()) for generator in generators]
+    try:
+        yield
+    except BaseException:
+        for generator, state in states:
+            generator.set_state(state)
+        raise
 
 
 @contextlib.contextmanager

@@ -97,10 +97,15 @@ class PPOConfig:
     precision: str = "fp32"  # fp32, bf16 or fp16, over fp32 weights
     device: str = "auto"
     seed: int = 0
+    # When things go wrong
+    reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
+    # Optimizer steps in a row whose loss or gradient is not finite: each is skipped, so many end the run. More than
+    # the 16 halvings of fp16's first loss scale of 2**16.
+    max_bad_steps: int = 20
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
-        require_positive_ints(self, *counts)
+        require_positive_ints(self, *counts, "max_bad_steps")
         require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")
         require_positive(self, "log_ratio_limit")
         require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
@@ -110,7 +115,7 @@ class PPOConfig:
         require_bools(self, "adaptive_kl", "score_whitening", "whiten_rewards")
         require_bools(self, "score_temperature", "score_full_softmax")
         require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
-        for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1)):
+        for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1), ("reward_timeout", 0)):
             if getattr(self, name) is not None:
                 require_above(self, bound, name)
         if self.max_grad_norm is not None:

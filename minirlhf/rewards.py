@@ -1,20 +1,26 @@
 """Rewards: any callable that scores texts, and the sentiment classifier of the original recipe.
 
-Left out: composed rewards, learned reward models, and judges behind an API.
+Judges behind an API are in `chat_judge`, rewards made of rewards in `composed_rewards`, learned ones in
+`models.reward`.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from minirlhf.chat_judge import ChatJudge as ChatJudge
+from minirlhf.chat_judge import ChatJudgeConfig as ChatJudgeConfig
 from minirlhf.classification import predict
+from minirlhf.files import naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.optimization import resolve_device
 from minirlhf.tokenizer import Tokenizer
@@ -56,6 +62,30 @@ def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Seque
     else:
         scores = reward([p + r for p, r in zip(prompts, responses, strict=True)])  # type: ignore[call-arg]
     return checked_scores(scores, len(prompts))
+
+
+def within(seconds: float | None, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, or TimeoutError if it takes longer than so many seconds; None: any time.
+
+    Python cannot stop a function that hangs. It is left behind in a daemon thread, which ends with the process at the
+    latest, and what it returns is thrown away.
+    """
+    if seconds is None:
+        return function(*arguments)
+    outcome: Future[Tensor] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(function(*arguments))
+        except BaseException as error:  # raised again where the caller is
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=work, name="reward function", daemon=True)
+    thread.start()
+    thread.join(min(seconds, threading.TIMEOUT_MAX))
+    if not outcome.done():
+        raise TimeoutError(f"the reward function took longer than reward_timeout={seconds:g} seconds")
+    return outcome.result()
 
 
 def checked_scores(scores: Any, count: int) -> Tensor:
@@ -108,9 +138,11 @@ class SentimentReward:
 
         options: as of the constructor. Raises as `BertClassifier.from_pretrained` and the constructor.
         """
-        reward = cls(BertClassifier.from_pretrained(folder), Tokenizer.from_pretrained(folder), **options)
-        good, bad = reward(list(CANARIES)).tolist()
-        if good <= bad:
+        model, tokenizer = BertClassifier.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+        with naming(folder):
+            reward = cls(model, tokenizer, **options)
+            good, bad = reward(list(CANARIES)).tolist()
+        if not good > bad:  # so written, NaN warns too
             warnings.warn(
                 f"{folder} gives {CANARIES[0]!r} a lower P(positive), {good:.2f}, than {CANARIES[1]!r}, {bad:.2f}: "
                 "are its labels in the right order?",

@@ -19,6 +19,7 @@ from minirlhf.batching import Ids, left_pad, length_sorted_batches, right_pad
 from minirlhf.generation import generate
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, TokenScores, language_model
+from minirlhf.optimization import in_batches_that_fit
 from minirlhf.rewards import RewardFunction, call_reward, checked_scores
 from minirlhf.sampling import SamplingConfig
 from minirlhf.tokenizer import Tokenizer
@@ -212,19 +213,26 @@ def score_in_batches(
     sampling_sets: Tensor | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    """The fields of a Rollout that come from scoring, each (B, R); `score` in batches of similar length."""
+    """The fields of a Rollout that come from scoring, each (B, R); `score` in batches of similar length.
+
+    On a GPU that runs out of memory in smaller ones.
+    """
     reference = language_model(ref_policy)
-    parts: list[TokenScores] = []
-    batches = list(length_sorted_batches(mask.sum(-1).tolist(), batch_size))
-    for batch in batches:
-        index = torch.tensor(batch, device=tokens.device)
-        sets = None if sampling_sets is None else sampling_sets[index]
-        parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference))
-    back = torch.tensor([i for batch in batches for i in batch], device=tokens.device).argsort()
-    return {
-        name: torch.cat([getattr(part, name) for part in parts])[back]
-        for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
-    }
+
+    def in_batches_of(size: int) -> dict[str, Any]:
+        parts: list[TokenScores] = []
+        batches = list(length_sorted_batches(mask.sum(-1).tolist(), size))
+        for batch in batches:
+            index = torch.tensor(batch, device=tokens.device)
+            sets = None if sampling_sets is None else sampling_sets[index]
+            parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference))
+        back = torch.tensor([i for batch in batches for i in batch], device=tokens.device).argsort()
+        return {
+            name: torch.cat([getattr(part, name) for part in parts])[back]
+            for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
+        }
+
+    return in_batches_that_fit(in_batches_of, min(batch_size, len(tokens)))[0]
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -8,10 +8,12 @@ Left out: several GPUs, and a value model apart from the policy.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -22,9 +24,9 @@ from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
-from minirlhf.optimization import Precision, lr_factor, resolve_device
+from minirlhf.optimization import Precision, in_batches_that_fit, lr_factor, resolve_device, undone_on_error
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.rewards import RewardFunction
+from minirlhf.rewards import RewardFunction, call_reward, within
 from minirlhf.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.tokenizer import Tokenizer
 
@@ -33,7 +35,8 @@ class PPOTrainer:
     """Proximal policy optimisation of a language model against a reward, held near a reference by a KL penalty.
 
     policy: an ActorCritic; a plain GPT2 gets a new value head, as the config has it. It is trained in place.
-    ref_policy: the frozen reference, usually a second copy of the same checkpoint.
+    ref_policy: the frozen reference, usually a second copy of the same checkpoint; or the folder to load it from, which
+        `resume` then finds by itself.
     tokenizer: of both; needed for texts only.
     config: a PPOConfig; **overrides replace its fields by name, so the whole dict of the original recipe may be given.
     Raises ValueError for an unknown or bad field, models or tokenizer that do not fit each other, or a reference
@@ -43,12 +46,16 @@ class PPOTrainer:
     def __init__(
         self,
         policy: ActorCritic | GPT2,
-        ref_policy: ActorCritic | GPT2,
+        ref_policy: ActorCritic | GPT2 | str | os.PathLike[str],
         tokenizer: Tokenizer,
         config: PPOConfig | None = None,
         **overrides: Any,
     ):
         self.config = PPOConfig.with_overrides(config, **overrides)
+        self.reference_source: str | None = None
+        if isinstance(ref_policy, (str, os.PathLike)):
+            self.reference_source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
+            ref_policy = GPT2.from_pretrained(ref_policy)
         policy = _with_value_head(policy, self.config)
         _check_models(policy, ref_policy, tokenizer, self.config)
         self.device = resolve_device(self.config.device)
@@ -70,16 +77,29 @@ class PPOTrainer:
         }
         self.score_moments = ppo.RunningMoments()
         self.iteration = 0  # batches trained on
-        self.optimizer_steps = 0
+        self.optimizer_steps = 0  # those that were skipped as well
+        self.bad_steps = 0  # skipped in a row
+        self.micro_batch_size = min(c.forward_batch_size, c.minibatch_size)  # less once a GPU had no room for them
+        self.within_step = False  # what is in between two steps is no state to save
 
     @property
     def reference(self) -> GPT2:
         return language_model(self.ref_policy)
 
+    @functools.cached_property
+    def reference_hash(self) -> str:
+        """SHA-256 of the reference's tensors, which never change."""
+        return training_state.module_hash(self.reference)
+
     @property
     def score_temperature(self) -> float:
         """What logits are divided by when tokens are scored: what was sampled is what is scored, unless turned off."""
         return self.config.temperature if self.config.score_temperature else 1.0
+
+    @property
+    def scoring_batch_size(self) -> int:
+        """Sequences a scoring pass, which keeps no activations for a backward pass."""
+        return max(self.config.forward_batch_size, 128 if self.device.type == "cpu" else 1024)
 
     # ---- the algorithm ----------------------------------------------------------------------------------------------
 
@@ -95,11 +115,13 @@ class PPOTrainer:
         Or one Rollout in the place of all three. Token lists carry no sampling sets, so they are scored with the full
         softmax at the configured temperature.
         Returns the statistics of the step by name (the README has their glossary).
-        Raises ValueError for lists of unequal or no length, empty responses, bad token ids, or bad scores.
+        Raises ValueError for lists of unequal or no length, empty responses, bad token ids, or bad scores;
+        FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
         """
         start = time.perf_counter()
         self.policy.eval()  # whatever was done to it between steps
         rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
+        self.within_step = True
 
         # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)
         rewards, scores = self._token_rewards(rollout)
@@ -117,6 +139,7 @@ class PPOTrainer:
         stats = rollout_statistics(rollout, scores, rewards, returns) | self._update_statistics(updates)
         self._update_kl_coef(stats, len(rollout))
         self.iteration += 1
+        self.within_step = False
         return stats | time_statistics(stats, {**rollout.seconds, "update": time.perf_counter() - start}, len(rollout))
 
     def _token_kl(self, rollout: Rollout) -> Tensor:
@@ -168,38 +191,59 @@ class PPOTrainer:
     def _update(
         self, rollout: Rollout, rewards: Tensor, advantages: Tensor, returns: Tensor, rows: Tensor
     ) -> TensorStats:
-        """One optimizer step on these rows (minibatch), its gradient summed over micro-batches."""
+        """One optimizer step on these rows (minibatch); skipped if its loss or gradient is not finite."""
         c, mask = self.config, rollout.response_mask[rows]
         if c.whiten_scope == "minibatch":
             advantages, returns = self.advantages(rewards[rows], rollout.values[rows], mask)
         else:
             advantages, returns = advantages[rows], returns[rows]
-        totals: TensorStats = {}
-        for micro in torch.arange(len(rows), device=rows.device).split(c.forward_batch_size):
-            batch = rollout.rows(rows[micro])
-            width = batch.response_mask.size(1)
-            weights = self._weights(mask, micro)[:, :width]
-            loss, sums = self._loss(batch, advantages[micro, :width], returns[micro, :width], weights)
-            self.precision.backward(loss)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value.detach()
+        weights = self._weights(mask)
+        totals, self.micro_batch_size = in_batches_that_fit(
+            lambda size: self._gradient(rollout, rows, advantages, returns, weights, size), self.micro_batch_size
+        )
         if self.iteration < c.value_warmup:  # the value head alone learns: a moving trunk would move the policy
             self.policy.gpt2.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.lr_schedule, self._progress(), c.lr_warmup)
-        totals["ppo/grad_norm"] = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm or math.inf)
+        limit, loss = c.max_grad_norm or math.inf, totals["ppo/loss/total"]
+        norm = self.precision.step(self.optimizer, self.parameters, limit, loss)
+        totals["ppo/grad_norm"] = torch.tensor(norm, dtype=torch.float64, device=self.device)
         self.optimizer_steps += 1
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps >= c.max_bad_steps:
+            raise FloatingPointError(
+                f"step {self.iteration + 1}: {self.bad_steps} optimizer steps in a row were skipped, as their loss "
+                f"(the last one: {loss.item()}) or the norm of their gradient ({norm}) was not finite"
+            )
         return totals
 
-    def _weights(self, mask: Tensor, micro: Tensor) -> Tensor:
-        """The weight of each token of a micro-batch in the mean over its minibatch, whose mask is given."""
+    def _gradient(
+        self, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor, weights: Tensor, size: int
+    ) -> TensorStats:
+        """Leave the gradient of the loss on these rows in the parameters, summed over micro-batches of this size.
+
+        Returns the sums of what is worth logging.
+        """
+        self.optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+        totals: TensorStats = {}
+        for micro in torch.arange(len(rows), device=rows.device).split(size):
+            batch = rollout.rows(rows[micro])
+            width = batch.response_mask.size(1)
+            loss, sums = self._loss(batch, advantages[micro, :width], returns[micro, :width], weights[micro, :width])
+            self.precision.backward(loss)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value.detach()
+        return totals
+
+    def _weights(self, mask: Tensor) -> Tensor:
+        """The weight (B, R) of each token in the mean over its minibatch, whose mask is given."""
         c, mask = self.config, mask.to(self.policy.value_head.summary.weight.dtype)
-        own = mask[micro]
-        if c.loss_averaging == "tokens":  # one count for the minibatch: how it is cut changes nothing
-            return own / mask.sum()
+        if c.loss_averaging == "tokens":
+            return mask / mask.sum()
         if c.loss_averaging == "sequences":
-            return own / own.sum(-1, keepdim=True) / len(mask)
-        return own / own.sum() / -(-len(mask) // c.forward_batch_size)
+            return mask / mask.sum(-1, keepdim=True) / len(mask)
+        parts = mask.split(c.forward_batch_size)
+        return torch.cat([part / part.sum() / len(parts) for part in parts])
 
     def _loss(self, batch: Rollout, advantages: Tensor, returns: Tensor, weights: Tensor) -> tuple[Tensor, TensorStats]:
         """The loss of a micro-batch, its share of the minibatch's mean, and the same of what is worth logging."""
@@ -290,44 +334,54 @@ class PPOTrainer:
     # ---- experience -------------------------------------------------------------------------------------------------
 
     def collect(self, prompts: Sequence[str], reward_fn: RewardFunction) -> Rollout:
-        """`collect_rollout` with the trainer's models, settings and generator."""
+        """`collect_rollout` with the trainer's models, settings and generator.
+
+        Raises TimeoutError if the reward function takes longer than `reward_timeout`. After that, as after any error
+        of its own, the trainer is as it was before.
+        """
         c = self.config
         self.policy.eval()
-        return collect_rollout(
-            self.policy,
-            self.ref_policy,
-            self.tokenizer,
-            prompts,
-            reward_fn,
-            c.gen_len,
-            c.sampling,
-            eos_token_id=c.eos_token_id,
-            generator=self.generators["sampling"],
-            forward_batch_size=max(c.forward_batch_size, 128 if self.device.type == "cpu" else 1024),
-            score_full_softmax=c.score_full_softmax,
-            score_temperature=self.score_temperature,
-            autocast=self.precision.autocast,
-        )
+
+        def scores(prompts: list[str], responses: list[str]) -> Tensor:
+            return within(c.reward_timeout, call_reward, reward_fn, prompts, responses)
+
+        with undone_on_error(self.generators.values()):
+            return collect_rollout(
+                self.policy,
+                self.ref_policy,
+                self.tokenizer,
+                prompts,
+                scores,
+                c.gen_len,
+                c.sampling,
+                eos_token_id=c.eos_token_id,
+                generator=self.generators["sampling"],
+                forward_batch_size=self.scoring_batch_size,
+                score_full_softmax=c.score_full_softmax,
+                score_temperature=self.score_temperature,
+                autocast=self.precision.autocast,
+            )
 
     def train(
         self,
         prompts: Sequence[str],
         reward_fn: RewardFunction,
-        on_step: Callable[[Rollout, Stats], None] | None = None,
+        on_step: Callable[[Rollout, Stats], object] | None = None,
     ) -> list[Stats]:
         """Run `config.steps` episodes: draw a batch of prompts from the pool, sample, score, step, and again.
 
         prompts: the pool, drawn from with replacement.
         reward_fn: texts -> (B,) floats, or (prompts, responses) -> (B,) floats.
-        on_step: called after every step with its rollout and statistics.
+        on_step: called after every step with its rollout and statistics; `Run.record` is one.
         Returns the statistics of all steps. Raises ValueError for an empty pool, or a prompt that is empty or too
-        long, before any training.
+        long, before any training. After an error of the reward function the trainer is as it was after the last step.
         """
         self.check_prompts(prompts)
         history = []
         while self.iteration < self.config.iterations:
-            drawn = torch.randint(len(prompts), (self.config.batch_size,), generator=self.generators["shuffling"])
-            rollout = self.collect([prompts[i] for i in drawn], reward_fn)
+            with undone_on_error(self.generators.values()):
+                drawn = torch.randint(len(prompts), (self.config.batch_size,), generator=self.generators["shuffling"])
+                rollout = self.collect([prompts[i] for i in drawn], reward_fn)
             history.append(self.step(rollout))
             if on_step is not None:
                 on_step(rollout, history[-1])
@@ -378,7 +432,8 @@ class PPOTrainer:
         stats["ppo/policy/first_ratio_error"] = float(updates[0]["ppo/policy/ratio_error"])
         stats["objective/kl_coef"] = self.kl_controller.coef
         stats["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
-        stats["ppo/updates"] = float(len(updates))
+        skipped = int((~torch.stack([u["ppo/grad_norm"] for u in updates]).isfinite()).sum())
+        stats["ppo/updates"], stats["ppo/skipped_updates"] = float(len(updates) - skipped), float(skipped)
         return stats
 
     def _minibatches(self, count: int) -> Iterator[Tensor]:
@@ -393,20 +448,41 @@ class PPOTrainer:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that the next step depends on to one safetensors file, atomically.
+    def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Write everything that the next step depends on into a folder, which is replaced as one.
 
-        Policy, value head, optimizer state, KL coefficient, random generators, counters and config; not the
-        reference, which never changes. Raises OSError if the file cannot be written.
+        Policy, value head, tokenizer, optimizer state, loss scale, KL coefficient, running moments, random generators,
+        counters and config; of the reference, which never changes, the hash and the source. The folder is also a model
+        folder. Raises RuntimeError after an error within `step`, FileExistsError for a folder that holds something
+        else, OSError if it cannot be written.
         """
-        training_state.save(self, path)
+        training_state.save(self, folder)
 
-    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Continue from `save_checkpoint`: on the CPU the run goes on bit for bit as if it had not been cut.
+    @classmethod
+    def resume(
+        cls,
+        folder: str | os.PathLike[str],
+        ref_policy: ActorCritic | GPT2 | str | os.PathLike[str] | None = None,
+        **overrides: Any,
+    ) -> PPOTrainer:
+        """The trainer that `save_checkpoint` wrote: on the CPU it goes on bit for bit as if it had not been cut.
 
-        Raises FileNotFoundError, or ValueError for a damaged file, or one of other models or settings.
+        ref_policy: the reference, or its folder; None: the folder that it was loaded from at first.
+        overrides: of `steps` and other fields that do not change what is computed (`training_state.FREE_FIELDS`).
+        Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint, another reference than the
+        run began with, or an override that is not allowed.
         """
-        training_state.load(self, path)
+        state = training_state.read(folder)
+        config = state.config(**overrides)
+        source = state.reference_source if ref_policy is None else ref_policy
+        if source is None:
+            raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
+        try:
+            trainer = cls(state.policy(), source, Tokenizer.from_pretrained(folder), config)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; it is the reference of {folder}: pass ref_policy") from error
+        state.restore(trainer)
+        return trainer
 
 
 def _with_value_head(policy: ActorCritic | GPT2, config: PPOConfig) -> ActorCritic:

@@ -1,85 +1,209 @@
-"""A trainer's state to one safetensors file and back, so that a run can go on where it stopped.
+"""A trainer's whole state to a folder and back, so that a run goes on bit for bit where it stopped.
 
-One file, written atomically: a checkpoint is whole or it is not there. No pickle.
+    config.json, model.safetensors, value_head.safetensors, vocab.txt    the policy, a model folder like any other
+    training.safetensors    optimizer moments, states of the random generators
+    training.json           counters, KL coefficient, running moments, loss scale, config, which reference it was
+    manifest.json           SHA-256 of every other file
+
+The folder is replaced as one: a checkpoint is whole or it is not there, and one that the disk has changed since is
+noticed. The reference, which never changes, is not in it: its hash and its source are. No pickle.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
+import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from minirlhf import ppo
-from minirlhf.checkpoints import check_tensors, read_metadata, read_tensors, write_tensors
+from minirlhf.checkpoints import read_tensors, write_tensors
+from minirlhf.files import read_json, replaced_folder, write_json
+from minirlhf.model_card import Origin
+from minirlhf.models.heads import ActorCritic
+from minirlhf.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
     from minirlhf.trainer import PPOTrainer
 
-FREE_FIELDS = {"steps", "save_freq", "forward_batch_size", "device"}  # may change between two parts of a run
+STATE_TENSORS, COUNTERS_FILE, MANIFEST_FILE = "training.safetensors", "training.json", "manifest.json"
+FORMAT = 1
+# Settings that may change between two parts of a run: they say how long and how it runs, not what is computed.
+FREE_FIELDS = {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps"}
 
 
-def save(trainer: PPOTrainer, path: str | os.PathLike[str]) -> None:
-    """Write everything that the next step depends on, but the reference, which never changes."""
-    tensors: dict[str, Tensor] = {f"policy.{name}": t for name, t in trainer.policy.state_dict().items()}
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not as it was written, or no checkpoint at all."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What `save` wrote besides the policy and the tokenizer, read and checked.
+
+    folder: of the checkpoint. tensors: optimizer moments and generator states. counters: the content of training.json.
+    """
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    counters: Mapping[str, Any]
+
+    @property
+    def reference_source(self) -> str | None:
+        """The folder that the reference was loaded from, if the trainer was given one."""
+        return self.counters["reference"]["source"]
+
+    def config(self, **overrides: Any) -> PPOConfig:
+        """The settings of the run. Raises ValueError for an override that would change what is computed."""
+        saved = {name: math.inf if value == "inf" else value for name, value in self.counters["config"].items()}
+        base = PPOConfig.with_overrides(None, **saved)
+        # There the cut into forward passes is part of the loss.
+        free = FREE_FIELDS - ({"forward_batch_size"} if base.loss_averaging == "micro_batches" else set())
+        config = PPOConfig.with_overrides(base, **overrides)
+        for name in overrides.keys() - free:
+            if getattr(config, name) != getattr(base, name):
+                raise ValueError(
+                    f"PPOConfig.{name} was {getattr(base, name)!r} in {self.folder} and cannot become "
+                    f"{getattr(config, name)!r}; a resumed run may change {', '.join(sorted(free))}"
+                )
+        return config
+
+    def policy(self) -> ActorCritic:
+        """The policy with its value head; what was frozen is frozen again."""
+        policy = ActorCritic.from_pretrained(self.folder)
+        origin = self.counters["origin"]
+        policy.gpt2.origin = None if origin is None else Origin(**origin)  # of the run, not this folder
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(name not in self.counters["frozen"])
+        return policy
+
+    def restore(self, trainer: PPOTrainer) -> None:
+        """Bring a new trainer of this policy, config and reference to where the saved one was.
+
+        Raises ValueError for another reference, or a device whose generators work differently.
+        """
+        c = self.counters
+        if trainer.reference_hash != c["reference"]["sha256"]:
+            raise ValueError(
+                f"{self.folder} belongs to a run with another reference: its tensors had the SHA-256 "
+                f"{c['reference']['sha256'][:12]}..., those given have {trainer.reference_hash[:12]}..."
+            )
+        for name, generator in trainer.generators.items():
+            try:
+                generator.set_state(self.tensors[f"generator.{name}"])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{self.folder} was saved on another kind of device than {trainer.device}, whose random generators "
+                    f"go on differently: {error}"
+                ) from error
+        for name, parameter in _trained(trainer).items():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in self.tensors]
+            if keys:  # none for a parameter that has had no gradient yet
+                moments = {key: self.tensors[f"optimizer.{key}.{name}"].to(parameter.device).clone() for key in keys}
+                trainer.optimizer.state[parameter] = moments
+        trainer.precision.scaler.load_state_dict(c["scaler"])
+        trainer.iteration, trainer.optimizer_steps = c["iteration"], c["optimizer_steps"]
+        trainer.bad_steps, trainer.kl_controller.coef = c["bad_steps"], c["kl_coef"]
+        if trainer.config.forward_batch_size == c["config"]["forward_batch_size"]:
+            trainer.micro_batch_size = c["micro_batch_size"]
+        vars(trainer.score_moments).update(c["score_moments"])
+
+
+def save(trainer: PPOTrainer, folder: str | os.PathLike[str], log: Mapping[str, int] | None = None) -> None:
+    """Write everything that the next step depends on.
+
+    log: how long the files of the run's log were, as `RunLog.flush` says; kept in training.json.
+    Raises RuntimeError for a trainer that stopped within a step, ValueError for weights that are not fp32,
+    FileExistsError for a folder that holds something else, OSError if it cannot be written.
+    """
+    folder = Path(folder)
+    if trainer.within_step:
+        raise RuntimeError(
+            f"the trainer stopped within step {trainer.iteration + 1}, so it is in the state of no step; "
+            "go back to its last checkpoint"
+        )
+    if any(p.dtype != torch.float32 for p in trainer.policy.parameters()):
+        raise ValueError("a checkpoint holds fp32 weights, but the policy has others")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
+        raise FileExistsError(f"{folder} is not empty, and no checkpoint; choose another folder")
+    tensors = {f"generator.{name}": generator.get_state() for name, generator in trainer.generators.items()}
     for name, parameter in _trained(trainer).items():
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
-    for name, generator in trainer.generators.items():
-        tensors[f"generator.{name}"] = generator.get_state()
     counters = {
+        "format": FORMAT,
         "iteration": trainer.iteration,
         "optimizer_steps": trainer.optimizer_steps,
+        "bad_steps": trainer.bad_steps,
+        "micro_batch_size": trainer.micro_batch_size,
         "kl_coef": trainer.kl_controller.coef,
         "score_moments": vars(trainer.score_moments),
         "scaler": trainer.precision.scaler.state_dict(),
-        "config": dataclasses.asdict(trainer.config),
+        "origin": None if trainer.policy.gpt2.origin is None else dataclasses.asdict(trainer.policy.gpt2.origin),
+        "frozen": [name for name, p in trainer.policy.named_parameters() if not p.requires_grad],
+        "reference": {"sha256": trainer.reference_hash, "source": trainer.reference_source},
+        "config": {  # JSON has no infinity
+            name: "inf" if value == math.inf else value for name, value in dataclasses.asdict(trainer.config).items()
+        },
+        "log": log,
     }
-    write_tensors(path, tensors, {"trainer": json.dumps(counters)})
+    with replaced_folder(folder) as staged:
+        trainer.policy.save_pretrained(staged)
+        trainer.tokenizer.save_pretrained(staged)
+        write_tensors(staged / STATE_TENSORS, tensors)
+        write_json(staged / COUNTERS_FILE, counters)
+        names = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
+        sums = {name: _file_hash(staged / name) for name in names if name != MANIFEST_FILE}
+        write_json(staged / MANIFEST_FILE, {"sha256": sums})
 
 
-def load(trainer: PPOTrainer, path: str | os.PathLike[str]) -> None:
-    """Restore what `save` wrote. Raises FileNotFoundError, or ValueError for a damaged or foreign file."""
-    tensors, metadata = read_tensors(path), read_metadata(path)
-    if "trainer" not in metadata:
-        raise ValueError(f"{path} is not a trainer checkpoint: its metadata has no 'trainer' entry")
+def read(folder: str | os.PathLike[str]) -> TrainingState:
+    """Read a checkpoint, every byte of it checked.
+
+    Raises FileNotFoundError if there is no such folder, DamagedCheckpoint, a ValueError, if it is not as it was
+    written, ValueError if another version of this library wrote it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist")
     try:
-        counters = json.loads(metadata["trainer"])
-        _check_config(counters["config"], dataclasses.asdict(trainer.config), path)
-        fresh = vars(ppo.RunningMoments())
-        moments = {name: type(value)(counters["score_moments"][name]) for name, value in fresh.items()}
-        iteration, optimizer_steps = int(counters["iteration"]), int(counters["optimizer_steps"])
-        kl_coef, scaler = float(counters["kl_coef"]), dict(counters["scaler"])
-        random_states = {name: tensors[f"generator.{name}"] for name in trainer.generators}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    weights = {name.removeprefix("policy."): t for name, t in tensors.items() if name.startswith("policy.")}
-    check_tensors(weights, {name: t.shape for name, t in trainer.policy.state_dict().items()}, path)
+        sums = dict(read_json(folder / MANIFEST_FILE)["sha256"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{folder} is damaged, or no checkpoint: {error}") from error
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
+        if _file_hash(folder / name) != expected:
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} is not as it was written")
+    if not sums.keys() >= {STATE_TENSORS, COUNTERS_FILE}:
+        raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST_FILE} does not list {COUNTERS_FILE}")
+    counters = read_json(folder / COUNTERS_FILE)
+    if counters["format"] != FORMAT:
+        raise ValueError(f"{folder} has the checkpoint format {counters['format']}, this version reads {FORMAT}")
+    return TrainingState(folder, read_tensors(folder / STATE_TENSORS), counters)
 
-    # Everything was read and checked: only now does the trainer change.
-    trainer.policy.load_state_dict(weights)
-    trainer.optimizer.state.clear()
-    for name, parameter in _trained(trainer).items():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors]
-        if keys:
-            state = {key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in keys}
-            trainer.optimizer.state[parameter] = state
-    for name, generator in trainer.generators.items():
-        generator.set_state(random_states[name])
-    trainer.precision.scaler.load_state_dict(scaler)
-    trainer.iteration, trainer.optimizer_steps = iteration, optimizer_steps
-    trainer.kl_controller.coef = kl_coef
-    vars(trainer.score_moments).update(moments)
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of a module's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _trained(trainer: PPOTrainer) -> dict[str, Any]:
     return {name: p for name, p in trainer.policy.named_parameters() if p.requires_grad}
-
-
-def _check_config(saved: dict[str, Any], own: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    differing = [name for name in own if name not in FREE_FIELDS and saved.get(name) != own[name]]
-    if differing:
-        changed = [f"{name}: {saved.get(name)!r} then, {own[name]!r} now" for name in differing]
-        raise ValueError(f"{path} was written under other settings: {'; '.join(changed)}")

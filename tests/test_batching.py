@@ -68,6 +68,19 @@ def test_bucketed_batches_hold_each_index_once_within_the_budget(lengths, max_to
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= max_tokens
 
 
+@fixed
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), max_size=40), st.integers(1, 200), st.integers(0, 3))
+def test_bucketed_batches_of_groups_hold_each_group_once_within_the_budget(groups, max_tokens, seed):
+    lengths, counts = [n for n, _ in groups], [count for _, count in groups]
+    batches = bucketed_batches(lengths, max_tokens, torch.Generator().manual_seed(seed), counts)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * sum(counts[i] for i in batch) <= max_tokens
+    ones = [1] * len(groups)
+    drawn = [bucketed_batches(lengths, max_tokens, torch.Generator().manual_seed(seed), c) for c in (ones, None)]
+    assert drawn[0] == drawn[1]
+
+
 def test_bucketed_batches_waste_little_and_are_in_random_order():
     lengths = torch.randint(1, 100, (500,), generator=torch.Generator().manual_seed(0)).tolist()
 

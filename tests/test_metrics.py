@@ -1,6 +1,7 @@
 """The run log on disk, after crashes too; text statistics; the picture."""
 
 import json
+import math
 
 import pytest
 
@@ -50,30 +51,69 @@ def test_an_empty_folder_may_be_used(tmp_path):
     assert RunLog(tmp_path, {}).history() == []
 
 
-def test_resume_cuts_the_lines_after_the_checkpoint_and_goes_on(tmp_path):
-    a_run(tmp_path / "run", 4)
-    log = RunLog.resume(tmp_path / "run", 2)
-    assert [line["step"] for line in log.history()] == [1, 2]
-    assert [line["step"] for line in read_jsonl(tmp_path / "run/samples.jsonl")] == [1, 2]
+LENGTHS = {"metrics.jsonl": 0, "samples.jsonl": 0}
+
+
+def test_resume_cuts_the_files_back_to_their_lengths_and_goes_on(tmp_path):
+    log = a_run(tmp_path / "run", 2)
+    lengths = log.flush()
+    assert lengths == {name: (tmp_path / "run" / name).stat().st_size for name in LENGTHS}
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in LENGTHS}
+    log.metrics(3, {"reward/mean": 0.5})
+    log.samples(3, ["x"], [1.0])
+    log = RunLog.resume(tmp_path / "run", lengths)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in LENGTHS} == before
     log.metrics(3, {"reward/mean": 9.0})
     assert [line["step"] for line in log.history()] == [1, 2, 3]
     assert log.history()[-1]["reward/mean"] == 9.0
 
 
+def test_a_run_without_lines_is_flushed_and_resumed(tmp_path):
+    assert RunLog(tmp_path / "run", {}).flush() == LENGTHS
+    assert RunLog.resume(tmp_path / "run", LENGTHS).history() == []
+    a_run(tmp_path / "other", 1)
+    assert RunLog.resume(tmp_path / "other", LENGTHS).history() == []
+
+
 def test_resume_of_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        RunLog.resume(tmp_path, 1)
+        RunLog.resume(tmp_path, LENGTHS)
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 3, "rew', b"{", b'{"step": 3}', '{"step": 3, "x": "酒'.encode()[:-1]])
-def test_a_half_written_last_line_is_dropped(tmp_path, tail):
-    a_run(tmp_path / "run", 2)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_lost_lines_are_noticed_before_anything_is_cut(tmp_path, name):
+    lengths = a_run(tmp_path / "run", 2).flush()
+    for each in LENGTHS:
+        path = tmp_path / "run" / each
+        path.write_bytes(path.read_bytes()[:-1] if each == name else path.read_bytes() * 2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match=rf"{name} lost lines: it has \d+ bytes, {lengths[name]} when"):
+        RunLog.resume(tmp_path / "run", lengths)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 3, "rew', b"{", b'{"step": 3}', '{"step": 3, "x": "酒'.encode()[:-1], b"\0" * 99]
+)
+def test_what_a_crash_left_behind_the_last_whole_line_is_dropped(tmp_path, tail):
+    lengths = a_run(tmp_path / "run", 2).flush()
     path = tmp_path / "run/metrics.jsonl"
     path.write_bytes(path.read_bytes() + tail)
     assert [line["step"] for line in read_jsonl(path)] == [1, 2]
-    log = RunLog.resume(tmp_path / "run", 2)
+    log = RunLog.resume(tmp_path / "run", lengths)
     log.metrics(3, {"x": 1.0})
     assert [line["step"] for line in log.history()] == [1, 2, 3]
+
+
+def test_what_json_has_no_number_for_is_null(tmp_path):
+    log = RunLog(tmp_path, {})
+    log.metrics(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "a": null, "b": null, "c": null, "d": 0.5}\n'
+
+
+def test_a_text_that_is_no_unicode_is_logged_and_read_back(tmp_path):
+    RunLog(tmp_path, {}).samples(1, ["酒\udce9店"], [1.0])
+    assert read_jsonl(tmp_path / "samples.jsonl")[0]["samples"] == [["酒\udce9店", 1.0]]
 
 
 @pytest.mark.parametrize("damage", [b"{oops", b'{"step": 2, "x": [["\xe9\x85'])
@@ -109,7 +149,7 @@ HISTORY = [
 @pytest.mark.parametrize("target", [None, 6.0])
 def test_plot_run_writes_a_picture(tmp_path, target):
     pytest.importorskip("matplotlib")
-    plot_run(HISTORY, tmp_path / "run.png", target)
+    plot_run([*HISTORY, {**HISTORY[0], "ppo/loss/value": None}], tmp_path / "run.png", target)
     content = (tmp_path / "run.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 5000
 

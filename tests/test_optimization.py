@@ -1,12 +1,23 @@
 """Devices, precision, learning-rate schedules and the supervised loop."""
 
+import contextlib
 import math
+import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from minirlhf.optimization import FitConfig, Precision, fit, lr_factor, resolve_device
+from minirlhf.optimization import (
+    FitConfig,
+    Precision,
+    fit,
+    in_batches_that_fit,
+    lr_factor,
+    resolve_device,
+    undone_on_error,
+)
 
 CPU = torch.device("cpu")
 PLAIN = dict(lr=0.05, schedule="constant", warmup=0.0, device="cpu")
@@ -60,9 +71,10 @@ def test_matrix_products_run_in_the_named_precision_over_fp32_weights(name, dtyp
     with precision.autocast():
         output = model(torch.ones(4, 3))
     assert output.dtype == dtype
-    precision.backward(output.float().square().sum())
+    loss = output.float().square().sum()
+    precision.backward(loss)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-    precision.step(optimizer, list(model.parameters()), 1e9)
+    precision.step(optimizer, list(model.parameters()), 1e9, loss)
     for p, old in zip(model.parameters(), before, strict=True):
         assert p.dtype == torch.float32
         assert not torch.equal(p, old)
@@ -77,16 +89,102 @@ def test_step_clips_the_global_norm_and_returns_it_unclipped(limit, factor):
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([a, b], lr=1.0)
     precision = Precision("fp32", CPU)
-    precision.backward(6 * a.sum() + 8 * b[0])  # gradient (6, 8, 0): norm 10
-    norm = precision.step(optimizer, [a, b], limit)
-    assert norm.shape == () and norm.item() == pytest.approx(10)
+    loss = 6 * a.sum() + 8 * b[0]  # gradient (6, 8, 0): norm 10
+    precision.backward(loss)
+    assert precision.step(optimizer, [a, b], limit, loss) == pytest.approx(10)
     assert a.item() == pytest.approx(-6 * factor, rel=1e-5)
     assert b.tolist() == pytest.approx([-8 * factor, 0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("loss", "gradient"), [
+    (1.0, math.nan), (1.0, math.inf), (1.0, 1e30),  # whose square overflows
+    (math.nan, 1.0), (math.inf, 1.0), (-math.inf, 1.0),
+])  # fmt: skip
+def test_a_step_that_is_not_finite_is_skipped(name, loss, gradient):
+    p, precision = nn.Parameter(torch.ones(2)), Precision(name, CPU)
+    optimizer = torch.optim.AdamW([p], lr=0.1)
+    precision.backward(p.sum())
+    precision.step(optimizer, [p], 1.0, torch.tensor(1.0))
+    before, state = p.detach().clone(), {key: x.clone() for key, x in optimizer.state[p].items()}
+    precision.backward(p.sum())
+    p.grad[1] *= gradient
+    assert not math.isfinite(precision.step(optimizer, [p], 1.0, torch.tensor(loss)))
+    assert torch.equal(p, before) and p.grad is None
+    assert all(torch.equal(x, state[key]) for key, x in optimizer.state[p].items())
+    precision.backward(p.sum())
+    assert precision.step(optimizer, [p], 1.0, torch.tensor(1.0)) == pytest.approx(math.sqrt(2))
+    assert not torch.equal(p, before)
 
 
 def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match=r"fp32, bf16, fp16.*'fp8'"):
         Precision("fp8", CPU)
+
+
+# ---- memory and generators ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("room", "tried"), [(100, [12]), (12, [12]), (7, [12, 6]), (2, [12, 6, 3, 1]), (1, [12, 6, 3, 1])]
+)
+def test_batches_are_halved_until_they_fit(room, tried):
+    seen = []
+
+    def compute(size):
+        seen.append(size)
+        if size > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return f"in batches of {size}"
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert in_batches_that_fit(compute, 12) == (f"in batches of {tried[-1]}", tried[-1])
+    assert seen == tried and len(caught) == len(tried) - 1
+
+
+def test_what_does_not_fit_at_all_and_other_errors_are_raised():
+    def never(size):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.warns(UserWarning, match="with 2 sequences"), pytest.raises(torch.cuda.OutOfMemoryError):
+        in_batches_that_fit(never, 2)
+    with pytest.raises(ZeroDivisionError):
+        in_batches_that_fit(lambda size: size // 0, 8)
+
+
+def test_an_attempt_that_failed_is_let_go_of_before_the_next():
+    """Or its tensors would still fill the memory."""
+
+    class Activations:
+        pass
+
+    alive = []
+
+    def compute(size):
+        assert not [ref for ref in alive if ref() is not None]
+        kept = Activations()
+        alive.append(weakref.ref(kept))
+        if size > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return size
+
+    with pytest.warns(UserWarning):
+        assert in_batches_that_fit(compute, 8) == (1, 1)
+    assert len(alive) == 4
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, None])
+def test_draws_are_undone_by_an_error_and_by_nothing_else(error):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    before = [g.get_state() for g in generators]
+    context = pytest.raises(error) if error else contextlib.nullcontext()
+    with context, undone_on_error(generators):
+        for g in generators:
+            torch.rand(3, generator=g)
+        if error:
+            raise error
+    assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)) == bool(error)
 
 
 # ---- learning rate --------------------------------------------------------------------------------------------------
@@ -211,4 +309,14 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(bad):
     before = model.weight.detach().clone()
     with pytest.raises(FloatingPointError, match="epoch 0, batch 0"):
         fit(model, lambda epoch: [0], lambda _: model.weight.sum() * bad, FitConfig(**PLAIN))
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(bad):
+    model = small_model()
+    before = model.weight.detach().clone()
+    model.weight.register_hook(lambda gradient: gradient * bad)
+    with pytest.raises(FloatingPointError, match=r"gradient became .* in epoch 0, batch 0"):
+        fit(model, lambda epoch: [0], lambda _: model.weight.square().sum(), FitConfig(**PLAIN))
     assert torch.equal(model.weight, before)

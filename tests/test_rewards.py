@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import pipeline
 
 from conftest import VOCAB, make_bert
 from minirlhf import SentimentReward, Tokenizer
-from minirlhf.rewards import CANARIES, call_reward
+from minirlhf.rewards import CANARIES, call_reward, within
 
 LABELS = {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
 TEXTS = ["很好", "", "酒店位置很好，服务非常满意！推荐", "房间太脏", "hello world wifi", "差" * 30, "早餐一般。",
@@ -238,3 +240,30 @@ def test_an_error_in_a_reward_passes_through():
 
     with pytest.raises(KeyError, match="mine"):
         call_reward(reward, PROMPTS, RESPONSES)
+
+
+# ---- time limits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0, 1e300])
+def test_within_returns_what_the_function_returns_and_raises_what_it_raises(seconds):
+    assert within(seconds, lambda a, b: torch.tensor([a, b]), 1, 2).tolist() == [1, 2]
+    for error in (KeyError("x"), TimeoutError("its own"), SystemExit(3), KeyboardInterrupt()):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            within(seconds, fail)
+        assert caught.value is error
+
+
+def test_a_function_that_hangs_is_left_behind_and_cannot_hold_the_process():
+    release = threading.Event()
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError, match=r"longer than reward_timeout=0\.1 seconds"):
+        within(0.1, release.wait)
+    assert time.perf_counter() - start < 30
+    left = [thread for thread in threading.enumerate() if thread.name == "reward function"]
+    assert left and all(thread.daemon for thread in left)
+    release.set()

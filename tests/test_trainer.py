@@ -6,14 +6,16 @@ import hashlib
 import itertools
 import math
 import random
+import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Tokenizer
-from minirlhf.checkpoints import read_metadata, read_tensors, write_tensors
+from folders import snapshot
+from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Tokenizer, training_state
 from minirlhf.metrics import mean_stats
 
 PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
@@ -554,7 +556,7 @@ INTEGERS = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq",
 POSITIVE = ("lr", "target", "horizon", "cliprange", "cliprange_value", "max_grad_norm", "log_ratio_limit")
 NAN = float("nan")
 BAD_FIELDS = [
-    *((name, value) for name in INTEGERS for value in (0, -1, 1.5, "4", None, True)),
+    *((name, value) for name in (*INTEGERS, "max_bad_steps") for value in (0, -1, 1.5, "4", None, True)),
     *((name, value) for name in POSITIVE for value in (0, -1.0, NAN, "1")),
     *((name, None) for name in POSITIVE if name != "max_grad_norm"),  # None: no clipping
     *((name, value) for name in ("init_kl_coef", "vf_coef", "entropy_coef", "adam_eps") for value in (-0.1, NAN, "1")),
@@ -571,6 +573,7 @@ BAD_FIELDS = [
     *((name, value) for name in ("score_scale", "missing_eos_score", "overlong_score") for value in (NAN, "1")),
     *((name, "other") for name in ("kl_estimator", "kl_placement", "kl_unit", "missing_eos", "overlong", "value_head")),
     *((name, "other") for name in ("whiten_scope", "loss_averaging", "score_position")),
+    *(("reward_timeout", value) for value in (0, -1.0, NAN, math.inf, "1")),
     ("whiten_ddof", 2),
     ("missing_eos", "replace"),  # without an eos_token_id
     ("lr", math.inf),
@@ -683,6 +686,226 @@ def test_a_reference_with_too_short_a_context_is_refused_before_the_reward_is_as
         trainer.train(PROMPTS, lambda texts: pytest.fail("the reward was asked"))
 
 
+# ---- what goes wrong in a step --------------------------------------------------------------------------------------
+
+
+def optimizer_state(trainer):
+    names = {p: name for name, p in trainer.policy.named_parameters()}
+    return {f"{names[p]} {key}": x.clone() for p, state in trainer.optimizer.state.items() for key, x in state.items()}
+
+
+def plant(trainer, updates, value=NAN):
+    """Put a value into the gradient of one weight, in the updates of these numbers (of a step in whole minibatches)."""
+    count = itertools.count()
+
+    def hook(gradient):
+        if next(count) in updates:
+            gradient = gradient.clone()
+            gradient[0, 0] = value
+        return gradient
+
+    trainer.policy.gpt2.h[0].mlp.c_fc.weight.register_hook(hook)
+
+
+WHOLE = dict(minibatch_size=5, forward_batch_size=5)  # of `batch()`: an epoch is one update
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+def test_an_update_whose_gradient_is_not_finite_changes_nothing_but_the_count(value):
+    trainer = make_trainer(**WHOLE, ppo_epochs=3)
+    trainer.step(*batch())  # so that the optimizer has a state to keep
+    plant(trainer, {0, 1, 2}, value)
+    before, moments = weights(trainer), optimizer_state(trainer)
+    stats = trainer.step(*batch())
+    same(weights(trainer), before)
+    same(optimizer_state(trainer), moments)
+    assert (stats["ppo/updates"], stats["ppo/skipped_updates"], trainer.bad_steps) == (0, 3, 3)
+    assert not math.isfinite(stats["ppo/grad_norm"])  # nothing else is there to tell of
+    stats = trainer.step(*batch())
+    assert (stats["ppo/updates"], stats["ppo/skipped_updates"], trainer.bad_steps) == (3, 0, 0)
+    assert all(math.isfinite(x) for x in stats.values())
+
+
+@pytest.mark.parametrize("field", ["logprobs", "values"])
+def test_an_update_whose_loss_is_not_finite_is_skipped(field):
+    trainer = make_trainer(minibatch_size=1, ppo_epochs=1, whiten_scope="sequence")
+    rollout = trainer.collect(PROMPTS, reward)
+    getattr(rollout, field)[2] = NAN  # one row of four
+    stats = trainer.step(rollout)
+    assert (stats["ppo/updates"], stats["ppo/skipped_updates"]) == (3, 1)
+    assert all(torch.isfinite(x).all() for x in [*weights(trainer).values(), *optimizer_state(trainer).values()])
+
+
+def test_a_skipped_update_is_one_that_was_never_made_and_not_in_the_means():
+    """The same as a trainer whose optimizer is told to do nothing in these updates."""
+    bad = {1, 4}
+    planted, expected = (make_trainer(**WHOLE, ppo_epochs=6) for _ in range(2))
+    plant(planted, bad)
+    real, calls, norms = expected.precision.step, itertools.count(), []
+
+    def step(optimizer, parameters, *rest):
+        if next(calls) in bad:
+            optimizer.zero_grad(set_to_none=True)
+            return 0.0
+        norms.append(real(optimizer, parameters, *rest))
+        return norms[-1]
+
+    expected.precision.step = step
+    stats = planted.step(*batch())
+    expected.step(*batch())
+    same(weights(planted), weights(expected))
+    same(optimizer_state(planted), optimizer_state(expected))
+    assert stats["ppo/grad_norm"] == pytest.approx(sum(norms) / 4)
+    assert (stats["ppo/updates"], stats["ppo/skipped_updates"]) == (4, 2)
+
+
+def test_too_many_bad_updates_in_a_row_end_the_run_and_say_where():
+    trainer = make_trainer(**WHOLE, ppo_epochs=3, max_bad_steps=4)
+    plant(trainer, {1, 2, *range(4, 100)})  # two in a row, a good one, then five
+    trainer.step(*batch())
+    assert trainer.bad_steps == 2
+    trainer.step(*batch())
+    assert trainer.bad_steps == 2  # the fourth update was fine
+    before = weights(trainer)
+    with pytest.raises(FloatingPointError, match=r"step 3: 4 optimizer steps in a row .* \(nan\)"):
+        trainer.step(*batch())
+    same(weights(trainer), before)
+    assert trainer.iteration == 2
+
+
+def test_with_fp16_a_loss_scale_is_found_before_the_run_is_given_up():
+    trainer = make_trainer(precision="fp16", **WHOLE, ppo_epochs=30)
+    trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    stats = trainer.step(*batch())
+    assert stats["ppo/skipped_updates"] > 3 and stats["ppo/updates"] > 3
+    assert trainer.bad_steps == 0 and trainer.precision.scaler.get_scale() < 2.0**30
+
+
+class Small:
+    """A GPU with room for so many rows of a policy, on the CPU; seen are the sizes that it was given."""
+
+    def __init__(self, trainer, room, training=True):
+        self.seen, score = [], trainer.policy.score
+
+        def limited(tokens, *rest, **named):
+            if torch.is_grad_enabled() == training:
+                self.seen.append(len(tokens))
+                if len(tokens) > room:
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return score(tokens, *rest, **named)
+
+        trainer.policy.score = limited
+
+
+@pytest.mark.parametrize("averaging", ["tokens", "sequences", "micro_batches"])
+def test_out_of_memory_falls_to_smaller_micro_batches_with_the_same_gradients(averaging):
+    settings = dict(dtype=torch.float64, minibatch_size=5, forward_batch_size=4, loss_averaging=averaging)
+    plain, cramped = make_trainer(**settings), make_trainer(**settings)
+    small = Small(cramped, room=1)
+    expected = plain.step(*batch())
+    with pytest.warns(UserWarning, match="out of memory") as caught:
+        stats = cramped.step(*batch())
+    assert [str(w.message) for w in caught] == [
+        "out of memory with 4 sequences a forward pass: now 2",
+        "out of memory with 2 sequences a forward pass: now 1",
+    ]
+    assert small.seen == [4, 2, *[1] * 10]  # it remembers
+    same(weights(plain), weights(cramped), 1e-12)
+    same_figures(expected, stats, rel=1e-9, abs=1e-12)
+
+
+def test_out_of_memory_in_the_middle_of_a_minibatch_begins_it_again():
+    """Rows of 40 tokens have no room beside each other: half of the gradient is there when it fails."""
+    plain, cramped = (make_trainer(dtype=torch.float64, minibatch_size=4, forward_batch_size=2) for _ in range(2))
+    lengths = [(3, 4), (2, 7), (20, 20), (20, 19)]
+    score, failed = cramped.policy.score, []
+
+    def limited(tokens, *rest, **named):
+        if torch.is_grad_enabled() and tokens.numel() > 60:
+            failed.append(any(p.grad is not None for p in cramped.policy.parameters()))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return score(tokens, *rest, **named)
+
+    cramped.policy.score = limited
+    with pytest.warns(UserWarning, match="now 1"):
+        for seed in range(4):
+            cramped.step(*batch(lengths, seed))
+    for seed in range(4):
+        plain.step(*batch(lengths, seed))
+    assert failed == [True] or failed == [False]  # once, whatever the order of the rows
+    same(weights(plain), weights(cramped), 1e-12)
+
+
+def test_scoring_falls_to_smaller_batches_too():
+    plain, cramped = make_trainer(), make_trainer()
+    small = Small(cramped, room=2, training=False)
+    with pytest.warns(UserWarning, match="now 2"):
+        rollout = cramped.collect(PROMPTS, reward)
+    assert small.seen == [4, 2, 2]
+    torch.testing.assert_close(rollout.logprobs, plain.collect(PROMPTS, reward).logprobs)
+
+
+def test_no_room_for_one_row_is_an_error():
+    trainer = make_trainer()
+    Small(trainer, room=0)
+    before = weights(trainer)
+    with pytest.warns(UserWarning), pytest.raises(torch.cuda.OutOfMemoryError):
+        trainer.step(*batch())
+    same(weights(trainer), before)
+
+
+# ---- rewards that fail ----------------------------------------------------------------------------------------------
+
+
+def fails(texts):
+    raise ConnectionError("the judge does not answer")
+
+
+def hangs(texts):
+    time.sleep(60)
+
+
+BAD_REWARDS = {
+    "raises": (fails, ConnectionError, "does not answer"),
+    "hangs": (hangs, TimeoutError, "reward_timeout=1 "),
+    "NaN": (lambda texts: [0.0, NAN, 0.0, 0.0], ValueError, "finite, got nan for text 1"),
+    "one too few": (lambda texts: [0.0] * 3, ValueError, r"4 numbers, one a text, got shape \(3,\)"),
+    "one too many": (lambda texts: [0.0] * 5, ValueError, "4 numbers"),
+    "words": (lambda texts: ["good"] * 4, ValueError, "4 numbers, got list"),
+    "nothing": (lambda texts: None, ValueError, "4 numbers, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REWARDS)
+def test_a_reward_that_fails_leaves_the_trainer_as_it_was_after_the_last_step(name):
+    """Called again with a reward that works, it goes on as if nothing had been."""
+    bad, error, message = BAD_REWARDS[name]
+    settings = dict(steps=16, reward_timeout=1.0 if name == "hangs" else None, score_whitening=True)
+    plain, trainer = make_trainer(**settings), make_trainer(**settings)
+    expected = plain.train(PROMPTS, reward)
+    calls = itertools.count()
+    with pytest.raises(error, match=message):
+        trainer.train(PROMPTS, lambda texts: bad(texts) if next(calls) == 2 else reward(texts))
+    assert trainer.iteration == 2 and not trainer.within_step
+    rest = trainer.train(PROMPTS, reward)
+    assert [figures(stats) for stats in rest] == [figures(stats) for stats in expected[2:]]
+    same(weights(plain), weights(trainer))
+
+
+def test_a_batch_that_cannot_be_collected_was_never_drawn():
+    trainer, before = make_trainer(), make_trainer().generators["sampling"].get_state()
+    with pytest.raises(ConnectionError):
+        trainer.collect(PROMPTS, fails)
+    assert torch.equal(trainer.generators["sampling"].get_state(), before)
+    trainer.collect(PROMPTS, reward)
+    assert not torch.equal(trainer.generators["sampling"].get_state(), before)
+
+
+def test_a_time_limit_changes_nothing_for_a_reward_that_keeps_it():
+    plain, limited = make_trainer(), make_trainer(reward_timeout=60.0)
+    assert [figures(s) for s in plain.train(PROMPTS, reward)] == [figures(s) for s in limited.train(PROMPTS, reward)]
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 RUN = dict(
@@ -691,119 +914,291 @@ RUN = dict(
 )  # fmt: skip
 
 
-def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path):
-    path = tmp_path / "state.safetensors"
-    whole = make_trainer(**RUN)
+def make_reference():
+    return make_gpt2(1, scale=4.0, **SMALL)
+
+
+def resume(folder, **overrides):
+    return PPOTrainer.resume(folder, make_reference(), **overrides)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(precision="bf16"), dict(precision="fp16"),
+    dict(value_warmup=3),  # at the cut the trunk has no optimizer state yet
+    dict(adaptive_kl=False, max_grad_norm=math.inf, log_ratio_limit=math.inf),
+], ids=str)  # fmt: skip
+def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
+    whole = make_trainer(**RUN, **settings)
     expected = whole.train(PROMPTS, reward)
 
-    cut = make_trainer(**RUN)
+    cut = make_trainer(**RUN, **settings)
 
     class Crash(Exception):
         pass
 
     def crash_at_two(rollout, stats):
         if cut.iteration == 2:
-            cut.save_checkpoint(path)
+            cut.save_checkpoint(tmp_path / "cut")
             raise Crash
 
     with pytest.raises(Crash):
         cut.train(PROMPTS, reward, crash_at_two)
-    resumed = make_trainer(**RUN)
-    resumed.step(*batch())  # whatever it did before is forgotten
-    resumed.load_checkpoint(path)
-    assert resumed.iteration == 2
+    resumed = resume(tmp_path / "cut")
+    assert resumed.iteration == 2 and resumed.config == whole.config
     rest = resumed.train(PROMPTS, reward)
     assert [figures(stats) for stats in rest] == [figures(stats) for stats in expected[2:]]
     same(weights(whole), weights(resumed))
+    whole.save_checkpoint(tmp_path / "whole")
+    resumed.save_checkpoint(tmp_path / "resumed")
+    assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "whole")  # all else: moments, generators, counters
 
 
-def test_a_checkpoint_of_a_new_trainer_loads(tmp_path):
+def test_a_checkpoint_of_a_new_trainer_resumes(tmp_path):
     trainer = make_trainer()
     trainer.save_checkpoint(tmp_path / "state")
-    other = make_trainer()
-    other.step(*batch())
-    other.load_checkpoint(tmp_path / "state")
+    other = resume(tmp_path / "state")
     same(weights(other), weights(trainer))
     trainer.step(*batch())
     other.step(*batch())
     same(weights(other), weights(trainer))
+    trainer.save_checkpoint(tmp_path / "state")  # in the place of the old one
+    assert resume(tmp_path / "state").iteration == 1
+
+
+def test_bad_steps_and_small_micro_batches_are_remembered(tmp_path):
+    trainer = make_trainer(**WHOLE, ppo_epochs=3)
+    plant(trainer, range(100))
+    Small(trainer, room=2)
+    with pytest.warns(UserWarning, match="out of memory"):
+        trainer.step(*batch())
+    trainer.save_checkpoint(tmp_path / "state")
+    assert (trainer.bad_steps, trainer.micro_batch_size) == (3, 2)
+    resumed = resume(tmp_path / "state")
+    assert (resumed.bad_steps, resumed.micro_batch_size) == (3, 2)
+    assert resume(tmp_path / "state", forward_batch_size=4).micro_batch_size == 4
+
+
+def test_what_was_frozen_stays_frozen(tmp_path):
+    policy = ActorCritic(make_gpt2(0, **SMALL))
+    policy.gpt2.wte.requires_grad_(False)
+    trainer = PPOTrainer(policy, make_reference(), Tokenizer(VOCAB), **DEFAULTS)
+    trainer.step(*batch())
+    trainer.save_checkpoint(tmp_path / "state")
+    resumed = resume(tmp_path / "state")
+    for each in (trainer, resumed):
+        each.step(*batch())
+    assert not resumed.policy.gpt2.wte.weight.requires_grad
+    same(weights(resumed), weights(trainer))
+
+
+def test_a_checkpoint_is_a_model_folder_of_safetensors_and_json(tmp_path):
+    trainer = make_trainer(value_head="linear")
+    trainer.step(*batch())
+    trainer.save_checkpoint(tmp_path / "state")
+    policy = ActorCritic.from_pretrained(tmp_path / "state")
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), trainer.policy.parameters(), strict=True))
+    assert Tokenizer.from_pretrained(tmp_path / "state").vocab == VOCAB
+    names = {path.name for path in (tmp_path / "state").iterdir()}
+    assert {name for name in names if not name.endswith((".safetensors", ".json"))} == {"vocab.txt", "README.md"}
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+def with_reference_folder(tmp_path):
+    make_reference().save_pretrained(tmp_path / "reference")
+    return PPOTrainer(ActorCritic(make_gpt2(0, **SMALL)), tmp_path / "reference", Tokenizer(VOCAB), **DEFAULTS)
+
+
+def test_a_reference_from_a_folder_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_reference().save_pretrained("reference")
+    trainer = PPOTrainer(ActorCritic(make_gpt2(0, **SMALL)), "reference", Tokenizer(VOCAB), **DEFAULTS)
+    assert fingerprint(trainer.reference) == fingerprint(make_reference())
+    trainer.save_checkpoint("state")
+    monkeypatch.chdir("/")
+    resumed = PPOTrainer.resume(tmp_path / "state")
+    assert fingerprint(resumed.reference) == fingerprint(make_reference())
+    assert resumed.reference_source == trainer.reference_source == str(tmp_path / "reference")
+
+
+def test_a_reference_that_moved_may_be_passed(tmp_path):
+    with_reference_folder(tmp_path).save_checkpoint(tmp_path / "state")
+    (tmp_path / "reference").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"reference.* pass ref_policy"):
+        PPOTrainer.resume(tmp_path / "state")
+    assert PPOTrainer.resume(tmp_path / "state", tmp_path / "moved").iteration == 0
+    assert resume(tmp_path / "state").iteration == 0
+
+
+def test_a_reference_without_a_folder_must_be_passed(tmp_path):
+    make_trainer().save_checkpoint(tmp_path / "state")
+    with pytest.raises(ValueError, match="ref_policy"):
+        PPOTrainer.resume(tmp_path / "state")
+
+
+def test_another_reference_is_refused(tmp_path):
+    """Other by one bit of one weight; in its folder, or passed."""
+    trainer = with_reference_folder(tmp_path)
+    trainer.save_checkpoint(tmp_path / "state")
+    other = make_reference()
+    with torch.no_grad():
+        weight = other.wpe.weight[3, :1]
+        weight.copy_(torch.nextafter(weight, torch.tensor(math.inf)))
+    with pytest.raises(ValueError, match=rf"another reference.*{trainer.reference_hash[:12]}"):
+        PPOTrainer.resume(tmp_path / "state", other)
+    other.save_pretrained(tmp_path / "reference")
+    with pytest.raises(ValueError, match="another reference"):
+        PPOTrainer.resume(tmp_path / "state")
+
+
+def test_the_hash_of_a_reference_is_of_names_types_shapes_and_bytes():
+    def hash_of(**tensors):
+        module = torch.nn.Module()
+        for name, x in tensors.items():
+            module.register_buffer(name, x)
+        return training_state.module_hash(module)
+
+    x = torch.arange(6.0)
+    digest = hashlib.sha256(b"a torch.float32 (2, 3)\n" + x.numpy().tobytes())
+    digest.update(b"b torch.int64 ()\n" + (7).to_bytes(8, "little"))
+    first = hash_of(a=x.view(2, 3), b=torch.tensor(7))
+    assert first == digest.hexdigest()
+    assert first == hash_of(b=torch.tensor(7), a=x.view(2, 3).t().contiguous().t())  # however it lies in memory
+    others = [hash_of(a=x.view(3, 2), b=torch.tensor(7)), hash_of(c=x.view(2, 3), b=torch.tensor(7)),
+              hash_of(a=x.view(2, 3).view(torch.int32), b=torch.tensor(7)), hash_of(a=x.view(2, 3))]  # fmt: skip
+    assert len({first, *others}) == 5
+
+
+# ---- other settings, other folders, damage --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changed", [dict(lr=2e-3), dict(seed=9), dict(top_p=0.5), dict(eos_token_id=None)])
-def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, changed):
+def test_settings_that_change_the_run_are_refused_by_name(tmp_path, changed):
     make_trainer(**RUN).save_checkpoint(tmp_path / "state")
-    trainer = make_trainer(**{**RUN, **changed})
-    before = weights(trainer)
     with pytest.raises(ValueError, match=next(iter(changed))):
-        trainer.load_checkpoint(tmp_path / "state")
-    same(weights(trainer), before)
+        resume(tmp_path / "state", **changed)
+    resume(tmp_path / "state", **{name: RUN.get(name, getattr(PPOConfig(), name)) for name in ("top_p", "gamma")})
 
 
 def test_a_run_may_be_made_longer_and_cut_differently(tmp_path):
-    trainer = make_trainer()
-    trainer.save_checkpoint(tmp_path / "state")
-    make_trainer(steps=80, forward_batch_size=1).load_checkpoint(tmp_path / "state")
+    make_trainer().save_checkpoint(tmp_path / "state")
+    config = resume(tmp_path / "state", steps=80, forward_batch_size=1, max_bad_steps=3, reward_timeout=9.0).config
+    assert (config.steps, config.forward_batch_size, config.max_bad_steps, config.reward_timeout) == (80, 1, 3, 9.0)
+    with pytest.raises(ValueError, match=r"stepz.*steps"):
+        resume(tmp_path / "state", stepz=80)
+    make_trainer(loss_averaging="micro_batches").save_checkpoint(tmp_path / "other")
+    with pytest.raises(ValueError, match="forward_batch_size"):  # there the cut is part of the loss
+        resume(tmp_path / "other", forward_batch_size=1)
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    other = PPOTrainer(make_gpt2(0, n_embd=8, n_layer=1, n_head=2), make_gpt2(1, **SMALL), Tokenizer(VOCAB), **DEFAULTS)
-    other.save_checkpoint(tmp_path / "state")
-    with pytest.raises(ValueError, match="shape"):
-        make_trainer().load_checkpoint(tmp_path / "state")
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_state, "FORMAT", 2)
+    make_trainer().save_checkpoint(tmp_path / "state")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+        resume(tmp_path / "state")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
-        make_trainer().load_checkpoint(tmp_path / "nothing")
+        resume(tmp_path / "nothing")
 
 
-DAMAGES = ["empty", "cut", "garbage", "foreign", "no generator", "no weight", "bad json", "nan"]
+FILES = ["README.md", "config.json", "manifest.json", "model.safetensors", "model.safetensors.index.json",
+         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "training.json", "training.safetensors",
+         "value_head.safetensors", "vocab.txt"]  # fmt: skip
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "a bit": flip_a_bit,
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    trainer = make_trainer()
+    trainer.step(*batch())
+    folder = tmp_path_factory.mktemp("saved") / "state"
+    trainer.save_checkpoint(folder)
+    return folder
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path, damage):
-    path = tmp_path / "state"
-    source = make_trainer()
-    source.step(*batch())
-    source.save_checkpoint(path)
-    content, tensors, metadata = path.read_bytes(), read_tensors(path), read_metadata(path)
-    if damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "garbage":
-        path.write_bytes(b"\xff" * 200)
-    elif damage == "foreign":
-        write_tensors(path, tensors)
-    elif damage == "no generator":
-        write_tensors(path, {n: t for n, t in tensors.items() if not n.startswith("generator")}, metadata)
-    elif damage == "no weight":
-        write_tensors(path, {n: t for n, t in tensors.items() if n != "policy.gpt2.wte.weight"}, metadata)
-    elif damage == "bad json":
-        write_tensors(path, tensors, {**metadata, "trainer": "{"})
-    elif damage == "nan":
-        write_tensors(path, {n: t * NAN if n.startswith("policy") else t for n, t in tensors.items()}, metadata)
-    trainer = make_trainer()
-    before = weights(trainer)
-    with pytest.raises(ValueError, match="state"):
-        trainer.load_checkpoint(path)
-    same(weights(trainer), before)
-    assert trainer.iteration == 0
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_refused(saved, tmp_path, name, damage):
+    """A changed bit of the manifest may spoil its JSON, a name or a sum: all are noticed."""
+    assert sorted(path.name for path in saved.iterdir()) == FILES
+    shutil.copytree(saved, tmp_path / "state")
+    assert resume(tmp_path / "state").iteration == 1
+    DAMAGES[damage](tmp_path / "state" / name)
+    with pytest.raises(training_state.DamagedCheckpoint, match="state is damaged"):
+        resume(tmp_path / "state")
+
+
+def test_a_model_folder_is_no_checkpoint_and_is_not_overwritten_by_one(tmp_path):
+    make_reference().save_pretrained(tmp_path / "model")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"model is damaged, or no checkpoint.*manifest\.json does not exist"):
+        resume(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="model is not empty, and no checkpoint"):
+        make_trainer().save_checkpoint(tmp_path / "model")
+    assert snapshot(tmp_path) == before
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "state"
     trainer = make_trainer()
     trainer.save_checkpoint(path)
-    before = path.read_bytes()
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    before = snapshot(tmp_path)
     trainer.step(*batch())
-    with pytest.raises(OSError, match="disk full"):
-        trainer.save_checkpoint(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    for function in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"os.{function}", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            with pytest.raises(OSError, match="disk full"):
+                trainer.save_checkpoint(path)
+        assert snapshot(tmp_path) == before
+    trainer.save_checkpoint(path)
+    assert resume(path).iteration == 1
+
+
+def test_a_trainer_that_stopped_within_a_step_is_not_saved(tmp_path):
+    """Some of its updates are made: it is in the state of no step."""
+    trainer = make_trainer(max_bad_steps=1, **WHOLE, ppo_epochs=2)
+    with pytest.raises(ValueError):
+        trainer.step(*BAD_BATCHES["a score that is not a number"])
+    trainer.save_checkpoint(tmp_path / "state")  # nothing was begun
+    plant(trainer, {1})
+    with pytest.raises(FloatingPointError):
+        trainer.step(*batch())
+    before = snapshot(tmp_path)
+    with pytest.raises(RuntimeError, match="within step 1"):
+        trainer.save_checkpoint(tmp_path / "state")
+    assert snapshot(tmp_path) == before
+
+
+def test_weights_that_a_checkpoint_cannot_hold_exactly_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="fp32"):
+        make_trainer(dtype=torch.float64).save_checkpoint(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
 
 
 def test_mean_stats_is_the_mean_of_each_name():
     stats = [{"a": torch.tensor(1.0), "b": torch.tensor(0.5)}, {"a": torch.tensor(3.0), "b": torch.tensor(0.0)}]
     assert mean_stats(stats) == {"a": 2.0, "b": 0.25}
+
+
+def test_mean_stats_leaves_out_what_was_skipped_unless_all_was():
+    stats = [{"a": torch.tensor(x), "b": torch.tensor(y)} for x, y in ((1.0, NAN), (3.0, 2.0), (math.inf, 4.0))]
+    assert mean_stats(stats) == {"a": 3.0, "b": 2.0}
+    means = mean_stats([stats[0], stats[0]])
+    assert means["a"] == 1.0 and math.isnan(means["b"])
