@@ -45,8 +45,8 @@ def train_sft(
 ) -> None:
     """Train a GPT-2 in place to continue such texts; it is left in eval mode.
 
-    Each text becomes [CLS] ... [SEP]; the loss is the mean negative log-likelihood in nats of every token after
-    [CLS], [SEP] included where the text was not cut.
+    Each text becomes [CLS] ... [SEP], or ... <|endoftext|>; the loss is the mean negative log-likelihood in nats of
+    every token but the first, the end included where the text was not cut.
     on_step: called after every optimizer step with the progress in (0, 1] and the loss.
     Raises ValueError for no texts, or a `max_length` beyond the model's positions.
     """
@@ -70,8 +70,8 @@ def train_sft(
 
 
 def encode_for_lm(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """[CLS] ... [SEP] of each text, cut to `max_length` tokens (a cut text has no [SEP]: it does not end there)."""
-    return [ids[:max_length] for ids in tokenizer.encode_batch(texts)]
+    """Each text with its end, cut to `max_length` tokens (a cut text has no [SEP]: it does not end there)."""
+    return [ids[:max_length] for ids in tokenizer.encode_documents(texts)]
 
 
 def token_nll(model: GPT2, sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, int]:
