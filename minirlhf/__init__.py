@@ -1,10 +1,12 @@
 """PPO-RLHF for language models in plain PyTorch: GPT-2, sampling, rewards and PPO from scratch."""
 
 from minirlhf import ppo
+from minirlhf.diagnosis.doctor import Finding, doctor
 from minirlhf.generation import Generation, generate
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
+from minirlhf.models.reward import RewardModel
 from minirlhf.ppo import AdaptiveKL, FixedKL
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.rewards import SentimentReward
@@ -12,8 +14,7 @@ from minirlhf.rollout import Rollout, collect_rollout
 from minirlhf.sampling import SamplingConfig, sample_top_p
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.trainer import PPOTrainer
-
-__version__ = "0.1.0"
+from minirlhf.version import __version__ as __version__
 
 __all__ = [
     "GPT2",
@@ -21,17 +22,20 @@ __all__ = [
     "AdaptiveKL",
     "BertClassifier",
     "BertConfig",
+    "Finding",
     "FixedKL",
     "GPT2Config",
     "Generation",
     "PPOConfig",
     "PPOTrainer",
+    "RewardModel",
     "Rollout",
     "SamplingConfig",
     "SentimentReward",
     "Tokenizer",
     "ValueHead",
     "collect_rollout",
+    "doctor",
     "generate",
     "ppo",
     "sample_top_p",

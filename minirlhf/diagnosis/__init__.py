@@ -1,0 +1,1 @@
+"""The pre-flight check of a run: `minirlhf.doctor` and what it is made of."""
