@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 HOTEL_FILE = "ChnSentiCorp_htl_all.csv"
 SHOPPING_FILE = "online_shopping_10_cats.csv"
+LONGEST = 126  # characters: what a model of 128 positions reads
 HELD_OUT_SHARE = 0.1
 _SOURCE = "the file is published by ChineseNlpCorpus on GitHub"
 
@@ -56,6 +58,18 @@ def split_reviews(reviews: Iterable[Review]) -> tuple[list[Review], list[Review]
 def opening(text: str, low: int = 10, high: int = 20) -> str:
     """Return the first n characters of `text`, n in [low, high] fixed by the text's hash."""
     return text[: low + int(_fraction(text, "opening") * (high - low + 1))]
+
+
+def excerpt(text: str, rng: random.Random) -> str:
+    """Return the whole review (as far as a model reads), its opening, or a passage from anywhere in it."""
+    kind = rng.random()
+    if kind < 0.35:
+        return text[:LONGEST]
+    if kind < 0.8:
+        return text[: rng.randint(8, 24)]
+    length = rng.randint(12, 48)
+    first = rng.randint(0, max(0, len(text) - length))
+    return text[first : first + length]
 
 
 def _read(path: Path, category: str | None = None) -> Iterator[Review]:

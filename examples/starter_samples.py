@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from minirlhf import GPT2, SamplingConfig, SentimentReward, Tokenizer, generate
+from minirlhf.metrics import printable
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
@@ -34,7 +35,7 @@ def main() -> None:
         means.append(scores.mean().item())
         print(
             f"**{prompt}**, mean {means[-1]:.2f}: "
-            + "; ".join(f"{t} ({s:.2f})" for t, s in zip(texts, scores, strict=True))
+            + "; ".join(f"{printable(t)} ({s:.2f})" for t, s in zip(texts, scores, strict=True))
             + "\n"
         )
     print(f"Mean over all {args.count * len(args.prompts)}: {sum(means) / len(means):.3f}")

@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/weights"))
     parser.add_argument("--only", choices=["gpt2", "bert"])
     parser.add_argument("--gpt2-epochs", type=int, default=7)
-    parser.add_argument("--bert-epochs", type=int, nargs="+", default=[9, 6], help="epochs of each cosine cycle")
+    parser.add_argument("--bert-epochs", type=int, default=22)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
