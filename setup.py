@@ -24,6 +24,7 @@ setup(
     ],
     packages=find_packages(include=["minirlhf", "minirlhf.*"]),
     package_data={"minirlhf": ["py.typed"]},
+    entry_points={"console_scripts": ["minirlhf=minirlhf.__main__:main"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.4", "numpy>=1.24", "tokenizers>=0.20", "safetensors>=0.4"],
     extras_require={

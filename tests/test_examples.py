@@ -11,7 +11,9 @@ import math
 import os
 import random
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +22,10 @@ import pytest
 import torch
 
 from conftest import VOCAB, make_bert, make_gpt2
-from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer
-from minirlhf.checkpoints import read_metadata, read_tensors
+from folders import content, snapshot
+from lives import process, script, wait_for
+from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer, training_state
+from minirlhf.locks import FolderLock
 from minirlhf.rewards import CANARIES
 
 REPO = Path(__file__).resolve().parent.parent
@@ -38,21 +42,6 @@ PROMISED_KEYS = {
 }  # fmt: skip
 ITERATIONS, BATCH = 5, 4
 SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--gen-len", "5", "--save-freq", "2"]
-# Runs the script named first with the rest as its arguments, and kills itself once `argv[1]` lines are logged.
-KILLED = """
-import os, runpy, signal, sys
-from minirlhf.metrics import RunLog
-logged, log, at = RunLog.metrics, None, int(sys.argv[1])
-def metrics(self, step, stats):
-    logged(self, step, stats)
-    if step == at:
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write('{"step": 5, "rewa')  # what a crash in the middle of a line leaves
-        os.kill(os.getpid(), signal.SIGKILL)
-RunLog.metrics = metrics
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +75,10 @@ def start(*command, fine=True):
     return done
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def lines(path, whole=False):
+    """Of a JSON-lines file; with `whole` those that end in a line feed, of a file that need not be there."""
+    text = path.read_text(encoding="utf-8") if path.exists() or not whole else ""
+    return [json.loads(line) for line in (text[: text.rfind("\n") + 1] if whole else text).splitlines()]
 
 
 def figures(run):
@@ -110,8 +101,10 @@ def runs(tiny, tmp_path_factory):
             arguments = [*models(tiny), "--output", run]
             if name == "plain":
                 made[name] = start(SCRIPT, *arguments, *SMALL, "--seed", "3")
-            elif name == "killed":
-                made[name] = start("-c", KILLED, 4, SCRIPT, *arguments, *SMALL, "--seed", "3", fine=False)
+            elif name == "killed":  # before the line of step 4
+                made[name] = process(script, folder / "output", run, "metrics.jsonl", 5, SCRIPT, *arguments, *SMALL,
+                                     "--seed", "3")  # fmt: skip
+                made[name].join()
             elif name == "original":
                 made[name] = start(SCRIPT, *arguments, "--recipe", "original", "--steps", "1")
             else:
@@ -142,22 +135,6 @@ def call(monkeypatch, capsys):
         return error, captured.out
 
     return run
-
-
-def snapshot(folder):
-    """Name -> content. Of a safetensors file tensors and metadata: the order of its metadata is random."""
-    return {str(path.relative_to(folder)): path.is_file() and content(path) for path in folder.rglob("*")}
-
-
-def content(path):
-    if path.suffix != ".safetensors":
-        return path.read_bytes()
-    try:
-        tensors = read_tensors(path)
-    except ValueError:  # damaged
-        return path.read_bytes()
-    packed = {name: (str(x.dtype), tuple(x.shape), x.numpy().tobytes()) for name, x in tensors.items()}
-    return packed, read_metadata(path)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -209,7 +186,9 @@ def test_summary_table_and_picture(runs):
 def test_the_run_folder_holds_nothing_else(runs):
     expected = {"metrics.jsonl", "samples.jsonl", "config.json", "summary.json", "before_after.md", "reward_curve.png"}
     names = {path.name for path in runs("plain").iterdir()}
-    assert names == expected | {"checkpoint.safetensors", "policy", "reference"}
+    assert names == expected | {"checkpoints", "policy", "reference"}
+    saved = {path.name for path in (runs("plain") / "checkpoints").iterdir()}
+    assert saved >= {"step-000004", "step-000005", "best"} and len(saved) <= 4
 
 
 def test_the_reference_is_the_input_and_the_policy_is_not(runs, tiny):
@@ -244,24 +223,61 @@ def test_the_same_seed_repeats_the_run_and_another_does_not(runs, tiny, tmp_path
         assert content(tmp_path / "3" / name) == content(runs("plain") / name), name
 
 
-def test_a_killed_run_resumes_to_the_same_end(runs):
-    """Killed by SIGKILL at iteration 4 with the last save at 2, and with half a line in metrics.jsonl."""
+def test_a_killed_run_resumes_to_the_same_end(runs, tmp_path):
+    """Killed by SIGKILL in step 4 with the last save at 2, and with half a line in metrics.jsonl."""
     run, plain = runs("killed"), runs("plain")
-    assert runs.output["killed"].returncode == -9
+    assert runs.output["killed"].exitcode == -signal.SIGKILL
     assert not (run / "summary.json").exists() and not (run / "policy").exists()
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    assert text.count("\n") == 4 and not text.endswith("\n")
-    assert json.loads(read_metadata(run / "checkpoint.safetensors")["trainer"])["iteration"] == 2
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rewa')
+    assert [line["step"] for line in lines(run / "metrics.jsonl", whole=True)] == [1, 2, 3]
+    assert training_state.read(run / "checkpoints" / "best").counters["iteration"] == 2
 
-    start(SCRIPT, "--resume", run)
+    resumed = process(script, tmp_path / "output", run, "", 0, SCRIPT, "--resume", run)
+    resumed.join()
+    assert resumed.exitcode == 0, (tmp_path / "output").read_text()
     assert figures(run) == figures(plain)
-    names = ["samples.jsonl", "summary.json", "before_after.md", "reward_curve.png", "checkpoint.safetensors"]
-    for name in [*names, "policy/model.safetensors", "policy/value_head.safetensors", "reference/model.safetensors"]:
-        assert content(run / name) == content(plain / name), name
+    mine, theirs = snapshot(run), snapshot(plain)
+    for each in (mine, theirs):  # times, and its own name
+        del each["metrics.jsonl"], each["config.json"]
+    assert mine == theirs
+
+
+def test_ctrl_c_and_sigterm_stop_a_run_and_print_the_command_that_goes_on(tiny, tmp_path):
+    """In a folder whose name the shell would take apart; the command is run as it was printed."""
+    pytest.importorskip("tqdm")
+    run, output = tmp_path / "my run's", tmp_path / "output"
+    command = [SCRIPT, *models(tiny), *SMALL, "--steps", "40000", "--output", run]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = len(lines(run / "metrics.jsonl", whole=True)) if run.exists() else 0
+        output.unlink(missing_ok=True)
+        child = process(script, output, run, "", 0, *command)
+        wait_for(lambda before=before: len(lines(run / "metrics.jsonl", whole=True)) > before + 1)
+        os.kill(child.pid, number)
+        child.join()
+        shown = output.read_text(encoding="utf-8")
+        assert child.exitcode == 0, shown
+        step = len(lines(run / "metrics.jsonl"))
+        assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, step + 1))
+        assert training_state.read(run / "checkpoints" / f"step-{step:06d}").counters["iteration"] == step
+        told, printed = shown.splitlines()[-1].split("; to go on: python ")
+        assert told == f"stopped after step {step} of 10000, which is saved"
+        command = [Path(shlex.split(printed)[0]), *shlex.split(printed)[1:]]
+        assert not (run / "summary.json").exists()
+
+
+def test_two_runs_in_one_folder_are_refused_in_one_line(runs, tiny, tmp_path, call):
+    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
+    lock, before = FolderLock(tmp_path / "run"), snapshot(tmp_path)
+    for arguments in (["--resume", tmp_path / "run"], [*models(tiny), *SMALL, "--output", tmp_path / "run"]):
+        error, _ = call(SCRIPT, *arguments)
+        assert isinstance(error, str) and error.startswith("error: ") and f"is in use by process {os.getpid()}" in error
+    assert snapshot(tmp_path) == before
+    lock.release()
 
 
 def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, call):
-    shutil.copytree(runs("plain"), tmp_path / "run")
+    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
     before = snapshot(tmp_path)
     assert call(SCRIPT, "--resume", tmp_path / "run")[0] is None
     assert snapshot(tmp_path) == before
@@ -405,7 +421,7 @@ def test_a_resumed_run_has_the_prompts_it_was_started_with(tiny, tmp_path, call)
 
 def test_options_that_a_resumed_run_cannot_follow_are_not_ignored(runs, tmp_path, call):
     """More steps: it goes on to the new end, or says that it will not."""
-    shutil.copytree(runs("plain"), tmp_path / "run")
+    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
     error, _ = call(SCRIPT, "--resume", tmp_path / "run", "--steps", (ITERATIONS + 1) * BATCH)
     went_on = len(lines(tmp_path / "run" / "metrics.jsonl")) == ITERATIONS + 1
     assert went_on if error is None else "steps" in error
