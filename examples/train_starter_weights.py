@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minirlhf import GPT2, GPT2Config, Tokenizer
-from minirlhf.sft import SFTConfig, perplexity, train_sft
+from minirlhf.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.tokenizer import build_vocab
 from reviews_data import Review, load_reviews, split_reviews
 
@@ -53,7 +53,7 @@ def train_language_model(
         seed=args.seed,
     )
     start = time.time()
-    train_sft(model, tokenizer, [review.text for review in train], config, Progress("gpt2", start))
+    SFTTrainer(model, tokenizer, [review.text for review in train], config).train(Progress("gpt2", start))
     minutes = (time.time() - start) / 60
     figures = {"minutes": minutes, "held_out": perplexity(model, tokenizer, [r.text for r in held_out], CONTEXT)}
     figures["train"] = perplexity(model, tokenizer, [r.text for r in train[: len(held_out)]], CONTEXT)

@@ -76,3 +76,30 @@ def bucketed_batches(
             rows += counts[i]
         batches.append(batch)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def packed_rows(lengths: Sequence[int], width: int, generator: torch.Generator) -> list[list[int]]:
+    """Random rows of sequences that stand one after the other in at most `width` tokens, with little room left.
+
+    The indices are shuffled, and within pools of about 50 rows each goes, longest first, to the fullest row that has
+    room for it (best-fit decreasing); the rows are shuffled. Every index occurs once.
+    Raises ValueError for a sequence of more than `width` tokens.
+    """
+    if len(lengths) > 0 and max(lengths) > width:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit into rows of {width}")
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    mean = max(1.0, sum(lengths) / max(1, len(lengths)))
+    pool = max(1, int(50 * width / mean))
+    rows: list[list[int]] = []
+    for start in range(0, len(shuffled), pool):
+        open_rows: list[tuple[int, list[int]]] = []  # room, indices
+        for i in sorted(shuffled[start : start + pool], key=lambda i: -lengths[i]):
+            fitting = [n for n, (room, _) in enumerate(open_rows) if room >= lengths[i]]
+            if fitting:
+                n = min(fitting, key=lambda n: open_rows[n][0])
+                room, row = open_rows[n]
+                open_rows[n] = (room - lengths[i], [*row, i])
+            else:
+                open_rows.append((width - lengths[i], [i]))
+        rows += [row for _, row in open_rows]
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minirlhf.fit_state import FitState
 from minirlhf.validation import (
     require,
     require_non_negative,
@@ -156,12 +157,17 @@ def fit(
     loss_of: Callable[[Batch], Tensor],
     config: FitConfig,
     on_step: Callable[[float, float], None] | None = None,
+    parts_of: Callable[[Batch], Sequence[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)],
+    state: FitState | None = None,
 ) -> None:
     """Minimise a loss over epochs of batches with AdamW, in training mode; the model is left in eval mode.
 
     epoch_batches: epoch number (0, 1, ...) -> its batches, shuffled by the caller.
     loss_of: batch -> loss, 0-d, run under autocast.
     on_step: called after every optimizer step with the progress in (0, 1] and the loss.
+    parts_of: batch -> its parts with the share that the loss of each has in the loss of the whole. Their gradients are
+        added up before the optimizer's step, so a batch needs the memory of one part.
+    state: where to begin; kept up to date, so that `on_step` may save it.
     Raises FloatingPointError at a loss or gradient that is not finite, before it reaches the weights. (With fp16 a
     gradient that overflows is skipped, and the loss scale lowered.)
     """
@@ -180,27 +186,34 @@ def fit(
     model.train()
     try:
         with seeded_dropout(config.seed, device):
-            for epoch in range(config.epochs):
+            state = FitState() if state is None else state
+            state.begin(optimizer, precision.scaler, device)
+            for epoch in range(state.epoch, config.epochs):
                 batches = epoch_batches(epoch)
-                for i, batch in enumerate(batches):
+                for i in range(state.batch, len(batches)):
                     # The middle of the step: neither the first nor the last one has a learning rate of 0.
                     progress = (epoch + (i + 0.5) / len(batches)) / config.epochs
                     for group in optimizer.param_groups:
                         group["lr"] = config.lr * lr_factor(config.schedule, progress, config.warmup, config.lr_floor)
-                    with precision.autocast():
-                        loss = loss_of(batch)
-                    if not torch.isfinite(loss):
+                    total = torch.zeros((), device=device)
+                    for part, share in parts_of(batches[i]):
+                        with precision.autocast():
+                            loss = loss_of(part) * share
+                        precision.backward(loss)
+                        total = total + loss.detach()
+                    if not torch.isfinite(total):
                         raise FloatingPointError(
-                            f"the loss became {loss.item()} in epoch {epoch}, batch {i}; lower the learning rate"
+                            f"the loss became {total.item()} in epoch {epoch}, batch {i}; lower the learning rate"
                         )
-                    precision.backward(loss)
-                    norm = precision.step(optimizer, parameters, config.max_grad_norm, loss)
+                    norm = precision.step(optimizer, parameters, config.max_grad_norm, total)
                     if not math.isfinite(norm) and config.precision != "fp16":
                         raise FloatingPointError(
                             f"the gradient became {norm} in epoch {epoch}, batch {i}; lower the learning rate"
                         )
+                    state.batch = i + 1
                     if on_step is not None:
-                        on_step((epoch + (i + 1) / len(batches)) / config.epochs, loss.item())
+                        on_step((epoch + (i + 1) / len(batches)) / config.epochs, total.item())
+                state.epoch, state.batch = epoch + 1, 0
     finally:
         model.eval()
 

@@ -3,7 +3,8 @@
 Two formats, told apart by the name of the file:
 
 - `.jsonl`, a pair a line: `{"prompt": ..., "chosen": ..., "rejected": ...}`, and perhaps `"margin"`; other keys are
-  the owner's own and not read.
+  the owner's own and not read. Or a list a line, as `feedback` writes it: `{"prompt": ..., "answers": [...]}`, best
+  first, or in any order with as many `"scores"`, of which equal ones say nothing.
 - `.tsv`, a list a line, the best answer first, columns separated by tabs, without quotes or escapes. The first column
   is the prompt if the first line is a header that begins with "prompt", or if the caller says so; otherwise there is
   no prompt, and every column is an answer.
@@ -13,15 +14,16 @@ Left out: ties. Two answers that nobody can tell apart belong into different lin
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from minirlhf.text_files import hash_fraction, json_object, numbered_lines, text_of
 
 MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
 PAIR_KEYS = ("prompt", "chosen", "rejected")
@@ -70,7 +72,7 @@ class Ranking:
 def read_rankings(
     path: str | os.PathLike[str], encoding: str = "utf-8", prompt_column: bool | None = None
 ) -> list[Ranking]:
-    """Read a file of pairs (`.jsonl`) or of lists (`.tsv`); empty lines are passed over.
+    """Read a file of pairs or lists (`.jsonl`), or of lists (`.tsv`); empty lines are passed over.
 
     encoding: of the file; a byte-order mark is accepted, and so are both kinds of line ends.
     prompt_column: whether the first column of a `.tsv` file is the prompt; None: if a header says so.
@@ -83,15 +85,17 @@ def read_rankings(
         raise ValueError(f"{path} must be named .jsonl (pairs) or .tsv (lists)")
     if kind == ".jsonl" and prompt_column is not None:
         raise ValueError(f"prompt_column is for .tsv files; the lines of {path} name their prompt")
-    lines = _numbered_lines(path, encoding)
+    lines = numbered_lines(path, encoding)
     header = kind == ".tsv" and prompt_column is not False and bool(lines) and _is_header(lines[0][1])
-    rankings, numbers = [], []
+    rankings: list[Ranking] = []
+    numbers: list[int] = []
     for number, line in lines[1:] if header else lines:
         try:
-            rankings.append(_pair(line) if kind == ".jsonl" else _list(line, header or bool(prompt_column)))
+            found = _json_rankings(line) if kind == ".jsonl" else [_list(line, header or bool(prompt_column))]
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        numbers.append(number)
+        rankings += found
+        numbers += [number] * len(found)
     if not rankings:
         raise ValueError(f"{path} holds no rankings")
     disputed = contradictions(rankings)
@@ -103,6 +107,30 @@ def read_rankings(
             stacklevel=2,
         )
     return rankings
+
+
+def rankings_of_scores(
+    prompt: str, answers: Sequence[str], scores: Sequence[float], margin: float = 0.0
+) -> list[Ranking]:
+    """What scores of the answers to one prompt say of their order.
+
+    One ranking if all scores differ, a ranking of two for each pair that differs if some are equal, none if all are.
+    Raises ValueError for what is no list, unequal numbers of answers and scores, a score that is no finite number,
+    or an answer that no `Ranking` takes.
+    """
+    for name, value in (("answers", answers), ("scores", scores)):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list, got a {type(value).__name__}")
+    if len(answers) != len(scores) or len(answers) == 0:
+        raise ValueError(f"there are {len(answers)} answers, but {len(scores)} scores")
+    for score in scores:
+        if not (isinstance(score, (int, float)) and not isinstance(score, bool) and abs(score) <= sys.float_info.max):
+            raise ValueError(f"a score must be a finite number, got {score!r:.20}")
+    order = sorted(range(len(answers)), key=lambda i: -scores[i])
+    if 2 <= len(set(scores)) == len(scores) <= MAX_ANSWERS:
+        return [Ranking(prompt, tuple(answers[i] for i in order), margin)]
+    pairs = itertools.combinations(order, 2)
+    return [Ranking(prompt, (answers[i], answers[j]), margin) for i, j in pairs if scores[i] > scores[j]]
 
 
 def contradictions(rankings: Sequence[Ranking]) -> list[tuple[int, int]]:
@@ -141,7 +169,7 @@ def split_rankings(
     train: list[Ranking] = []
     held_out: list[Ranking] = []
     for ranking in rankings:
-        (held_out if _fraction(key(ranking)) < share else train).append(ranking)
+        (held_out if hash_fraction(key(ranking)) < share else train).append(ranking)
     if not train or not held_out:
         groups = len({key(ranking) for ranking in rankings})
         raise ValueError(
@@ -151,51 +179,30 @@ def split_rankings(
     return train, held_out
 
 
-def _numbered_lines(path: Path, encoding: str) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers from 1."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode(encoding)
-    except UnicodeError as error:
-        number = raw[: getattr(error, "start", 0)].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {number} is not {encoding} ({error}); name the file's encoding by encoding= or --encoding, "
-            "for instance gbk"
-        ) from error
-    except (LookupError, ValueError) as error:
-        raise ValueError(f"encoding must be the name of a text encoding, got {encoding!r}") from error
-    # str.splitlines would also split at separators that may stand within an answer, such as U+2028.
-    lines = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
-    return [(number, line.removesuffix("\r")) for number, line in lines if line.strip(" \r")]
-
-
 def _is_header(line: str) -> bool:
     return line.split("\t")[0].strip().lower() == "prompt"
 
 
-def _pair(line: str) -> Ranking:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
+def _json_rankings(line: str) -> list[Ranking]:
+    """What a line of a `.jsonl` file says: a pair, or answers best first or with scores."""
+    content = json_object(line)
+    if "answers" not in content:
+        return [_pair(content)]
+    prompt = text_of({"prompt": "", **content}, "prompt")
+    margin = content.get("margin", 0.0)
+    if content.get("scores") is None:
+        return [Ranking(prompt, content["answers"], margin)]
+    return rankings_of_scores(prompt, content["answers"], content["scores"], margin)
+
+
+def _pair(content: Mapping[str, Any]) -> Ranking:
     missing = [key for key in PAIR_KEYS if key not in content]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; a pair has {', '.join(PAIR_KEYS)} and perhaps margin")
-    for key in PAIR_KEYS:
-        if not isinstance(content[key], str):
-            raise ValueError(f"{key} must be a text, got a {type(content[key]).__name__}")
-    return Ranking(content["prompt"], (content["chosen"], content["rejected"]), content.get("margin", 0.0))
+    prompt, chosen, rejected = (text_of(content, key) for key in PAIR_KEYS)
+    return Ranking(prompt, (chosen, rejected), content.get("margin", 0.0))
 
 
 def _list(line: str, with_prompt: bool) -> Ranking:
     columns = line.split("\t")
     return Ranking(columns[0], tuple(columns[1:])) if with_prompt else Ranking("", tuple(columns))
-
-
-def _fraction(text: str) -> float:
-    """A text to [0, 1) by SHA-256; a JSON file may hold lone surrogates, which have no UTF-8."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48

@@ -18,12 +18,10 @@ import os
 import random
 import re
 import shutil
-import signal
-import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from minirlhf import training_state
@@ -33,12 +31,12 @@ from minirlhf.metrics import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, RunLog, St
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rollout import Rollout
+from minirlhf.stopping import StopRequest
 from minirlhf.trainer import PPOTrainer
 from minirlhf.training_state import DamagedCheckpoint
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 SHOWN = 5  # samples that are logged at a save
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
@@ -71,8 +69,7 @@ class Run:
         self._rewards = _rewards(log)
         self._recorded = self._saved = trainer.iteration  # steps whose lines are written; that are in a checkpoint
         self._saving = False
-        self._stopping = False
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._stop = StopRequest()
         self._rotate()
 
     @classmethod
@@ -175,9 +172,9 @@ class Run:
             shown = [(texts[i], scores[i]) for i in rows]
             self._log.samples(step, [text for text, _ in shown], [score for _, score in shown])
         self._rewards[step], self._recorded = _rating(stats["reward/mean"]), step
-        if due or self._stopping:
+        if due or self._stop.made:
             self._save()
-        if self._stopping:
+        if self._stop.made:
             raise Stopped(self.folder, step, c.iterations)
         return shown
 
@@ -186,10 +183,7 @@ class Run:
         return self._log.history()
 
     def __enter__(self) -> Run:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it: who ignores it means it
-                    self._handlers[number] = signal.signal(number, self._stop)
+        self._stop.__enter__()
         return self
 
     def __exit__(
@@ -207,18 +201,8 @@ class Run:
                     f"{_checkpoint(self.folder, self._saved)}"
                 ) from error
         finally:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+            self._stop.__exit__()
             self._lock.release()
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        """The first signal: stop after this step. From now on they do what they do to any process."""
-        self._stopping = True
-        for each in self._handlers:
-            signal.signal(each, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        # Not print, which this may have interrupted.
-        os.write(2, f"\n{name}: finishing the step, then saving; once more ends it at once\n".encode())
 
     def _doing(self) -> str:
         done, steps = self._recorded, self.trainer.config.iterations

@@ -5,8 +5,8 @@
     training.json           counters, KL coefficient, running moments, loss scale, config, which reference it was
     manifest.json           SHA-256 of every other file
 
-The folder is replaced as one: a checkpoint is whole or it is not there, and one that the disk has changed since is
-noticed. The reference, which never changes, is not in it: its hash and its source are. No pickle.
+`checkpoint_folder` writes it as one and checks it. The reference, which never changes, is not in it: its hash and its
+source are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import read_tensors, write_tensors
-from minirlhf.files import read_json, replaced_folder, write_json
+from minirlhf.checkpoint_folder import COUNTERS_FILE as COUNTERS_FILE
+from minirlhf.checkpoint_folder import MANIFEST_FILE as MANIFEST_FILE
+from minirlhf.checkpoint_folder import DamagedCheckpoint as DamagedCheckpoint
+from minirlhf.checkpoint_folder import read_checkpoint, write_checkpoint
 from minirlhf.model_card import Origin
 from minirlhf.models.heads import ActorCritic
 from minirlhf.ppo_config import PPOConfig
@@ -32,14 +34,9 @@ from minirlhf.ppo_config import PPOConfig
 if TYPE_CHECKING:
     from minirlhf.trainer import PPOTrainer
 
-STATE_TENSORS, COUNTERS_FILE, MANIFEST_FILE = "training.safetensors", "training.json", "manifest.json"
 FORMAT = 1
 # Settings that may change between two parts of a run: they say how long and how it runs, not what is computed.
 FREE_FIELDS = {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps"}
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not as it was written, or no checkpoint at all."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,6 @@ def save(trainer: PPOTrainer, folder: str | os.PathLike[str], log: Mapping[str, 
     Raises RuntimeError for a trainer that stopped within a step, ValueError for weights that are not fp32,
     FileExistsError for a folder that holds something else, OSError if it cannot be written.
     """
-    folder = Path(folder)
     if trainer.within_step:
         raise RuntimeError(
             f"the trainer stopped within step {trainer.iteration + 1}, so it is in the state of no step; "
@@ -129,8 +125,6 @@ def save(trainer: PPOTrainer, folder: str | os.PathLike[str], log: Mapping[str, 
         )
     if any(p.dtype != torch.float32 for p in trainer.policy.parameters()):
         raise ValueError("a checkpoint holds fp32 weights, but the policy has others")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
-        raise FileExistsError(f"{folder} is not empty, and no checkpoint; choose another folder")
     tensors = {f"generator.{name}": generator.get_state() for name, generator in trainer.generators.items()}
     for name, parameter in _trained(trainer).items():
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
@@ -152,14 +146,12 @@ def save(trainer: PPOTrainer, folder: str | os.PathLike[str], log: Mapping[str, 
         },
         "log": log,
     }
-    with replaced_folder(folder) as staged:
+
+    def write_model(staged: Path) -> None:
         trainer.policy.save_pretrained(staged)
         trainer.tokenizer.save_pretrained(staged)
-        write_tensors(staged / STATE_TENSORS, tensors)
-        write_json(staged / COUNTERS_FILE, counters)
-        names = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
-        sums = {name: _file_hash(staged / name) for name in names if name != MANIFEST_FILE}
-        write_json(staged / MANIFEST_FILE, {"sha256": sums})
+
+    write_checkpoint(folder, tensors, counters, write_model)
 
 
 def read(folder: str | os.PathLike[str]) -> TrainingState:
@@ -168,24 +160,8 @@ def read(folder: str | os.PathLike[str]) -> TrainingState:
     Raises FileNotFoundError if there is no such folder, DamagedCheckpoint, a ValueError, if it is not as it was
     written, ValueError if another version of this library wrote it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    try:
-        sums = dict(read_json(folder / MANIFEST_FILE)["sha256"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{folder} is damaged, or no checkpoint: {error}") from error
-    for name, expected in sums.items():
-        if not (folder / name).is_file():
-            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
-        if _file_hash(folder / name) != expected:
-            raise DamagedCheckpoint(f"{folder} is damaged: {name} is not as it was written")
-    if not sums.keys() >= {STATE_TENSORS, COUNTERS_FILE}:
-        raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST_FILE} does not list {COUNTERS_FILE}")
-    counters = read_json(folder / COUNTERS_FILE)
-    if counters["format"] != FORMAT:
-        raise ValueError(f"{folder} has the checkpoint format {counters['format']}, this version reads {FORMAT}")
-    return TrainingState(folder, read_tensors(folder / STATE_TENSORS), counters)
+    tensors, counters = read_checkpoint(folder, FORMAT)
+    return TrainingState(Path(folder), tensors, counters)
 
 
 def module_hash(module: nn.Module) -> str:
@@ -194,14 +170,6 @@ def module_hash(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, GPT2Config, SamplingConfig, Tokenizer, generate
-from minirlhf.sft import SFTConfig, encode_for_lm, perplexity, token_nll, train_sft
+from minirlhf.sft import SFTConfig, SFTTrainer, encode_for_lm, perplexity, token_nll
 
 TEXTS = ["酒店很好，非常满意。", "房间干净，服务很好！", "早餐一般", "hello world，wifi太差"]
 SIZES = dict(vocab_size=len(VOCAB), n_positions=24, n_embd=32, n_layer=1, n_head=2)
@@ -111,7 +111,7 @@ def test_a_tiny_model_learns_a_text_by_heart(tokenizer):
     before = perplexity(model.eval(), tokenizer, [text], 24)["token"]
     assert before > 100
     config = dataclasses.replace(CONFIG, epochs=60, warmup=0.1)
-    train_sft(model, tokenizer, [text], config)
+    SFTTrainer(model, tokenizer, [text], config).train()
     assert not model.training
     assert perplexity(model, tokenizer, [text], 24)["token"] < 1.05
     prompt, rest = tokenizer.encode_prompt("酒店"), tokenizer.encode("很好，非常满意。")[1:]
@@ -125,7 +125,7 @@ def test_the_first_loss_is_the_mean_over_all_tokens_of_the_batch(tmp_path, token
     total, tokens = nlls_by_transformers(tmp_path, TEXTS)
     losses = []
     config = dataclasses.replace(CONFIG, epochs=1, tokens_per_batch=1000)
-    train_sft(model, tokenizer, TEXTS, config, lambda progress, loss: losses.append((progress, loss)))
+    SFTTrainer(model, tokenizer, TEXTS, config).train(lambda progress, loss: losses.append((progress, loss)))
     assert losses == [(1.0, pytest.approx(total / tokens, rel=1e-5))]
 
 
@@ -133,7 +133,7 @@ def test_the_first_loss_is_the_mean_over_all_tokens_of_the_batch(tmp_path, token
 def test_the_same_seed_gives_the_same_weights(tokenizer, dropout):
     def trained(seed: int) -> dict[str, torch.Tensor]:
         model = fresh(resid_pdrop=dropout, embd_pdrop=dropout)
-        train_sft(model, tokenizer, TEXTS, dataclasses.replace(CONFIG, seed=seed))
+        SFTTrainer(model, tokenizer, TEXTS, dataclasses.replace(CONFIG, seed=seed)).train()
         return model.state_dict()
 
     first, second, other = trained(0), trained(0), trained(1)
@@ -145,18 +145,18 @@ def test_the_same_seed_gives_the_same_weights(tokenizer, dropout):
 def test_training_leaves_the_global_random_state(tokenizer, dropout):
     model = fresh(resid_pdrop=dropout)
     state = torch.get_rng_state()
-    train_sft(model, tokenizer, TEXTS, dataclasses.replace(CONFIG, epochs=1))
+    SFTTrainer(model, tokenizer, TEXTS, dataclasses.replace(CONFIG, epochs=1)).train()
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_nothing_to_train_on_is_refused(tokenizer):
     with pytest.raises(ValueError, match="at least one text"):
-        train_sft(fresh(), tokenizer, [], CONFIG)
+        SFTTrainer(fresh(), tokenizer, [], CONFIG)
 
 
 def test_more_tokens_than_positions_are_refused(tokenizer):
     with pytest.raises(ValueError, match="max_length=25 exceeds the model's 24 positions"):
-        train_sft(fresh(), tokenizer, TEXTS, dataclasses.replace(CONFIG, max_length=25, tokens_per_batch=100))
+        SFTTrainer(fresh(), tokenizer, TEXTS, dataclasses.replace(CONFIG, max_length=25, tokens_per_batch=100))
 
 
 @pytest.mark.parametrize(("changes", "field"), [

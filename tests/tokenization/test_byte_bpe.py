@@ -11,7 +11,7 @@ from transformers import GPT2Tokenizer, GPT2TokenizerFast
 
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
-from minirlhf.sft import SFTConfig, encode_for_lm, perplexity, train_sft
+from minirlhf.sft import SFTConfig, SFTTrainer, encode_for_lm, perplexity
 from minirlhf.tokenization.byte_bpe import ByteBPE, byte_alphabet
 
 VOCAB, MERGES = trained_bpe()
@@ -201,7 +201,8 @@ def test_a_model_learns_texts_by_heart_and_where_they_end(ours):
     learned = ["the hotel is good 😀", "酒店很好，房间干净"]
     assert encode_for_lm(ours, learned, 32) == [[*ours.encode(text), ours.eos_id] for text in learned]
     assert encode_for_lm(ours, learned, 3) == [ours.encode(text, 3) for text in learned]
-    train_sft(model, ours, learned, SFTConfig(epochs=60, lr=1e-2, max_length=32, tokens_per_batch=64, device="cpu"))
+    config = SFTConfig(epochs=60, lr=1e-2, max_length=32, tokens_per_batch=64, device="cpu")
+    SFTTrainer(model, ours, learned, config).train()
     figures = perplexity(model, ours, learned, 32)
     assert figures["token"] < 1.1 and 1 < figures["character"] < 1.1
     prompts = ["the", "酒店很好"]

@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM as a wish that a run finishes what it is doing, and saves it, before it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Within it the first Ctrl-C or SIGTERM only sets `made`; a second one does what it does to any process.
+
+    Without effect outside the main thread, where Python sets no handlers.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it: who ignores it means it
+                    self._handlers[number] = signal.signal(number, self._make)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _make(self, number: int, frame: FrameType | None) -> None:
+        """The first signal: stop after this step. From now on they do what they do to any process."""
+        self.made = True
+        for each in self._handlers:
+            signal.signal(each, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        # Not print, which this may have interrupted.
+        os.write(2, f"\n{name}: finishing the step, then saving; once more ends it at once\n".encode())

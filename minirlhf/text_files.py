@@ -1,0 +1,57 @@
+"""Text files that people made: lines with their numbers, JSON objects, and a split that no random seed decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[tuple[int, str]]:
+    """The lines that are not empty, with their numbers from 1; a byte-order mark and both kinds of ends are accepted.
+
+    Raises FileNotFoundError, ValueError for an unknown encoding, or with the number of the line that it does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode(encoding)
+    except UnicodeError as error:
+        number = raw[: getattr(error, "start", 0)].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {number} is not {encoding} ({error}); name the file's encoding by encoding= or --encoding, "
+            "for instance gbk"
+        ) from error
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"encoding must be the name of a text encoding, got {encoding!r}") from error
+    # str.splitlines would also split at separators that may stand within a text, such as U+2028.
+    lines = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
+    return [(number, line.removesuffix("\r")) for number, line in lines if line.strip(" \r")]
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """The JSON object of a line. Raises ValueError if it is none."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+        raise ValueError(f"this is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def text_of(content: Mapping[str, Any], key: str) -> str:
+    """The text under a key that is there. Raises ValueError for anything else."""
+    if not isinstance(content[key], str):
+        raise ValueError(f"{key} must be a text, got a {type(content[key]).__name__}")
+    return content[key]
+
+
+def hash_fraction(text: str) -> float:
+    """A text to [0, 1) by SHA-256; a JSON file may hold lone surrogates, which have no UTF-8."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
