@@ -82,8 +82,9 @@ def generate(
     sets = tokens.new_zeros((B, max_new_tokens, packed_width), dtype=torch.uint8) if keep_sets else None
 
     cache = model.new_cache(B, P + max_new_tokens - 1)  # the last token is never fed back
+    padded = not bool(prompt_mask.all())
+    logits = _prefill(model, ids, prompt_mask if padded else None, cache)
     rows = torch.arange(B, device=device)  # the rows that are still running
-    logits = _next_logits(model, ids, prompt_mask, cache)
     for t in range(max_new_tokens):
         new, logp, keep = sample(logits, sampling, generator)
         tokens[rows, P + t], mask[rows, P + t], logprobs[rows, t] = new, 1, logp
@@ -97,11 +98,22 @@ def generate(
                 break
             if len(running) < len(rows):
                 rows, new = rows[running], new[running]
-                cache.keep_rows(running)
-        logits = _next_logits(model, new.unsqueeze(-1), mask[rows, : P + t + 1], cache)
+                cache.take_rows(running)
+        logits = _next_logits(model, new.unsqueeze(-1), mask[rows, : P + t + 1] if padded else None, cache)
     return Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets)
 
 
-def _next_logits(model: GPT2, new: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+def _prefill(model: GPT2, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+    """Fill the cache with the prompts (B, P) and return the logits (B, V) after them; equal prompts are read once."""
+    distinct, row = torch.unique(ids if mask is None else torch.cat([ids, mask], 1), dim=0, return_inverse=True)
+    cache.take_rows(slice(len(distinct)))
+    logits = _next_logits(
+        model, distinct[:, : ids.size(1)], None if mask is None else distinct[:, ids.size(1) :], cache
+    )
+    cache.take_rows(row)
+    return logits[row]
+
+
+def _next_logits(model: GPT2, new: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
     """Feed new tokens (B, T) and return the logits (B, V) after the last one."""
     return model.lm_logits(model.hidden_states(new, mask, cache)[:, -1])

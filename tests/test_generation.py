@@ -104,8 +104,19 @@ def test_generation_stops_when_all_rows_are_finished(model, monkeypatch):
     monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: calls.append(len(ids)) or inner(ids, *rest))
     result = generate(model, prompts, 30, GREEDY, eos_token_id=eos)
     length = int(result.response_mask[0].sum())
-    assert length < 30 and calls == [3] * length
+    assert length < 30 and calls == [1] + [3] * (length - 1)  # the prompt that all share is read once
     assert result.tokens.shape[1] == 4 + 30
+
+
+def test_equal_prompts_are_read_once_and_each_row_goes_on_with_its_own(model, monkeypatch):
+    prompts = [PROMPTS[i] for i in (1, 0, 2, 1, 1, 0)]
+    calls = []
+    inner = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: calls.append(len(ids)) or inner(ids, *rest))
+    together = generate(model, prompts, 6, GREEDY).responses
+    assert calls == [3] + [6] * 5
+    for prompt, response in zip(prompts, together, strict=True):
+        assert generate(model, [prompt], 6, GREEDY).responses[0].tolist() == response.tolist()
 
 
 def test_an_end_of_text_at_the_first_position(model):

@@ -12,6 +12,8 @@ from scipy import stats
 
 from minirlhf.sampling import (
     SamplingConfig,
+    _top_p_by_sort,
+    draw,
     pack_set,
     restrict,
     sample,
@@ -138,8 +140,8 @@ def test_sampled_tokens_follow_the_truncated_renormalised_distribution(setting):
 def test_a_wrong_distribution_would_fail_the_frequency_test():
     """The power of the test above: a temperature 5 % off is seen."""
     logits = 1.5 * torch.randn(1, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    tokens, _, _ = sample(logits.repeat(20000, 1), SamplingConfig(1.05), torch.Generator().manual_seed(3))
-    expected = 20000 * logits[0].softmax(-1).numpy()
+    tokens, _, _ = sample(logits.repeat(60000, 1), SamplingConfig(1.05), torch.Generator().manual_seed(3))
+    expected = 60000 * logits[0].softmax(-1).numpy()
     assert stats.chisquare(np.bincount(tokens.numpy(), minlength=8), expected).pvalue < 1e-4
 
 
@@ -215,3 +217,46 @@ def test_a_bad_config_is_refused_by_field_and_value(field, value):
 def test_sample_top_p_refuses_a_p_out_of_range(p):
     with pytest.raises(ValueError, match="p must be"):
         sample_top_p(torch.ones(1, 2) / 2, p)
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 8.0), st.sampled_from([0.05, 0.5, 0.9, 0.95, 0.999]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_histogram_finds_the_set_that_a_sort_finds(seed, scale, p, ties):
+    """Up to one token at the border, whose running sums are rounded in another order; ties go to the lower ids."""
+    logits = scale * torch.randn(8, 500, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = (logits.round() if ties else logits).softmax(-1)
+    for probs in (exact, exact.float()):
+        fast, plain = top_p_set(probs, p), _top_p_by_sort(probs, p)
+        for row in (fast != plain).any(-1).nonzero().flatten().tolist():
+            assert (fast[row] != plain[row]).sum() == 1
+            smaller = min(probs[row][fast[row]].double().sum(), probs[row][plain[row]].double().sum())
+            assert abs(smaller - p) < 1e-6  # which of the two reaches p is a matter of rounding
+
+
+@pytest.mark.parametrize("size", [4, 5, 50, 1000])
+def test_drawn_indices_follow_the_weights(size):
+    weights = torch.rand(1, size, generator=torch.Generator().manual_seed(0)).pow(3)
+    weights[0, 1::4] = 0
+    indices, total = draw(weights.expand(50000, -1), torch.Generator().manual_seed(1))
+    expected = weights[0].double().numpy()
+    np.testing.assert_allclose(total.numpy(), expected.sum(), rtol=1e-6)
+    frequencies = np.bincount(indices.numpy(), minlength=size)
+    assert frequencies[expected == 0].sum() == 0
+    some = expected > 0
+    assert stats.chisquare(frequencies[some], 50000 * expected[some] / expected.sum()).pvalue > 1e-4
+
+
+def test_no_weight_of_zero_is_drawn_even_where_the_draw_is_rounded_up_to_the_end(monkeypatch):
+    weights = torch.tensor([[0.3, 0.7, 0.0, 0.1, 0.0], [0.0, 1e-30, 0.0, 0.0, 0.0]])
+    for number, expected in ((1.0, [3, 1]), (0.0, [0, 1])):
+        monkeypatch.setattr(
+            torch, "rand", lambda shape, number=number, **_: torch.full(shape, number, dtype=torch.float64)
+        )
+        assert draw(weights)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_distribution_are_refused(bad):
+    for config in (SamplingConfig(), SamplingConfig(top_p=0.9), SamplingConfig(top_k=2)):
+        with pytest.raises(FloatingPointError, match="logits of a row"):
+            sample(torch.full((1, 6), bad), config)

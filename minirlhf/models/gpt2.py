@@ -111,8 +111,8 @@ class KVCache:
         store[1, :, :, self.length : end] = v
         return store[0, :, :, :end], store[1, :, :, :end]
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep only these rows (int64 indices), so that finished sequences cost nothing."""
+    def take_rows(self, rows: Tensor | slice) -> None:
+        """Go on with these rows (int64 indices, or a slice): finished sequences then cost nothing."""
         self.layers = [store[:, rows] for store in self.layers]
 
 
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
         dropout = self.attn_pdrop if self.training else 0.0
-        y = attention(q, k, v, allowed, dropout, is_causal=allowed is None)
+        y = attention(q, k, v, allowed, dropout, is_causal=allowed is None and T > 1)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -313,8 +313,8 @@ def _positions(attention_mask: Tensor | None, past: int, total: int, device: tor
 
 
 def _allowed(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
-    """Which keys each new token may attend to, bool (B or 1, 1, T, S); None stands for plain causal attention."""
-    if attention_mask is None and past == 0:
+    """Which keys each new token may attend to, bool (B or 1, 1, T, S); None stands for all that are not after it."""
+    if attention_mask is None and (past == 0 or new == 1):
         return None
     total = past + new
     causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(past)[None, None]  # (1, 1, T, S)

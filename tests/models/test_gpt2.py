@@ -204,13 +204,13 @@ def test_cache_equals_the_full_forward_at_every_position(chunks, padding):
 
 
 @torch.no_grad()
-def test_cache_goes_on_after_keep_rows():
+def test_cache_goes_on_after_take_rows():
     model = make_gpt2(**SIZES).double()
     _, ids, mask = ragged_batch("left")
     kept = torch.tensor([2, 0])
     cache = model.new_cache(3, 7)
     model(ids[:, :4], mask[:, :4], cache)
-    cache.keep_rows(kept)
+    cache.take_rows(kept)
     logits = model(ids[kept, 4:], mask[kept], cache)
     assert_relatively_close(logits, model(ids, mask)[kept, 4:], 1e-10)
 
