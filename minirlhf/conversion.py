@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 SAFE_TORCH = "2.6"  # up to 2.5 a crafted file could run code in spite of weights_only, CVE-2025-32434
+MOST_SHARED = 16  # times its size that the tensors of a file may have in all, those of shared memory counted each time
 
 
 def convert(folder: str | os.PathLike[str]) -> Path:
@@ -54,13 +56,14 @@ def convert(folder: str | os.PathLike[str]) -> Path:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that `torch.save` made of a state dict, without running any of its code.
 
-    Raises ValueError if it is damaged or holds anything but tensors by name, RuntimeError under a PyTorch that cannot
-    read a pickle safely.
+    Raises ValueError if it is damaged, holds anything but tensors by name or would grow far beyond its size,
+    RuntimeError under a PyTorch that cannot read a pickle safely.
     """
     if torch.__version__ < SAFE_TORCH:
         raise RuntimeError(
             f"{path} is a pickle, which PyTorch reads safely from {SAFE_TORCH} on, not {torch.__version__}"
         )
+    _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -74,6 +77,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not _is_plain(tensor):
             kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{path} must hold plain tensors by name, but {name!r} is a {kind}")
+    size, grown = path.stat().st_size, sum(tensor.nbytes for tensor in content.values())
+    if grown > MOST_SHARED * size:
+        raise ValueError(f"{path} is refused: its {len(content)} tensors share memory and would grow to {grown} bytes")
     return content
 
 
@@ -98,6 +104,19 @@ def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         stored[name] = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
         storages.add(storage)
     return stored, aliases
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for an archive that unpacks to more than its size: `torch.save` compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # as of a damaged pickle
+        raise ValueError(f"{path} {_complaint(error)}") from None
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"{path} is refused: it is compressed and would unpack to {unpacked} bytes")
 
 
 def _is_plain(tensor: object) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -165,6 +166,35 @@ def test_a_pickle_of_anything_but_plain_tensors_by_name_is_refused(tmp_path, con
     with pytest.raises(ValueError, match=rf"pytorch_model.bin must hold .*{message}"):
         convert(tmp_path)
     assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    """Deflated zeros grow a thousandfold; `torch.load` would unpack them."""
+    path, bomb = tmp_path / "pytorch_model.bin", tmp_path / "bomb"
+    torch.save({"a": torch.zeros(2**20)}, path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    assert torch.load(bomb, weights_only=True)["a"].numel() == 2**20 and bomb.stat().st_size < 10_000
+    bomb.replace(path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is refused: .* would unpack to 419\d{4} bytes"):
+        convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+@LEGACY
+def test_views_that_would_grow_beyond_all_measure_are_refused(tmp_path, zipped):
+    """Each of them is a tensor of its own once it is converted."""
+    base = torch.zeros(2**16)
+    for count, refused in ((8, False), (200, True)):
+        views = {f"t{i}": base[i:] for i in range(count)}
+        torch.save(views, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        if refused:
+            with pytest.raises(ValueError, match=r"pytorch_model.bin is refused: its 200 tensors share memory and"):
+                convert(tmp_path)
+            assert names(tmp_path) == ["pytorch_model.bin"]
+        else:
+            convert(tmp_path).unlink()
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

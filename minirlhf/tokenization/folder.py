@@ -142,7 +142,9 @@ def _rules(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(bare))
         return json.loads(backend.to_str()), backend.encode("").ids
-    except Exception as error:  # the package raises nothing more precise
+    except BaseException as error:  # the package raises nothing more precise, and a panic of Rust is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise ValueError(f"not a readable tokenizer: {error}") from error
 
 

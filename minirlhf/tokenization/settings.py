@@ -114,7 +114,7 @@ def check(content: Mapping[str, Any], supported: Supported, where: str) -> None:
         value = content.get(name, allowed[0])
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             choices = " or ".join(repr(choice) for choice in allowed)
-            raise ValueError(f"{where} has {name}={value!r}; only {choices} is supported")
+            raise ValueError(f"{where} has {name}={value!r:.200}; only {choices} is supported")
 
 
 def _token_text(token: Any, kind: Kind, where: str) -> str:

@@ -486,6 +486,8 @@ def added(**changes):
 
 
 LLAMA = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+# Rust panics over it, as over a template without its tokens; such an error is no Exception of Python.
+PANIC = {"type": "Precompiled", "precompiled_charsmap": ""}
 ROBERTA = processors.RobertaProcessing((END, len(VOCAB) - 1), ("a", 66))
 
 
@@ -510,6 +512,8 @@ ROBERTA = processors.RobertaProcessing((END, len(VOCAB) - 1), ("a", 66))
     ("bpe", added(id=3), "the added token '<|endoftext|>' has the id 3, but 399 in the vocabulary"),
     ("bpe", added(id=-3), "not a readable tokenizer"),
     ("bpe", lambda content: content.update(added_tokens=[{}]), "not a readable tokenizer"),
+    ("wordpiece", lambda content: content["post_processor"].update(special_tokens={}), "not a readable tokenizer: no"),
+    ("wordpiece", lambda content: content.update(normalizer=PANIC), "not a readable tokenizer: Precompiled"),
     ("wordpiece", part("normalizer", None), "normalizer has type=None; only 'BertNormalizer'"),
     ("wordpiece", part("normalizer", normalizers.BertNormalizer(clean_text=False)), "clean_text=False"),
     ("wordpiece", part("pre_tokenizer", pre_tokenizers.Whitespace()), "pre_tokenizer has type='Whitespace'"),
