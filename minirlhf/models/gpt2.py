@@ -234,11 +234,13 @@ class GPT2(nn.Module):
             model = cls(read_config(content, len(tensors)))
         named = renamed(tensors, own_name, folder)
         head = named.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(named.setdefault("wte.weight", head), head):
-            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied LM heads are supported")
         if head is None and not content.get("tie_word_embeddings", True):
             raise ValueError(f"{folder}: config.json has an LM head that is not tied, but there is no lm_head.weight")
-        fill(model, named, folder)
+        if head is not None:
+            named.setdefault("wte.weight", head)
+        fill(model, named, folder)  # which says first if the values are none
+        if head is not None and not torch.equal(model.wte.weight, head.float()):
+            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied LM heads are supported")
         model.origin = Origin.of(folder, content)
         return model.eval()
 

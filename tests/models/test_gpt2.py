@@ -370,6 +370,20 @@ def test_untied_head_is_refused(folder):
         GPT2.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("head", [torch.Tensor.clone, torch.Tensor.double])
+def test_a_head_is_compared_by_its_values(folder, head):
+    """Whatever its type; and NaN, which differs from itself, is called by its name."""
+    rewrite_tensors(folder, lambda t: {**t, "lm_head.weight": head(t["transformer.wte.weight"])})
+    GPT2.from_pretrained(folder)
+
+    def damage(tensors):
+        tensors["transformer.wte.weight"][0, 0] = tensors["lm_head.weight"][0, 0] = torch.nan
+
+    rewrite_tensors(folder, damage)
+    with pytest.raises(ValueError, match=r"do not fit the model: wte.weight holds NaN or infinite values$"):
+        GPT2.from_pretrained(folder)
+
+
 def test_one_error_names_every_tensor_that_is_wrong(folder):
     def damage(tensors):
         del tensors["transformer.wpe.weight"], tensors["transformer.h.1.ln_2.bias"]
