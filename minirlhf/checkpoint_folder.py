@@ -43,9 +43,11 @@ def write_checkpoint(
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
         raise FileExistsError(f"{folder} is not empty, and no checkpoint; choose another folder")
     with replaced_folder(folder) as staged:
-        write_model(staged)
-        write_tensors(staged / STATE_TENSORS, tensors)
+        write_tensors(
+            staged / STATE_TENSORS, tensors
+        )  # before the model, whose index then says that it is not part of it
         write_json(staged / COUNTERS_FILE, counters)
+        write_model(staged)
         names = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
         sums = {name: _file_hash(staged / name) for name in names if name != MANIFEST_FILE}
         write_json(staged / MANIFEST_FILE, {"sha256": sums})

@@ -26,6 +26,7 @@ class FitState:
         self._optimizer: torch.optim.Optimizer | None = None
         self._scaler: torch.amp.GradScaler | None = None
         self._device = torch.device("cpu")
+        self._streams: dict[str, Tensor] = {}  # of dropout, as they were after the last step
 
     def begin(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         """Take charge of what a run steps with, and bring it to where `load` said. Called by the loop, in its stream.
@@ -37,6 +38,7 @@ class FitState:
             raise RuntimeError("this run was begun before; go on from its last checkpoint")
         self._optimizer, self._scaler, self._device = optimizer, scaler, device
         if self._loaded is None:
+            self.advance(self.batch)
             return
         tensors, counters = self._loaded
         moments: dict[int, dict[str, Tensor]] = {}
@@ -53,6 +55,14 @@ class FitState:
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"the saved state is of another model, precision or kind of device: {error}") from error
         self._loaded = None
+        self.advance(self.batch)
+
+    def advance(self, batch: int) -> None:
+        """Note that a step is done, and so this many batches of the epoch. Called by the loop, in its stream."""
+        self.batch = batch
+        self._streams = {"generator.dropout": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            self._streams["generator.dropout_cuda"] = torch.cuda.get_rng_state(self._device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Moments of the optimizer and states of the random streams, by name; to be asked for in between two steps."""
@@ -60,15 +70,12 @@ class FitState:
             return dict(self._loaded[0])
         if self._optimizer is None:
             return {}
-        found = {
+        moments = {
             f"optimizer.{number}.{key}": value
-            for number, moments in self._optimizer.state_dict()["state"].items()
-            for key, value in moments.items()
+            for number, values in self._optimizer.state_dict()["state"].items()
+            for key, value in values.items()
         }
-        found["generator.dropout"] = torch.get_rng_state()
-        if self._device.type == "cuda":
-            found["generator.dropout_cuda"] = torch.cuda.get_rng_state(self._device)
-        return found
+        return {**moments, **self._streams}
 
     def counters(self) -> dict[str, Any]:
         """The position and the loss scale, as JSON has them; to be asked for in between two steps."""

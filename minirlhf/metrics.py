@@ -118,8 +118,8 @@ class RunLog:
         finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
         self._append(METRICS_FILE, {"step": step, **finite})
 
-    def samples(self, step: int, texts: Sequence[str], scores: Sequence[float]) -> None:
-        """Append texts and their scores to samples.jsonl."""
+    def samples(self, step: int, texts: Sequence[str], scores: Sequence[float | None]) -> None:
+        """Append texts and their scores, None where there is none, to samples.jsonl."""
         self._append(SAMPLES_FILE, {"step": step, "samples": [list(pair) for pair in zip(texts, scores, strict=True)]})
 
     def history(self) -> list[dict[str, Any]]:

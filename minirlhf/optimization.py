@@ -210,7 +210,7 @@ def fit(
                         raise FloatingPointError(
                             f"the gradient became {norm} in epoch {epoch}, batch {i}; lower the learning rate"
                         )
-                    state.batch = i + 1
+                    state.advance(i + 1)
                     if on_step is not None:
                         on_step((epoch + (i + 1) / len(batches)) / config.epochs, total.item())
                 state.epoch, state.batch = epoch + 1, 0

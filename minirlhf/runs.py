@@ -31,20 +31,13 @@ from minirlhf.metrics import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, RunLog, St
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rollout import Rollout
+from minirlhf.stopping import Stopped as Stopped
 from minirlhf.stopping import StopRequest
 from minirlhf.trainer import PPOTrainer
 from minirlhf.training_state import DamagedCheckpoint
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 SHOWN = 5  # samples that are logged at a save
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and is saved. folder: of the run."""
-
-    def __init__(self, folder: Path, step: int, steps: int):
-        super().__init__(f"stopped after step {step} of {steps}, which is saved")
-        self.folder = folder
 
 
 class RunFailed(RuntimeError):
@@ -175,7 +168,7 @@ class Run:
         if due or self._stop.made:
             self._save()
         if self._stop.made:
-            raise Stopped(self.folder, step, c.iterations)
+            raise Stopped(self.folder, f"step {step} of {c.iterations}")
         return shown
 
     def history(self) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from minirlhf.batching import bucketed_batches, length_sorted_batches, packed_ro
 from minirlhf.checkpoint_folder import read_checkpoint, write_checkpoint
 from minirlhf.demonstrations import Demonstration
 from minirlhf.fit_state import FitState
+from minirlhf.model_card import Origin
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.optimization import FitConfig, eval_mode, fit, resolve_device
 from minirlhf.tokenizer import Tokenizer
@@ -158,6 +159,7 @@ class SFTTrainer:
             **self.state.counters(),
             "data": {"sha256": _hash(self.sequences), "sequences": len(self.sequences)},
             "config": dataclasses.asdict(self.config),
+            "origin": None if self.model.origin is None else dataclasses.asdict(self.model.origin),
             "log": log,
         }
 
@@ -180,6 +182,8 @@ class SFTTrainer:
         settings = {**counters["config"], "betas": tuple(counters["config"]["betas"])}
         config = SFTConfig(**{**settings, **({} if device is None else {"device": device})})
         model, tokenizer = GPT2.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+        origin = counters["origin"]
+        model.origin = None if origin is None else Origin(**origin)  # of the run, not this folder
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is cut was said at the beginning
             trainer = cls(model, tokenizer, demonstrations, config)

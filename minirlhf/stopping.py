@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and is saved. folder: of the run. done: how far it came."""
+
+    def __init__(self, folder: Path, done: str):
+        super().__init__(f"stopped after {done}, which is saved")
+        self.folder = folder
 
 
 class StopRequest:

@@ -8,8 +8,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, GPT2Config, SamplingConfig, Tokenizer, generate
-from minirlhf.sft import SFTConfig, SFTTrainer, encode_for_lm, perplexity, token_nll
+from folders import snapshot
+from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
+from minirlhf.demonstrations import Demonstration
+from minirlhf.sft import (
+    SFTConfig,
+    SFTTrainer,
+    encode_demonstrations,
+    encode_for_lm,
+    perplexity,
+    row_nll,
+    token_nll,
+)
 
 TEXTS = ["酒店很好，非常满意。", "房间干净，服务很好！", "早餐一般", "hello world，wifi太差"]
 SIZES = dict(vocab_size=len(VOCAB), n_positions=24, n_embd=32, n_layer=1, n_head=2)
@@ -163,7 +173,247 @@ def test_more_tokens_than_positions_are_refused(tokenizer):
     ({"max_length": 1}, "max_length"), ({"max_length": 0}, "max_length"),
     ({"tokens_per_batch": 127}, "tokens_per_batch"),
     ({"epochs": 0}, "epochs"), ({"lr": -1.0}, "lr"), ({"precision": "fp8"}, "precision"),
+    ({"accumulation": 0}, "accumulation"), ({"packing": 1}, "packing"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(changes, field):
     with pytest.raises(ValueError, match=field):
         SFTConfig(**changes)
+
+
+# ---- prompts and responses ------------------------------------------------------------------------------------------
+
+PAIRS = [Demonstration("酒店", "很好，非常满意。"), Demonstration("房间", "干净"), Demonstration("hello w", "太差"),
+         Demonstration("", "早餐一般")]  # fmt: skip
+
+
+def pair_ids(pair: Demonstration) -> tuple[list[int], int]:
+    """Token ids by the rule, and how many of them are not learned: the prompt as it is sampled from, or [CLS]."""
+    by_rule = Tokenizer(VOCAB)
+    before = by_rule.encode(pair.prompt)[:-1]
+    return [*before, *by_rule.encode(pair.response)[1:]], len(before)
+
+
+@torch.no_grad()
+def response_nlls_by_transformers(folder, pairs) -> tuple[float, int]:
+    model, total, count = AutoModelForCausalLM.from_pretrained(folder).double().eval(), 0.0, 0
+    for pair in pairs:
+        ids, first = pair_ids(pair)
+        labels = torch.tensor([[-100] * first + ids[first:]])  # -100: left out of transformers' loss
+        total += model(torch.tensor([ids]), labels=labels).loss.item() * (len(ids) - first)
+        count += len(ids) - first
+    return total, count
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_is_on_the_response_only(tmp_path, tokenizer, packing):
+    model = make_gpt2(**SIZES, **NO_DROPOUT)
+    model.save_pretrained(tmp_path)
+    total, tokens = response_nlls_by_transformers(tmp_path, PAIRS)
+    assert tokens == (8 + 1) + (2 + 1) + (2 + 1) + (4 + 1)
+    losses = []
+    config = dataclasses.replace(CONFIG, epochs=1, tokens_per_batch=1000, packing=packing)
+    SFTTrainer(model, tokenizer, PAIRS, config).train(lambda progress, loss: losses.append(loss))
+    assert losses == [pytest.approx(total / tokens, rel=1e-5)]
+
+
+def test_perplexity_of_responses_equals_transformers(tmp_path, tokenizer):
+    model = make_gpt2(**SIZES)
+    model.save_pretrained(tmp_path)
+    total, tokens = response_nlls_by_transformers(tmp_path, PAIRS)
+    found = perplexity(model, tokenizer, PAIRS, 24)
+    assert found["token"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    assert found["character"] == pytest.approx(math.exp(total / (9 + 3 + 3 + 5)), rel=1e-5)
+
+
+def test_a_pair_begins_with_what_the_prompt_is_sampled_from(tokenizer):
+    for pair, found in zip(PAIRS, encode_demonstrations(tokenizer, PAIRS), strict=True):
+        assert (found.ids, found.first) == pair_ids(pair)
+        if pair.prompt:
+            assert found.ids[: found.first] == tokenizer.encode_prompt(pair.prompt)
+
+
+def test_a_text_and_a_response_without_a_prompt_are_the_same(tokenizer):
+    assert encode_demonstrations(tokenizer, TEXTS) == encode_demonstrations(
+        tokenizer, [Demonstration("", text) for text in TEXTS]
+    )
+
+
+def test_what_is_cut_or_lost_is_said_with_its_count(tokenizer):
+    pairs = [Demonstration("酒店很好", "好" * 30), Demonstration("酒" * 40, "好"), Demonstration("酒店", "好")]
+    with pytest.warns(UserWarning, match=r"2 of 3 texts have more than max_length=24 .* 1 of them have no response"):
+        trainer = SFTTrainer(fresh(), tokenizer, pairs, CONFIG)
+    assert [len(s.ids) for s in trainer.sequences] == [24, 5]
+    with (
+        pytest.warns(UserWarning, match="1 of 1 texts"),
+        pytest.raises(ValueError, match="no response has a token within max_length=24"),
+    ):
+        SFTTrainer(fresh(), tokenizer, [pairs[1]], CONFIG)
+    with pytest.raises(ValueError, match="no response has a token within max_length=24"):
+        perplexity(fresh(), tokenizer, [pairs[1]], 24)
+
+
+def test_a_text_of_100000_characters_is_learned_as_far_as_it_fits(tokenizer):
+    with pytest.warns(UserWarning, match="1 of 2 texts"):
+        trainer = SFTTrainer(fresh(), tokenizer, ["好" * 100_000, "酒店"], CONFIG)
+    trainer.train()
+    assert sorted(len(s.ids) for s in trainer.sequences) == [4, 24]
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [None, 24])
+def test_sequences_of_one_row_do_not_see_each_other(tokenizer, width):
+    """Each has the likelihoods that it has alone, whatever stands before it in its row."""
+    model = make_gpt2(**SIZES).double()
+    sequences = encode_demonstrations(tokenizer, [*PAIRS, "很好"])
+    rows = [[sequences[1], sequences[4], sequences[2]], [sequences[0]], [sequences[3], sequences[1]]]
+    nll, count = row_nll(model, rows, tokenizer.pad_id, width)
+    alone = [row_nll(model, [[s]], tokenizer.pad_id)[0] for row in rows for s in row]
+    assert count == len(nll) == sum(map(len, alone))
+    torch.testing.assert_close(nll, torch.cat(alone))
+    without, _ = row_nll(model, [[sequences[2]]], tokenizer.pad_id)
+    torch.testing.assert_close(nll[len(alone[0]) + len(alone[1]) :][: len(without)], without)
+
+
+def test_packed_and_padded_steps_have_the_same_gradient(tokenizer):
+    gradients = []
+    for packing in (False, True):
+        model = make_gpt2(**SIZES, **NO_DROPOUT)
+        trainer = SFTTrainer(model, tokenizer, PAIRS * 3, dataclasses.replace(CONFIG, packing=packing))
+        batch = [micro for step in trainer._batches(0) for micro in step]
+        assert len(batch) > 1
+        for part, share in trainer._shares(batch):
+            (trainer._loss(part) * share).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for padded, packed in zip(*gradients, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-6)
+
+
+def test_a_packed_row_is_nearly_full_and_a_batch_holds_what_it_may(tokenizer):
+    texts = ["好" * (i % 20 + 1) for i in range(200)]
+    config = dataclasses.replace(CONFIG, packing=True, tokens_per_batch=100)
+    trainer = SFTTrainer(fresh(), tokenizer, texts, config)
+    batches = [micro for step in trainer._batches(0) for micro in step]
+    assert sorted(i for micro in batches for row in micro for i in row) == list(range(200))
+    assert all(len(micro) == 100 // 24 for micro in batches[:-1])
+    tokens = sum(len(s.ids) for s in trainer.sequences)
+    assert tokens / (24 * sum(map(len, batches))) > 0.92  # padded: 0.52
+
+
+# ---- accumulation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_accumulated_steps_are_those_of_large_batches(tokenizer, packing):
+    """However unequal the micro-batches are in what they predict: the step is the mean over all its tokens."""
+    demonstrations = [*PAIRS, *TEXTS]
+    whole = dataclasses.replace(CONFIG, epochs=3, tokens_per_batch=10**4, packing=packing)
+    parts = dataclasses.replace(whole, tokens_per_batch=24, accumulation=100)
+    losses, weights = [], []
+    for config in (whole, parts):
+        model = fresh()
+        trainer = SFTTrainer(model, tokenizer, demonstrations, config)
+        counts = [len(trainer._shares(step)) for step in trainer._batches(0)]
+        assert len(counts) == 1 and (counts[0] == 1) == (config is whole)
+        trainer = SFTTrainer(model, tokenizer, demonstrations, config)
+        seen = []
+        trainer.train(lambda progress, loss, seen=seen: seen.append(loss))
+        losses.append(seen)
+        weights.append(model.state_dict())
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_an_optimizer_step_has_as_many_forward_passes_as_asked_for(tokenizer):
+    steps = []
+    config = dataclasses.replace(CONFIG, epochs=1, accumulation=2)
+    trainer = SFTTrainer(fresh(), tokenizer, ["好" * 20, "店" * 20, "差" * 20], config)
+    trainer.train(lambda *step: steps.append(step))
+    assert trainer.steps == len(steps) == 2  # three texts, each of them a batch: two passes, and one
+
+
+# ---- saved and resumed ----------------------------------------------------------------------------------------------
+
+RESUMED = dict(epochs=3, accumulation=2, max_grad_norm=0.5)
+
+
+def stop_after(steps: int):
+    def on_step(progress, loss):
+        nonlocal steps
+        steps -= 1
+        if steps == 0:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+@pytest.mark.parametrize(("packing", "precision"), [(False, "fp32"), (True, "bf16")])
+def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, tokenizer, packing, precision):
+    """Bit for bit, wherever it is cut: weights, moments, loss of each step; with dropout, which draws in every step."""
+    config = dataclasses.replace(CONFIG, **RESUMED, packing=packing, precision=precision)
+    data = [*PAIRS, *TEXTS, "很好很好", "差"]
+
+    def new() -> SFTTrainer:
+        return SFTTrainer(fresh(resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1), tokenizer, data, config)
+
+    whole, losses = new(), []
+    whole.train(lambda *step: losses.append(step))
+    whole.save_checkpoint(tmp_path / "whole")
+    assert len(losses) >= 6
+    for cut in (0, 1, 2, len(losses) - 1):  # before it begins, within an epoch, at the end of one, before the last step
+        trainer, seen = new(), []
+        if cut:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train(stop_after(cut))
+            assert not trainer.model.training
+        trainer.save_checkpoint(tmp_path / "cut")
+        torch.rand(3)  # what happens to the global stream meanwhile does not matter
+        again = SFTTrainer.resume(tmp_path / "cut", data)
+        assert again.steps == cut and again.config == config
+        again.save_checkpoint(tmp_path / "again")
+        assert snapshot(tmp_path / "again") == snapshot(tmp_path / "cut")
+        again.train(lambda *step, seen=seen: seen.append(step))
+        again.save_checkpoint(tmp_path / "end")
+        assert seen == losses[cut:]
+        assert snapshot(tmp_path / "end") == snapshot(tmp_path / "whole")
+
+
+def test_a_run_that_is_over_stays_as_it_is(tmp_path, tokenizer):
+    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG)
+    trainer.train()
+    trainer.save_checkpoint(tmp_path / "end")
+    again = SFTTrainer.resume(tmp_path / "end", TEXTS)
+    again.train(lambda *step: pytest.fail("a step"))
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_other_demonstrations_are_refused(tmp_path, tokenizer):
+    SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG).save_checkpoint(tmp_path / "run")
+    for others in (TEXTS[:3], TEXTS[::-1], [*TEXTS[:3], "早"], [Demonstration("早", "餐一般"), *TEXTS[1:]]):
+        with pytest.raises(ValueError, match="was trained on other demonstrations: on 4 of them"):
+            SFTTrainer.resume(tmp_path / "run", others)
+
+
+def test_a_checkpoint_that_is_damaged_or_of_ppo_is_refused(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        SFTTrainer.resume(tmp_path / "nowhere", TEXTS)
+    PPOTrainer(fresh(), fresh(), tokenizer, device="cpu").save_checkpoint(tmp_path / "ppo")
+    with pytest.raises(ValueError, match="checkpoint format 1, this version reads sft-1"):
+        SFTTrainer.resume(tmp_path / "ppo", TEXTS)
+    SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG).save_checkpoint(tmp_path / "run")
+    with pytest.raises(ValueError, match="checkpoint format sft-1"):
+        PPOTrainer.resume(tmp_path / "run", fresh())
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=r"model.safetensors is not as it was written"):
+        SFTTrainer.resume(tmp_path / "run", TEXTS)
+
+
+def test_a_run_that_an_error_ended_goes_on_from_what_was_saved_only(tokenizer):
+    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(stop_after(1))
+    with pytest.raises(RuntimeError, match="go on from its last checkpoint"):
+        trainer.train()
