@@ -20,7 +20,9 @@ from minirlhf import conversion, generation, hub
 from minirlhf.console import bars, batches, show
 from minirlhf.diagnosis.doctor import PROMPTS
 from minirlhf.diagnosis.patient import FAIL
+from minirlhf.files import naming
 from minirlhf.metrics import json_line, printable
+from minirlhf.models.bert import BertClassifier
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.optimization import PRECISIONS, resolve_device
 from minirlhf.rewards import SentimentReward
@@ -164,8 +166,10 @@ def generate(
 )
 def score(model: str, texts: list[str], device: str, as_json: bool) -> None:
     """Print the probability of each label for texts."""
-    reward = SentimentReward.from_pretrained(model, device=device)
-    labels = reward.model.config.labels
+    classifier, tokenizer = BertClassifier.from_pretrained(model), Tokenizer.from_pretrained(model)
+    labels = classifier.config.labels
+    with naming(model):  # all labels are shown, so whichever of them is the good one
+        reward = SentimentReward(classifier, tokenizer, labels[-1], device=device)
     for batch in batches(texts or None, BATCH):
         scored = [dict(zip(labels, row, strict=True)) for row in reward.probabilities(batch).tolist()]
         if as_json:
@@ -177,6 +181,7 @@ def score(model: str, texts: list[str], device: str, as_json: bool) -> None:
 @command(
     argument("--policy", required=True, metavar="FOLDER", help="GPT-2 folder with its tokenizer"),
     argument("--reward", required=True, metavar="FOLDER", help="folder of a sentiment classifier"),
+    argument("--positive-label", metavar="NAME", help="of the classifier; default: that which says so"),
     argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of the policy"),
     argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="the pool of prompts"),
     argument("--canaries", nargs=2, metavar=("GOOD", "BAD"), help="two texts that the reward must order"),
@@ -188,6 +193,7 @@ def score(model: str, texts: list[str], device: str, as_json: bool) -> None:
 def doctor(
     policy: str,
     reward: str,
+    positive_label: str | None,
     reference: str | None,
     prompts: Sequence[str],
     canaries: tuple[str, str] | None,
@@ -199,7 +205,9 @@ def doctor(
     """Examine a PPO run before it starts; the exit code is 1 if a check failed."""
     settings: dict[str, Any] = {"precision": precision, "batch_size": batch_size, "gen_len": gen_len, "device": device}
     given = {name: value for name, value in settings.items() if value is not None}
-    findings = minirlhf.doctor(policy, reference, reward=reward, prompts=prompts, canaries=canaries, **given)
+    findings = minirlhf.doctor(
+        policy, reference, reward=reward, prompts=prompts, positive_label=positive_label, canaries=canaries, **given
+    )
     return int(any(finding.status == FAIL for finding in findings))
 
 

@@ -239,7 +239,21 @@ def test_score_reads_texts_from_standard_input_in_batches(run, monkeypatch):
     assert code == 0 and [json.loads(line)["text"] for line in out] == texts
     for mine, other in zip(map(json.loads, out), map(json.loads, expected), strict=True):
         assert mine["scores"] == pytest.approx(other["scores"], abs=1e-5)
-    assert max(sizes[1:]) == program.BATCH < len(texts)  # the first one is of the check at loading
+    assert max(sizes) == program.BATCH < len(texts)
+
+
+def test_score_shows_any_number_of_labels_whatever_they_are_called(run, tmp_path):
+    """Of many published classifiers the names say nothing; `score` need not know which label is the good one."""
+    model = make_bert(id2label={0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
+    model.save_pretrained(tmp_path)
+    Tokenizer(VOCAB).save_pretrained(tmp_path)
+    expected = SentimentReward(model, Tokenizer(VOCAB), "LABEL_1").probabilities(["很好"])[0].tolist()
+    code, out, err = run("score", "--model", tmp_path, "--json", "很好")
+    assert (code, err) == (0, "")
+    assert json.loads(out[0])["scores"] == pytest.approx({f"LABEL_{i}": p for i, p in enumerate(expected)}, abs=1e-6)
+    Tokenizer(VOCAB[:-1]).save_pretrained(tmp_path)
+    code, out, err = run("score", "--model", tmp_path, "很好")
+    assert (code, out) == (1, []) and err.startswith(f"error: {tmp_path}: the vocabulary has {len(VOCAB) - 1} tokens")
 
 
 def test_a_line_that_is_not_utf8_comes_after_the_scores_of_those_before(run, monkeypatch):
@@ -247,6 +261,36 @@ def test_a_line_that_is_not_utf8_comes_after_the_scores_of_those_before(run, mon
     code, out, err = run("score", "--model", SCORER, "--json")
     assert code == 1 and len(out) == program.BATCH
     assert err.startswith(f"error: line {program.BATCH + 1} of standard input is not valid UTF-8")
+
+
+# ---- convert --------------------------------------------------------------------------------------------------------
+
+
+def test_convert_writes_safetensors_once_and_prints_their_path(run, tmp_path):
+    torch.save(make_gpt2(n_layer=1).state_dict(), tmp_path / "pytorch_model.bin")
+    path = tmp_path / "model.safetensors"
+    assert run("convert", tmp_path) == (0, [str(path)], "")
+    before = path.stat()
+    assert run("convert", tmp_path) == (0, [str(path)], "") and path.stat() == before
+
+
+class Command:
+    """A pickle of this runs a shell command when it is loaded without care."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+def test_convert_refuses_a_malicious_pickle_in_one_line(run, tmp_path):
+    proof, path = tmp_path / "proof", tmp_path / "model" / "pytorch_model.bin"
+    path.parent.mkdir()
+    torch.save({"wte.weight": Command(proof)}, path)
+    code, out, err = run("convert", path.parent)
+    assert (code, out) == (1, []) and not proof.exists() and list(path.parent.iterdir()) == [path]
+    assert err == f"error: {path} is refused: it asks to load posix.system, and weights need nothing but tensors\n"
 
 
 # ---- as a process ---------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def doctor(
     config: PPOConfig | None = None,
     prompts: Sequence[str] = PROMPTS,
     *,
+    positive_label: str | None = None,
     canaries: tuple[str, str] | None = None,
     file: TextIO | None = None,
     **overrides: Any,
@@ -82,6 +83,7 @@ def doctor(
 
     policy, reference, tokenizer, reward: as for PPOTrainer and its `train`, or the folders to load them from.
         reference, tokenizer: None: those of the policy's folder. reward: None: none is looked at.
+    positive_label: of a reward that is given as a folder, as SentimentReward takes it.
     config: a PPOConfig; **overrides replace its fields by name. prompts: the pool.
     canaries: a good and a bad text for the reward; None: for a SentimentReward that reads Chinese,
         `rewards.CANARIES`. file: where to print; None: standard output.
@@ -126,7 +128,11 @@ def doctor(
             policy=files.load("policy", policy, ActorCritic.from_pretrained),
             reference=files.load("reference", reference or folder, GPT2.from_pretrained),
             tokenizer=files.load("tokenizer", tokenizer or folder, Tokenizer.from_pretrained),
-            reward=files.load("reward", reward, lambda path: SentimentReward.from_pretrained(path, device=device)),
+            reward=files.load(
+                "reward",
+                reward,
+                lambda path: SentimentReward.from_pretrained(path, positive_label=positive_label, device=device),
+            ),
             config=config,
             prompts=prompts,
             canaries=canaries,

@@ -549,6 +549,17 @@ def test_swapped_labels_in_a_folder_are_a_finding_and_no_python_warning(folders,
     assert by_folder(folders)[0]["labels"] == "fail" and not list(recwarn)
 
 
+def test_labels_without_a_meaning_need_the_name_of_the_positive_one(folders):
+    path = folders / "reward" / "config.json"
+    content = json.loads(path.read_text())
+    positive = next(int(i) for i, label in content["id2label"].items() if label.startswith("positive"))
+    path.write_text(json.dumps({**content, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}))
+    status, findings = by_folder(folders)
+    assert status["folders"] == "fail" and "cannot tell the positive label" in findings["folders"].detail
+    assert set(by_folder(folders, positive_label=f"LABEL_{positive}")[0].values()) == {"ok"}
+    assert by_folder(folders, positive_label=f"LABEL_{1 - positive}")[0]["labels"] == "fail"
+
+
 def test_the_exit_code_of_the_command_line(folders, capsys):
     given = ["--policy", str(folders / "policy"), "--reward", str(folders / "reward"), "--device", "cpu"]
     given += ["--gen-len", "4", "--batch-size", "2"]
