@@ -27,7 +27,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, Tokenizer, hub
+from minirlhf import GPT2, ActorCritic, Tokenizer, hub
 from minirlhf.__main__ import main
 from minirlhf.hub import download, is_name, locate, needed_files
 
@@ -45,6 +45,7 @@ class Hub:
 
     def __init__(self):
         self.models, self.requests, self.faults, self.announced = {}, [], {}, {}
+        self.missing = set()  # files that are listed, and answered with 404
         self.tokens = {}  # path -> Authorization header
         self.commit = COMMIT
         outer = self
@@ -86,7 +87,7 @@ class Hub:
             self.send(request, name, file)
         elif resolved and resolved[1] == "owner/gated":
             self.refuse(request, 401, "GatedRepo")
-        elif resolved and resolved[3] in self.models.get(resolved[1], {}):
+        elif resolved and resolved[3] in self.models.get(resolved[1], {}).keys() - self.missing:
             name, _, file = resolved.groups()
             if hub._is_weights(file) and not file.endswith(".json"):
                 content = self.models[name][file]
@@ -357,8 +358,14 @@ def test_a_download_brings_the_needed_files_and_the_model_loads(client, publishe
     assert all((folder / file).read_bytes() == published[file] for file in NEEDED)
     assert not any((folder / file).is_symlink() for file in NEEDED)
     assert sorted(client.transfers()) == [(file, None) for file in NEEDED]  # each once, and nothing else
-    ids = torch.tensor([Tokenizer.from_pretrained(folder).encode("酒店")])
-    assert torch.equal(GPT2.from_pretrained(folder)(ids), make_gpt2(n_embd=16, n_layer=1, n_head=2)(ids))
+    loads_by_name("owner/model")
+
+
+def loads_by_name(name):
+    ids = torch.tensor([Tokenizer.from_pretrained(name).encode("酒店")])
+    expected = make_gpt2(n_embd=16, n_layer=1, n_head=2)(ids)
+    for model in (GPT2.from_pretrained(name), ActorCritic.from_pretrained(name).gpt2):
+        assert torch.equal(model(ids), expected) and model.origin.name == name
 
 
 def test_a_second_download_fetches_no_weights_and_keeps_other_files(client, published):
@@ -494,6 +501,7 @@ def test_a_download_to_the_cache_is_found_by_name_and_by_huggingface_hub(client,
     offline = huggingface_hub.snapshot_download("owner/model", local_files_only=True)
     assert Path(offline) == snapshot
     assert sorted(client.transfers()) == [(file, None) for file in NEEDED]
+    loads_by_name("owner/model")
 
     client.requests.clear()
     assert download("owner/model") == snapshot and client.transfers() == []
@@ -530,6 +538,16 @@ def test_a_model_that_is_not_there_is_one_clear_error(client, capsys):
         f"error: {client.endpoint} has no model owner/missing, or shows it only to those who may see it: check the "
         "name, or set HF_TOKEN to your access token\n"
     )
+
+
+def test_a_file_that_is_listed_and_not_there_leaves_nothing_of_the_model(client, published, capsys):
+    client.models["owner/model"] = published
+    client.missing.add("vocab.txt")
+    code, out, err = run(capsys, "owner/model", "--to", "weights")
+    assert code == 1 and out == "" and not Path("weights/owner/model").exists()
+    assert err.startswith(f"error: owner/model did not come from {client.endpoint} (") and "404" in err
+    client.missing.clear()
+    assert run(capsys, "owner/model", "--to", "weights")[0] == 0
 
 
 def test_a_gated_model_says_where_to_ask(client, published, capsys):
@@ -611,9 +629,30 @@ import sys, types
 package = types.ModuleType("minirlhf")
 package.__path__ = [sys.argv[1]]
 sys.modules["minirlhf"] = package
-from minirlhf.hub import download
-download(sys.argv[2])
+from minirlhf.hub import download, locate
+try:
+    download(sys.argv[2])
+except ConnectionError as error:
+    print(error, locate(sys.argv[3]))
 """
+
+
+def environment_for(server, tmp_path):
+    unset = ("HF_", "HUGGINGFACE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
+    environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "TQDM_POSITION": "-1"}
+    return environment | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+def test_offline_by_the_environment_nothing_is_asked_for_and_what_is_there_is_found(server, published, tmp_path):
+    server.models["owner/model"] = published
+    put(tmp_path / "home/hub/models--owner--there/snapshots" / COMMIT, "config.json", "model.safetensors")
+    environment = environment_for(server, tmp_path) | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LIGHT, str(REPO / "minirlhf"), "owner/model", "owner/there"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    said = "HF_HUB_OFFLINE is set, so owner/model is not fetched; unset it, or run "
+    assert done.stdout.startswith(said), done.stderr
+    assert done.stdout.endswith(f"models--owner--there/snapshots/{COMMIT}\n") and server.requests == []
 
 
 def test_a_process_that_is_killed_is_gone_on_from(server, published, tmp_path):
@@ -621,10 +660,7 @@ def test_a_process_that_is_killed_is_gone_on_from(server, published, tmp_path):
     large = random.Random(0).randbytes(25_000_000)  # the client writes in pieces of 10 MiB
     server.models["owner/large"] = {**published, "model.safetensors": large}
     server.faults["model.safetensors"] = [("stall", 22_000_000)]
-    unset = ("HF_", "HUGGINGFACE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
-    environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "TQDM_POSITION": "-1"}
-    environment |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    environment = environment_for(server, tmp_path)
     killed = [sys.executable, "-c", LIGHT, str(REPO / "minirlhf"), "owner/large"]
     command = [sys.executable, "-m", "minirlhf", "download", "owner/large"]
 

@@ -37,6 +37,7 @@ from minirlhf import (
     ActorCritic,
     BertClassifier,
     GPT2Config,
+    RewardModel,
     SamplingConfig,
     SentimentReward,
     Tokenizer,
@@ -46,6 +47,7 @@ from minirlhf import (
 from minirlhf.checkpoints import read_metadata, write_tensors
 from minirlhf.conversion import convert
 from minirlhf.models.layers import shapes_only
+from minirlhf.models.reward import GPT2Scorer
 
 LABELS = {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}
 # config.json of uer/gpt2-chinese-cluecorpussmall, of uer/roberta-base-finetuned-jd-binary-chinese and of gpt2.
@@ -124,9 +126,10 @@ def test_full_size_gpt2_equals_transformers(tmp_path):
         assert expected.std() > 1
         assert_relatively_close(ours(ids, mask)[mask.bool()], expected[mask.bool()], 1e-5)
         continued = theirs.generate(
-            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
         )
-    assert torch.equal(generate(ours, [short, long], 4, SamplingConfig(top_k=1)).tokens[:, 9:], continued[:, 9:])
+    assert torch.equal(generate(ours, [short, long], 8, SamplingConfig(top_k=1)).tokens[:, 9:], continued[:, 9:])
+    assert len(set(continued[0, 9:].tolist())) > 2  # the model does not repeat one token
 
     ours.double(), theirs.double()
     for model in (ours, theirs):  # the gradient of the first block has come through all the others
@@ -139,10 +142,10 @@ def test_full_size_gpt2_equals_transformers(tmp_path):
     gradients = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
         if p.requires_grad:
-            assert_relatively_close(p.grad, gradients[name], 1e-9)
+            assert_relatively_close(p.grad, gradients[name], 1e-10)
     with torch.no_grad():
         cache = ours.new_cache(1, 9)
-        pieces = [ours(long[None, i : i + 3], None, cache) for i in range(0, 9, 3)]
+        pieces = [ours(long[None, i : i + 1], None, cache) for i in range(9)]
         assert_relatively_close(torch.cat(pieces, 1), expected, 1e-10)
         assert_relatively_close(ours(ids, mask)[0, 4:], ours(short[None])[0], 1e-10)
 
@@ -161,8 +164,19 @@ def test_full_size_bert_equals_transformers(tmp_path):
         assert (expected[0] - expected[1]).abs().max() > 0.01
         assert_relatively_close(ours(ids, mask), expected, 1e-5)
         ours.double(), theirs.double()
-        assert_relatively_close(ours(ids, mask), theirs(ids, attention_mask=mask).logits, 1e-10)
         assert_relatively_close(ours(ids, mask)[:1], ours(ids[:1, :5]), 1e-10)
+    for model in (ours, theirs):  # the first layer's gradient has come through all the others
+        for name, p in model.named_parameters():
+            p.requires_grad_(re.search(r"embeddings\.LayerNorm|layer\.0\.|pooler|classifier", name) is not None)
+    for x in (logits := ours(ids, mask), expected := theirs(ids, attention_mask=mask).logits):
+        F.cross_entropy(x, torch.tensor([1, 0])).backward()
+    assert_relatively_close(logits, expected, 1e-10)
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())  # those of key biases are 0
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, gradients.pop(name), rtol=1e-10, atol=1e-12 * largest)
+    assert gradients == {}
 
 
 @pytest.mark.parametrize(("sizes", "parameters"), [
@@ -519,6 +533,13 @@ DAMAGES = {
         lambda folder: rewrite_tensor(folder, "transformer.h.0.attn.c_attn.weight", lambda t: t.t().contiguous()),
         r"h.0.attn.c_attn.weight has shape \(96, 32\), the config asks for \(32, 96\) \(it is transposed\)",
     ),
+    "an index that leads out of the folder": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder.parent / "outside.safetensors"),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}'),
+        ),
+        r"index.json places a in '../outside.safetensors', which is not the name of a file beside it",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config.json does not exist"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors does not exist"),
     "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config.json is not valid"),
@@ -528,14 +549,15 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", [GPT2, ActorCritic])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_bad_folder_is_one_clear_error_and_stays_as_it_is(tmp_path, damage, kind):
-    make_actor_critic(make_gpt2()).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").unlink()
+    folder = tmp_path / "model"
+    make_actor_critic(make_gpt2()).save_pretrained(folder)
+    (folder / "model.safetensors.index.json").unlink()
     change, message = DAMAGES[damage]
-    change(tmp_path)
+    change(folder)
     before = contents(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        kind.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+        kind.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
     assert contents(tmp_path) == before
 
 
@@ -584,6 +606,15 @@ def test_what_may_not_be_read_is_named(public_folder, locked, kind):
     (public_folder / locked).chmod(0)
     with without_privileges(), pytest.raises(OSError, match=re.escape(str(public_folder / locked))):
         kind.from_pretrained(public_folder / "model")
+
+
+@pytest.mark.parametrize("locked", ["model", "model/vocab.txt", "model/tokenizer_config.json"])
+def test_a_tokenizer_that_may_not_be_read_is_named(public_folder, locked):
+    Tokenizer(VOCAB).save_pretrained(public_folder / "model")
+    (public_folder / "model" / "tokenizer.json").unlink()
+    (public_folder / locked).chmod(0)
+    with without_privileges(), pytest.raises(OSError, match=re.escape(str(public_folder / locked))):
+        Tokenizer.from_pretrained(public_folder / "model")
 
 
 def test_a_pickle_in_a_folder_that_may_not_be_written_is_an_os_error(public_folder):
@@ -642,6 +673,21 @@ def test_a_full_disk_costs_nothing_that_is_saved(little_space, make):
     assert contents(place) == before
     model.save_pretrained(place / "model")
     assert contents(place).keys() == before.keys() and contents(place) != before
+
+
+def test_a_full_disk_costs_no_reward_model_and_no_tokenizer(little_space):
+    """Model, normalisation and vocabulary of the one are saved at one moment."""
+    place, full = little_space
+    model = RewardModel(GPT2Scorer(make_gpt2()), Tokenizer(VOCAB), device="cpu")
+    larger = Tokenizer([*VOCAB, *(chr(0x3400 + i) for i in range(2000))])
+    model.save_pretrained(place / "model")
+    before = contents(place)
+    model.mean = 5.0
+    with full():
+        for saved in (model, larger):
+            with pytest.raises(OSError):
+                saved.save_pretrained(place / "model")
+    assert contents(place) == before
 
 
 def test_a_full_disk_leaves_no_part_of_a_conversion(little_space):

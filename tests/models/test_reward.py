@@ -45,6 +45,10 @@ def rewrite_config(folder, **changes) -> None:
     (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
+def assert_relatively_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
 @pytest.fixture(params=TRUNKS)
 def trunk(request) -> str:
     return request.param
@@ -214,7 +218,12 @@ def test_transformers_has_the_same_scores(trunk, tmp_path):
     assert theirs.config.reward_normalisation == {"mean": model.mean, "std": model.std}
     logits = theirs.eval()(**padded(TEXTS)).logits
     assert logits.shape == (len(TEXTS), 1)
-    torch.testing.assert_close(model.scores(TEXTS), logits[:, 0], rtol=1e-4, atol=1e-4)
+    assert_relatively_close(model.scores(TEXTS), logits[:, 0], 1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model.tokenizer.save_pretrained(tmp_path / "theirs")
+    back = RewardModel.from_pretrained(tmp_path / "theirs", device="cpu")
+    assert (back.mean, back.std) == (model.mean, model.std) and torch.equal(back(TEXTS), model(TEXTS))
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in back.state_dict().items())
 
 
 @torch.no_grad()
@@ -236,7 +245,7 @@ def test_what_transformers_wrote_is_loaded(trunk, tmp_path):
     assert (model.mean, model.std) == (0.0, 1.0)
     expected = theirs(**padded(TEXTS)).logits[:, 0]
     assert expected.std() > 0.01
-    torch.testing.assert_close(model(TEXTS), expected, rtol=1e-4, atol=1e-4)
+    assert_relatively_close(model(TEXTS), expected, 1e-5)
 
 
 def test_buffers_of_old_checkpoints_are_passed_over(tmp_path):
