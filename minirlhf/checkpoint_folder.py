@@ -43,13 +43,11 @@ def write_checkpoint(
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
         raise FileExistsError(f"{folder} is not empty, and no checkpoint; choose another folder")
     with replaced_folder(folder) as staged:
-        write_tensors(
-            staged / STATE_TENSORS, tensors
-        )  # before the model, whose index then says that it is not part of it
+        # Before the model, whose index then says that it is not part of it.
+        write_tensors(staged / STATE_TENSORS, tensors)
         write_json(staged / COUNTERS_FILE, counters)
         write_model(staged)
-        names = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
-        sums = {name: _file_hash(staged / name) for name in names if name != MANIFEST_FILE}
+        sums = {name: _file_hash(staged / name) for name in _file_names(staged) if name != MANIFEST_FILE}
         write_json(staged / MANIFEST_FILE, {"sha256": sums})
 
 
@@ -66,17 +64,22 @@ def read_checkpoint(folder: str | os.PathLike[str], format: object) -> tuple[dic
         sums = dict(read_json(folder / MANIFEST_FILE)["sha256"])
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder} is damaged, or no checkpoint: {error}") from error
+    there = _file_names(folder)
     for name, expected in sums.items():
-        if not (folder / name).is_file():
+        if name not in there:  # nor is a name followed that leads elsewhere
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
         if _file_hash(folder / name) != expected:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is not as it was written")
     if not sums.keys() >= {STATE_TENSORS, COUNTERS_FILE}:
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST_FILE} does not list {COUNTERS_FILE}")
     counters = read_json(folder / COUNTERS_FILE)
-    if counters["format"] != format:
-        raise ValueError(f"{folder} has the checkpoint format {counters['format']}, this version reads {format}")
+    if counters.get("format") != format:
+        raise ValueError(f"{folder} has the checkpoint format {counters.get('format')}, this version reads {format}")
     return read_tensors(folder / STATE_TENSORS), counters
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _file_hash(path: Path) -> str:

@@ -63,6 +63,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise RuntimeError(
             f"{path} is a pickle, which PyTorch reads safely from {SAFE_TORCH} on, not {torch.__version__}"
         )
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{path} does not exist, or is no file")
     _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

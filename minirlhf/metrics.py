@@ -105,6 +105,8 @@ class RunLog:
         log.folder = Path(folder)
         read_json(log.folder / CONFIG_FILE)
         for name, length in lengths.items():
+            if name not in (METRICS_FILE, SAMPLES_FILE) or type(length) is not int or length < 0:
+                raise ValueError(f"{log.folder} has no log {name!r} that could be cut back to {length!r} bytes")
             there = log._length(name)
             if there < length:
                 raise ValueError(f"{log.folder / name} lost lines: it has {there} bytes, {length} when it was saved")
@@ -147,9 +149,10 @@ class RunLog:
         return path.stat().st_size if path.exists() else 0
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike[str], length: int | None = None) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none if there is no file. A last line that a crash cut short is dropped.
 
+    length: of the part to read, bytes; None: all of it.
     Raises ValueError with the line number for any other line that is not a JSON object.
     """
     path = Path(path)
@@ -157,7 +160,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     if not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{path} is not a file")
-    whole = path.read_bytes().split(b"\n")[:-1]  # a whole line ends in a line feed
+    whole = path.read_bytes()[:length].split(b"\n")[:-1]  # a whole line ends in a line feed
     content = []
     for number, line in enumerate(whole, 1):
         try:

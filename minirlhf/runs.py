@@ -27,7 +27,7 @@ from typing import Any
 from minirlhf import training_state
 from minirlhf.files import PARTIAL, flush_folder, read_json, write_json
 from minirlhf.locks import LOCK_FILE, FolderLock
-from minirlhf.metrics import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, RunLog, Stats
+from minirlhf.metrics import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, RunLog, Stats, read_jsonl
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rollout import Rollout
@@ -59,7 +59,7 @@ class Run:
     def __init__(self, folder: Path, trainer: PPOTrainer, log: RunLog, lock: FolderLock, keep_last: int):
         self.folder, self.trainer = folder, trainer
         self._log, self._lock, self._keep_last = log, lock, keep_last
-        self._rewards = _rewards(log)
+        self._rewards = _rewards(folder / METRICS_FILE)
         self._recorded = self._saved = trainer.iteration  # steps whose lines are written; that are in a checkpoint
         self._saving = False
         self._stop = StopRequest()
@@ -135,6 +135,7 @@ class Run:
             lengths = read_json(checkpoint / training_state.COUNTERS_FILE)["log"]
             if lengths is None:
                 raise ValueError(f"{checkpoint} does not say how long the log was: no run saved it")
+            _rewards(folder / METRICS_FILE, lengths[METRICS_FILE])  # what is wrong there is said before anything is cut
             log = RunLog.resume(folder, lengths)
             for path in damaged:
                 aside = path.with_name(f"{path.name}.damaged")
@@ -226,13 +227,13 @@ class Run:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _rewards(log: RunLog) -> dict[int, float]:
-    """Mean reward of each logged step. Raises ValueError for a line that is not of a run."""
+def _rewards(path: Path, length: int | None = None) -> dict[int, float]:
+    """Mean reward of each step in metrics.jsonl, or its first bytes. Raises ValueError for any other line."""
     rewards = {}
-    for number, line in enumerate(log.history(), 1):
+    for number, line in enumerate(read_jsonl(path, length), 1):
         step, reward = line.get("step"), line.get("reward/mean", "missing")
         if type(step) is not int or not (reward is None or isinstance(reward, (int, float))):
-            raise ValueError(f"{log.folder / METRICS_FILE}, line {number} has no step number or no reward/mean")
+            raise ValueError(f"{path}, line {number} has no step number or no reward/mean")
         rewards[step] = _rating(reward)
     return rewards
 

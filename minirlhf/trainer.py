@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minirlhf import ppo, training_state
 from minirlhf.explanation import Explanation, TokenExplanation
+from minirlhf.files import naming
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
@@ -478,7 +479,8 @@ class PPOTrainer:
         if source is None:
             raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
         try:
-            trainer = cls(state.policy(), source, Tokenizer.from_pretrained(folder), config)
+            with naming(folder):
+                trainer = cls(state.policy(), source, Tokenizer.from_pretrained(folder), config)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; it is the reference of {folder}: pass ref_policy") from error
         state.restore(trainer)

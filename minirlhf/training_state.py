@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from minirlhf.checkpoint_folder import COUNTERS_FILE as COUNTERS_FILE
 from minirlhf.checkpoint_folder import MANIFEST_FILE as MANIFEST_FILE
+from minirlhf.checkpoint_folder import STATE_TENSORS, read_checkpoint, write_checkpoint
 from minirlhf.checkpoint_folder import DamagedCheckpoint as DamagedCheckpoint
-from minirlhf.checkpoint_folder import read_checkpoint, write_checkpoint
+from minirlhf.files import naming
+from minirlhf.metrics import METRICS_FILE, SAMPLES_FILE
 from minirlhf.model_card import Origin
 from minirlhf.models.heads import ActorCritic
 from minirlhf.ppo_config import PPOConfig
@@ -58,7 +60,8 @@ class TrainingState:
     def config(self, **overrides: Any) -> PPOConfig:
         """The settings of the run. Raises ValueError for an override that would change what is computed."""
         saved = {name: math.inf if value == "inf" else value for name, value in self.counters["config"].items()}
-        base = PPOConfig.with_overrides(None, **saved)
+        with naming(self.folder / COUNTERS_FILE):
+            base = PPOConfig.with_overrides(None, **saved)
         # There the cut into forward passes is part of the loss.
         free = FREE_FIELDS - ({"forward_batch_size"} if base.loss_averaging == "micro_batches" else set())
         config = PPOConfig.with_overrides(base, **overrides)
@@ -75,14 +78,17 @@ class TrainingState:
         policy = ActorCritic.from_pretrained(self.folder)
         origin = self.counters["origin"]
         policy.gpt2.origin = None if origin is None else Origin(**origin)  # of the run, not this folder
+        frozen = set(self.counters["frozen"])
         for name, parameter in policy.named_parameters():
-            parameter.requires_grad_(name not in self.counters["frozen"])
+            parameter.requires_grad_(name not in frozen)
+        if not any(parameter.requires_grad for parameter in policy.parameters()):
+            raise ValueError(f"{self.folder / COUNTERS_FILE} leaves nothing to train: every parameter is frozen")
         return policy
 
     def restore(self, trainer: PPOTrainer) -> None:
         """Bring a new trainer of this policy, config and reference to where the saved one was.
 
-        Raises ValueError for another reference, or a device whose generators work differently.
+        Raises ValueError for another reference, a device whose generators work differently, or tensors that do not fit.
         """
         c = self.counters
         if trainer.reference_hash != c["reference"]["sha256"]:
@@ -92,23 +98,33 @@ class TrainingState:
             )
         for name, generator in trainer.generators.items():
             try:
-                generator.set_state(self.tensors[f"generator.{name}"])
-            except RuntimeError as error:
+                generator.set_state(self._tensor(f"generator.{name}"))
+            except (RuntimeError, TypeError) as error:
                 raise ValueError(
                     f"{self.folder} was saved on another kind of device than {trainer.device}, whose random generators "
                     f"go on differently: {error}"
                 ) from error
         for name, parameter in _trained(trainer).items():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in self.tensors]
-            if keys:  # none for a parameter that has had no gradient yet
-                moments = {key: self.tensors[f"optimizer.{key}.{name}"].to(parameter.device).clone() for key in keys}
-                trainer.optimizer.state[parameter] = moments
-        trainer.precision.scaler.load_state_dict(c["scaler"])
+            if f"optimizer.step.{name}" in self.tensors:  # not for a parameter that has had no gradient yet
+                shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                moments = {key: self._tensor(f"optimizer.{key}.{name}", shape) for key, shape in shapes.items()}
+                trainer.optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in moments.items()}
+        if trainer.precision.scaler.is_enabled():
+            trainer.precision.scaler.load_state_dict(c["scaler"])
         trainer.iteration, trainer.optimizer_steps = c["iteration"], c["optimizer_steps"]
         trainer.bad_steps, trainer.kl_controller.coef = c["bad_steps"], c["kl_coef"]
         if trainer.config.forward_batch_size == c["config"]["forward_batch_size"]:
             trainer.micro_batch_size = c["micro_batch_size"]
         vars(trainer.score_moments).update(c["score_moments"])
+
+    def _tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor of training.safetensors; with a shape, an fp32 one. Raises ValueError if it is not so."""
+        tensor = self.tensors.get(name)
+        if tensor is None or (shape is not None and (tensor.shape, tensor.dtype) != (shape, torch.float32)):
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+            wanted = "" if shape is None else f", where the policy needs {tuple(shape)} in fp32"
+            raise ValueError(f"{self.folder / STATE_TENSORS}: {name} {found}{wanted}")
+        return tensor
 
 
 def save(trainer: PPOTrainer, folder: str | os.PathLike[str], log: Mapping[str, int] | None = None) -> None:
@@ -161,6 +177,10 @@ def read(folder: str | os.PathLike[str]) -> TrainingState:
     written, ValueError if another version of this library wrote it.
     """
     tensors, counters = read_checkpoint(folder, FORMAT)
+    for name, fits in COUNTERS.items():
+        if name not in counters or not fits(counters[name]):
+            found = repr(counters.get(name, "nothing"))[:100]
+            raise ValueError(f"{Path(folder) / COUNTERS_FILE} holds no valid {name}: {found}")
     return TrainingState(Path(folder), tensors, counters)
 
 
@@ -171,6 +191,53 @@ def module_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _is_record(value: Any, **fits: Callable[[Any], bool]) -> bool:
+    """Whether it is an object of these fields, whose values fit."""
+    return isinstance(value, dict) and value.keys() == fits.keys() and all(fit(value[k]) for k, fit in fits.items())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# What `save` writes into training.json: a check sum says that nothing was changed since, not that we wrote it.
+COUNTERS: dict[str, Callable[[Any], bool]] = {
+    "iteration": _is_count,
+    "optimizer_steps": _is_count,
+    "bad_steps": _is_count,
+    "micro_batch_size": lambda value: _is_count(value) and value > 0,
+    "kl_coef": _is_amount,
+    "score_moments": lambda value: _is_record(value, count=_is_count, mean=_is_number, squares=_is_amount),
+    "scaler": lambda value: value == {} or _is_record(
+        value, scale=_is_amount, growth_factor=_is_amount, backoff_factor=_is_amount, growth_interval=_is_count,
+        _growth_tracker=_is_count,
+    ),
+    "origin": lambda value: value is None or _is_record(value, name=_is_text, config=_is_object),
+    "frozen": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "reference": lambda value: _is_record(
+        value, sha256=_is_text, source=lambda source: source is None or _is_text(source)
+    ),
+    "config": lambda value: isinstance(value, dict) and value.keys() <= {f.name for f in dataclasses.fields(PPOConfig)},
+    "log": lambda value: value is None or _is_record(value, **{METRICS_FILE: _is_count, SAMPLES_FILE: _is_count}),
+}  # fmt: skip
 
 
 def _trained(trainer: PPOTrainer) -> dict[str, Any]:

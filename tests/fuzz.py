@@ -19,6 +19,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -51,13 +52,13 @@ from minirlhf import (
     PPOTrainer,
     SentimentReward,
     Tokenizer,
-    training_state,
 )
 from minirlhf.checkpoints import read_tensors, write_tensors
 from minirlhf.conversion import read_pickle
 from minirlhf.files import read_json, write_json
 from minirlhf.metrics import RunLog, read_jsonl
 from minirlhf.preferences import read_rankings
+from minirlhf.runs import Run
 
 SECONDS = 20  # for one input, on a busy machine
 ALLOWANCE, FACTOR = 32 << 20, 64  # bytes that any load may take, and more for each byte of the folder
@@ -92,7 +93,8 @@ def targets() -> list[Target]:
         Target("byte-level BPE", write_bpe, Tokenizer.from_pretrained, use_tokenizer),
         Target("shards", write_shards, GPT2.from_pretrained, use_gpt2),
         Target("pickle", write_pickle, lambda folder: read_pickle(folder / "pytorch_model.bin"), dict.items),
-        Target("checkpoint", write_checkpoint, training_state.read, lambda state: use_gpt2(state.policy().gpt2)),
+        Target("checkpoint", write_checkpoint, resume_trainer, use_trainer),
+        Target("run", write_whole_run, lambda folder: Run.resume(folder, a_gpt2(1)), use_run),
         Target("pairs", write_pairs, lambda folder: read_rankings(folder / "pairs.jsonl"), len),
         Target("rank lists", write_lists, lambda folder: read_rankings(folder / "lists.tsv"), len),
         Target("metrics.jsonl", write_metrics, lambda folder: read_jsonl(folder / "metrics.jsonl"), dict_items),
@@ -174,6 +176,26 @@ def write_checkpoint(folder: Path) -> None:
     PPOTrainer(a_gpt2(), a_gpt2(1), Tokenizer(VOCAB), device="cpu", gen_len=2).save_checkpoint(folder)
 
 
+def resume_trainer(folder: Path) -> PPOTrainer:
+    return PPOTrainer.resume(folder, a_gpt2(1))
+
+
+def use_trainer(trainer: PPOTrainer) -> None:
+    use_gpt2(trainer.policy.gpt2), use_tokenizer(trainer.tokenizer)
+
+
+def write_whole_run(folder: Path) -> None:
+    trainer = PPOTrainer(a_gpt2(), a_gpt2(1), Tokenizer(VOCAB), device="cpu", gen_len=2, steps=2, batch_size=1)
+    with Run.start(folder, trainer, {"why": "to be fuzzed"}) as run:
+        trainer.train(["酒店"], lambda texts: [1.0], run.record)
+    (folder / "checkpoints" / "best").unlink()  # a link, which the next save makes again
+
+
+def use_run(run: Run) -> None:
+    with run:
+        use_trainer(run.trainer)
+
+
 def write_pairs(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5}\n' * 2)
 
@@ -226,6 +248,22 @@ def mutated(files: Mapping[str, bytes], random: Random) -> Files:
                 result[name] = MUTATIONS.get(Path(name).suffix, mutated_bytes)(content, random)
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
                 assert content != files[name]  # an earlier mutation left nothing to take apart
+    return with_sums(result) if random.random() < 0.7 else result
+
+
+def with_sums(files: Files) -> Files:
+    """The same with manifests that fit it, so that what stands behind the check of a checkpoint is reached as well."""
+    result = dict(files)
+    for manifest in [name for name in files if Path(name).name == "manifest.json"]:
+        try:
+            content = json.loads(files[manifest])
+            for name in content["sha256"]:
+                beside = files.get(str(Path(manifest).parent / name))
+                if isinstance(beside, bytes):
+                    content["sha256"][name] = hashlib.sha256(beside).hexdigest()
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+        result[manifest] = json.dumps(content).encode("utf-8", "surrogatepass")
     return result
 
 
@@ -372,7 +410,7 @@ def write_files(folder: Path, files: Files) -> None:
     folder.mkdir(parents=True)
     for name, content in files.items():
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
         elif content == "a folder":
@@ -552,6 +590,7 @@ def prepare(target: Target, root: Path) -> ctypes.CDLL:
     """Settle what is done once in a process, so that no input pays for it: imports, threads, the warm heap."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RUST_BACKTRACE"] = "0"  # else a panic would have it look for the names of its functions
     warnings.simplefilter("ignore")
     libc = ctypes.CDLL(None)
     libc.mallopt(-8, 1)  # M_ARENA_MAX: a thread's arena would take 64 MiB of address space
