@@ -103,20 +103,28 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 
 
 def token_rewards(
-    scores: Tensor, kl: Tensor, kl_coef: float, mask: Tensor, score_position: str = "last_token"
+    scores: Tensor,
+    kl: Tensor,
+    kl_coef: float,
+    mask: Tensor,
+    score_position: str = "last_token",
+    token_scores: Tensor | None = None,
 ) -> Tensor:
     """Rewards (B, R): -kl_coef * KL at every response token, plus the score at the last one (Ziegler et al., eq. 2).
 
     scores: (B,), one a sequence. kl: (B, R), nats a token. A sequence without response tokens gets no reward.
     score_position: "last_token", of each row; or "last_column", of the batch, as implementations for responses of
         fixed length have it: rows that end earlier lose their score.
+    token_scores: (B, R), the shares of single tokens in the scores; what is left of a score goes to its position.
     """
     mask = mask.bool()
+    shares = torch.where(mask, 0.0 if token_scores is None else token_scores, 0.0).to(kl)
+    rest = scores - shares.sum(-1)
     scored = last_token(mask)
     if score_position == "last_column":
         scored = torch.zeros_like(mask)
         scored[:, -1] = mask[:, -1]
-    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(scored, scores.unsqueeze(-1), 0.0)
+    return torch.where(mask, shares - kl_coef * kl, 0.0) + torch.where(scored, rest.unsqueeze(-1), 0.0)
 
 
 def penalise(scores: Tensor, where: Tensor, mode: str, value: float) -> Tensor:
@@ -149,10 +157,15 @@ class RunningMoments:
         self.mean += delta * n / total
         self.count = total
 
-    def whiten(self, scores: Tensor) -> Tensor:
-        """(scores - mean) / std with the moments so far; fewer than two scores, or equal ones, are only centred."""
+    @property
+    def scale(self) -> float:
+        """The standard deviation so far; 1 for fewer than two scores, or equal ones."""
         std = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
-        return (scores - self.mean) / (std if std > 0 else 1.0)
+        return std if std > 0 else 1.0
+
+    def whiten(self, scores: Tensor) -> Tensor:
+        """(scores - mean) / scale with the moments so far."""
+        return (scores - self.mean) / self.scale
 
 
 def last_token(mask: Tensor) -> Tensor:

@@ -40,7 +40,17 @@ class PromptResponseReward(Protocol):
     def __call__(self, prompts: list[str], responses: list[str], /) -> Any: ...
 
 
-RewardFunction = TextReward | PromptResponseReward | Callable[..., Any]
+class TokenReward(Protocol):
+    """Scores each token: prompts, responses, and these cut into tokens, to B lists of finite floats, one a token.
+
+    tokens: what each token adds to its response, so that `"".join(tokens[i]) == responses[i]`; "" for one that adds
+        nothing, such as the one that ends a text. The third parameter is told by its name.
+    """
+
+    def __call__(self, prompts: list[str], responses: list[str], tokens: list[list[str]], /) -> Any: ...
+
+
+RewardFunction = TextReward | PromptResponseReward | TokenReward | Callable[..., Any]
 
 
 class Classification(TypedDict):
@@ -50,14 +60,41 @@ class Classification(TypedDict):
     score: float
 
 
-def call_reward(reward: RewardFunction, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+def call_reward(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None = None,
+) -> Tensor:
     """Score a batch of B prompts and responses.
 
-    A reward function with two required positional parameters gets (prompts, responses); any other gets the list of
-    prompt + response. Returns the scores, (B,) fp64 on the CPU.
-    Raises ValueError if it returns anything but B finite numbers.
+    A reward function whose third positional parameter is named `tokens` gets (prompts, responses, tokens), and may
+    return a list of scores for each response, one a token, whose sum is the score. One with two required positional
+    parameters gets (prompts, responses); any other gets the list of prompt + response.
+    tokens: the responses cut into tokens, as `Tokenizer.decode_pieces` does; None: their characters stand for them.
+    Returns the scores, (B,) fp64 on the CPU.
+    Raises ValueError if it returns anything but B finite numbers, or lists of one a token.
     """
-    if _takes_prompts(reward):
+    scores = reward_by_token(reward, prompts, responses, tokens)
+    return scores if scores.ndim == 1 else checked_scores(scores.sum(-1), len(prompts))
+
+
+def reward_by_token(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None = None,
+) -> Tensor:
+    """`call_reward` before the sum: (B, R) with R the most tokens if the reward scores tokens, 0 behind the last one.
+
+    (B,) if it scores whole responses. Raises as `call_reward`.
+    """
+    names, required = _positional(reward)
+    if names[2:3] == ["tokens"]:
+        cut = [list(row) for row in tokens] if tokens is not None else [list(r) or [""] for r in responses]
+        lengths = [len(row) for row in cut]
+        return checked_token_scores(reward(list(prompts), list(responses), cut), lengths)  # type: ignore[call-arg]
+    if required == 2:
         scores = reward(list(prompts), list(responses))  # type: ignore[call-arg]
     else:
         scores = reward([p + r for p, r in zip(prompts, responses, strict=True)])  # type: ignore[call-arg]
@@ -103,6 +140,28 @@ def checked_scores(scores: Any, count: int) -> Tensor:
         first = tensor[bad[0]].item()
         raise ValueError(f"scores must be finite, got {first} for text {bad[0]} ({len(bad)} bad in all)")
     return tensor
+
+
+def checked_token_scores(scores: Any, lengths: Sequence[int]) -> Tensor:
+    """Lists of scores as a tensor (B, R), fp64, on the CPU; plain scores as `checked_scores` has them, (B,).
+
+    scores: B lists of as many numbers as `lengths` says, or an array (B, R) with R the most; padding is not read.
+    Raises ValueError for anything else, naming the response.
+    """
+    padded = getattr(scores, "ndim", 0) == 2
+    if not padded and not (isinstance(scores, (list, tuple)) and any(map(_is_row, scores))):
+        return checked_scores(scores, len(lengths))
+    if len(scores) != len(lengths):
+        raise ValueError(f"token scores must be {len(lengths)} lists, one a response, got {len(scores)}")
+    table = torch.zeros(len(lengths), max(lengths, default=0), dtype=torch.float64)
+    if padded and scores.shape != table.shape:
+        raise ValueError(f"token scores must be of shape {tuple(table.shape)}, got {tuple(scores.shape)}")
+    for i, (row, length) in enumerate(zip(scores, lengths, strict=True)):
+        try:
+            table[i, :length] = checked_scores(row[:length] if padded else row, length)
+        except ValueError as error:
+            raise ValueError(f"response {i} of {length} tokens: {error}") from error
+    return table
 
 
 class SentimentReward:
@@ -179,13 +238,19 @@ def _positive_index(labels: Sequence[str], name: str | None) -> int:
     return found[0]
 
 
-def _takes_prompts(reward: RewardFunction) -> bool:
+def _is_row(scores: object) -> bool:
+    """Whether something in a list of scores is a list itself; an array of one number is a number."""
+    return isinstance(scores, (list, tuple)) or (getattr(scores, "ndim", 0) == 1 and len(scores) != 1)  # type: ignore
+
+
+def _positional(reward: RewardFunction) -> tuple[list[str], int]:
+    """The names of a reward's positional parameters, and how many of them are required."""
     try:
         # A module's __call__ takes anything; its forward says what it wants.
         called = reward.forward if isinstance(reward, nn.Module) else reward
         parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
-        return False
+        return [], 1
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
-    return len(required) == 2
+    found = [p for p in parameters if p.kind in positional]
+    return [p.name for p in found], sum(p.default is inspect.Parameter.empty for p in found)

@@ -20,7 +20,7 @@ from minirlhf.generation import generate
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, TokenScores, language_model
 from minirlhf.optimization import in_batches_that_fit
-from minirlhf.rewards import RewardFunction, call_reward, checked_scores
+from minirlhf.rewards import RewardFunction, checked_scores, checked_token_scores, reward_by_token
 from minirlhf.sampling import SamplingConfig
 from minirlhf.tokenizer import Tokenizer
 
@@ -39,6 +39,7 @@ class Rollout:
     values: (B, R) fp32, of the state before each response token; 0 at padding.
     entropy, exact_kl: (B, R) fp32, nats, of the policy, and KL(policy || reference) over the whole sampling set.
     scores: (B,) fp32, the reward of each sequence.
+    token_scores: (B, R) fp32, the shares of single tokens in the scores; 0 at padding. None: the last token has it all.
     sampling_sets: (B, R, ceil(V / 8)) uint8, packed (see `sampling.pack_set`); None: nothing was truncated.
     sampler_logprobs: (B, R) fp32, what the sampler itself computed while generating; None if not sampled here.
     prompts, responses: the B texts; empty if the rollout was made from tokens alone.
@@ -54,6 +55,7 @@ class Rollout:
     entropy: Tensor
     exact_kl: Tensor
     scores: Tensor
+    token_scores: Tensor | None = None
     sampling_sets: Tensor | None = None
     sampler_logprobs: Tensor | None = None
     prompts: tuple[str, ...] = ()
@@ -104,7 +106,7 @@ def collect_rollout(
 
     policy, ref_policy: in eval mode, on one device, with the same vocabulary.
     prompts: B texts; each is tokenised without a final [SEP].
-    reward_fn: texts -> (B,) floats, or (prompts, responses) -> (B,) floats.
+    reward_fn: a reward of any form that `rewards.call_reward` takes.
     gen_len: R, new tokens a prompt; fewer where `eos_token_id` is drawn.
     generator: on the models' device, the source of all randomness.
     forward_batch_size: sequences a scoring pass; it changes memory and speed only.
@@ -131,7 +133,8 @@ def collect_rollout(
         )
     responses = [tokenizer.decode(response) for response in sampled.responses]
     clock.stop("generation")
-    scores = call_reward(reward_fn, prompts, responses)
+    tokens = [tokenizer.decode_pieces(response) for response in sampled.responses]
+    scores = reward_by_token(reward_fn, prompts, responses, tokens)
     clock.stop("reward")
     temperature = sampling.temperature if score_temperature is None else score_temperature
     with autocast():
@@ -144,12 +147,12 @@ def collect_rollout(
         tokens=sampled.tokens,
         mask=sampled.mask,
         response_mask=sampled.response_mask,
-        scores=scores.to(scored["values"]),
         sampling_sets=sampled.sampling_sets,
         sampler_logprobs=sampled.logprobs,
         prompts=tuple(prompts),
         responses=tuple(responses),
         seconds=clock.seconds,
+        **_score_fields(scores, scored["values"]),
         **scored,
     )
 
@@ -168,7 +171,8 @@ def rollout_from_tokens(
 ) -> Rollout:
     """A Rollout of B queries and responses that were sampled elsewhere, scored here with the full softmax.
 
-    queries, responses: token ids, 1-D, of any lengths of at least 1. scores: B finite numbers.
+    queries, responses: token ids, 1-D, of any lengths of at least 1. scores: B finite numbers, or B lists of them with
+        one a token.
     Raises ValueError for lists of unequal or no length, empty sequences, bad token ids, sequences longer than the
     model's context, or bad scores.
     """
@@ -178,7 +182,7 @@ def rollout_from_tokens(
     for name, sequences in (("query", queries), ("response", responses)):
         for i, ids in enumerate(sequences):
             _check_ids(f"{name} {i}", torch.as_tensor(ids), config.vocab_size)
-    checked = checked_scores(scores, len(queries))
+    checked = checked_token_scores(scores, [len(ids) for ids in responses])
     query_ids, query_mask = left_pad(queries, pad_token_id)
     response_ids, response_mask = right_pad(responses, pad_token_id)
     device = policy.gpt2.wte.weight.device
@@ -197,7 +201,7 @@ def rollout_from_tokens(
         tokens=tokens,
         mask=mask,
         response_mask=response_mask.bool().to(device),
-        scores=checked.to(scored["values"]),
+        **_score_fields(checked, scored["values"]),
         **scored,
     )
 
@@ -233,6 +237,15 @@ def score_in_batches(
         }
 
     return in_batches_that_fit(in_batches_of, min(batch_size, len(tokens)))[0]
+
+
+def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:
+    """The fields `scores` and `token_scores` from scores, (B,) or (B, up to R). like: (B, R), for the type."""
+    if scores.ndim == 1:
+        return {"scores": scores.to(like)}
+    totals = checked_scores(scores.sum(-1), len(scores))  # of finite numbers it may not be one
+    padded = torch.nn.functional.pad(scores, (0, like.size(1) - scores.size(1)))
+    return {"scores": totals.to(like), "token_scores": padded.to(like)}
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -114,6 +114,23 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary of {len(self.vocab)} tokens")
         return self.model.decode(ids)
 
+    def decode_pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
+        """What each token adds to the text: as many texts as ids, which `decode` would give if joined.
+
+        Special tokens add nothing, and so do all tokens of a character but the one that completes it.
+        Raises ValueError for an id outside the vocabulary.
+        """
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        spoken = [i for i, token in enumerate(ids) if token not in self.special_ids]
+        pieces = [""] * len(ids)
+        context = begin = 0  # in `spoken`: the last tokens that gave a piece, and the first that gave none yet
+        for end, place in enumerate(spoken, 1):
+            text = self.decode(ids[i] for i in spoken[context:end])
+            if end == len(spoken) or not text.endswith("\ufffd"):  # else a character is not complete
+                pieces[place] = text[len(self.decode(ids[i] for i in spoken[context:begin])) :]
+                context, begin = begin, end
+        return pieces
+
     def width(self, token_id: int) -> int:
         """How many characters of text a token stands for, white space left out; a special token counts as one."""
         return 1 if token_id in self.special_ids else self.model.width(token_id)

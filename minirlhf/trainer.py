@@ -27,7 +27,7 @@ from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
 from minirlhf.optimization import Precision, in_batches_that_fit, lr_factor, resolve_device, undone_on_error
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.rewards import RewardFunction, call_reward, within
+from minirlhf.rewards import RewardFunction, reward_by_token, within
 from minirlhf.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.tokenizer import Tokenizer
 
@@ -112,9 +112,9 @@ class PPOTrainer:
     ) -> Stats:
         """Train on one batch.
 
-        queries, responses: B 1-D int64 tensors each, of any lengths of at least 1; scores: B finite numbers.
-        Or one Rollout in the place of all three. Token lists carry no sampling sets, so they are scored with the full
-        softmax at the configured temperature.
+        queries, responses: B 1-D int64 tensors each, of any lengths of at least 1; scores: B finite numbers, or B
+        lists of them with one a token. Or one Rollout in the place of all three. Token lists carry no sampling sets,
+        so they are scored with the full softmax at the configured temperature.
         Returns the statistics of the step by name (the README has their glossary).
         Raises ValueError for lists of unequal or no length, empty responses, bad token ids, or bad scores;
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
@@ -155,8 +155,11 @@ class PPOTrainer:
         scores = self._shaped_scores(rollout, update)
         # r_t = score at the last token - beta * KL_t
         beta = self.kl_controller.coef if c.kl_placement == "reward" else 0.0
-        rewards = ppo.token_rewards(scores, self._token_kl(rollout), beta, rollout.response_mask, c.score_position)
-        return rewards, scores
+        shares = rollout.token_scores
+        if shares is not None:  # scaled as the scores are; penalties, centring and clipping are left to the last token
+            shares = shares * (c.score_scale / (self.score_moments.scale if c.score_whitening else 1.0))
+        kl, mask = self._token_kl(rollout), rollout.response_mask
+        return ppo.token_rewards(scores, kl, beta, mask, c.score_position, shares), scores
 
     def _shaped_scores(self, rollout: Rollout, update: bool) -> Tensor:
         """The scores (B,) that become rewards: penalties, then scale, running whitening and clipping.
@@ -343,8 +346,8 @@ class PPOTrainer:
         c = self.config
         self.policy.eval()
 
-        def scores(prompts: list[str], responses: list[str]) -> Tensor:
-            return within(c.reward_timeout, call_reward, reward_fn, prompts, responses)
+        def scores(prompts: list[str], responses: list[str], tokens: list[list[str]]) -> Tensor:
+            return within(c.reward_timeout, reward_by_token, reward_fn, prompts, responses, tokens)
 
         with undone_on_error(self.generators.values()):
             return collect_rollout(
@@ -372,7 +375,7 @@ class PPOTrainer:
         """Run `config.steps` episodes: draw a batch of prompts from the pool, sample, score, step, and again.
 
         prompts: the pool, drawn from with replacement.
-        reward_fn: texts -> (B,) floats, or (prompts, responses) -> (B,) floats.
+        reward_fn: a reward of any form that `rewards.call_reward` takes.
         on_step: called after every step with its rollout and statistics; `Run.record` is one.
         Returns the statistics of all steps. Raises ValueError for an empty pool, or a prompt that is empty or too
         long, before any training. After an error of the reward function the trainer is as it was after the last step.

@@ -87,7 +87,8 @@ def k3(logp, ref):
 # ---- rewards, advantages, losses ------------------------------------------------------------------------------------
 
 
-def token_rewards(scores, kl, coef, mask):
+def token_rewards(scores, kl, coef, mask, token_scores=None):
+    """token_scores: what single tokens get; the last one gets the rest of the score as well."""
     out = np.zeros(np.shape(mask))
     for b in range(len(mask)):
         real = [t for t in range(len(mask[b])) if mask[b][t]]
@@ -95,6 +96,10 @@ def token_rewards(scores, kl, coef, mask):
             out[b, t] = -coef * float(kl[b][t])
         if real:
             out[b, real[-1]] += float(scores[b])
+        if token_scores is not None:
+            for t in real:
+                out[b, t] += float(token_scores[b][t])
+                out[b, real[-1]] -= float(token_scores[b][t])
     return out
 
 
@@ -302,7 +307,8 @@ def ppo_step(
 ):  # fmt: skip
     """One PPO step: rewards, GAE and whitening once, then an optimizer step for each minibatch.
 
-    params, ref_params: name -> float64 array. rows: dicts with query, response, score and perhaps keep (R, V).
+    params, ref_params: name -> float64 array. rows: dicts with query, response, score, which is a number or a list of
+    numbers, one a token, and perhaps keep (R, V).
     minibatches: lists of row numbers, one an optimizer step, epochs one after the other.
     state: Adam's of an earlier step. Returns new params, state, statistics.
     """
@@ -320,7 +326,10 @@ def ppo_step(
         parts = zip(old_logprobs[b], ref_logprobs[b], old[b][3], refs[b][3], strict=True)
         kl = [float(np.squeeze(token_kl(kl_estimator, *part))) for part in parts]
         rewards.append([-kl_coef * x if kl_placement == "reward" else 0.0 for x in kl])
-        rewards[-1][-1] += rows[b]["score"]
+        if isinstance(rows[b]["score"], list):
+            rewards[-1] = [r + s for r, s in zip(rewards[-1], rows[b]["score"], strict=True)]
+        else:
+            rewards[-1][-1] += rows[b]["score"]
     settings = (gamma, lam, whiten_ddof, whiten_rewards)
     if whiten_scope == "sequence":
         groups = [advantages_of([rewards[b]], [values[b]], *settings) for b in count]

@@ -53,6 +53,20 @@ def test_token_rewards_equal_the_oracle():
         close(actual, oracle.token_rewards(scores, kl, 0.3, mask))
 
 
+def test_token_rewards_with_shares_of_single_tokens_equal_the_oracle():
+    for mask, kl, shares, _, scores in batches():
+        arguments = (*tensors(scores, kl), 0.3, torch.tensor(mask), "last_token", spoil(*tensors(shares, mask)))
+        close(ppo.token_rewards(*arguments), oracle.token_rewards(scores, kl, 0.3, mask, shares))
+
+
+def test_shares_and_the_rest_at_the_last_token_worked_by_hand():
+    mask, shares = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1.0, -2.0, 4.0], [0.5, 9.0, 9.0]])
+    scores, kl = torch.tensor([10.0, 0.5]), torch.zeros(2, 3)
+    assert ppo.token_rewards(scores, kl, 1.0, mask, token_scores=shares).tolist() == [[1, -2, 4 + 7], [0.5, 0, 0]]
+    last_column = ppo.token_rewards(scores, kl, 1.0, mask, "last_column", shares)
+    assert last_column.tolist() == [[1, -2, 4 + 7], [0.5, 0, 0]]
+
+
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0), (0.0, 0.95)])
 def test_gae_equals_the_oracle(gamma, lam):
     for mask, rewards, values, _, _ in batches():

@@ -137,6 +137,15 @@ def test_the_oracle_moves_the_weights_by_more_than_the_tolerance():
     assert min(np.abs(moved[n] - params[n]).max() for n in params) > 1e-4
 
 
+@pytest.mark.parametrize("settings", [{}, dict(whiten_scope="sequence", gamma=0.9), dict(whiten_rewards=True)])
+def test_a_step_on_scores_of_single_tokens(settings):
+    rows = random_rows(15, 5)
+    rng = np.random.default_rng(15)
+    for row in rows:
+        row["score"] = (rng.integers(-16, 17, len(row["response"])) / 8).tolist()
+    run_both(rows, **settings)
+
+
 def test_a_step_of_one_row():
     run_both(random_rows(3, 1))
 

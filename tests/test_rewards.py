@@ -14,7 +14,7 @@ from transformers import pipeline
 
 from conftest import VOCAB, make_bert
 from minirlhf import SentimentReward, Tokenizer
-from minirlhf.rewards import CANARIES, call_reward, within
+from minirlhf.rewards import CANARIES, call_reward, reward_by_token, within
 
 LABELS = {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
 TEXTS = ["很好", "", "酒店位置很好，服务非常满意！推荐", "房间太脏", "hello world wifi", "差" * 30, "早餐一般。",
@@ -165,6 +165,85 @@ BY_PAIR, BY_TEXT = [2 - 20, 2, 4 - 50], [4, 2, 9]
 ])  # fmt: skip
 def test_a_reward_gets_texts_or_prompts_and_responses_by_its_signature(reward, expected):
     assert call_reward(reward, PROMPTS, RESPONSES).tolist() == expected
+
+
+# ---- scores of single tokens ----------------------------------------------------------------------------------------
+
+TOKENS = [["很", "好"], [""], ["he", "", "llo"]]
+
+
+class ByToken:
+    def __call__(self, prompts, responses, tokens):
+        assert ["".join(row) for row in tokens] == responses
+        return [[len(p) + 10.0 * len(token) for token in row] for p, row in zip(prompts, tokens, strict=True)]
+
+
+BY_TOKEN = [[12, 12], [2], [24, 4, 34]]
+
+
+@pytest.mark.parametrize("reward", [
+    ByToken(), ByToken().__call__, lambda p, r, tokens: ByToken()(p, r, tokens),
+    lambda p, r, tokens=None: ByToken()(p, r, tokens),
+    lambda p, r, tokens: tuple(map(tuple, ByToken()(p, r, tokens))),
+    lambda p, r, tokens: [torch.tensor(row) for row in ByToken()(p, r, tokens)],
+    lambda p, r, tokens: [np.array(row) for row in ByToken()(p, r, tokens)],
+    lambda p, r, tokens: torch.tensor([[*row, *[math.nan] * (3 - len(row))] for row in ByToken()(p, r, tokens)]),
+])  # fmt: skip
+def test_a_reward_with_a_third_parameter_tokens_may_score_each_of_them(reward):
+    scores = reward_by_token(reward, PROMPTS, RESPONSES, TOKENS)
+    assert scores.dtype == torch.float64
+    assert scores.tolist() == [[*row, *[0.0] * (3 - len(row))] for row in BY_TOKEN]
+    assert call_reward(reward, PROMPTS, RESPONSES, TOKENS).tolist() == [sum(row) for row in BY_TOKEN]
+
+
+def test_it_may_score_whole_responses_as_well():
+    def reward(prompts, responses, tokens):
+        return [len(row) for row in tokens]
+
+    assert reward_by_token(reward, PROMPTS, RESPONSES, TOKENS).tolist() == [2, 1, 3]
+    assert call_reward(reward, PROMPTS, RESPONSES, TOKENS).tolist() == [2, 1, 3]
+
+
+def test_without_tokens_characters_stand_for_them():
+    seen = []
+    call_reward(lambda p, r, tokens: seen.extend(tokens) or [0, 0, 0], PROMPTS, RESPONSES)
+    assert seen == [["很", "好"], [""], [*"hello"]]
+
+
+def test_other_rewards_get_no_tokens():
+    assert reward_by_token(ByPair(), PROMPTS, RESPONSES, TOKENS).tolist() == BY_PAIR
+    assert reward_by_token(lambda tokens: [len(t) for t in tokens], PROMPTS, RESPONSES, TOKENS).tolist() == BY_TEXT
+    assert call_reward(lambda p, r, scale=2: ByPair()(p, r), PROMPTS, RESPONSES, TOKENS).tolist() == BY_PAIR
+
+
+def test_the_tokens_it_gets_are_its_own():
+    def reward(prompts, responses, tokens):
+        for row in tokens:
+            row.clear()
+        return [[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]
+
+    assert call_reward(reward, PROMPTS, RESPONSES, TOKENS).tolist() == [3, 3, 15]
+    assert TOKENS == [["很", "好"], [""], ["he", "", "llo"]]
+
+
+@pytest.mark.parametrize(("scores", "message"), [
+    ([[1.0, 2.0], [3.0]], "token scores must be 3 lists, one a response, got 2"),
+    ([[1.0], [2.0], [3.0, 4.0, 5.0]], "response 0 of 2 tokens: scores must be 2 numbers, .* got shape"),
+    ([[1.0, 2.0], [3.0], [4.0, 5.0, math.inf]], "response 2 of 3 tokens: scores must be finite, got inf"),
+    ([[1.0, 2.0], [3.0], [4.0, 5.0, "6"]], "response 2 of 3 tokens: scores must be 3 numbers"),
+    ([[1.0, 2.0], 3.0, [4.0, 5.0, 6.0]], "response 1 of 1 tokens: scores must be 1 numbers"),
+    ([[], [], []], "response 0 of 2 tokens"), (np.zeros((3, 2)), r"must be of shape \(3, 3\), got \(3, 2\)"),
+    (torch.zeros(3, 4), r"must be of shape \(3, 3\), got \(3, 4\)"), (np.zeros((3, 3, 1)), "scores must be 3 numbers"),
+    ([[3e38, 3e38], [0.0], [0.0] * 3], "scores must be finite, got 6.0.*for text 0"),
+])  # fmt: skip
+def test_bad_scores_of_tokens_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        call_reward(lambda prompts, responses, tokens: scores, PROMPTS, RESPONSES, TOKENS)
+
+
+def test_lists_of_scores_from_a_reward_that_gets_no_tokens_are_refused():
+    with pytest.raises(ValueError, match="scores must be 3 numbers"):
+        call_reward(lambda prompts, responses: [[1.0], [2.0], [3.0]], PROMPTS, RESPONSES, TOKENS)
 
 
 def test_a_reward_may_change_the_lists_it_gets():

@@ -53,6 +53,27 @@ def test_fields_and_shapes(models, tokenizer):
         assert tokenizer.decode(row) == response
 
 
+def test_scores_of_single_tokens_stand_at_their_tokens(models, tokenizer):
+    def reward(prompts, responses, tokens):
+        assert prompts == PROMPTS and ["".join(row) for row in tokens] == responses
+        return [[i + 0.125 * len(token) for token in row] for i, row in enumerate(tokens, 1)]
+
+    eos = int(collect(models, tokenizer, length=8).tokens[1, -5])
+    rollout = collect(models, tokenizer, reward=reward, length=8, eos_token_id=eos)
+    assert rollout.token_scores.shape == rollout.values.shape and rollout.token_scores.dtype == torch.float32
+    assert len(set(rollout.response_mask.sum(-1).tolist())) > 1  # ragged
+    for i in range(4):
+        ids = rollout.tokens[i, -8:][rollout.response_mask[i]].tolist()
+        own = rollout.token_scores[i]
+        expected = [i + 1 + 0.125 * len(piece) for piece in tokenizer.decode_pieces(ids)]
+        assert own.tolist() == [*expected, *[0.0] * (8 - len(ids))]
+        assert rollout.scores[i].item() == sum(expected)
+    rows = rollout.rows(torch.tensor([2, 0]))
+    assert torch.equal(rows.token_scores, rollout.token_scores[[2, 0], : rows.response_mask.size(1)])
+    whole = collect(models, tokenizer, length=8, eos_token_id=eos)
+    assert whole.token_scores is None and torch.equal(whole.tokens, rollout.tokens)
+
+
 def test_every_row_is_scored_as_if_it_stood_alone(models, tokenizer):
     """Log-probabilities, reference, values and entropies of one row: its own tokens, no padding, the same sets."""
     policy, reference = models

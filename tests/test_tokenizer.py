@@ -252,3 +252,29 @@ def test_built_vocabulary_does_not_depend_on_the_order_of_texts():
     texts = ["酒店很好，hello", "服务很好 world", "hello 差"]
     assert build_vocab(texts, 1) == build_vocab(reversed(texts), 1)
     assert len(set(build_vocab(texts, 1))) == len(build_vocab(texts, 1))
+
+
+# ---- the text of each token -----------------------------------------------------------------------------------------
+
+
+def test_pieces_by_hand(tokenizer):
+    ids = ids_of("[CLS]", "很", "hello", "##x", "[SEP]", "world", "好", "wifi", "[PAD]")
+    assert tokenizer.decode_pieces(ids) == ["", "很", "hello", "x", "", " world", "好", "wifi", ""]
+    assert tokenizer.decode_pieces(torch.tensor(ids)) == tokenizer.decode_pieces(ids)
+    assert tokenizer.decode_pieces([]) == [] and tokenizer.decode_pieces(ids_of("[SEP]")) == [""]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, len(VOCAB) - 1) | st.sampled_from(ids_of("[SEP]", "hello", "##a", "好")), max_size=12))
+def test_pieces_are_what_each_token_adds(ids):
+    tokenizer = Tokenizer(VOCAB)
+    pieces = tokenizer.decode_pieces(ids)
+    assert [len(tokenizer.decode(ids[: t + 1])) for t in range(len(ids))] == [
+        len("".join(pieces[: t + 1])) for t in range(len(ids))
+    ]
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_pieces_of_an_id_outside_the_vocabulary_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=f"token id {len(VOCAB)} is outside"):
+        tokenizer.decode_pieces([len(VOCAB)])

@@ -377,6 +377,56 @@ def test_running_score_whitening_is_that_of_all_scores_so_far():
     same(weights(one), weights(other), 1e-6)  # scores given are rounded to fp32
 
 
+def token_scores(responses, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(len(response), generator=generator).tolist() for response in responses]
+
+
+def test_scores_of_single_tokens_are_kept_and_their_sum_is_the_score():
+    queries, responses, _ = batch()
+    scores = token_scores(responses)
+    trainer = make_trainer(init_kl_coef=0.0, dtype=torch.float64)
+    rollout = trainer._rollout(queries, responses, scores)
+    assert rollout.scores.tolist() == pytest.approx([sum(row) for row in scores])
+    rewards, shaped = trainer._token_rewards(rollout)
+    assert shaped.tolist() == rollout.scores.tolist()
+    for row, given, response in zip(rewards.tolist(), scores, responses, strict=True):
+        assert row == pytest.approx([*given, *[0.0] * (7 - len(response))], abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(score_scale=0.25), dict(score_whitening=True), dict(score_whitening=True, score_scale=3.0, score_clip=0.5),
+    dict(score_clip=0.25), dict(overlong="replace", overlong_score=-3.0, max_response_tokens=4),
+    dict(missing_eos="subtract", missing_eos_score=1.0, eos_token_id=EOS),
+])  # fmt: skip
+def test_shares_of_tokens_are_scaled_as_the_score_is_and_the_last_one_gets_the_rest(settings):
+    queries, responses, _ = batch()
+    scores = token_scores(responses)
+    trainer, whole = (make_trainer(init_kl_coef=0.0, dtype=torch.float64, **settings) for _ in range(2))
+    totals = [sum(row) for row in scores]
+    rollout = trainer._rollout(queries, responses, scores)
+    rewards, shaped = trainer._token_rewards(rollout)
+    as_one, expected = whole._token_rewards(whole._rollout(queries, responses, totals))
+    assert shaped.tolist() == pytest.approx(expected.tolist(), abs=1e-6)  # as for scores of whole responses
+    assert rewards.sum(-1).tolist() == pytest.approx(as_one.sum(-1).tolist(), abs=1e-6)
+    factor = settings.get("score_scale", 1.0)
+    if "score_whitening" in settings:
+        factor /= np.std([factor * x for x in totals], ddof=1) * 1.0
+    for row, given in zip(rewards.tolist(), scores, strict=True):
+        before_last = len(given) - 1
+        assert row[:before_last] == pytest.approx([factor * x for x in given[:-1]], abs=1e-6)
+
+
+def test_explaining_shows_the_rewards_of_single_tokens(capsys):
+    queries, responses, _ = batch()
+    scores = token_scores(responses)
+    trainer = make_trainer(init_kl_coef=0.0)
+    rollout = trainer._rollout(queries, responses, scores)
+    trainer.step(rollout)
+    shown = trainer.explain(rollout, 3)
+    assert [token.reward for token in shown.tokens] == pytest.approx(scores[3], abs=1e-5)
+
+
 def test_during_value_warm_up_the_value_loss_alone_is_trained():
     trainer = make_trainer(value_warmup=1)
     plain = make_trainer()
@@ -514,6 +564,30 @@ def test_a_tiny_task_is_learned():
     assert history[-1]["objective/entropy"] < history[0]["objective/entropy"]
 
 
+def test_each_token_learns_from_its_own_score():
+    """With gamma = 0 nothing comes back from later tokens: a score at the last one teaches the others nothing."""
+
+    def is_chinese(prompts, responses, tokens):
+        return [[float(any("一" <= c <= "龥" for c in token)) for token in row] for row in tokens]
+
+    def total(prompts, responses):
+        return [sum("一" <= c <= "龥" for c in text) for text in responses]
+
+    shares = []
+    for reward in (is_chinese, total):
+        policy, reference = (GPT2(GPT2Config(vocab_size=len(VOCAB), n_positions=16, **SMALL)) for _ in range(2))
+        trainer = PPOTrainer(
+            policy, reference, Tokenizer(VOCAB), steps=32 * 16, batch_size=32, minibatch_size=16,
+            forward_batch_size=32, gen_len=4, lr=1e-2, top_p=1.0, device="cpu", init_kl_coef=0.0, gamma=0.0,
+        )  # fmt: skip
+        last = []
+        trainer.train(["好", "酒", "服"], reward, lambda rollout, _, last=last: last.append(rollout))
+        tokens = torch.cat([rollout.tokens[:, -4:-1] for rollout in last[-3:]])  # all but the last token
+        chinese = torch.tensor(["一" <= token[0] <= "龥" for token in VOCAB])
+        shares.append(chinese[tokens].float().mean().item())
+    assert shares[0] > 0.9 and shares[0] > shares[1] + 0.1
+
+
 # ---- edges ----------------------------------------------------------------------------------------------------------
 
 
@@ -625,6 +699,11 @@ BAD_BATCHES = {
     "a score that is not a number": (GOOD, GOOD, [1.0, NAN]),
     "an infinite score": (GOOD, GOOD, [1.0, math.inf]),
     "scores as a column": (GOOD, GOOD, torch.ones(2, 1)),
+    "a token without a score": (GOOD, GOOD, [[1.0], [2.0]]),
+    "a score without a token": (GOOD, GOOD, [[1.0, 2.0], [2.0, 3.0]]),
+    "token scores of too few responses": (GOOD, GOOD, [[1.0, 2.0]]),
+    "a token score that is not a number": (GOOD, GOOD, [[1.0, NAN], [2.0]]),
+    "token scores and a score": (GOOD, GOOD, [[1.0, 2.0], 2.0]),
     "scores as texts": (GOOD, GOOD, ["a", "b"]),
     "no scores": (GOOD, GOOD, None),
     "no responses": (GOOD, None, [1.0, 2.0]),

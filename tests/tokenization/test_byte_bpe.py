@@ -245,3 +245,20 @@ def test_a_step_of_ppo(ours):
     assert [token.token for token in explanation.tokens] == [
         VOCAB[i] for i in rollout.tokens[1, -6:][rollout.response_mask[1]]
     ]
+
+
+def test_the_piece_of_a_character_of_several_tokens_is_the_last_one_s(ours):
+    single = {bytes([b]): i for i, b in enumerate(ours.model.bytes) for b in b if len(ours.model.bytes[i]) == 1}
+    ids = [single[bytes([byte])] for byte in "a店 b".encode()]
+    assert ours.decode_pieces(ids) == ["a", "", "", "店", " ", "b"]
+    assert ours.decode_pieces(ids[:3]) == ["a", "", "\ufffd"]  # cut within a character
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, len(VOCAB) - 1), max_size=12))
+def test_pieces_of_any_tokens_make_up_the_text(ids):
+    tokenizer = Tokenizer(ByteBPE(VOCAB, MERGES))
+    pieces = tokenizer.decode_pieces(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
+    for t in range(len(ids)):  # no piece before its time
+        assert tokenizer.decode(ids[: t + 1]).startswith("".join(pieces[: t + 1]))
