@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minirlhf.cpu import fast_matmul
 from minirlhf.fit_state import FitState
 from minirlhf.validation import (
     require,
@@ -63,12 +64,13 @@ class Precision:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run."""
         if self.name == "fp32":
-            return contextlib.nullcontext()
+            return fast_matmul() if self.device_type == "cpu" else contextlib.nullcontext()
         return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the (scaled) gradients of a loss."""
-        self.scaler.scale(loss).backward()
+        with fast_matmul() if self.device_type == "cpu" else contextlib.nullcontext():
+            self.scaler.scale(loss).backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float, loss: Tensor

@@ -24,10 +24,12 @@ from minirlhf.model_card import ModelCard
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.layers import global_rng_kept
 from minirlhf.sampling import full_precision, restrict, unpack_set
+from minirlhf.token_statistics import logprobs_and_entropy
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_KINDS = ("linear", "tanh")
 LOGITS_PER_CHUNK = 2**25  # fp32 logits alive at once in the LM head, 128 MiB
+LOGITS_IN_CACHE = 2**21  # the same on a CPU without a backward pass: what stays in its cache is not waited for
 
 
 class ValueHead(nn.Module):
@@ -210,15 +212,17 @@ def _in_chunks(
 
     def head(hidden: Tensor, compared: Tensor | None, picked: Tensor, sets: Tensor | None) -> tuple[Tensor, ...]:
         keep = None if sets is None else unpack_set(sets, model.config.vocab_size)
-        logits = restrict(model.lm_logits(hidden), temperature, keep)  # (chunk, V)
-        result = ppo.gather_logprobs(logits, picked), ppo.entropy(logits)
+        logits = model.lm_logits(hidden)  # (chunk, V)
+        result = logprobs_and_entropy(logits, picked, temperature, keep)
         if reference is None or compared is None:
             return result
+        logits = restrict(logits, temperature, keep)
         with torch.no_grad():
             ref_logits = restrict(reference.lm_logits(compared), temperature, keep)
         return *result, ppo.gather_logprobs(ref_logits, picked), ppo.exact_kl(logits, ref_logits)
 
-    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    per_chunk = LOGITS_PER_CHUNK if torch.is_grad_enabled() or hidden.device.type != "cpu" else LOGITS_IN_CACHE
+    rows = max(1, per_chunk // model.config.vocab_size)
     parts = []
     for start in range(0, max(len(picked), 1), rows):
         cut = slice(start, start + rows)

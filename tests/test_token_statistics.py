@@ -1,0 +1,74 @@
+"""Against the plain formulas in fp64, and their gradients by autograd and by finite differences."""
+
+import pytest
+import torch
+
+from minirlhf import ppo
+from minirlhf.sampling import restrict
+from minirlhf.token_statistics import logprobs_and_entropy
+
+
+def make(dtype=torch.float64, rows=7, vocab=13, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(vocab, (rows,), generator=generator)
+    keep = torch.rand(rows, vocab, generator=generator) < 0.6
+    keep[torch.arange(rows), tokens] = True
+    return logits.to(dtype).requires_grad_(), tokens, keep
+
+
+def plain(logits, tokens, temperature, keep):
+    x = restrict(logits, temperature, keep)
+    return ppo.gather_logprobs(x, tokens), ppo.entropy(x)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, -1.3), (1.0, None), (None, 1.0)])
+def test_values_and_gradients_are_those_of_the_plain_formulas(truncated, temperature, weights):
+    logits, tokens, keep = make()
+    kept = keep if truncated else None
+    results = []
+    for function in (logprobs_and_entropy, plain):
+        outputs = function(logits, tokens, temperature, kept)
+        coefficients = torch.linspace(-1, 2, len(tokens), dtype=torch.float64)  # a different one for each row
+        loss = sum(w * (coefficients * x).sum() for w, x in zip(weights, outputs, strict=True) if w is not None)
+        results.append((*outputs, *torch.autograd.grad(loss, logits)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_by_finite_differences():
+    logits, tokens, keep = make(rows=3, vocab=5)
+    assert torch.autograd.gradcheck(lambda x: logprobs_and_entropy(x, tokens, 0.8, keep), logits)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-6), (torch.float16, 2e-6)])
+def test_low_precision_logits_are_computed_in_fp32(dtype, tolerance):
+    logits, tokens, keep = make(dtype)
+    exact = plain(logits.detach().double(), tokens, 0.7, keep)
+    with torch.autocast("cpu", torch.float16):
+        ours = logprobs_and_entropy(logits, tokens, 0.7, keep)
+    for mine, truth in zip(ours, exact, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), truth, rtol=tolerance, atol=1e-5)
+    (ours[0].sum() + ours[1].sum()).backward()
+    assert logits.grad.dtype == dtype
+
+
+def test_a_token_outside_the_set_has_no_probability_and_one_alone_has_all():
+    logits, tokens, keep = make()
+    keep[0, tokens[0]] = False
+    keep[1] = torch.arange(13) == tokens[1]
+    logprobs, entropy = logprobs_and_entropy(logits, tokens, 1.0, keep)
+    assert logprobs[0] == -torch.inf and logprobs[1] == 0 and entropy[1] == 0
+    (gradient,) = torch.autograd.grad(logprobs[1] + entropy[1], logits)
+    assert gradient.abs().max() == 0
+
+
+def test_the_logits_are_left_as_they_were():
+    logits, tokens, keep = make()
+    before = logits.detach().clone()
+    for kept in (None, keep):
+        sum(logprobs_and_entropy(logits, tokens, 1.0, kept)).sum().backward()
+    assert torch.equal(logits.detach(), before)
