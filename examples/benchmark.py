@@ -2,7 +2,7 @@
 
     python examples/benchmark.py                                  # one iteration by phases, against its floor
     python examples/benchmark.py --precision fp32 bf16 --against transformers
-    python examples/benchmark.py --peer-command "python other.py"  # in turns with a command that times itself
+    python examples/benchmark.py --peer-command "python x.py"      # in turns with a command, see benchmark_trl.py
     python examples/benchmark.py scaling ragged overhead          # the other tables
     python examples/benchmark.py --size tiny --quick              # does it run? seconds
 

@@ -349,6 +349,47 @@ def test_our_timings_as_json_lines(call, tmp_path):
     assert {s.peer for s in samples} == {"minirlhf fp32 minibatch 16"}
 
 
+def test_the_commands_of_the_readme_are_commands(monkeypatch):
+    import benchmark
+
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8").split("\n## Benchmark\n")[1]
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python examples/benchmark.py")]
+    assert len(commands) >= 8
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command[1:])
+        args = benchmark.read_arguments()
+        assert benchmark.work_of(args, args.precision[0]).ppo()
+        for peer in args.peer_command:
+            assert (REPO / shlex.split(peer)[1]).exists()
+
+
+def test_the_other_side_has_the_same_work():
+    """128 prompts of four kinds and 3 tokens, 16 new tokens, texts of 20: what its own tokenizer says."""
+    pytest.importorskip("transformers")
+    import benchmark_trl as other
+    from benchmark_work import characters
+
+    batch = Work(size="tiny").lengths()
+    assert [len(query) for query in other.QUERIES] == [len(ids) for ids in batch.prompts]
+    assert len({tuple(query.tolist()) for query in other.QUERIES}) == len(set(map(tuple, batch.prompts)))
+    assert [len(response) for response in other.RESPONSES] == batch.responses
+    tokenizer = other.characters()
+    assert [len(ids) for ids in tokenizer(other.TEXTS)["input_ids"]] == batch.texts
+    assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get) == characters(21128)
+    assert other.RESPONSES[5].tolist() == tokenizer(other.TEXTS[5])["input_ids"][3:-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_tables_on_a_gpu(call, tmp_path):
+    error, _ = call("iteration", "scaling", "ragged", *SMALL, "--device", "cuda", "--precision", "bf16", "--output",
+                    "out", "--against", "transformers")  # fmt: skip
+    assert error is None
+    result = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert result["machine"]["GPU"] and len({row["peer"] for row in result["iteration"]}) == 2
+    assert all(row["memory s"] > 0 for row in result["bounds"]["bf16"])
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["speed"], "tables are iteration, scaling, ragged, overhead, got 'speed'"),
     (["--against", "transformers", "--peer-command", "true"], "one after the other"),
