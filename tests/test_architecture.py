@@ -60,8 +60,6 @@ ALLOWED = {
     "stopping": set(),
     "keyboard": set(),
     "feedback": {"files", "generation", "keyboard", "metrics", "models", "sampling", "tokenizer"},
-    "keyboard": set(),
-    "feedback": {"files", "generation", "keyboard", "metrics", "models", "sampling", "tokenizer"},
     "runs": {"files", "locks", "metrics", "models", "rollout", "stopping", "trainer", "training_state"},
     "diagnosis": {"batching", "diagnosis", "generation", "metrics", "models", "optimization", "ppo_config", "rewards",
                   "rollout", "tokenizer", "trainer"},
