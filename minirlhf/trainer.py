@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import ppo, training_state
+from minirlhf.cpu import keep_freed_memory
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.files import naming
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
@@ -60,6 +61,8 @@ class PPOTrainer:
         policy = _with_value_head(policy, self.config)
         _check_models(policy, ref_policy, tokenizer, self.config)
         self.device = resolve_device(self.config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.policy = policy.to(self.device).eval()
         self.ref_policy = ref_policy.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -272,7 +275,9 @@ class PPOTrainer:
         value_loss = mean(ppo.value_loss(scored.values, batch.values, returns, c.cliprange_value))
         loss = c.vf_coef * value_loss
         if self.iteration >= c.value_warmup:
-            loss = loss + policy_loss - c.entropy_coef * mean(scored.entropy)
+            loss = loss + policy_loss
+            if c.entropy_coef > 0:  # its gradient costs two more passes over the logits
+                loss = loss - c.entropy_coef * mean(scored.entropy)
             if c.kl_placement == "loss":
                 kl = scored.exact_kl if exact else ppo.kl_estimate(scored.logprobs, batch.ref_logprobs, c.kl_estimator)
                 assert kl is not None
