@@ -29,6 +29,9 @@ class AnyText:
     def decode(self, ids):
         return ""
 
+    def decode_pieces(self, ids):
+        return [""] * len(ids)
+
 
 def make_trainer(V, C, L=1, nh=2, n_positions=64, **settings):
     config = GPT2Config(vocab_size=V, n_embd=C, n_layer=L, n_head=nh, n_positions=n_positions)
