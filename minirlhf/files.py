@@ -75,23 +75,33 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Within it files are written, by `atomic_write`, into a folder that takes the place of `folder` at the end.
 
     Files of the old folder that are not written anew stay. If the body raises, or the process is killed, the old
-    folder is as it was; what a killed save left is removed by the next one. Raises OSError if the folder cannot be
-    written.
+    folder is as it was; what a killed save left is removed by the next one. A folder that cannot give its place, since
+    it is a mount point, the current directory, or in a folder that may not be written, gets its files one by one at
+    the end: each is whole, but a kill just then leaves old ones beside new ones.
+    Raises OSError if the folder cannot be written.
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.{os.getpid()}.", suffix=PARTIAL))
+    fixed = folder.is_dir() and _is_fixed(folder)
+    place = folder if fixed else folder.parent
+    _remove_abandoned(folder, place)
+    staged = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name}.{os.getpid()}.", suffix=PARTIAL))
     try:
         os.chmod(staged, 0o777 & ~_umask())
         if folder.is_dir():
-            shutil.copytree(folder, staged, copy_function=_link_or_copy, symlinks=True, dirs_exist_ok=True)
+            shutil.copytree(
+                folder, staged, copy_function=_link_or_copy, symlinks=True, dirs_exist_ok=True,
+                ignore=lambda _, names: [name for name in names if name == staged.name],
+            )  # fmt: skip
         yield staged
         flush_folder(staged)
-        _exchange(staged, folder)
-        flush_folder(folder.parent)
+        if fixed:
+            _fill(folder, staged)
+        else:
+            _exchange(staged, folder)
+            flush_folder(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)  # by now the old folder, or what an error left
 
@@ -137,9 +147,28 @@ def _exchange(staged: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _is_fixed(folder: Path) -> bool:
+    """Whether another folder cannot take the place of this one, or would take it from under our feet."""
+    return os.path.ismount(folder) or os.path.samefile(folder, os.curdir) or not os.access(folder.parent, os.W_OK)
+
+
+def _fill(folder: Path, staged: Path) -> None:
+    """Give a folder the content of one within it, file by file."""
+    gone = {path.name for path in folder.iterdir() if path != staged} - {path.name for path in staged.iterdir()}
+    for path in sorted(staged.rglob("*")):
+        target = folder / path.relative_to(staged)
+        if path.is_dir() and not path.is_symlink():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(path, target)
+    for name in gone:
+        (folder / name).unlink()
+    flush_folder(folder)
+
+
+def _remove_abandoned(folder: Path, place: Path) -> None:
     """Remove what saves of this folder left whose process was killed."""
-    for left in folder.parent.glob(f".{folder.name}.*{PARTIAL}"):
+    for left in place.glob(f".{folder.name}.*{PARTIAL}"):
         owner = left.name.removeprefix(f".{folder.name}.").split(".")[0]
         if folder.exists() and owner.isdigit() and not is_running(int(owner)):
             shutil.rmtree(left, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -159,6 +160,60 @@ def test_files_are_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
     with replaced_folder(tmp_path / "model") as staged:
         atomic_write(staged / "a", b"1")
     assert names(tmp_path / "model") == ["a", "other"]
+
+
+def save_twice(folder):
+    """A save that writes, keeps and removes files, and one that fails; and what was there before the second."""
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a", "b", "kept", "sub/kept"):
+        (folder / name).write_bytes(b"old")
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"new")
+        (staged / "b").unlink()
+        atomic_write(staged / "c", b"new")
+        assert (folder / "a").read_bytes() == b"old" and (folder / "b").exists() and not (folder / "c").exists()
+    with pytest.raises(OSError, match="disk full"), replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"newest")
+        raise OSError("disk full")
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"a": b"new", "c": b"new", "kept": b"old", "sub/kept": b"old"}
+    assert names(folder) == ["a", "c", "kept", "sub"] and names(folder.parent) == [folder.name]
+
+
+def test_the_current_directory_stays_where_it_is(tmp_path, monkeypatch):
+    """Another folder in its place would leave this process, and the shell that it came from, in one that is gone."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    save_twice(tmp_path / "model")
+    assert sorted(os.listdir()) == ["a", "c", "kept", "sub"]
+
+
+def test_a_mount_point_is_filled(tmp_path):
+    """As a volume of a container is, in whose place no other folder can come."""
+    (tmp_path / "model").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path / "model")]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system: needs root")
+    try:
+        save_twice(tmp_path / "model")
+    finally:
+        subprocess.run(["umount", str(tmp_path / "model")], check=True)
+
+
+def test_a_folder_in_one_that_may_not_be_written_is_filled(tmp_path, monkeypatch):
+    parent = tmp_path / "parent"
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != parent)
+    save_twice(parent / "model")
+
+
+def test_what_a_killed_save_left_within_a_folder_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".{tmp_path.name}.{gone.pid}.xyz.partial").mkdir()
+    with replaced_folder(tmp_path) as staged:
+        atomic_write(staged / "a", b"1")
+    assert names(tmp_path) == ["a"]
 
 
 def test_a_killed_save_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path):
