@@ -18,13 +18,14 @@ from minirlhf.composed_rewards import (
     TARGETS,
     Clipped,
     ControlledSentiment,
+    Increments,
     LengthPenalty,
     RepetitionPenalty,
     WeightedSum,
     check_tags,
     split_tag,
 )
-from minirlhf.rewards import CANARIES, call_reward
+from minirlhf.rewards import CANARIES, call_reward, reward_by_token
 
 REPO = Path(__file__).resolve().parent.parent
 TAGS = {"positive": "[正向]", "neutral": "[中性]", "negative": "[负向]"}
@@ -194,6 +195,143 @@ def test_bad_sizes_are_refused(bad):
 def test_small_rewards_are_frozen(reward):
     with pytest.raises(dataclasses.FrozenInstanceError):
         reward.n = reward.target = reward.low = 1
+
+
+# ---- rewards of single tokens ---------------------------------------------------------------------------------------
+
+TOKENS = [["很好", "很", "", "好"], [""], ["hello", " world"], [*"好好好好"]]
+
+
+def by_token(prompts, responses, tokens):
+    return [[float(len(token)) for token in row] for row in tokens]
+
+
+def table(rows):
+    return [[*row, *[0.0] * (4 - len(row))] for row in rows]
+
+
+def test_a_sum_of_scores_of_tokens_and_of_responses_gives_the_latter_to_the_last_token():
+    reward = WeightedSum({"token": (2.0, by_token), "pair": (-0.5, by_pair), "text": (1.0, by_text)})
+    whole = [-0.5 * p + t for p, t in zip(by_pair(PROMPTS, RESPONSES), map(lambda p, r: len(p + r) / 2, PROMPTS,
+                                                                           RESPONSES), strict=True)]  # fmt: skip
+    expected = [[2.0 * len(token) for token in row] for row in TOKENS]
+    for row, last in zip(expected, whole, strict=True):
+        row[-1] += last
+    scores = reward_by_token(reward, PROMPTS, RESPONSES, TOKENS)
+    assert scores.tolist() == table(expected)
+    lengths = [len(response) for response in RESPONSES]
+    assert reward.metrics()["reward/parts/token"] == pytest.approx(sum(lengths) / 4)
+    assert call_reward(reward, PROMPTS, RESPONSES, TOKENS).tolist() == [sum(row) for row in expected]
+    assert reward(PROMPTS, RESPONSES).tolist() == [sum(row) for row in expected]
+
+
+def test_a_sum_of_scores_of_responses_stays_one_a_response():
+    reward = WeightedSum({"pair": (-0.5, by_pair), "text": (1.0, Clipped(by_text, 0, 2))})
+    scores = reward_by_token(reward, PROMPTS, RESPONSES, TOKENS)
+    assert scores.shape == (4,) and scores.tolist() == reward(PROMPTS, RESPONSES).tolist()
+
+
+def test_clipping_of_scores_of_tokens_is_of_each():
+    reward = Clipped(by_token, 0.5, 1.5)
+    expected = [[1.5, 1, 0.5, 1], [0.5], [1.5, 1.5], [1, 1, 1, 1]]
+    assert call_reward(reward, PROMPTS, RESPONSES, TOKENS).tolist() == [sum(row) for row in expected]
+    assert reward_by_token(reward, PROMPTS, RESPONSES, TOKENS).tolist() == table(expected)
+    assert reward_by_token(WeightedSum({"a": (2.0, reward)}), PROMPTS, RESPONSES, TOKENS).tolist() == table(
+        [[2 * score for score in row] for row in expected]
+    )
+
+
+def test_a_repetition_is_charged_to_the_token_that_completes_it():
+    # 很好很好: 很好 again at its end. 好好好好: 好好 again at the third and the fourth character.
+    reward = RepetitionPenalty(2, per_token=True)
+    expected = [[0, 0, 0, -1 / 3], [0], [0, 0], [0, 0, -1 / 3, -1 / 3]]
+    scores = reward_by_token(reward, PROMPTS, RESPONSES, TOKENS)
+    torch.testing.assert_close(scores, doubles(table(expected)))
+    assert reward_by_token(RepetitionPenalty(2), PROMPTS, RESPONSES, TOKENS).shape == (4,)
+
+
+@given(st.lists(st.text(alphabet="ab很好", max_size=3), min_size=1, max_size=8), st.integers(1, 4))
+def test_charges_of_tokens_add_up_to_the_penalty(tokens, n):
+    scores = reward_by_token(RepetitionPenalty(n, per_token=True), [""], ["".join(tokens)], [tokens])
+    assert scores.sum().item() == pytest.approx(RepetitionPenalty(n)([""], ["".join(tokens)])[0], abs=1e-6)
+    text = ""
+    for token, charge in zip(tokens, scores[0].tolist(), strict=True):
+        before, text = text, text + token
+        grams = [text[end - n : end] for end in range(n, len(text) + 1)]
+        again = [g for i, g in enumerate(grams) if g in grams[:i] and i + n > len(before)]
+        assert charge == pytest.approx(-len(again) / max(1, sum(map(len, tokens)) - n + 1), abs=1e-6)
+
+
+def test_increments_are_what_each_token_adds_to_the_score():
+    asked = []
+
+    def squared(prompts, responses):
+        asked.extend(zip(prompts, responses, strict=True))
+        return [10 * len(p) + len(r) ** 2 for p, r in zip(prompts, responses, strict=True)]
+
+    scores = reward_by_token(Increments(squared), PROMPTS, RESPONSES, TOKENS)
+    assert scores.tolist() == table([[20 + 4, 5, 0, 7], [20], [40 + 25, 121 - 25], [1, 3, 5, 7]])
+    assert asked[:3] == [
+        ("酒店", "很好"),
+        ("酒店", "很好很"),
+        ("酒店", "很好很好"),
+    ]  # and none for the token without text
+    assert len(asked) == 3 + 1 + 2 + 4
+    whole = [10 * len(p) + len(r) ** 2 for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    assert scores.sum(-1).tolist() == whole == Increments(squared)(PROMPTS, RESPONSES).tolist()
+    assert call_reward(Increments(squared), PROMPTS, RESPONSES).tolist() == whole  # whatever the tokens are
+
+
+def test_increments_of_texts_and_of_sentiment_on_command():
+    tokens = [["很", "好"], ["太", "", "差"]]
+    reward = Increments(ControlledSentiment(lambda texts: [len(text) / 8 for text in texts]))
+    scores = reward_by_token(reward, ["[正向]酒店", "[负向]酒店"], ["很好", "太差"], tokens)
+    assert scores.tolist() == [[3 / 8, 1 / 8, 0], [5 / 8, 0, -1 / 8]]
+    assert reward.metrics().keys() == {"reward/positive", "reward/negative"}
+
+
+def test_no_responses_no_increments():
+    assert Increments(by_text)([], [], []).shape[0] == 0
+
+
+@pytest.mark.parametrize("bad", [None, 1.0, "reward"])
+def test_increments_of_something_else_are_refused(bad):
+    with pytest.raises(ValueError, match="Increments must be of a reward, got"):
+        Increments(bad)
+    with pytest.raises(ValueError, match=r"RepetitionPenalty.per_token must be True or False, got 1"):
+        RepetitionPenalty(2, per_token=1)
+
+
+def test_a_part_with_bad_scores_of_tokens_is_named():
+    reward = WeightedSum({"fine": (1.0, by_token), "broken": (1.0, lambda p, r, tokens: [[1.0]] * 4)})
+    with pytest.raises(ValueError, match=r"part 'broken': response 0 of 4 tokens: scores must be 4 numbers"):
+        call_reward(reward, PROMPTS, RESPONSES, TOKENS)
+
+
+def test_ppo_gives_a_composed_reward_to_the_tokens_it_names(tokenizer):
+    sizes = dict(n_embd=16, n_layer=1, n_head=2)
+    reward = WeightedSum({
+        "words": (0.5, Increments(by_text)), "repetition": (1.0, RepetitionPenalty(2, per_token=True)),
+        "length": (1.0, LengthPenalty(4)),
+    })  # fmt: skip
+    trainer = PPOTrainer(
+        make_gpt2(0, **sizes), make_gpt2(1, **sizes), tokenizer, batch_size=4, steps=4, gen_len=4, device="cpu",
+        init_kl_coef=0.0,
+    )  # fmt: skip
+    rollout = trainer.collect(["酒店", "位置"] * 2, reward)
+    responses = list(rollout.responses)
+    assert rollout.scores.tolist() == pytest.approx(reward(list(rollout.prompts), responses).tolist(), abs=1e-5)
+    for ids, shares, prompt, response in zip(
+        rollout.tokens[:, -4:].tolist(), rollout.token_scores.tolist(), rollout.prompts, responses, strict=True
+    ):
+        pieces = tokenizer.decode_pieces(ids)
+        charges = RepetitionPenalty(2, per_token=True)([prompt], [response], [pieces])[0]
+        expected = [len(piece) / 4 + charge for piece, charge in zip(pieces, charges, strict=True)]
+        expected[0] += len(prompt) / 4
+        expected[-1] -= abs(len(response) - 4) / 4
+        assert shares == pytest.approx(expected, abs=1e-5)
+    stats = trainer.step(rollout)
+    assert stats["objective/reward_with_kl"] == pytest.approx(rollout.scores.mean().item(), abs=1e-5)
 
 
 # ---- sentiment on command -------------------------------------------------------------------------------------------
