@@ -169,7 +169,8 @@ class SentimentReward:
 
     positive_label: the name of the positive label; None: the only label whose name begins with "positive" or "正".
     batch_size: texts a forward pass. Longer texts than the classifier's positions are cut at the end.
-    Raises ValueError if the positive label is not found, or the vocabulary does not match the model.
+    Raises ValueError if there is but one label, the positive one is not found, or the vocabulary does not match the
+    model.
     """
 
     def __init__(
@@ -228,6 +229,11 @@ class SentimentReward:
 
 
 def _positive_index(labels: Sequence[str], name: str | None) -> int:
+    if len(labels) < 2:
+        raise ValueError(
+            f"a classifier with the only label {labels[0]!r} gives it to every text; a reward model of one score loads "
+            "with RewardModel.from_pretrained"
+        )
     if name is not None:
         if name not in labels:
             raise ValueError(f"positive_label must be one of {list(labels)}, got {name!r}")

@@ -358,5 +358,6 @@ def test_the_names_are_the_published_ones(trunk, tmp_path):
 def test_a_bert_reward_is_no_sentiment(tmp_path):
     make_reward("bert").save_pretrained(tmp_path)
     assert len(BertClassifier.from_pretrained(tmp_path).config.labels) == 1
-    with pytest.raises(ValueError, match="cannot tell the positive label"):
-        SentimentReward.from_pretrained(tmp_path)
+    for options in ({}, {"positive_label": "reward"}):  # whose softmax would be 1 whatever the text
+        with pytest.raises(ValueError, match="the only label 'reward' gives it to every text; a reward model of one"):
+            SentimentReward.from_pretrained(tmp_path, **options)
