@@ -55,6 +55,11 @@ def split_reviews(reviews: Iterable[Review]) -> tuple[list[Review], list[Review]
     return _balance(train), _balance(held_out)
 
 
+def fold(text: str, folds: int) -> int:
+    """Return a number in [0, folds), fixed by the text's hash; texts that begin with the same 20 letters share it."""
+    return int(_fraction(_letters(text)[:20], "fold") * folds)
+
+
 def opening(text: str, low: int = 10, high: int = 20) -> str:
     """Return the first n characters of `text`, n in [low, high] fixed by the text's hash."""
     return text[: low + int(_fraction(text, "opening") * (high - low + 1))]

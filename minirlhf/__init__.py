@@ -1,12 +1,15 @@
 """PPO-RLHF for language models in plain PyTorch: GPT-2, sampling, rewards and PPO from scratch."""
 
 from minirlhf import ppo
+from minirlhf.best_of import BestOfN, best_of_n
 from minirlhf.diagnosis.doctor import Finding, doctor
+from minirlhf.evaluation import EvaluationConfig, evaluate
 from minirlhf.generation import Generation, generate
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.models.reward import RewardModel
+from minirlhf.ngram_scorer import NGramScorer
 from minirlhf.ppo import AdaptiveKL, FixedKL
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.rewards import SentimentReward
@@ -22,10 +25,13 @@ __all__ = [
     "AdaptiveKL",
     "BertClassifier",
     "BertConfig",
+    "BestOfN",
+    "EvaluationConfig",
     "Finding",
     "FixedKL",
     "GPT2Config",
     "Generation",
+    "NGramScorer",
     "PPOConfig",
     "PPOTrainer",
     "RewardModel",
@@ -34,8 +40,10 @@ __all__ = [
     "SentimentReward",
     "Tokenizer",
     "ValueHead",
+    "best_of_n",
     "collect_rollout",
     "doctor",
+    "evaluate",
     "generate",
     "ppo",
     "sample_top_p",

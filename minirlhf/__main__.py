@@ -16,10 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 import minirlhf
-from minirlhf import conversion, generation, hub
+from minirlhf import conversion, evaluation, generation, hub
 from minirlhf.console import bars, batches, show
 from minirlhf.diagnosis.doctor import PROMPTS
 from minirlhf.diagnosis.patient import FAIL
+from minirlhf.evaluation import MAX_N, EvaluationConfig
+from minirlhf.evaluation_request import EvaluationRequest, load_scorer
 from minirlhf.files import naming
 from minirlhf.metrics import json_line, printable
 from minirlhf.models.bert import BertClassifier
@@ -209,6 +211,65 @@ def doctor(
         policy, reference, reward=reward, prompts=prompts, positive_label=positive_label, canaries=canaries, **given
     )
     return int(any(finding.status == FAIL for finding in findings))
+
+
+@command(
+    argument(
+        "--run", metavar="FOLDER", help="of a run: stands for its policy/, reference/ and prompts, adds its curves"
+    ),
+    argument("--policy", metavar="FOLDER", help="GPT-2 folder with its tokenizer; default: that of --run"),
+    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of --run"),
+    argument("--reward", required=True, metavar="FOLDER", help="sentiment classifier, reward model or n-gram scorer"),
+    argument("--second-scorer", metavar="FOLDER", help="another one, that the policy was not trained on"),
+    argument("--prompts", nargs="+", metavar="TEXT", help="it was trained on, or one file with a text a line"),
+    argument("--held-out-prompts", nargs="+", metavar="TEXT", help="it was not trained on; in the same form"),
+    argument("--encoding", default="utf-8", help="of such files; default %(default)s"),
+    argument("--samples", type=integer(2), default=512, metavar="N", help="of each model; default %(default)s"),
+    argument("--best-of", nargs="+", type=integer(1, MAX_N), default=[2, 4, 8, 16], metavar="N", help="2 4 8 16"),
+    argument("--gen-len", type=integer(1), default=16, metavar="N", help="tokens of each; default %(default)s"),
+    argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1: all, the default"),
+    argument("--top-k", type=integer(0), default=0, metavar="K", help="most probable tokens; 0: all, the default"),
+    argument("--temperature", type=float, default=1.0, metavar="T", help="divides the logits; default %(default)s"),
+    argument("--seed", type=integer(0), default=0, metavar="N", help="of the sampling; default %(default)s"),
+    argument("--eos", action="store_true", help="stop at the token that ends a text"),
+    argument("--output", metavar="FOLDER", help="leave evaluation.json and report.html there"),
+    DEVICE,
+    AS_JSON,
+)
+def evaluate(
+    run: str | None,
+    policy: str | None,
+    reference: str | None,
+    reward: str,
+    second_scorer: str | None,
+    prompts: list[str] | None,
+    held_out_prompts: list[str] | None,
+    encoding: str,
+    samples: int,
+    best_of: list[int],
+    gen_len: int,
+    top_p: float,
+    top_k: int,
+    temperature: float,
+    seed: int,
+    eos: bool,
+    output: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Compare a policy with its reference, and look for reward hacking."""
+    sampling, where = SamplingConfig(temperature, top_k, top_p), resolve_device(device)
+    asked = EvaluationRequest.of(run, policy, reference, prompts, held_out_prompts, encoding, output)
+    tokenizer = Tokenizer.from_pretrained(asked.policy)
+    config = EvaluationConfig(samples, gen_len, sampling, tokenizer.eos_id if eos else None, tuple(best_of), seed=seed)
+    found = evaluation.evaluate(
+        GPT2.from_pretrained(asked.policy).to(where), GPT2.from_pretrained(asked.reference).to(where), tokenizer,
+        asked.prompts, load_scorer(reward, device), asked.held_out,
+        None if second_scorer is None else load_scorer(second_scorer, device), config,
+    )  # fmt: skip
+    about = {"policy": asked.policy, "reference": asked.reference, "reward": reward, "second scorer": second_scorer}
+    asked.write(found, about)
+    show([json_line({**about, **found.as_dict()})] if as_json else found.lines())
 
 
 # ---- entrance -------------------------------------------------------------------------------------------------------

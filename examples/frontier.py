@@ -1,0 +1,119 @@
+"""Sweep the KL coefficient of PPO, and draw what it buys against best-of-n: the reward-KL frontier (Gao et al. 2022).
+
+    python examples/frontier.py                                   # minutes on two CPU cores
+    python examples/frontier.py --kl-coefs 0.05 0.2 --steps 5120 --output runs/frontier
+
+Each coefficient is a short PPO run of its own from the same weights, with the coefficient held fixed, and is then
+evaluated on fresh samples: reward, KL, and a second scorer that no run has seen. Best-of-n of the untuned model needs
+no training; what it reaches at the same KL is in the table. Leaves frontier.png, second_scorer.png and frontier.md.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+try:
+    import matplotlib  # noqa: F401  (the pictures at the end need it: better to know now)
+except ImportError:
+    sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
+
+from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SamplingConfig, SentimentReward, Tokenizer
+from minirlhf.comparison import Comparison
+from minirlhf.evaluation import EvaluationConfig, evaluate
+from minirlhf.files import atomic_write
+from minirlhf.frontier import FrontierPoint, draw_frontier
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
+
+
+def main() -> None:
+    args = read_arguments()
+    reward = SentimentReward.from_pretrained(args.reward)
+    second = NGramScorer.from_pretrained(args.second_scorer)
+    tokenizer = Tokenizer.from_pretrained(args.policy)
+    reference = GPT2.from_pretrained(args.policy)
+    configs = {coefficient: ppo_config(args, coefficient) for coefficient in sorted(set(args.kl_coefs))}
+    sampling = SamplingConfig(top_p=args.top_p)
+    settings = EvaluationConfig(args.samples, sampling=sampling, best_of_prompts=max(1, args.samples // 8))
+    output = Path(args.output or f"runs/frontier-{time.strftime('%Y%m%d-%H%M%S')}")
+    output.mkdir(parents=True, exist_ok=False)  # a sweep is never overwritten
+
+    # 1. A PPO run for each coefficient, then its evaluation. The same seed everywhere: the runs differ in nothing else.
+    found: dict[float, Comparison] = {}
+    for coefficient, config in configs.items():
+        trainer = PPOTrainer(GPT2.from_pretrained(args.policy), reference, tokenizer, config)
+        trainer.train(PROMPTS, reward)
+        evaluation = evaluate(
+            trainer.policy, trainer.reference, tokenizer, PROMPTS, reward, second_scorer=second, config=settings
+        )
+        found[coefficient] = evaluation.given
+        print(f"coefficient {coefficient:g}: reward {evaluation.given.policy.reward}, KL {evaluation.given.kl:.2f}")
+        for symptom in evaluation.symptoms:
+            print(f"  ! {symptom}")
+
+    # 2. One table, and a picture for each scorer.
+    table = markdown(found)
+    atomic_write(output / "frontier.md", table.encode())
+    for name, file in (("reward", "frontier.png"), ("second", "second_scorer.png")):
+        first = next(iter(found.values()))  # best-of-n is the reference's: any run's will do
+        curve = [FrontierPoint("n = 1", 0.0, getattr(first.reference, name))]
+        curve += [FrontierPoint(f"{point.n:g}", point.kl, getattr(point, name)) for point in first.best_of_n]
+        policies = [FrontierPoint(f"β = {c:g}", x.kl, getattr(x.policy, name)) for c, x in found.items()]
+        score = {"reward": "reward", "second": "second scorer"}[name]
+        atomic_write(output / file, draw_frontier(curve, policies, score))
+    print(f"{table}saved in {output}")
+
+
+def ppo_config(args: argparse.Namespace, coefficient: float) -> PPOConfig:
+    """As positive_reviews.py on the starter weights, with a fixed KL coefficient in place of the controller."""
+    return PPOConfig(
+        steps=args.steps,
+        lr=2e-4,
+        minibatch_size=32,
+        forward_batch_size=32,
+        entropy_coef=0.01,
+        adaptive_kl=False,
+        init_kl_coef=coefficient,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+
+
+def markdown(found: dict[float, Comparison]) -> str:
+    """A row for each coefficient, then best-of-n."""
+    first = next(iter(found.values()))
+    lines = ["| | KL, nats a sequence | reward | second scorer | best-of-n at equal KL: reward | distinct-2 |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for coefficient, x in found.items():
+        equal = "beyond" if x.equal_kl is None else f"n = {x.equal_kl.n:.1f}: {x.equal_kl.reward}"
+        lines.append(
+            f"| PPO, β = {coefficient:g} | {x.kl:.2f} | {x.policy.reward} | {x.policy.second} | {equal} "
+            f"| {x.policy.distinct_2:.3f} |"
+        )
+    before = first.reference
+    lines.append(f"| reference | 0 | {before.reward} | {before.second} | | {before.distinct_2:.3f} |")
+    lines += [f"| best of {p.n:g} | {p.kl:.2f} | {p.reward} | {p.second} | | |" for p in first.best_of_n]
+    return "\n".join(lines) + "\n"
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4], metavar="β")
+    parser.add_argument("--steps", type=int, default=1280, help="samples of each run")
+    parser.add_argument("--samples", type=int, default=256, help="of each evaluation")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: there is one KL, and the comparison is exact")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policy", default=str(WEIGHTS / "gpt2-chinese-reviews-small"), help="GPT-2 folder")
+    parser.add_argument("--reward", default=str(WEIGHTS / "bert-chinese-reviews-sentiment-small"), help="BERT folder")
+    parser.add_argument("--second-scorer", default=str(WEIGHTS / "ngrams-chinese-reviews-sentiment"), help="its folder")
+    parser.add_argument("--output", help="a new folder, default runs/frontier-<time>")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # bad input: one line, no traceback
+        sys.exit(f"error: {error}")
