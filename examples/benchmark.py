@@ -41,8 +41,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     works = [work_of(args, precision) for precision in args.precision]
-    for work in works:
-        work.ppo()  # a bad setting is told before anything is timed
+    for work in works:  # what is bad is told before anything is timed
+        work.ppo(), work.lengths()
     if args.json_lines:
         for work in works:
             for sample in Ours(work).repeat(args.repeats):
@@ -53,7 +53,7 @@ def main() -> None:
         "command": shlex.join(["python", "examples/benchmark.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": report.machine(torch.device(args.device)),
-        "work": {name: value for name, value in vars(works[0]).items() if value is not None and name != "precision"},
+        "work": {n: v for n, v in vars(works[0]).items() if n != "precision" and v not in (None, {})},
     }
     if "iteration" in args.tables:
         result |= time_iteration(works, args)
@@ -67,24 +67,26 @@ def main() -> None:
         half = dataclasses.replace(work, batch=max(1, work.batch // 2))
         result["ragged"] = studies.ragged(half, args.repeats)
     if "overhead" in args.tables:
-        few = dict(iterations=1, batch_size=8, minibatch_size=4) if quick else {}
+        few = dict(iterations=1, batch_size=4, minibatch_size=4) if quick else {}
         result["overhead"] = studies.overhead(args.repeats, device=args.device, **few)
     write(result, args.output)
 
 
 def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str, Any]:
-    """Ours and the peers in turns, with rates measured before and after."""
+    """Ours and the peers in turns, with rates measured before and after.
+
+    Each side is a process, so that it has the memory for itself; but not ours and transformers.
+    """
     device = torch.device(args.device)
     sides: list[tuple[str, Any]] = []
     for work in works:
-        if args.peer_command:  # processes, ours as well: so each has its own memory
-            sides.append((work.name, lambda work=work: run_command(own_command(work, args))))
-        else:
-            sides.append((work.name, Ours(work).once))
         if args.against:
             peer = TransformersPeer(work)
             peer.collect(work.prompts)  # warms up, as ours does
+            sides.append((work.name, Ours(work).once))
             sides.append((peer.name, lambda peer=peer, work=work: peer.iteration(work.prompts)))
+        else:
+            sides.append((work.name, lambda work=work: run_command(own_command(work, args))))
     sides += [(command, lambda command=command: run_command(command)) for command in args.peer_command]
 
     def measured() -> list[Rates]:
@@ -103,8 +105,7 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
     rates, bounds, floors = {}, {}, {}
     for work, found in zip(works, both, strict=True):
         precision, best = work.precision, with_best(found)
-        bert = work.bert().config
-        costs = phase_costs(work.gpt2().config, bert, work.lengths(), precision, work.ppo().ppo_epochs, work.minibatch)
+        costs = phase_costs(*work.configs(), work.lengths(), precision, work.ppo().ppo_epochs, work.minibatch)
         rates[precision], bounds[precision] = dataclasses.asdict(best), report.bounds(costs, best)
         floors[work.name] = {row["phase"]: row["floor s"] for row in bounds[precision]}
     rows = report.summarise(samples, floors, new_tokens=works[0].batch * works[0].new_tokens)

@@ -29,13 +29,6 @@ def nothing(texts: Sequence[str]) -> list[float]:
     return [i / len(texts) for i in range(len(texts))]
 
 
-def median_rows(measure: Callable[[], dict[str, float]], repeats: int) -> dict[str, float]:
-    """The median of each number over so many calls, after one that warms up."""
-    measure()
-    runs = [measure() for _ in range(repeats)]
-    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-
-
 # ---- scaling --------------------------------------------------------------------------------------------------------
 
 
@@ -54,14 +47,16 @@ def scaling(work: Work, batches: Sequence[int], new_tokens: Sequence[int], rows:
 
 
 def timed(trainer: PPOTrainer, batch: int, repeats: int) -> dict[str, float]:
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+    """Medians over so many iterations, after a small one that warms up: the optimizer has its state then."""
 
-    def measure() -> dict[str, float]:
-        samples = iteration(trainer, prompts, nothing, "")
+    def measure(rows: int) -> dict[str, float]:
+        samples = iteration(trainer, [PROMPTS[i % len(PROMPTS)] for i in range(rows)], nothing, "")
         kept = {s.phase: s for s in samples if s.phase in ("generate", "passes", "update")}
         return {f"{name} s": s.seconds for name, s in kept.items()} | {"peak MB": samples[-1].peak_mb or 0.0}
 
-    return median_rows(measure, repeats)
+    measure(max(1, batch // 8))
+    runs = [measure(batch) for _ in range(repeats)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -111,11 +106,10 @@ def compared(
 ) -> list[Row]:  # fmt: skip
     """A row a phase; ragged and full in turns. real, most: the tokens of each row, of which the shares are taken."""
     runs: dict[str, list[dict[str, float]]] = {"ragged": [], "full": []}
-    for i in range(repeats + 1):
+    measure(lengths[: max(1, len(lengths) // 8)])  # warms up
+    for _ in range(repeats):
         for name, sizes in (("ragged", lengths), ("full", full)):
-            found = measure(sizes)
-            if i:  # the first of each warms up
-                runs[name].append(found)
+            runs[name].append(measure(sizes))
     share = sum(real) / sum(most)
     return [
         share_row(f"{what} of {min(lengths)} to {max(lengths)} tokens: {phase}",
@@ -136,15 +130,15 @@ def ended(work: Work, longest: int, repeats: int) -> Row:
     prompts = [tokenizer.encode_prompt(prompt) for prompt in work.prompts]
     times: dict[int | None, list[float]] = {END: [], None: []}
     real: list[int] = []
-    for i in range(repeats + 1):
+    for i in range(repeats):
         for end in times:
             generator = torch.Generator(device).manual_seed(i)
             start = now(device)
             with autocast(device, work.precision):
                 sampled = generate(policy, prompts, longest, work.ppo().sampling, eos_token_id=end, generator=generator)
-            if i:
-                times[end].append(now(device) - start)
-                real += [int(sampled.response_mask.sum())] * (end is not None)
+            times[end].append(now(device) - start)
+            if end is not None:
+                real.append(int(sampled.response_mask.sum()))
     share = statistics.mean(real) / (len(prompts) * longest)
     cost = {end: statistics.median(seconds) for end, seconds in times.items()}
     return share_row(f"responses that end at random, at most {longest} tokens: generate", cost[END], cost[None], share)

@@ -63,6 +63,12 @@ class Work:
                       precision=self.precision, minibatch_size=self.minibatch)  # fmt: skip
         return PPOConfig.with_overrides(**{**fields, **self.config, **changes})
 
+    def configs(self) -> tuple[GPT2Config, BertConfig]:
+        """Of the models."""
+        gpt2, bert = (kind(**sizes) for kind, sizes in zip((GPT2Config, BertConfig), SIZES[self.size], strict=True))
+        return (gpt2 if self.policy is None else self.gpt2().config,
+                bert if self.reward is None else self.bert().config)  # fmt: skip
+
     def gpt2(self) -> GPT2:
         """A new copy of the policy."""
         if self.policy is not None:

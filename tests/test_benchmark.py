@@ -307,8 +307,8 @@ SMALL = ["--size", "tiny", "--quick", "--batch", 3, "--new-tokens", 2]
 
 
 def test_everything_at_once(call, tmp_path):
-    error, shown = call("iteration", "scaling", "ragged", "overhead", *SMALL, "--precision", "fp32", "bf16",
-                        "--output", "out")  # fmt: skip
+    tables = ["iteration", "scaling", "ragged", "overhead"]
+    error, shown = call(*tables, *SMALL, "--precision", "bf16", "--output", "out")
     assert error is None
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["phases.png", "report.md", "results.json", "scaling.png"]
@@ -318,7 +318,7 @@ def test_everything_at_once(call, tmp_path):
     result = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
     assert result["machine"]["torch"] == torch.__version__ and result["work"]["batch"] == 3
     peers_timed = {row["peer"] for row in result["iteration"]}
-    assert peers_timed == {"minirlhf fp32 minibatch 16", "minirlhf bf16 minibatch 16"}
+    assert peers_timed == {"minirlhf bf16 minibatch 16"}
     assert all(row["times the floor"] > 0 and row["peak MB"] > 50 for row in result["iteration"])
     assert [row["batch"] for row in result["scaling"] if row["over"] == "batch"] == [4, 8]
     assert [row["new tokens"] for row in result["scaling"] if row["over"] == "new tokens"] == [8, 16]
