@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from minirlhf.generation import generate
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import LOGITS_PER_CHUNK, ActorCritic
+from minirlhf.models.heads import LOGITS_IN_CACHE, LOGITS_PER_CHUNK, ActorCritic
 from minirlhf.models.layers import SHORT_SEQUENCE
 from minirlhf.rollout import Rollout
 from minirlhf.trainer import PPOTrainer
@@ -63,14 +63,14 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     """The need of B = `batch_size` sequences of P = `prompt_length` and R = `gen_len` tokens, F = `micro_batch`.
 
     With e bytes an activation (4; 2 under autocast), W bytes of weights, n(rows) = min(rows R, 2^25 / V) tokens whose
-    logits are alive at once, s = 40 (14 without top-k and top-p), and a = 2 nh T where attention keeps its weights
+    logits are alive at once (2^21 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where attention keeps its weights
     (short sequences on a CPU), else T for its mask:
 
         weights    = 4 W_policy + W_reference
         rollout    = B (17 T + (26 + V / 8) R)
         generation = B (2 L C T e + max(s V, 12 C P e))             key/value cache; sampling, or the prompt before it
         scoring    = 12 S T C e + 30 n(S) V
-        update     = F T (L + 1) (16 C + a) e + 28 n(F) V + 4 C V   one layer more for its backward pass; d wte
+        update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
     Autocast adds a copy of the embedding in 2 bytes to generation and scoring, and one of all weights to the update.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
@@ -82,18 +82,19 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     e = 2 if reduced else FP32
     plain = trainer.device.type == "cpu" and T <= SHORT_SEQUENCE
     attention = 2 * c.n_head * T if plain else T
+    scored_at_once = LOGITS_IN_CACHE if trainer.device.type == "cpu" else LOGITS_PER_CHUNK
     sampling = 40 if trainer.config.sampling.truncates else 14
 
-    def logits(rows: int) -> int:
-        return min(rows * gen_len, max(1, LOGITS_PER_CHUNK // V)) * V
+    def logits(rows: int, chunk: int = LOGITS_PER_CHUNK) -> int:
+        return min(rows * gen_len, max(1, chunk // V)) * V
 
     weights, embedding = weight_bytes(trainer.policy), reduced * 2 * C * V
     return MemoryNeed(
         weights=4 * weights + weight_bytes(trainer.reference),
         rollout=batch_size * (17 * T + (26 + V // 8) * gen_len),
         generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + embedding,
-        scoring=12 * S * T * C * e + 30 * logits(S) + embedding,
-        update=F * T * (L + 1) * (16 * C + attention) * e + 28 * logits(F) + FP32 * C * V + reduced * weights // 2,
+        scoring=12 * S * T * C * e + 30 * logits(S, scored_at_once) + embedding,
+        update=F * T * (L + 1) * (16 * C + attention) * e + 14 * logits(F) + FP32 * C * V + reduced * weights // 2,
     )
 
 
