@@ -41,11 +41,11 @@ def write(text: str) -> None:
 def collect(args: argparse.Namespace) -> None:
     """Ask for rankings or scores of the policy's samples: the data of a reward model."""
     model, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+    sampling = SamplingConfig(top_p=args.top_p)
 
     def question_of(number: int):
         generator = torch.Generator().manual_seed(1000 * args.seed + number)  # a round has the same samples each time
         prompt = args.prompts[number % len(args.prompts)]
-        sampling = SamplingConfig(top_p=args.top_p)
         return draw_answers(model, tokenizer, prompt, args.samples, args.gen_len, sampling, generator)
 
     if not 2 <= args.samples <= 4 or args.rounds < 1:

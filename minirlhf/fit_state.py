@@ -44,15 +44,19 @@ class FitState:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
-                _, number, key = name.split(".")
+                number, key = name.split(".")[1:]
                 moments.setdefault(int(number), {})[key] = tensor
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         try:
+            for number, values in moments.items():
+                if any(tensor.numel() > 1 and tensor.shape != parameters[number].shape for tensor in values.values()):
+                    raise ValueError(f"the moments of parameter {number} have the shape of another")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
             scaler.load_state_dict(dict(counters["scaler"]))
             torch.set_rng_state(tensors["generator.dropout"])
             if device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["generator.dropout_cuda"], device)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"the saved state is of another model, precision or kind of device: {error}") from error
         self._loaded = None
         self.advance(self.batch)

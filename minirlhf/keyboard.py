@@ -48,9 +48,8 @@ class Keyboard:
             if not byte:
                 return ""
             key = self._decoder.decode(byte)
-        if key == ESCAPE:
-            while self._modes is not None and select.select([self._fd], [], [], PATIENCE)[0] and self._byte():
-                pass
+        if key == ESCAPE and self._modes is not None:
+            self._pass_over_sequence()
         return unicodedata.normalize("NFKC", key).lower()
 
     def __enter__(self) -> Keyboard:
@@ -68,6 +67,16 @@ class Keyboard:
             signal.signal(number, handler or signal.SIG_DFL)
         if self._modes is not None:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._modes)
+
+    def _pass_over_sequence(self) -> None:
+        """Read what follows an escape: of an arrow, say, "[A" (ECMA-48, section 5.4), of Alt with a key that key."""
+
+        def next_byte() -> bytes:
+            return self._byte() if select.select([self._fd], [], [], PATIENCE)[0] else b""
+
+        if next_byte() in (b"[", b"O"):
+            while (byte := next_byte()) and not 0x40 <= byte[0] <= 0x7E:
+                pass
 
     def _byte(self) -> bytes:
         try:

@@ -179,23 +179,25 @@ class SFTTrainer:
         Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint or other demonstrations.
         """
         tensors, counters = read_checkpoint(folder, FORMAT)
-        settings = {**counters["config"], "betas": tuple(counters["config"]["betas"])}
-        config = SFTConfig(**{**settings, **({} if device is None else {"device": device})})
         model, tokenizer = GPT2.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-        origin = counters["origin"]
-        model.origin = None if origin is None else Origin(**origin)  # of the run, not this folder
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is cut was said at the beginning
-            trainer = cls(model, tokenizer, demonstrations, config)
-        if _hash(trainer.sequences) != counters["data"]["sha256"]:
-            raise ValueError(
-                f"{folder} was trained on other demonstrations: on {counters['data']['sequences']} of them, "
-                f"{len(trainer.sequences)} are given, and they are not the same tokens in the same order"
-            )
-        trainer.steps = counters["steps"]
-        trainer.state.load(tensors, counters)
-        trainer._generator.set_state(tensors["generator.batches"])
-        trainer._epoch_start = tensors["generator.batches"]
+        try:  # a check sum says that nothing was changed since, not that we wrote it
+            settings = {**counters["config"], "betas": tuple(counters["config"]["betas"])}
+            config = SFTConfig(**{**settings, **({} if device is None else {"device": device})})
+            origin, data, steps = counters["origin"], counters["data"], int(counters["steps"])
+            model.origin = None if origin is None else Origin(**origin)  # of the run, not this folder
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is cut was said at the beginning
+                trainer = cls(model, tokenizer, demonstrations, config)
+            if _hash(trainer.sequences) != data["sha256"]:
+                raise ValueError(
+                    f"it was trained on other demonstrations: on {data['sequences']} of them, {len(trainer.sequences)} "
+                    "are given, and they are not the same tokens in the same order"
+                )
+            trainer.state.load(tensors, counters)
+            trainer._generator.set_state(tensors["generator.batches"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{folder} cannot be resumed: {error}") from error
+        trainer.steps, trainer._epoch_start = steps, tensors["generator.batches"]
         return trainer
 
 

@@ -145,3 +145,15 @@ def _print_to(output: Path) -> None:
     with open(output, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def on_terminal(name: str, path: Path, *arguments: str) -> None:
+    """Run a script as a program whose terminal has this name."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # the first one that is opened is the controlling one: Ctrl-C comes from it
+    for number in (0, 1, 2):
+        os.dup2(terminal, number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (as long as the process lives)
+    sys.argv = [str(path), *map(str, arguments)]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")

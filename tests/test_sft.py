@@ -392,7 +392,7 @@ def test_a_run_that_is_over_stays_as_it_is(tmp_path, tokenizer):
 def test_other_demonstrations_are_refused(tmp_path, tokenizer):
     SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG).save_checkpoint(tmp_path / "run")
     for others in (TEXTS[:3], TEXTS[::-1], [*TEXTS[:3], "早"], [Demonstration("早", "餐一般"), *TEXTS[1:]]):
-        with pytest.raises(ValueError, match="was trained on other demonstrations: on 4 of them"):
+        with pytest.raises(ValueError, match="run cannot be resumed: it was trained on other demonstrations: on 4 of them"):
             SFTTrainer.resume(tmp_path / "run", others)
 
 
