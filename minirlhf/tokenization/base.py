@@ -23,6 +23,7 @@ class TokenizerModel(abc.ABC):
     opening, closing: the ids that stand before and after an encoded text.
     eos_id: ends a document. pad_id: fills batches; a mask, not this id, says what is padding.
     backend: the `tokenizers` object that encodes; `tokenizer.json` is its text.
+    kept: settings that change no id, as the folder had them, written again for other tools.
     Raises ValueError for an empty or a duplicate token, one that is not valid Unicode, or a missing special token.
     """
 
@@ -32,6 +33,7 @@ class TokenizerModel(abc.ABC):
     eos_id: int
     pad_id: int
     backend: tokenizers.Tokenizer
+    kept: Mapping[str, Any] = {}
 
     def __init__(self, vocab: Sequence[str], roles: Mapping[str, str], extra_special: Sequence[str]):
         self.vocab = list(vocab)
@@ -67,7 +69,7 @@ class TokenizerModel(abc.ABC):
         return {
             **self.vocabulary_files(),
             TOKENIZER_FILE: self.backend.to_str(),
-            SETTINGS_FILE: {"tokenizer_class": self.class_name, **self.settings(), **self.roles, **extra},
+            SETTINGS_FILE: {"tokenizer_class": self.class_name, **self.settings(), **self.roles, **extra, **self.kept},
             SPECIAL_TOKENS_FILE: self.roles,
         }
 

@@ -20,7 +20,7 @@ from minirlhf.hub import locate
 from minirlhf.tokenization import byte_bpe, wordpiece
 from minirlhf.tokenization.base import SETTINGS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, TokenizerModel
 from minirlhf.tokenization.byte_bpe import MERGES_FILE, ByteBPE
-from minirlhf.tokenization.settings import BYTE_BPE, WORDPIECE, check, read_settings
+from minirlhf.tokenization.settings import BYTE_BPE, KEPT, WORDPIECE, check, read_settings
 from minirlhf.tokenization.wordpiece import WordPiece
 
 ADDED_TOKENS_FILE = "added_tokens.json"
@@ -45,6 +45,13 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerModel:
     tokenizer or a setting that is not supported.
     """
     folder = locate(folder)
+    model = _read(folder)
+    settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+    model.kept = {name: settings[name] for name in KEPT if name in settings}
+    return model
+
+
+def _read(folder: Path) -> TokenizerModel:
     there = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if TOKENIZER_FILE in there:
         return _from_tokenizer_json(folder)

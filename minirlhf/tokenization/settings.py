@@ -1,7 +1,7 @@
 """What the files of a tokenizer may say, kind by kind.
 
 A setting under which a text would get other ids than ours is an error that names the file, the setting and what is
-supported. Settings that change no id (lengths, sides, chat templates) are passed over.
+supported. Settings that change no id are passed over; those of KEPT are saved again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Kind:
     added_token: Supported
 
 
+KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "chat_template")
 COMMON = {"split_special_tokens": (False,)}
 ANY_CLASS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 ADDED_TOKEN = {"special": (True,), "lstrip": (False,), "rstrip": (False,), "single_word": (False,)}

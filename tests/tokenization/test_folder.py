@@ -50,6 +50,8 @@ def same(one: Tokenizer, other: Tokenizer) -> None:
     assert one.vocab == other.vocab and one.special_ids == other.special_ids
     assert (one.pad_id, one.eos_id) == (other.pad_id, other.eos_id)
     assert one.encode_batch(TEXTS) == other.encode_batch(TEXTS)
+    for tokenizer in (one, other):
+        tokenizer.model.kept = {}
     assert one.model.files() == other.model.files()
 
 
@@ -148,6 +150,20 @@ def saved(tmp_path_factory):
         ours.save_pretrained(folder)
         pairs.append((ours, AutoTokenizer.from_pretrained(folder)))
     return pairs
+
+
+def test_settings_that_change_no_id_are_saved_again(tmp_path):
+    """Or a pipeline that is to cut a long text would not know where."""
+    kept = {"model_max_length": 5, "padding_side": "left", "truncation_side": "right", "chat_template": "{{ 'x' }}"}
+    write_vocab(tmp_path / "in", **kept, model_input_names=["input_ids", "attention_mask"], name_or_path="/somewhere")
+    ours = Tokenizer.from_pretrained(tmp_path / "in")
+    ours.save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert {name: config[name] for name in kept} == kept and "name_or_path" not in config
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("酒店很好，太差", truncation=True)["input_ids"] == ours.encode("酒店很好，太差", 5)
+    assert list(theirs("好")) == ["input_ids", "attention_mask"] and theirs.padding_side == "left"
+    same(Tokenizer.from_pretrained(tmp_path / "out"), ours)
 
 
 def test_the_files_of_each_kind(tmp_path):
