@@ -58,9 +58,9 @@ def draw_frontier(
                 point.label, (point.kl, point.score.mean), (6, -12), textcoords="offset points", color=color,
                 parse_math=False,
             )  # fmt: skip
-    ax.set(xlabel="KL to the reference, nats a sequence", xlim=(0, None))
+    furthest = max(point.kl for point in (*best_of_n, *policies)) or 1.0
+    ax.set(xlabel="KL to the reference, nats a sequence", xlim=(-0.03 * furthest, 1.2 * furthest))  # room for labels
     ax.set_ylabel(score, parse_math=False)
-    ax.margins(x=0.12)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right")
     picture = io.BytesIO()

@@ -33,7 +33,7 @@ p, li { overflow-wrap: anywhere; }
 .box ul { margin: 0; padding-left: 1.1rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .card { background: var(--soft); border-radius: 6px; padding: .5rem .7rem; }
-.card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 1.1rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .card span { font-size: .8rem; opacity: .8; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .8rem; }
 img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
@@ -151,7 +151,8 @@ def _pictures(x: Comparison) -> str:
         if start is None or end is None:
             continue
         curve = [FrontierPoint("n = 1", 0.0, start)]
-        curve += [FrontierPoint(f"{p.n:g}", p.kl, getattr(p, name)) for p in x.best_of_n if p.n > 1]
+        points = {point.kl: point for point in (*x.best_of_n, *([x.equal_kl] if x.equal_kl else []))}
+        curve += [FrontierPoint(f"{p.n:.3g}", kl, getattr(p, name)) for kl, p in points.items() if kl > 0]
         title = {"reward": "reward", "second": "second scorer"}[name]
         drawn = draw_frontier(curve, [FrontierPoint("policy", x.kl, end)], title)
         pictures.append(_image(drawn, f"{title} over KL: policy and best-of-n"))

@@ -53,6 +53,12 @@ def evaluation(pairs=(PAIR,), held_out=True, found=(), settings=None):
     return Evaluation(settings or {"samples": 1}, x, x if held_out else None, tuple(found))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without the time that pictures take."""
+    monkeypatch.setattr("minirlhf.html_report.draw_frontier", lambda *points: b"drawn")
+
+
 def test_it_has_the_figures_pictures_and_samples():
     page = Page(report(evaluation(found=["the samples are alike"]), "A run", {"policy": "runs/a"}, HISTORY, 6.0))
     for text in ("A run", "the samples are alike", "房间不好", "房间很好", "policy: "[:6], "runs/a", "self-BLEU",
@@ -75,7 +81,7 @@ def test_without_second_scorer_held_out_prompts_and_run_it_has_less():
     assert "The policy's KL is beyond what best-of-n was drawn for." in page
 
 
-def test_it_is_self_contained_and_a_phone_can_show_it():
+def test_it_is_self_contained_and_a_phone_can_show_it(undrawn):
     text = report(evaluation(), history=HISTORY)
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "form", "base"} & {tag for tag, _ in page.elements}
@@ -91,9 +97,8 @@ def test_it_is_self_contained_and_a_phone_can_show_it():
 
 
 @every_text
-def test_a_hostile_text_is_shown_and_never_obeyed(text, tmp_path, monkeypatch):
+def test_a_hostile_text_is_shown_and_never_obeyed(text, tmp_path, undrawn):
     """In every place that texts of a run can reach. (No picture is one: see below.)"""
-    monkeypatch.setattr("minirlhf.html_report.draw_frontier", lambda *points: b"drawn")
     text = text[:4000]
     pair = Pair(text, text, 0.5, text, 0.75)
     found = evaluation([pair], False, [text], {text: text})
@@ -107,7 +112,7 @@ def test_a_hostile_text_is_shown_and_never_obeyed(text, tmp_path, monkeypatch):
     assert all(a["alt"] in {p["alt"] for t, p in plain.elements if t == "img"} for t, a in page.elements if t == "img")
 
 
-def test_of_all_samples_the_first_are_shown():
+def test_of_all_samples_the_first_are_shown(undrawn):
     pairs = [dataclasses.replace(PAIR, after=f"text {i};") for i in range(5)]
     page = Page(report(evaluation(pairs, held_out=False), rows=2))
     assert "text 1;" in page and "text 2;" not in page
@@ -116,7 +121,7 @@ def test_of_all_samples_the_first_are_shown():
         report(evaluation(), rows=-1)
 
 
-def test_an_old_report_stays_if_the_new_one_cannot_be_made(tmp_path):
+def test_an_old_report_stays_if_the_new_one_cannot_be_made(tmp_path, undrawn):
     write_report(tmp_path / "r.html", evaluation())
     before = (tmp_path / "r.html").read_bytes()
     with pytest.raises(ValueError, match="rows"):
