@@ -95,6 +95,7 @@ class PPOConfig:
     score_full_softmax: bool = False  # True: score truncated samples with the full softmax, as the original recipe
     eos_token_id: int | None = None  # None: every response has gen_len tokens
     precision: str = "fp32"  # fp32, bf16 or fp16, over fp32 weights
+    checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     device: str = "auto"
     seed: int = 0
     # When things go wrong
@@ -113,7 +114,7 @@ class PPOConfig:
         require_finite(self, "missing_eos_score", "overlong_score", "score_scale")
         require_counts(self, "value_warmup", "seed")
         require_bools(self, "adaptive_kl", "score_whitening", "whiten_rewards")
-        require_bools(self, "score_temperature", "score_full_softmax")
+        require_bools(self, "score_temperature", "score_full_softmax", "checkpoint_activations")
         require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1), ("reward_timeout", 0)):
             if getattr(self, name) is not None:

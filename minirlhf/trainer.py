@@ -64,6 +64,7 @@ class PPOTrainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.policy = policy.to(self.device).eval()
+        self.policy.gpt2.checkpoint_activations = self.config.checkpoint_activations
         self.ref_policy = ref_policy.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.precision = Precision(self.config.precision, self.device)

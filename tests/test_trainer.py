@@ -1281,3 +1281,12 @@ def test_mean_stats_leaves_out_what_was_skipped_unless_all_was():
     assert mean_stats(stats) == {"a": 3.0, "b": 2.0}
     means = mean_stats([stats[0], stats[0]])
     assert means["a"] == 1.0 and math.isnan(means["b"])
+
+
+def test_checkpointed_activations_change_no_bit_of_a_step():
+    trainers = [make_trainer(checkpoint_activations=on) for on in (False, True)]
+    stats = [trainer.step(*batch()) for trainer in trainers]
+    kept = [{name: value for name, value in s.items() if not name.startswith("time/")} for s in stats]
+    assert kept[0] == kept[1] and trainers[1].policy.gpt2.checkpoint_activations
+    pairs = zip(trainers[0].policy.parameters(), trainers[1].policy.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)

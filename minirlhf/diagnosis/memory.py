@@ -63,8 +63,8 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     """The need of B = `batch_size` sequences of P = `prompt_length` and R = `gen_len` tokens, F = `micro_batch`.
 
     With e bytes an activation (4; 2 under autocast), W bytes of weights, n(rows) = min(rows R, 2^25 / V) tokens whose
-    logits are alive at once (2^21 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where attention keeps its weights
-    (short sequences on a CPU), else T for its mask:
+    logits are alive at once (2^21 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where
+    attention keeps its weights (short sequences on a CPU), else T for its mask:
 
         weights    = 4 W_policy + W_reference
         rollout    = B (17 T + (26 + V / 8) R)
@@ -72,6 +72,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         scoring    = 12 S T C e + 30 n(S) V
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
+    With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
     Autocast adds a copy of the embedding in 2 bytes to generation and scoring, and one of all weights to the update.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
     """
@@ -82,6 +83,8 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     e = 2 if reduced else FP32
     plain = trainer.device.type == "cpu" and T <= SHORT_SEQUENCE
     attention = 2 * c.n_head * T if plain else T
+    block = 16 * C + attention
+    kept = L * C + 2 * block if trainer.config.checkpoint_activations else (L + 1) * block
     scored_at_once = LOGITS_IN_CACHE if trainer.device.type == "cpu" else LOGITS_PER_CHUNK
     sampling = 40 if trainer.config.sampling.truncates else 14
 
@@ -94,7 +97,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         rollout=batch_size * (17 * T + (26 + V // 8) * gen_len),
         generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + embedding,
         scoring=12 * S * T * C * e + 30 * logits(S, scored_at_once) + embedding,
-        update=F * T * (L + 1) * (16 * C + attention) * e + 14 * logits(F) + FP32 * C * V + reduced * weights // 2,
+        update=F * T * kept * e + 14 * logits(F) + FP32 * C * V + reduced * weights // 2,
     )
 
 

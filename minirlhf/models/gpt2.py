@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minirlhf.checkpoints import (
     cast,
@@ -116,6 +117,26 @@ class KVCache:
         self.layers = [store[:, rows] for store in self.layers]
 
 
+class Packing:
+    """The real tokens of a padded batch side by side, so that what works on single tokens does not work on padding.
+
+    real: bool (B, T).
+    """
+
+    def __init__(self, real: Tensor):
+        self.shape = real.shape
+        self.index = real.flatten().nonzero().squeeze(-1)  # (N,)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, ...) to the N real tokens, (N, ...)."""
+        return x.flatten(0, 1)[self.index]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, ...) back to (B, T, ...), 0 at padding."""
+        B, T = self.shape
+        return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, (B, T))
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -125,14 +146,20 @@ class Attention(nn.Module):
         self.attn_pdrop = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, packing: Packing | None
+    ) -> Tensor:
+        qkv = self.c_attn(x)
+        if packing is not None:
+            qkv = packing.unpack(qkv)
+        B, T, C = qkv.size(0), qkv.size(1), x.size(-1)
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
         dropout = self.attn_pdrop if self.training else 0.0
         y = attention(q, k, v, allowed, dropout, is_causal=allowed is None and T > 1)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y if packing is None else packing.pack(y)))
 
 
 class MLP(nn.Module):
@@ -156,8 +183,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), allowed, cache, layer)
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, packing: Packing | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), allowed, cache, layer, packing)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -169,6 +198,8 @@ class GPT2(nn.Module):
     """
 
     origin: Origin | None = None  # what it was loaded from
+    # Keep no activations but those between blocks; the backward pass computes the rest again (Chen et al. 2016).
+    checkpoint_activations = False
 
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
@@ -190,7 +221,8 @@ class GPT2(nn.Module):
 
         ids: (B, T) int64, the new tokens.
         attention_mask: (B, S), 1 at real tokens and 0 at padding, for the tokens in the cache and the new ones.
-            Padding may stand on either side; positions count real tokens only. None: no padding.
+            Padding may stand on either side; positions count real tokens only; what comes out at padding means
+            nothing. None: no padding.
         cache: a KVCache to read from and to extend by the new tokens.
         Raises ValueError for a mask of the wrong shape or a sequence longer than `n_positions`.
         """
@@ -203,11 +235,18 @@ class GPT2(nn.Module):
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, S)}")
         x = self.drop(self.wte(ids) + self.wpe(_positions(attention_mask, past, S, ids.device)))  # (B, T, C)
         allowed = _allowed(attention_mask, past, T, ids.device)
+        packing = _packing(attention_mask, past)
+        if packing is not None:
+            x = packing.pack(x)  # (N, C)
         for layer, block in enumerate(self.h):
-            x = block(x, allowed, cache, layer)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, allowed, cache, layer, packing, use_reentrant=False)
+            else:
+                x = block(x, allowed, cache, layer, packing)
         if cache is not None:
             cache.length = S
-        return self.ln_f(x)
+        x = self.ln_f(x)
+        return x if packing is None else packing.unpack(x)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), by the tied token embedding."""
@@ -312,6 +351,13 @@ def _positions(attention_mask: Tensor | None, past: int, total: int, device: tor
     if attention_mask is None:
         return torch.arange(past, total, device=device)
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+
+
+def _packing(attention_mask: Tensor | None, past: int) -> Packing | None:
+    """The packing of the new tokens; None without padding, and on a GPU, which would have to be waited for."""
+    if attention_mask is None or attention_mask.device.type != "cpu" or attention_mask[:, past:].all():
+        return None
+    return Packing(attention_mask[:, past:].bool())
 
 
 def _allowed(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:

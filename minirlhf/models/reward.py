@@ -176,7 +176,7 @@ class RewardModel(nn.Module):
         """
         with replaced_folder(folder) as staged:
             self.network.save_pretrained(staged, dtype, summary)
-            self.tokenizer.save_pretrained(staged)
+            self.tokenizer.save_pretrained(staged, self.max_length)
             # With a padding id transformers finds the last real token of a GPT-2's row.
             own = {"pad_token_id": self.tokenizer.pad_id, NORMALISATION: {"mean": self.mean, "std": self.std}}
             write_json(staged / CONFIG_FILE, {**read_json(staged / CONFIG_FILE), **own})

@@ -12,6 +12,7 @@ from transformers import GPT2Config as TheirConfig
 
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, SamplingConfig, generate
+from minirlhf.batching import left_pad, right_pad
 
 SIZES = dict(vocab_size=50, n_positions=24, n_embd=16, n_layer=2, n_head=2)
 LENGTHS = [7, 1, 4]
@@ -485,3 +486,43 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(active):
     assert torch.equal(model(ids), none(ids))
     assert not torch.allclose(model.train()(ids), none(ids), atol=1e-3)
     assert torch.equal(model.eval()(ids), none(ids))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_costs_nothing_and_changes_no_gradient(left):
+    """Layers that work on single tokens get the real ones alone; states and gradients are those of the rows alone."""
+    model = make_gpt2(1)
+    rows = [torch.arange(1, 2 + n) for n in (7, 1, 4)]
+    ids, mask = (left_pad if left else right_pad)(rows)
+    seen = []
+    handle = model.h[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    (model.hidden_states(ids, mask)[mask.bool()].square() * torch.linspace(1, 2, 32)).sum().backward()
+    handle.remove()
+    assert seen == [(8 + 2 + 5, 32)]
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for row in rows:
+        (model.hidden_states(row[None]).square() * torch.linspace(1, 2, 32)).sum().backward()
+    for ours, alone in zip(together, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_checkpointed_activations_give_the_same_gradients_to_the_bit(padded, autocast):
+    model = make_gpt2(2, n_layer=3)
+    ids = torch.randint(1, 200, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 1 - padded
+    calls, gradients = [], []
+    handle = model.h[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for checkpointed in (False, True):
+        model.checkpoint_activations = checkpointed
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, mask)[mask.bool()].float().log_softmax(-1)[:, 5].sum()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    handle.remove()
+    assert len(calls) == 1 + 2  # once more in the backward pass
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
