@@ -92,7 +92,7 @@ def train_sentiment_classifier(
         figures[f"{name}_reliability"] = reliability_table(positive, truth)
     folder = args.output / "bert-chinese-reviews-sentiment-small"
     model.save_pretrained(folder, dtype=torch.float16)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, CONTEXT)
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(folder, json.dumps(figures, indent=1), flush=True)
 

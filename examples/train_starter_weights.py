@@ -59,7 +59,7 @@ def train_language_model(
     figures["train"] = perplexity(model, tokenizer, [r.text for r in train[: len(held_out)]], CONTEXT)
     folder = args.output / "gpt2-chinese-reviews-small"
     model.save_pretrained(folder, dtype=torch.float16)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, CONTEXT)
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(folder, figures, flush=True)
 

@@ -47,13 +47,15 @@ class Tokenizer:
         """
         return cls(read_tokenizer(folder))
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Write all that transformers needs for the same ids, at one moment; the folder is made if it is not there.
 
+        max_length: of the model's input in tokens, by which other tools cut long texts if they are asked to; None: as
+            in the folder that was read.
         Other tokenizer files of the folder are removed, and all else in it stays. Raises OSError if the folder cannot
         be written.
         """
-        files = self.model.files()
+        files = self.model.files(max_length)
         with replaced_folder(folder) as staged:
             for name in TOKENIZER_FILES:
                 (staged / name).unlink(missing_ok=True)  # or the folder would hold two tokenizers

@@ -63,13 +63,17 @@ class TokenizerModel(abc.ABC):
     def vocabulary_files(self) -> dict[str, str | dict[str, Any]]:
         """The vocabulary as the original implementations read it: file name -> text or JSON object."""
 
-    def files(self) -> dict[str, str | dict[str, Any]]:
-        """Everything that a saved folder holds of a tokenizer: file name -> text or JSON object."""
+    def files(self, max_length: int | None = None) -> dict[str, str | dict[str, Any]]:
+        """Everything that a saved folder holds of a tokenizer: file name -> text or JSON object.
+
+        max_length: the `model_max_length` to write; None: the one that is kept, if any.
+        """
+        kept = self.kept if max_length is None else {**self.kept, "model_max_length": max_length}
         extra = {"additional_special_tokens": self.extra_special} if self.extra_special else {}
         return {
             **self.vocabulary_files(),
             TOKENIZER_FILE: self.backend.to_str(),
-            SETTINGS_FILE: {"tokenizer_class": self.class_name, **self.settings(), **self.roles, **extra, **self.kept},
+            SETTINGS_FILE: {"tokenizer_class": self.class_name, **self.settings(), **self.roles, **extra, **kept},
             SPECIAL_TOKENS_FILE: self.roles,
         }
 

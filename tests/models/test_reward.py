@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification as TheirModel
+from transformers import AutoTokenizer, BertForSequenceClassification, GPT2ForSequenceClassification
 from transformers import BertConfig as TheirBertConfig
-from transformers import BertForSequenceClassification, GPT2ForSequenceClassification
 from transformers import GPT2Config as TheirGPT2Config
 
 from conftest import VOCAB, make_bert, make_gpt2
@@ -219,6 +219,8 @@ def test_transformers_has_the_same_scores(trunk, tmp_path):
     logits = theirs.eval()(**padded(TEXTS)).logits
     assert logits.shape == (len(TEXTS), 1)
     assert_relatively_close(model.scores(TEXTS), logits[:, 0], 1e-5)
+    ids = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, truncation=True)["input_ids"]
+    assert ids == model.tokenizer.encode_batch(TEXTS, LIMIT) and max(map(len, ids)) == LIMIT
     theirs.save_pretrained(tmp_path / "theirs")
     model.tokenizer.save_pretrained(tmp_path / "theirs")
     back = RewardModel.from_pretrained(tmp_path / "theirs", device="cpu")

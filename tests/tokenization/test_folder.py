@@ -163,6 +163,8 @@ def test_settings_that_change_no_id_are_saved_again(tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs("酒店很好，太差", truncation=True)["input_ids"] == ours.encode("酒店很好，太差", 5)
     assert list(theirs("好")) == ["input_ids", "attention_mask"] and theirs.padding_side == "left"
+    ours.save_pretrained(tmp_path / "out", 4)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("酒店很好，太差", truncation=True)["input_ids"]) == 4
     same(Tokenizer.from_pretrained(tmp_path / "out"), ours)
 
 
@@ -205,7 +207,7 @@ def test_a_save_that_fails_leaves_the_old_tokenizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2-chinese-reviews-small", "bert-chinese-reviews-sentiment-small"])
 def test_auto_tokenizer_works_on_the_weights_that_ship(tmp_path, name):
     ours, theirs = Tokenizer.from_pretrained(WEIGHTS / name), AutoTokenizer.from_pretrained(WEIGHTS / name)
-    assert len(theirs) == len(ours) == 4457
+    assert len(theirs) == len(ours) == 4457 and theirs.model_max_length == 128
     assert [theirs(text)["input_ids"] for text in TEXTS] == ours.encode_batch(TEXTS)
     ours.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
