@@ -27,7 +27,7 @@ from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.evaluation import before_after_table, compare
 from minirlhf.files import atomic_write, read_json, write_json
 from minirlhf.metrics import plot_run, printable
-from minirlhf.runs import Run, Stopped
+from minirlhf.runs import Run, RunFailed, Stopped
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
@@ -37,7 +37,7 @@ STARTER = dict(steps=5120, lr=2e-4, minibatch_size=32, forward_batch_size=32, en
 
 def main() -> None:
     args, config = read_settings()
-    reward = SentimentReward.from_pretrained(args.reward, device=config.device)
+    reward = SentimentReward.from_pretrained(args.reward, device=config.device, precision=config.precision)
     if args.resume:
         run = Run.resume(args.resume)
     else:
@@ -122,7 +122,8 @@ def read_prompts(prompts: list[str]) -> list[str]:
 if __name__ == "__main__":
     try:
         main()
-    except Stopped as stopped:  # by Ctrl-C or SIGTERM
-        print(f"{stopped}; to go on: python {shlex.join([sys.argv[0], '--resume', str(stopped.folder)])}")
+    except (Stopped, RunFailed) as end:  # by Ctrl-C or SIGTERM; by a full disk, or whatever else happened
+        told = f"{end}; to go on: python {shlex.join([sys.argv[0], '--resume', str(end.folder)])}"
+        print(told) if isinstance(end, Stopped) else sys.exit(f"error: {told}")
     except (ValueError, OSError) as error:  # bad input: one line, no traceback
         sys.exit(f"error: {error}")

@@ -41,7 +41,14 @@ SHOWN = 5  # samples that are logged at a save
 
 
 class RunFailed(RuntimeError):
-    """An error ended the run; its cause is the error. What was saved is intact, and `Run.resume` goes on from there."""
+    """An error ended the run; its cause is the error. What was saved is intact, and `Run.resume` goes on from there.
+
+    folder: of the run.
+    """
+
+    def __init__(self, folder: Path, message: str):
+        super().__init__(message)
+        self.folder = folder
 
 
 class Run:
@@ -191,8 +198,9 @@ class Run:
                     with contextlib.suppress(Exception):  # the first error is the one to tell of
                         self._save()
                 raise RunFailed(
+                    self.folder,
                     f"{failed} failed: {type(error).__name__}: {error}; the run is saved up to step {self._saved}, in "
-                    f"{_checkpoint(self.folder, self._saved)}"
+                    f"{_checkpoint(self.folder, self._saved)}",
                 ) from error
         finally:
             self._stop.__exit__()

@@ -5,6 +5,7 @@ script's own `__main__`, where `sys.exit("error: ...")` is an exit code of 1 and
 """
 
 import csv
+import errno
 import importlib.util
 import json
 import math
@@ -26,6 +27,7 @@ from folders import content, snapshot
 from lives import process, script, wait_for
 from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer, training_state
 from minirlhf.locks import FolderLock
+from minirlhf.metrics import RunLog
 from minirlhf.rewards import CANARIES
 
 REPO = Path(__file__).resolve().parent.parent
@@ -274,6 +276,26 @@ def test_two_runs_in_one_folder_are_refused_in_one_line(runs, tiny, tmp_path, ca
         assert isinstance(error, str) and error.startswith("error: ") and f"is in use by process {os.getpid()}" in error
     assert snapshot(tmp_path) == before
     lock.release()
+
+
+def test_a_run_that_fails_says_why_and_how_to_go_on_in_one_line(runs, tiny, tmp_path, call, monkeypatch):
+    """By a disk that is full from step 4 on. The command is run as it was printed, and ends as if nothing had been."""
+    run, plain = tmp_path / "run", runs("plain")
+    metrics = RunLog.metrics
+
+    def full(log, step, stats):
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        metrics(log, step, stats)
+
+    monkeypatch.setattr(RunLog, "metrics", full)
+    error, _ = call(SCRIPT, *models(tiny), *SMALL, "--seed", "3", "--output", run)
+    told, printed = error.split("; to go on: python ")
+    assert told.startswith("error: step 4 of 5 failed: OSError: ") and "No space left on device" in told
+    assert f"saved up to step 2, in {run}/checkpoints/step-000002" in told and "\n" not in error
+    monkeypatch.undo()
+    error, _ = call(*shlex.split(printed))
+    assert error is None and figures(run) == figures(plain)
 
 
 def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, call):

@@ -312,6 +312,19 @@ def test_a_pipe_is_no_pickle(tmp_path):
         read_pickle(tmp_path / "pytorch_model.bin")
 
 
+@pytest.mark.parametrize(("model", "said"), [
+    ({"type": {"a": 1}}, "of the type"), ({"type": ["BPE"]}, "of the type"), ({"vocab": None}, "vocabulary must be"),
+    ({}, "vocabulary must be"),
+])  # fmt: skip
+def test_a_tokenizer_file_without_its_parts_is_named(tmp_path, model, said):
+    Tokenizer(VOCAB).save_pretrained(tmp_path)
+    content = read_json(tmp_path / "tokenizer.json")
+    del content["model"]["vocab"]
+    write_json(tmp_path / "tokenizer.json", {**content, "model": {**content["model"], **model}})
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/tokenizer.json.*{said}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 # ---- found by fuzzing: types without arithmetic ---------------------------------------------------------------------
 
 ODD_TYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int32, torch.bool]

@@ -92,7 +92,7 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
     path = folder / TOKENIZER_FILE
     content = read_json(path)
     name = _model_type(content)
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{path} holds a tokenizer of the type {name!r}; only {' and '.join(KINDS)} are supported")
     kind = KINDS[name]
     with _naming(path):
@@ -102,8 +102,8 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
         for token in rules["added_tokens"]:
             check(token, kind.added_token, f"the added token {token['content']!r}")
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-        vocab = _in_order(_joined(content["model"]["vocab"], added))
-        merges = _pairs(content["model"]["merges"]) if kind is BYTE_BPE else []
+        vocab = _in_order(_joined(content["model"].get("vocab"), added))
+        merges = _pairs(content["model"].get("merges")) if kind is BYTE_BPE else []
     settings, special = read_settings(folder, kind)
     with _naming(path):
         if kind is BYTE_BPE:
