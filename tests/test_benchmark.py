@@ -1,5 +1,6 @@
 """examples/benchmark.py: its counting against hand-worked numbers and torch's own counter, its tables, whole runs."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import make_bert, make_gpt2
@@ -49,23 +49,26 @@ def test_the_operations_of_a_layer_by_hand():
 
 def counted(run) -> int:
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # it does not know the products inside of the CPU's fused kernel
+    with counter:
         run()
     return counter.get_total_flops()
 
 
 def test_the_operations_are_those_that_torch_counts():
-    """Its models compute all T x T pairs and the logits of all positions; a backward pass is twice a forward one."""
-    model, ids = make_gpt2(n_inner=48), torch.arange(14).view(2, 7)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    expected = floor.gpt2_flop(model.config, 14, 2 * 7 * 7, 14)
+    """In plain models, which compute all T x T pairs and the logits of all positions; backward is twice forward."""
+    transformers = pytest.importorskip("transformers")
+    gpt2, bert = make_gpt2(n_inner=48).config, make_bert().config
+    sizes = {name: value for name, value in dataclasses.asdict(gpt2).items() if not name.endswith("pdrop")}
+    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, attn_implementation="eager"))
+    ids = torch.arange(14).view(2, 7)
+    expected = floor.gpt2_flop(gpt2, 14, 2 * 7 * 7, 14)
     with torch.no_grad():
-        assert counted(lambda: model(ids, mask)) == expected
-    assert counted(lambda: model(ids, mask).sum().backward()) == 3 * expected
-    bert = make_bert()
+        assert counted(lambda: plain(ids)) == expected
+    assert counted(lambda: plain(ids).logits.sum().backward()) == 3 * expected
+    config = transformers.BertConfig(**dataclasses.asdict(bert), attn_implementation="eager")
+    classifier = transformers.BertForSequenceClassification(config)
     with torch.no_grad():
-        assert counted(lambda: bert(ids, mask)) == floor.bert_flop(bert.config, [7, 7])
+        assert counted(lambda: classifier(ids)) == floor.bert_flop(bert, [7, 7])
 
 
 def test_the_numbers_of_parameters():
