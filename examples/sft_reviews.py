@@ -25,6 +25,7 @@ from minirlhf import GPT2, SamplingConfig, Tokenizer, generate
 from minirlhf.demonstrations import Demonstration, read_demonstrations, split_demonstrations
 from minirlhf.files import read_json, write_json
 from minirlhf.metrics import printable
+from minirlhf.optimization import eval_mode
 from minirlhf.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.sft_runs import SFTRun
 from minirlhf.stopping import Stopped
@@ -33,7 +34,7 @@ from reviews_data import load_reviews, split_reviews
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
 FIELDS = dict(epochs=3, lr=3e-4, schedule="cosine", warmup=0.05, max_length=128, tokens_per_batch=2048,
-              accumulation=1, precision="fp32", device="auto", seed=0)  # fmt: skip
+              accumulation=1, save_freq=100, precision="fp32", device="auto", seed=0)  # fmt: skip
 
 
 def main() -> None:
@@ -48,24 +49,16 @@ def main() -> None:
         model, tokenizer = GPT2.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
         config = SFTConfig(**{name: getattr(args, name) for name in FIELDS}, packing=args.packing)
         trainer = SFTTrainer(model, tokenizer, train, config)
+        samples(trainer, args.prompts, args.gen_len)  # a bad prompt is better known now
         run = SFTRun.start(args.output, trainer, {"arguments": vars(args)})
-    trainer = run.trainer
-    model, tokenizer, c = trainer.model, trainer.tokenizer, trainer.config
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in args.prompts]
+    trainer, model, tokenizer = run.trainer, run.trainer.model, run.trainer.tokenizer
     print(f"{run.folder}: {len(train)} demonstrations, {len(held_out)} held out")
 
     # 3. Every so often: how surprising is what the model has not seen, and what does it write by itself?
     def measure():
-        figures = perplexity(model, tokenizer, held_out, c.max_length)
-        generator = torch.Generator(model.wte.weight.device).manual_seed(c.seed)  # the same draws each time
-        training = model.training
-        drawn = generate(
-            model.eval(), prompts, args.gen_len, SamplingConfig(top_p=0.95),
-            eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, generator=generator,
-        )  # fmt: skip
-        model.train(training)
-        texts = [p + tokenizer.decode(r) for p, r in zip(args.prompts, drawn.responses, strict=True)]
-        return {f"perplexity/{name}": value for name, value in figures.items()}, texts
+        figures = perplexity(model, tokenizer, held_out, trainer.config.max_length)
+        shown = samples(trainer, args.prompts, args.gen_len)
+        return {f"perplexity/{name}": value for name, value in figures.items()}, shown
 
     # 4. The loop: forward, backward, step, with a line in metrics.jsonl for each.
     bar = tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
@@ -80,7 +73,7 @@ def main() -> None:
         bar.write("\n".join(f"    {printable(text)}" for text in texts), file=sys.stdout)
 
     with run, bar:
-        run.train(measure, on_step, on_measure, args.every)
+        run.train(measure, on_step, on_measure)
         measured = [line for line in run.history() if "perplexity/token" in line]
         before, after = measured[0]["perplexity/character"], measured[-1]["perplexity/character"]
         summary = {"perplexity a character": {"before": before, "after": after}, "demonstrations": len(train)}
@@ -88,6 +81,17 @@ def main() -> None:
         tokenizer.save_pretrained(run.folder / "policy")
         write_json(run.folder / "summary.json", summary)
     print(f"held-out perplexity a character {before:.2f} -> {after:.2f}, saved in {run.folder}")
+
+
+def samples(trainer: SFTTrainer, prompts: list[str], gen_len: int) -> list[str]:
+    """A continuation of each prompt, by the same random numbers each time."""
+    model, tokenizer, seed = trainer.model, trainer.tokenizer, trainer.config.seed
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    ends = dict(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    with eval_mode(model):
+        drawn = generate(model, ids, gen_len, SamplingConfig(top_p=0.95), **ends, generator=generator)
+    return [p + tokenizer.decode(r) for p, r in zip(prompts, drawn.responses, strict=True)]
 
 
 def read_data(args: argparse.Namespace) -> tuple[list[Demonstration], list[Demonstration]]:
@@ -111,7 +115,6 @@ def read_arguments() -> argparse.Namespace:
     for name, default in FIELDS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="(%(default)s)")
     parser.add_argument("--packing", action="store_true", help="several texts a row, none of which sees another")
-    parser.add_argument("--every", type=int, default=100, help="steps from one measurement and checkpoint to the next")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="texts to continue")
     parser.add_argument("--gen-len", type=int, default=24)
     parser.add_argument("--limit", type=int, default=0, help="train on the first demonstrations only; 0: on all")

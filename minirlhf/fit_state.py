@@ -42,15 +42,14 @@ class FitState:
             return
         tensors, counters = self._loaded
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                number, key = name.split(".")[1:]
-                moments.setdefault(int(number), {})[key] = tensor
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         try:
-            for number, values in moments.items():
-                if any(tensor.numel() > 1 and tensor.shape != parameters[number].shape for tensor in values.values()):
-                    raise ValueError(f"the moments of parameter {number} have the shape of another")
+            for name, tensor in tensors.items():
+                if name.startswith("optimizer."):
+                    number, key = name.split(".")[1:]
+                    if key != "step" and tensor.shape != parameters[int(number)].shape:
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is another parameter's")
+                    moments.setdefault(int(number), {})[key] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
             scaler.load_state_dict(dict(counters["scaler"]))
             torch.set_rng_state(tensors["generator.dropout"])
@@ -87,6 +86,9 @@ class FitState:
         return {"epoch": self.epoch, "batch": self.batch, "scaler": scaler}
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Begin where `tensors` and `counters` were asked for."""
+        """Begin where `tensors` and `counters` were asked for. Raises ValueError or KeyError for a bad position."""
+        for name in ("epoch", "batch"):
+            if type(counters[name]) is not int or not 0 <= counters[name] < 2**63:
+                raise ValueError(f"{name} must be an integer of at least 0, got {counters[name]!r:.20}")
         self.epoch, self.batch = counters["epoch"], counters["batch"]
         self._loaded = (tensors, counters) if "generator.dropout" in tensors else None  # else it had not begun

@@ -46,6 +46,7 @@ class SFTConfig(FitConfig):
     max_length: int = 128  # tokens a text, [CLS] and [SEP] included; longer texts are cut
     tokens_per_batch: int = 4096  # of one forward pass, padding included
     accumulation: int = 1  # forward passes an optimizer step
+    save_freq: int = 100  # optimizer steps from one checkpoint of an `SFTRun` to the next
     packing: bool = False  # several texts a row of max_length tokens, none of which sees another; or one, padded
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class SFTConfig(FitConfig):
         require(self, "max_length", type(self.max_length) is int and self.max_length >= 2, "an integer of at least 2")
         fits = type(self.tokens_per_batch) is int and self.tokens_per_batch >= self.max_length
         require(self, "tokens_per_batch", fits, f"an integer of at least max_length={self.max_length}")
-        require_positive_ints(self, "accumulation")
+        require_positive_ints(self, "accumulation", "save_freq")
         require_bools(self, "packing")
 
 

@@ -11,6 +11,7 @@ were then: a run that was killed at any moment goes on from its checkpoint as if
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class SFTRun:
         flush_folder(folder.parent)
         lock = FolderLock(folder)
         try:
+            _sweep(folder)
             nothing = {METRICS_FILE: 0, SAMPLES_FILE: 0}
             trainer.save_checkpoint(folder / CHECKPOINT, nothing)
             write_json(folder / CONFIG_FILE, config)
@@ -77,9 +79,10 @@ class SFTRun:
         read_json(folder / CONFIG_FILE)
         lock = FolderLock(folder)
         try:
+            _sweep(folder)
             trainer = SFTTrainer.resume(folder / CHECKPOINT, demonstrations, device)
-            log = RunLog.resume(folder, read_json(folder / CHECKPOINT / COUNTERS_FILE)["log"])
-            return cls(folder, trainer, log, lock)
+            lengths = read_json(folder / CHECKPOINT / COUNTERS_FILE)["log"]
+            return cls(folder, trainer, RunLog.resume(folder, lengths), lock)
         except BaseException:
             lock.release()
             raise
@@ -89,19 +92,15 @@ class SFTRun:
         measure: Measure | None = None,
         on_step: Callable[[float, float], None] | None = None,
         on_measure: Callable[[Mapping[str, float], Sequence[str]], None] | None = None,
-        every: int = 100,
     ) -> None:
-        """Train to the end. A line a step goes to metrics.jsonl; every so many steps a checkpoint is saved.
+        """Train to the end. A line a step goes to metrics.jsonl; every `save_freq` steps a checkpoint is saved.
 
         measure: gives figures, for metrics.jsonl, and samples, for samples.jsonl: before the first step, and before
             each checkpoint. Of randomness it may use generators of its own only.
         on_step: called after every optimizer step with the progress in (0, 1] and the loss.
         on_measure: called with what was measured.
-        every: optimizer steps from one checkpoint to the next.
         Raises Stopped, with the step saved, if the run was asked to stop; as `SFTTrainer.train`; OSError.
         """
-        if type(every) is not int or every < 1:
-            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         trainer = self.trainer
 
         def write_down(stats: Mapping[str, float], due: bool) -> None:
@@ -114,7 +113,7 @@ class SFTRun:
                 on_measure(figures, samples)
 
         def stepped(progress: float, loss: float) -> None:
-            due = trainer.steps % every == 0 or progress >= 1
+            due = trainer.steps % trainer.config.save_freq == 0 or progress >= 1
             write_down({"sft/progress": progress, "sft/loss": loss}, due)
             if due or self._stop.made:
                 trainer.save_checkpoint(self.folder / CHECKPOINT, self._log.flush())
@@ -138,6 +137,15 @@ class SFTRun:
     def __exit__(self, *error: object) -> None:
         self._stop.__exit__()
         self._lock.release()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process had not finished. Only for who holds the lock: nobody else is writing."""
+    for part in folder.glob(f".*{PARTIAL}"):
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink()
 
 
 def _is_unused(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from conftest import VOCAB, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
+from minirlhf.checkpoint_folder import read_checkpoint, write_checkpoint
 from minirlhf.demonstrations import Demonstration
 from minirlhf.sft import (
     SFTConfig,
@@ -173,7 +174,7 @@ def test_more_tokens_than_positions_are_refused(tokenizer):
     ({"max_length": 1}, "max_length"), ({"max_length": 0}, "max_length"),
     ({"tokens_per_batch": 127}, "tokens_per_batch"),
     ({"epochs": 0}, "epochs"), ({"lr": -1.0}, "lr"), ({"precision": "fp8"}, "precision"),
-    ({"accumulation": 0}, "accumulation"), ({"packing": 1}, "packing"),
+    ({"accumulation": 0}, "accumulation"), ({"save_freq": 0}, "save_freq"), ({"packing": 1}, "packing"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(changes, field):
     with pytest.raises(ValueError, match=field):
@@ -392,7 +393,9 @@ def test_a_run_that_is_over_stays_as_it_is(tmp_path, tokenizer):
 def test_other_demonstrations_are_refused(tmp_path, tokenizer):
     SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG).save_checkpoint(tmp_path / "run")
     for others in (TEXTS[:3], TEXTS[::-1], [*TEXTS[:3], "早"], [Demonstration("早", "餐一般"), *TEXTS[1:]]):
-        with pytest.raises(ValueError, match="run cannot be resumed: it was trained on other demonstrations: on 4 of them"):
+        with pytest.raises(
+            ValueError, match="run cannot be resumed: it was trained on other demonstrations: on 4 of them"
+        ):
             SFTTrainer.resume(tmp_path / "run", others)
 
 
@@ -417,3 +420,30 @@ def test_a_run_that_an_error_ended_goes_on_from_what_was_saved_only(tokenizer):
         trainer.train(stop_after(1))
     with pytest.raises(RuntimeError, match="go on from its last checkpoint"):
         trainer.train()
+
+
+def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, tokenizer):
+    """Its sums are right, what it says is not."""
+    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG)
+    trainer.train()
+    trainer.save_checkpoint(tmp_path / "good")
+    tensors, counters = read_checkpoint(tmp_path / "good", "sft-1")
+
+    def write_model(folder):
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def changed(tensors, counters):
+        write_checkpoint(tmp_path / "bad", tensors, counters, write_model)
+        with pytest.raises(ValueError, match=r"bad cannot be resumed|saved state is of another model"):
+            SFTTrainer.resume(tmp_path / "bad", TEXTS).train()
+
+    for name in ("steps", "epoch", "batch", "scaler", "data", "config", "origin"):
+        for value in (None, "missing"):
+            if (name, value) != ("origin", None):
+                other = {**counters, name: value}
+                changed(tensors, {k: v for k, v in other.items() if v != "missing"})
+    for name in ("generator.batches", "generator.dropout", "optimizer.0.exp_avg"):
+        changed({**tensors, name: torch.zeros(3)}, counters)
+    changed({**tensors, "optimizer.x": torch.zeros(3)}, counters)
+    changed({**tensors, "optimizer.99.exp_avg": torch.zeros(3)}, counters)
