@@ -4,7 +4,8 @@
 import json
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,14 +96,14 @@ class TransformersPeer:
         logprobs = out.logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         return logprobs[:, -new:], values[:, -new - 1 : -1]
 
-    def _gpt2(self, transformers) -> torch.nn.Module:
+    def _gpt2(self, transformers: Any) -> torch.nn.Module:
         config, tensors = self.work.gpt2().published()
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
         model.load_state_dict({**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
         model.generation_config.eos_token_id = None
         return model.to(self.device).eval()
 
-    def _bert(self, transformers) -> torch.nn.Module:
+    def _bert(self, transformers: Any) -> torch.nn.Module:
         bert = self.work.bert()
         config = transformers.BertConfig(**{**vars(bert.config), "id2label": dict(bert.config.id2label)})
         model = transformers.BertForSequenceClassification(config)
@@ -144,8 +145,12 @@ def read_lines(text: str) -> list[Sample]:
     return samples
 
 
-def in_turns(sides: Sequence[tuple[str, object]], rounds: int, on_samples) -> list[Sample]:
-    """Every side once, and again: A B A B. sides: names and functions that return Samples."""
+def in_turns(
+    sides: Sequence[tuple[str, Callable[[], list[Sample]]]],
+    rounds: int,
+    on_samples: Callable[[int, str, list[Sample]], object],
+) -> list[Sample]:
+    """Every side once, and again: A B A B. sides: names, and what times them. on_samples: told turn, name, timings."""
     samples: list[Sample] = []
     for i in range(rounds):
         for name, run in sides:
