@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 try:
-    import matplotlib  # noqa: F401  (the curve at the end needs it: better to know now)
+    import matplotlib  # noqa: F401  (for the curve at the end: better to know now)
     from tqdm import tqdm
 except ImportError:
     sys.exit("the examples need tqdm and matplotlib: pip install -e '.[examples]'")
@@ -96,27 +96,23 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
     args = parser.parse_args()
     if args.resume:
-        started = read_json(Path(args.resume) / "config.json")
         if given := [n for n, value in vars(args).items() if n != "resume" and value != parser.get_default(n)]:
             raise ValueError(f"a resumed run keeps its settings, so drop {given}")
-        if "arguments" not in started:
+        if not (started := read_json(Path(args.resume) / "config.json").get("arguments")):
             raise ValueError(f"{args.resume} is no run of this script")
-        args = argparse.Namespace(**{**started["arguments"], "resume": args.resume})
+        args = argparse.Namespace(**{**started, "resume": args.resume})
     else:
         args.prompts = read_prompts(args.prompts)
     given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
-    if args.recipe == "original":
-        return args, PPOConfig.preset("original", **given)
-    return args, PPOConfig.with_overrides(**{**STARTER, **given})
+    original = args.recipe == "original"
+    return args, PPOConfig.preset("original", **given) if original else PPOConfig(**{**STARTER, **given})
 
 
 def read_prompts(prompts: list[str]) -> list[str]:
     """The pool: the lines of a file if the only prompt names one, else the prompts themselves."""
-    if len(prompts) == 1 and os.path.isfile(prompts[0]):
-        return [line for line in Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if len(prompts) == 1 and prompts[0].endswith(".txt"):
-        raise FileNotFoundError(f"prompts file {prompts[0]} does not exist")
-    return prompts
+    if len(prompts) > 1 or not (os.path.isfile(prompts[0]) or prompts[0].endswith(".txt")):
+        return prompts
+    return [line for line in Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

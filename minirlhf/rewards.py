@@ -22,7 +22,7 @@ from minirlhf.chat_judge import ChatJudgeConfig as ChatJudgeConfig
 from minirlhf.classification import predict
 from minirlhf.files import naming
 from minirlhf.models.bert import BertClassifier
-from minirlhf.optimization import resolve_device
+from minirlhf.optimization import Precision, resolve_device
 from minirlhf.tokenizer import Tokenizer
 
 CANARIES = ("房间干净，服务很好，非常满意，推荐", "房间很脏，服务太差，非常失望，差评")  # positive, negative
@@ -168,7 +168,8 @@ class SentimentReward:
     """P(positive) of a text under a BERT sentiment classifier: `reward(texts) -> (B,)`, fp32 on the CPU.
 
     positive_label: the name of the positive label; None: the only label whose name begins with "positive" or "正".
-    batch_size: texts a forward pass. Longer texts than the classifier's positions are cut at the end.
+    batch_size: texts a forward pass. precision: of the forward passes, fp32, bf16 or fp16.
+    Longer texts than the classifier's positions are cut at the end.
     Raises ValueError if there is but one label, the positive one is not found, or the vocabulary does not match the
     model.
     """
@@ -180,6 +181,7 @@ class SentimentReward:
         positive_label: str | None = None,
         batch_size: int = 64,
         device: str | torch.device = "auto",
+        precision: str = "fp32",
     ):
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(
@@ -190,6 +192,7 @@ class SentimentReward:
         self.model = model.eval().to(resolve_device(device))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.precision = Precision(precision, next(model.parameters()).device)
         self.positive = _positive_index(model.config.labels, positive_label)
 
     @classmethod
@@ -225,7 +228,9 @@ class SentimentReward:
         if isinstance(texts, str):
             raise ValueError("texts must be a list of texts, got a single one")
         limit = self.model.config.max_position_embeddings
-        return predict(self.model, self.tokenizer, texts, limit, self.batch_size).softmax(-1)
+        with self.precision.autocast():
+            logits = predict(self.model, self.tokenizer, texts, limit, self.batch_size)
+        return logits.softmax(-1)
 
 
 def _positive_index(labels: Sequence[str], name: str | None) -> int:

@@ -94,6 +94,16 @@ def test_classify_equals_the_pipeline_of_transformers(tmp_path):
     assert [row["score"] for row in ours] == pytest.approx([row["score"] for row in theirs], abs=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "low", "high"), [("fp32", 0, 1e-4), ("bf16", 1e-3, 0.3)])
+def test_the_precision_is_that_of_the_forward_passes(precision, low, high):
+    exact, ours = make_reward(), make_reward(precision=precision).probabilities(TEXTS)
+    exact.model.double()
+    error = (ours - exact.probabilities(TEXTS)).abs().max()
+    assert ours.dtype == torch.float32 and low <= error < high
+    with pytest.raises(ValueError, match="precision must be one of"):
+        make_reward(precision="int8")
+
+
 def test_a_vocabulary_of_another_size_is_refused():
     with pytest.raises(ValueError, match=f"vocabulary has {len(VOCAB) + 1} tokens.*made for {len(VOCAB)}"):
         SentimentReward(make_bert(), Tokenizer([*VOCAB, "extra"]), device="cpu")
