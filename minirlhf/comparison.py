@@ -113,11 +113,11 @@ class Comparison:
             yield title, f"{getattr(before, name):.3f}", f"{getattr(after, name):.3f}"
 
     def best_of_n_rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Name, KL, reward and second score of best-of-n at each n and at equal KL, then of the policy."""
+        """Name, KL, reward and second score of best-of-n at each n and at equal KL, by n, then of the policy."""
         points = [(f"best of {point.n:g}", point) for point in self.best_of_n]
         if self.equal_kl is not None:
             points.append((f"best of {self.equal_kl.n:.2f}, at the policy's KL", self.equal_kl))
-        for name, point in points:
+        for name, point in sorted(points, key=lambda named: named[1].n):
             yield name, f"{point.kl:.3f}", str(point.reward), _or_nothing(point.second)
         yield "policy", f"{self.kl:.3f}", str(self.policy.reward), _or_nothing(self.policy.second)
 

@@ -35,6 +35,7 @@ from minirlhf.validation import require, require_counts, require_positive_ints
 
 MARKUP = r"[\\`*_~\[\]<&|$]"  # what Markdown, HTML in it, or a table would take for its own
 MAX_N = 64  # candidates a prompt at most, when best-of-n is followed to the policy's KL
+LARGEST_EXPONENT = 700.0  # of which a float holds the exponential
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,11 @@ class _Judge:
     def _figures(self, x: _Samples) -> Figures:
         responses, interval = x.rollout.responses, self.config.bootstrap
         tokens = x.rollout.response_mask.sum(-1).double()
+        nll = -x.full["ref_logprobs"].double().sum().item() / tokens.sum().item()  # nats a token
         return Figures(
             reward=interval.mean(x.scores),
             second=None if x.second is None else interval.mean(x.second),
-            perplexity=math.exp(-x.full["ref_logprobs"].double().sum().item() / tokens.sum().item()),
+            perplexity=math.exp(min(nll, LARGEST_EXPONENT)),
             distinct_1=distinct_n(responses, 1),
             distinct_2=distinct_n(responses, 2),
             distinct_3=distinct_n(responses, 3),

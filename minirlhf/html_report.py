@@ -27,7 +27,7 @@ body { font: 16px/1.5 system-ui, "PingFang SC", "Noto Sans CJK SC", "Microsoft Y
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
-p, li { overflow-wrap: anywhere; }
+h1, p, li { overflow-wrap: anywhere; }
 .box { border-left: 4px solid var(--good); background: var(--soft); padding: .5rem .8rem; border-radius: 4px; }
 .box.bad { border-color: var(--bad); }
 .box ul { margin: 0; padding-left: 1.1rem; }
@@ -44,6 +44,7 @@ th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left; }
 td small { display: block; opacity: .7; white-space: nowrap; }
 .pair { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .4rem .6rem; }
+.pair p, .sides div { unicode-bidi: isolate; }
 .pair p { margin: 0; font-weight: 600; max-height: 6rem; overflow: auto; }
 .sides { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .6rem; }
 .sides div { max-height: 16rem; overflow: auto; overflow-wrap: anywhere; }

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -280,6 +281,14 @@ def hacked(tokenizer):
         policy, reference, tokenizer, ["酒店", "房间"], lambda texts: [text.count("好") / len(text) for text in texts],
         ["早餐"], second, EvaluationConfig(samples=24, gen_len=8, best_of=(2,), best_of_prompts=4, resamples=200),
     )  # fmt: skip
+
+
+def test_what_the_reference_finds_impossible_has_a_perplexity_that_json_can_hold(tokenizer):
+    """Logits that are thousands of nats apart."""
+    policy, reference = (make_gpt2(seed, n_embd=16, n_layer=1, n_head=2, scale=3000.0) for seed in (1, 0))
+    x = evaluate(policy, reference, tokenizer, PROMPTS, reward, config=EvaluationConfig(**SMALL)).given
+    assert 1e100 < x.policy.perplexity < math.inf and x.equal_kl is None
+    assert json.dumps(dataclasses.asdict(x), allow_nan=False)
 
 
 def test_a_policy_that_hacks_its_reward_is_caught(tokenizer):

@@ -163,3 +163,18 @@ def test_what_is_drawn_depends_on_every_point():
     assert len(set(pictures)) == 5
     with pytest.raises(ValueError, match="best_of_n is empty"):
         draw_frontier([], policy)
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_a_terminal_have_the_same_figures():
+    x = dataclasses.replace(FINE, best_of_n=POINTS)
+    lines = list(Evaluation({}, x, None, ("odd",)).lines())
+    assert lines[0] == "given prompts" and lines[-1] == "! odd"
+    names = [line.split("  ")[1] for line in lines if line.startswith("  best of")]
+    assert [name.split(",")[0] for name in names] == [f"best of {n}" for n in ("2", "4", "8", "12.00", "16")]
+    (distinct,) = [line.split() for line in lines if "distinct-2" in line]
+    assert distinct == ["distinct-2", "0.480", "0.400"]
+    assert any("equal KL: -0.050 [-0.070, -0.030]" in line for line in lines)
+    assert list(Evaluation({}, x, None, ()).lines())[-1] == "no symptom of reward hacking"
