@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.batching import bucketed_batches, left_pad, length_sorted_batches, right_pad
+from minirlhf.batching import bucketed_batches, left_pad, length_sorted_batches, packed_rows, right_pad
 
 fixed = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 lengths_of = st.lists(st.integers(1, 40), max_size=60)
@@ -95,3 +95,30 @@ def test_bucketed_batches_waste_little_and_are_in_random_order():
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
     assert draw(0) == batches and draw(1) != batches
     assert {frozenset(batch) for batch in draw(1)} != {frozenset(batch) for batch in batches}  # not the same company
+
+
+@fixed
+@given(lengths_of, st.integers(40, 130), st.integers(0, 9))
+def test_packed_rows_hold_each_index_once_within_their_width(lengths, width, seed):
+    def packed(seed: int):
+        return packed_rows(lengths, width, torch.Generator().manual_seed(seed))
+
+    rows = packed(seed)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    used = [sum(lengths[i] for i in row) for row in rows]
+    assert all(row for row in rows) and all(n <= width for n in used)
+    assert all(a + b > width for n, a in enumerate(used) for b in used[:n])  # or two rows would have been one
+    assert packed(seed) == rows
+
+
+def test_packed_rows_are_others_in_every_epoch():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 5, 7, 11, 2] * 100
+    first, second = (packed_rows(lengths, 20, generator) for _ in range(2))
+    assert first != second and {frozenset(row) for row in first} != {frozenset(row) for row in second}
+    assert sum(lengths) / (20 * len(first)) > 0.97
+
+
+def test_a_sequence_that_fits_no_row_is_refused():
+    with pytest.raises(ValueError, match="21 tokens does not fit into rows of 20"):
+        packed_rows([3, 21], 20, torch.Generator())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from minirlhf.fit_state import FitState
 from minirlhf.optimization import (
     FitConfig,
     Precision,
@@ -284,6 +285,64 @@ def test_fit_reports_every_step():
     assert epochs == [0, 1, 2]
     assert [progress for progress, _ in steps] == pytest.approx([1 / 3, 1 / 2, 2 / 3, 7 / 9, 8 / 9, 1])
     assert steps[0][1] == pytest.approx(first)
+
+
+def test_parts_of_a_batch_make_one_step_of_it():
+    """Their shares weigh them, so unequal parts are the mean over all rows; it is the sum whose gradient is clipped."""
+    config = FitConfig(epochs=3, max_grad_norm=0.3, **PLAIN)
+    losses, models = [], []
+    for sizes in ([16], [1, 10, 5]):
+        model = small_model()
+        (x, y), loss_of = regression(model)
+        batch, seen = (x, y), []
+        rows = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        fit(
+            model, lambda epoch, batch=batch: [batch], loss_of, config, lambda _, loss, seen=seen: seen.append(loss),
+            lambda _, rows=rows: [(part, len(part[0]) / 16) for part in rows],
+        )  # fmt: skip
+        losses.append(seen)
+        models.append(model)
+    assert len(losses[1]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(models[1].weight, models[0].weight)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_state_is_gone_on_from_bit_for_bit(stop):
+    """Moments, the stream of dropout and the position, within an epoch and at its end."""
+    config = FitConfig(epochs=2, **PLAIN)
+
+    def run(model, state, on_step=None):
+        (x, y), _ = regression(model)
+        batches = [(x[i : i + 6], y[i : i + 6]) for i in (0, 5, 10)]
+
+        def loss_of(batch):
+            return (model(nn.functional.dropout(batch[0], 0.5, model.training)) - batch[1]).square().mean()
+
+        fit(model, lambda epoch: batches, loss_of, config, on_step, state=state)
+
+    whole, model, state = small_model(), small_model(), FitState()
+    run(whole, None)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, state, stop_at(stop))
+    saved = state.tensors(), state.counters()
+    assert saved[1]["epoch"] * 3 + saved[1]["batch"] == stop
+    torch.rand(5)
+    again = FitState()
+    again.load(*saved)
+    run(model, again)
+    assert torch.equal(model.weight, whole.weight) and torch.equal(model.bias, whole.bias)
+    with pytest.raises(RuntimeError, match="begun before"):
+        run(model, state)
+
+
+def stop_at(step: int):
+    def on_step(progress, loss):
+        nonlocal step
+        step -= 1
+        if step == 0:
+            raise KeyboardInterrupt
+
+    return on_step
 
 
 def test_a_single_step_with_the_default_schedule_trains():

@@ -11,7 +11,8 @@ from transformers import GPT2Tokenizer, GPT2TokenizerFast
 
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
-from minirlhf.sft import SFTConfig, SFTTrainer, encode_for_lm, perplexity
+from minirlhf.demonstrations import Demonstration
+from minirlhf.sft import SFTConfig, SFTTrainer, encode_demonstrations, encode_for_lm, perplexity
 from minirlhf.tokenization.byte_bpe import ByteBPE, byte_alphabet
 
 VOCAB, MERGES = trained_bpe()
@@ -189,6 +190,15 @@ def test_a_padding_token_and_more_special_tokens():
     assert tokenizer.decode(ids) == "hellohello"
     with pytest.raises(ValueError, match=r"lacks the special tokens <\|pad\|>"):
         ByteBPE(VOCAB, MERGES, "<|pad|>")
+
+
+def test_responses_follow_their_prompts_and_end(ours):
+    """Encoded apart, as they are when a response is sampled; without a prompt nothing comes before the first token."""
+    pairs = [Demonstration("the ho", "tel 😀"), Demonstration("", "酒店很好"), Demonstration(" ", "a")]
+    found = encode_demonstrations(ours, pairs)
+    for pair, (ids, first) in zip(pairs, [(s.ids, s.first) for s in found], strict=True):
+        before, after = (ours.encode(text) if text else [] for text in (pair.prompt, pair.response))
+        assert ids == [*before, *after, ours.eos_id] and first == max(len(before), 1)
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
