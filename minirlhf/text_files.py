@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers from 1; a byte-order mark and both kinds of ends are accepted.
+    """The lines that are not empty, with their numbers from 1; a byte-order mark and all kinds of ends are accepted.
 
     Raises FileNotFoundError, ValueError for an unknown encoding, or with the number of the line that it does not fit.
     """
@@ -25,12 +26,13 @@ def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> lis
         number = raw[: getattr(error, "start", 0)].count(b"\n") + 1
         raise ValueError(
             f"{path}, line {number} is not {encoding} ({error}); name the file's encoding by encoding= or --encoding, "
-            "for instance gbk"
+            f"for instance {_another_encoding(raw, encoding)}"
         ) from error
     except (LookupError, ValueError) as error:
         raise ValueError(f"encoding must be the name of a text encoding, got {encoding!r}") from error
     # str.splitlines would also split at separators that may stand within a text, such as U+2028.
-    lines = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
+    end = "\n" if "\n" in text else "\r"  # of files from old spreadsheets
+    lines = enumerate(text.removeprefix("\ufeff").split(end), 1)
     return [(number, line.removesuffix("\r")) for number, line in lines if line.strip(" \r")]
 
 
@@ -50,6 +52,12 @@ def text_of(content: Mapping[str, Any], key: str) -> str:
     if not isinstance(content[key], str):
         raise ValueError(f"{key} must be a text, got a {type(content[key]).__name__}")
     return content[key]
+
+
+def _another_encoding(raw: bytes, tried: str) -> str:
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "gbk" if tried.lower().replace("_", "-").startswith("utf-8") else "utf-8"
 
 
 def hash_fraction(text: str) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.preferences import Ranking, contradictions, read_rankings, split_rankings
+from minirlhf.preferences import Ranking, contradictions, rankings_of_scores, read_rankings, split_rankings
 
 GOOD, MIDDLING, BAD = "服务很好", "一般", "太差"
 PAIR = {"prompt": "酒店", "chosen": GOOD, "rejected": BAD}
@@ -60,9 +60,10 @@ def test_a_text_is_the_prompt_with_the_answer_behind_it():
 @pytest.mark.parametrize("name", ["pairs.jsonl", "lists.tsv", "PAIRS.JSONL", "LISTS.TSV"])
 @pytest.mark.parametrize("change", [
     lambda text: text, lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n"),
-    lambda text: text.removesuffix("\n"), lambda text: "\n\n" + text.replace("\n", "\n \n\n"),
+    lambda text: text.replace("\n", "\r"), lambda text: text.removesuffix("\n"),
+    lambda text: "\n\n" + text.replace("\n", "\n \n\n"),
     lambda text: "\ufeff" + text.replace("\n", "\r\n\r\n").removesuffix("\r\n"),
-], ids=["plain", "byte-order mark", "CRLF", "no end", "empty lines", "all of these"])  # fmt: skip
+], ids=["plain", "byte-order mark", "CRLF", "CR", "no end", "empty lines", "all of these"])  # fmt: skip
 def test_marks_line_ends_and_empty_lines_change_nothing(tmp_path, name, change):
     pairs = [("酒店", GOOD, BAD), ("早餐", "a\u2028b\x0bc\x85d", "\x1c e")]  # characters that str.splitlines splits at
     if name.lower().endswith(".jsonl"):
@@ -144,6 +145,16 @@ def test_another_encoding_is_named_with_its_line_and_the_way_out(tmp_path, name,
     with pytest.raises(ValueError, match=rf"line {number} is not utf-8 .*encoding=.*--encoding.*gbk") as caught:
         read_rankings(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "encoding", "offered"), [
+    ("好\t差\n".encode("utf-16"), "utf-8", "utf-16"), ("好\t差\n".encode("utf-16-be"), "utf-8", "gbk"),
+    ("\ufeff好\t差\n".encode("utf-16-be"), "UTF_8", "utf-16"), ("很好啊\t差\n".encode(), "gbk", "utf-8"),
+    ("好\t差\n".encode("gbk"), "utf-8-sig", "gbk"), ("好\t差".encode(), "ascii", "utf-8"),
+])  # fmt: skip
+def test_the_encoding_that_is_offered_is_another_one(tmp_path, content, encoding, offered):
+    with pytest.raises(ValueError, match=rf"lists.tsv, line 1 is not {encoding} .*--encoding, for instance {offered}$"):
+        read_rankings(write(tmp_path, content, "lists.tsv"), encoding)
 
 
 @pytest.mark.parametrize("encoding", ["martian", "hex", "utf-8\0", "rot13"])
@@ -280,3 +291,52 @@ def test_an_empty_side_is_refused(rankings):
 def test_bad_options_of_the_split_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         split_rankings(MANY, **options)
+
+
+# ---- lists and scores, as feedback writes them ----------------------------------------------------------------------
+
+
+def test_lists_in_json_by_hand(tmp_path):
+    path = jsonl(
+        tmp_path, {"round": 0, "prompt": "酒店", "answers": ["a", "b", "c"], "order": [3, 1, 2]}, PAIR,
+        {"answers": ["a", "b"], "margin": 1}, {"prompt": "问", "answers": ["a", "b", "c"], "scores": [2, 5, 1.5]},
+    )  # fmt: skip
+    assert read_rankings(path) == [
+        Ranking("酒店", ("a", "b", "c")), Ranking("酒店", (GOOD, BAD)), Ranking("", ("a", "b"), 1),
+        Ranking("问", ("b", "a", "c")),
+    ]  # fmt: skip
+
+
+SCORE = st.integers(1, 5)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(SCORE, min_size=1, max_size=12))
+def test_scores_say_what_every_unequal_pair_of_them_says(scores):
+    answers = [f"answer {i}" for i in range(len(scores))]
+    said = [(a, b) for ranking in rankings_of_scores("p", answers, scores)
+            for i, a in enumerate(ranking.answers) for b in ranking.answers[i + 1 :]]  # fmt: skip
+    pairs = {(a, b) for i, a in enumerate(answers) for j, b in enumerate(answers) if scores[i] > scores[j]}
+    assert len(said) == len(set(said)) and set(said) == pairs
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ({"prompt": 1, "answers": ["a", "b"]}, "prompt must be a text"), ({"answers": "ab"}, "answers must be a tuple"),
+    ({"answers": ["a"]}, "2 to 9 answers, got 1"), ({"answers": ["a", " "]}, "answer 2 is empty"),
+    ({"answers": ["a", "b"], "scores": [1]}, "2 answers, but 1 scores"), ({"answers": [], "scores": []}, "0 answers"),
+    ({"answers": ["a", "b"], "scores": "12"}, "scores must be a list"),
+    ({"answers": {"a": 1}, "scores": [1]}, "answers must be a list"),
+    *(({"answers": ["a", "b"], "scores": [1, bad]}, "a score must be a finite number")
+      for bad in ("2", None, True, math.nan, 10**400)),
+    ({"answers": ["a", "a "], "scores": [1, 2]}, "answers 1 and 2 are equal"),
+])  # fmt: skip
+def test_a_bad_list_in_json_is_named_by_file_and_line(tmp_path, line, message):
+    path = jsonl(tmp_path, PAIR, line)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rankings(path)
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+
+
+def test_equal_scores_alone_are_no_rankings(tmp_path):
+    with pytest.raises(ValueError, match="holds no rankings"):
+        read_rankings(jsonl(tmp_path, {"answers": ["a", "b"], "scores": [3, 3]}, {"answers": ["a"], "scores": [5]}))
