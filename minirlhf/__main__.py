@@ -21,7 +21,7 @@ from minirlhf.console import bars, batches, show
 from minirlhf.diagnosis.doctor import PROMPTS
 from minirlhf.diagnosis.patient import FAIL
 from minirlhf.evaluation import MAX_N, EvaluationConfig
-from minirlhf.evaluation_request import EvaluationRequest, load_scorer
+from minirlhf.evaluation_request import EvaluationRequest
 from minirlhf.files import naming
 from minirlhf.metrics import json_line, printable
 from minirlhf.models.bert import BertClassifier
@@ -29,6 +29,7 @@ from minirlhf.models.gpt2 import GPT2
 from minirlhf.optimization import PRECISIONS, resolve_device
 from minirlhf.rewards import SentimentReward
 from minirlhf.sampling import SamplingConfig
+from minirlhf.scorers import load_scorer
 from minirlhf.tokenizer import Tokenizer
 
 BATCH = 16  # texts a forward pass; their output appears together
@@ -182,7 +183,7 @@ def score(model: str, texts: list[str], device: str, as_json: bool) -> None:
 
 @command(
     argument("--policy", required=True, metavar="FOLDER", help="GPT-2 folder with its tokenizer"),
-    argument("--reward", required=True, metavar="FOLDER", help="folder of a sentiment classifier"),
+    argument("--reward", required=True, metavar="FOLDER", help="sentiment classifier, reward model or n-gram scorer"),
     argument("--positive-label", metavar="NAME", help="of the classifier; default: that which says so"),
     argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of the policy"),
     argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="the pool of prompts"),

@@ -12,11 +12,7 @@ from typing import Any
 from minirlhf.comparison import Evaluation
 from minirlhf.files import atomic_write, read_json, write_json
 from minirlhf.html_report import report
-from minirlhf.hub import locate
 from minirlhf.metrics import CONFIG_FILE, METRICS_FILE, read_jsonl
-from minirlhf.models.reward import NORMALISATION, RewardModel
-from minirlhf.ngram_scorer import MODEL_TYPE, NGramScorer
-from minirlhf.rewards import RewardFunction, SentimentReward
 from minirlhf.text_files import numbered_lines
 
 PROMPTS = ("酒店", "周围", "位置", "前台")  # those of examples/positive_reviews.py
@@ -86,21 +82,6 @@ class EvaluationRequest:
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(self.output / EVALUATION_FILE, {**about, **evaluation.as_dict()})
         atomic_write(self.output / REPORT_FILE, page.encode("utf-8"))
-
-
-def load_scorer(folder: str | os.PathLike[str], device: str = "auto") -> RewardFunction:
-    """The reward in a folder, of whichever kind: a sentiment classifier, a reward model or an n-gram scorer.
-
-    Raises as the `from_pretrained` of that kind.
-    """
-    config = read_json(locate(folder) / CONFIG_FILE)
-    if config.get("model_type") == MODEL_TYPE:
-        return NGramScorer.from_pretrained(folder)
-    if config.get("model_type") == "gpt2" and NORMALISATION not in config:
-        raise ValueError(f"{folder} holds a 'gpt2' model without a reward head, expected a reward")
-    if NORMALISATION in config:
-        return RewardModel.from_pretrained(folder, device=device)
-    return SentimentReward.from_pretrained(folder, device=device)
 
 
 def _prompts_of(started: Mapping[str, Any]) -> list[str] | None:

@@ -62,7 +62,7 @@ ALLOWED = {
     "feedback": {"files", "generation", "keyboard", "metrics", "models", "sampling", "tokenizer"},
     "runs": {"files", "locks", "metrics", "models", "rollout", "stopping", "trainer", "training_state"},
     "diagnosis": {"batching", "diagnosis", "generation", "metrics", "models", "optimization", "ppo_config", "rewards",
-                  "rollout", "tokenizer", "trainer"},
+                  "rollout", "scorers", "tokenizer", "trainer"},
     "hub": {"files"},
     "console": {"metrics"},
     "text_statistics": set(),
@@ -75,8 +75,8 @@ ALLOWED = {
     "html_report": {"comparison", "files", "frontier", "metrics", "version"},
     "evaluation": {"best_of", "bootstrap", "comparison", "metrics", "models", "rewards", "rollout", "sampling",
                    "symptoms", "text_statistics", "tokenizer", "validation"},
-    "evaluation_request": {"comparison", "files", "html_report", "hub", "metrics", "models", "ngram_scorer", "rewards",
-                           "text_files"},
+    "evaluation_request": {"comparison", "files", "html_report", "metrics", "text_files"},
+    "scorers": {"checkpoints", "files", "hub", "models", "ngram_scorer", "rewards"},
 }  # fmt: skip
 ENTRANCES = {"__init__", "__main__"}  # these gather what the others offer
 

@@ -11,10 +11,11 @@ from conftest import VOCAB, make_bert, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentReward, Tokenizer
 from minirlhf.__main__ import main
-from minirlhf.evaluation_request import HELD_OUT_PROMPTS, PROMPTS, EvaluationRequest, load_scorer
+from minirlhf.evaluation_request import HELD_OUT_PROMPTS, PROMPTS, EvaluationRequest
 from minirlhf.files import read_json, write_json
 from minirlhf.models.reward import GPT2Scorer
 from minirlhf.rewards import CANARIES
+from minirlhf.scorers import load_scorer
 from test_hostile_text import HISTORY
 
 SMALL = ["--samples", 6, "--gen-len", 4, "--best-of", 2, 3]

@@ -21,7 +21,8 @@ from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
 from minirlhf.optimization import resolve_device
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.rewards import RewardFunction, SentimentReward
+from minirlhf.rewards import RewardFunction
+from minirlhf.scorers import load_scorer
 from minirlhf.tokenizer import Tokenizer
 
 PROMPTS = ("酒店", "这家酒店的位置", "房间", "早餐很一般，")  # of different lengths, so that there is padding
@@ -83,7 +84,7 @@ def doctor(
 
     policy, reference, tokenizer, reward: as for PPOTrainer and its `train`, or the folders to load them from.
         reference, tokenizer: None: those of the policy's folder. reward: None: none is looked at.
-    positive_label: of a reward that is given as a folder, as SentimentReward takes it.
+    positive_label: of a reward that is given as the folder of a classifier, as SentimentReward takes it.
     config: a PPOConfig; **overrides replace its fields by name. prompts: the pool.
     canaries: a good and a bad text for the reward; None: for a SentimentReward that reads Chinese,
         `rewards.CANARIES`. file: where to print; None: standard output.
@@ -131,7 +132,7 @@ def doctor(
             reward=files.load(
                 "reward",
                 reward,
-                lambda path: SentimentReward.from_pretrained(path, positive_label=positive_label, device=device),
+                lambda path: load_scorer(path, config.device, positive_label),
             ),
             config=config,
             prompts=prompts,

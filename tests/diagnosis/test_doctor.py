@@ -15,11 +15,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import VOCAB, make_bert, make_gpt2
-from minirlhf import GPT2, ActorCritic, Finding, PPOConfig, PPOTrainer, SentimentReward, Tokenizer, ValueHead, doctor
+from minirlhf import (
+    GPT2,
+    ActorCritic,
+    Finding,
+    PPOConfig,
+    PPOTrainer,
+    RewardModel,
+    SentimentReward,
+    Tokenizer,
+    ValueHead,
+    doctor,
+)
 from minirlhf.__main__ import main
 from minirlhf.checkpoints import read_tensors, write_tensors
 from minirlhf.diagnosis import run_checks
 from minirlhf.diagnosis.doctor import CHECKS, PROMPTS
+from minirlhf.models.reward import GPT2Scorer
 from minirlhf.ppo_config import PRESETS
 from minirlhf.rewards import CANARIES
 
@@ -547,6 +559,25 @@ def test_swapped_labels_in_a_folder_are_a_finding_and_no_python_warning(folders,
     content["id2label"] = {"0": content["id2label"]["1"], "1": content["id2label"]["0"]}
     path.write_text(json.dumps(content))
     assert by_folder(folders)[0]["labels"] == "fail" and not list(recwarn)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("network", [lambda: GPT2Scorer(gpt2()), lambda: make_bert(id2label={0: "reward"})])
+def test_a_reward_model_in_a_folder_is_examined_by_canaries(folders, network, normalised):
+    """One that we saved, or one with a single score of another tool."""
+    model = RewardModel(network(), Tokenizer(VOCAB), device="cpu")
+    model.save_pretrained(folders / "reward")
+    if not normalised:
+        path = folders / "reward" / "config.json"
+        content = json.loads(path.read_text())
+        del content["reward_normalisation"]
+        path.write_text(json.dumps(content))
+    status, findings = by_folder(folders)
+    assert status["labels"] == "skip" and "canaries=" in findings["labels"].detail
+    assert others(status, "labels", "reward vocabulary") == {"ok"} and status["folders"] == "ok"
+    canaries = sorted(["很好", "脏"], key=lambda text: model([text]).item())
+    assert by_folder(folders, canaries=(canaries[1], canaries[0]))[0]["labels"] == "ok"
+    assert by_folder(folders, canaries=(canaries[0], canaries[1]))[0]["labels"] == "fail"
 
 
 def test_labels_without_a_meaning_need_the_name_of_the_positive_one(folders):
