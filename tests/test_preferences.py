@@ -340,3 +340,52 @@ def test_a_bad_list_in_json_is_named_by_file_and_line(tmp_path, line, message):
 def test_equal_scores_alone_are_no_rankings(tmp_path):
     with pytest.raises(ValueError, match="holds no rankings"):
         read_rankings(jsonl(tmp_path, {"answers": ["a", "b"], "scores": [3, 3]}, {"answers": ["a"], "scores": [5]}))
+
+
+# ---- lists and scores, as feedback writes them ----------------------------------------------------------------------
+
+
+def test_lists_in_json_by_hand(tmp_path):
+    path = jsonl(
+        tmp_path, {"round": 0, "prompt": "酒店", "answers": ["a", "b", "c"], "order": [3, 1, 2]}, PAIR,
+        {"answers": ["a", "b"], "margin": 1}, {"prompt": "问", "answers": ["a", "b", "c"], "scores": [2, 5, 1.5]},
+    )  # fmt: skip
+    assert read_rankings(path) == [
+        Ranking("酒店", ("a", "b", "c")), Ranking("酒店", (GOOD, BAD)), Ranking("", ("a", "b"), 1),
+        Ranking("问", ("b", "a", "c")),
+    ]  # fmt: skip
+
+
+SCORE = st.integers(1, 5)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(SCORE, min_size=1, max_size=12))
+def test_scores_say_what_every_unequal_pair_of_them_says(scores):
+    answers = [f"answer {i}" for i in range(len(scores))]
+    said = [(a, b) for ranking in rankings_of_scores("p", answers, scores)
+            for i, a in enumerate(ranking.answers) for b in ranking.answers[i + 1 :]]  # fmt: skip
+    pairs = {(a, b) for i, a in enumerate(answers) for j, b in enumerate(answers) if scores[i] > scores[j]}
+    assert len(said) == len(set(said)) and set(said) == pairs
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ({"prompt": 1, "answers": ["a", "b"]}, "prompt must be a text"), ({"answers": "ab"}, "answers must be a tuple"),
+    ({"answers": ["a"]}, "2 to 9 answers, got 1"), ({"answers": ["a", " "]}, "answer 2 is empty"),
+    ({"answers": ["a", "b"], "scores": [1]}, "2 answers, but 1 scores"), ({"answers": [], "scores": []}, "0 answers"),
+    ({"answers": ["a", "b"], "scores": "12"}, "scores must be a list"),
+    ({"answers": {"a": 1}, "scores": [1]}, "answers must be a list"),
+    *(({"answers": ["a", "b"], "scores": [1, bad]}, "a score must be a finite number")
+      for bad in ("2", None, True, math.nan, 10**400)),
+    ({"answers": ["a", "a "], "scores": [1, 2]}, "answers 1 and 2 are equal"),
+])  # fmt: skip
+def test_a_bad_list_in_json_is_named_by_file_and_line(tmp_path, line, message):
+    path = jsonl(tmp_path, PAIR, line)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rankings(path)
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+
+
+def test_equal_scores_alone_are_no_rankings(tmp_path):
+    with pytest.raises(ValueError, match="holds no rankings"):
+        read_rankings(jsonl(tmp_path, {"answers": ["a", "b"], "scores": [3, 3]}, {"answers": ["a"], "scores": [5]}))
