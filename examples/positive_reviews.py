@@ -96,10 +96,10 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
     args = parser.parse_args()
     if args.resume:
-        if given := [n for n, value in vars(args).items() if n != "resume" and value != parser.get_default(n)]:
-            raise ValueError(f"a resumed run keeps its settings, so drop {given}")
         if not (started := read_json(Path(args.resume) / "config.json").get("arguments")):
             raise ValueError(f"{args.resume} is no run of this script")
+        if given := [n for n, value in vars(args).items() if n != "resume" and value != parser.get_default(n)]:
+            raise ValueError(f"a resumed run keeps its settings, so drop {given}")
         args = argparse.Namespace(**{**started, "resume": args.resume})
     else:
         args.prompts = read_prompts(args.prompts)
