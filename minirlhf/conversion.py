@@ -49,7 +49,7 @@ def convert(folder: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"{folder / WEIGHTS_FILE} does not exist, nor does any of {others}")
     stored, aliases = untied(tensors)
     # "format" is what transformers insists on; the aliases are written as safetensors' own `save_model` does.
-    atomic_write(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt", "converted_from": source, **aliases}))
+    atomic_write(folder / WEIGHTS_FILE, save(stored, metadata={**aliases, "format": "pt", "converted_from": source}))
     return folder / WEIGHTS_FILE
 
 
@@ -76,6 +76,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold tensors by name, but holds a {type(content).__name__}")
     for name, tensor in content.items():
+        if isinstance(name, str) and not _is_storable(name):
+            raise ValueError(f"{path} names a tensor {name!r:.80}, which safetensors cannot")
         if not isinstance(name, str) or not _is_plain(tensor):
             kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{path} must hold plain tensors by name, but {name!r} is a {kind}")
@@ -121,6 +123,14 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path} is refused: it is compressed and would unpack to {unpacked} bytes")
 
 
+def _is_storable(name: str) -> bool:
+    """Whether the header of safetensors, JSON in UTF-8, can have an entry of this name besides its metadata."""
+    try:
+        return name.encode("utf-8") != b"__metadata__"
+    except UnicodeEncodeError:
+        return False
+
+
 def _is_plain(tensor: object) -> bool:
     """Whether it is a dense tensor in memory whose storage holds all its elements."""
     return (
@@ -128,6 +138,7 @@ def _is_plain(tensor: object) -> bool:
         and tensor.layout == torch.strided
         and tensor.device.type == "cpu"
         and not tensor.is_quantized
+        and not (tensor.is_conj() or tensor.is_neg())  # views whose memory holds other values
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
     )
 

@@ -160,12 +160,27 @@ def test_a_pickle_of_foreign_objects_is_refused(tmp_path, zipped):
     ({3: torch.ones(2)}, "but 3 is a"), ({"a": torch.ones(2).to_sparse()}, "'a' is a torch.sparse_coo tensor"),
     ({"a": torch.empty(2, device="meta")}, "'a' is a"), (torch.ones(2), "holds a Tensor"),
     ({"a": torch.zeros(1).expand(10**13)}, "'a' is a"),  # 40 TB, were it made contiguous
+    ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "'a' is a"),  # its memory has the other sign
 ], ids=str)  # fmt: skip
 def test_a_pickle_of_anything_but_plain_tensors_by_name_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=rf"pytorch_model.bin must hold .*{message}"):
         convert(tmp_path)
     assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", ["\udc80", "__metadata__"])
+def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
+    torch.save({name: torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin names a tensor '.*', which safetensors cannot"):
+        convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+def test_a_tied_tensor_cannot_take_the_place_of_the_format(tmp_path):
+    tensor = torch.ones(2)
+    torch.save({"a": tensor, "format": tensor, "converted_from": tensor}, tmp_path / "pytorch_model.bin")
+    assert metadata(convert(tmp_path)) == {"format": "pt", "converted_from": "pytorch_model.bin"}
 
 
 def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
