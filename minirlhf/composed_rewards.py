@@ -186,7 +186,7 @@ class Increments:
         return table
 
     def metrics(self) -> dict[str, float]:
-        """What the other reward reports."""
+        """What the other reward reports, of all that it was asked about: of every beginning of a response."""
         return _metrics(self.reward)
 
 
