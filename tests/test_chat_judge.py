@@ -51,7 +51,7 @@ def server():
 
 
 def make_config(server, **options):
-    fields = dict(base_url=server.base_url, model="m", rubric="How good is it?", key_variable="TEST_KEY", timeout=5.0,
+    fields = dict(base_url=server.base_url, model="m", rubric="How good is it?", key_variable="TEST_KEY", timeout=20.0,
                   retries=1, backoff=0.0)  # fmt: skip
     return ChatJudgeConfig(**{**fields, **options})
 
@@ -117,7 +117,7 @@ def test_requests_under_way_reach_the_limit_and_never_exceed_it(server, concurre
     together = threading.Barrier(concurrency)
 
     def answer_together(handler):
-        together.wait(10)  # until as many are here as are allowed; the next one would come before these are answered
+        together.wait(60)  # until as many are here as are allowed; the next one would come before these are answered
         slow(0.1)(handler)
 
     server.next = [answer_together] * concurrency + [slow(0.01)] * 20 + [fail(500)] * 3
@@ -271,7 +271,7 @@ def test_a_batch_gets_its_scores_through_every_misbehaviour(server):
     server.next = [*MISBEHAVIOUR.values()]
     random.Random(2).shuffle(server.next)
     texts = ["x" * n for n in range(11)]
-    judge = make_judge(server, timeout=0.5, retries=9, reasks=9, concurrency=4)
+    judge = make_judge(server, timeout=2.0, retries=9, reasks=9, concurrency=4)
     assert judge(texts) == list(range(11))
     metrics = judge.metrics()
     assert metrics["judge/requests"] == len(server.requests) == 11 + len(MISBEHAVIOUR)
@@ -287,10 +287,10 @@ def test_a_batch_gets_its_scores_through_every_misbehaviour(server):
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_failure_that_does_not_pass_is_one_error_and_cuts_off_the_rest(server, behaviour, message, retries):
     server.next = [slow(30), slow(30), slow(30), *[behaviour] * 20]
-    judge, started = make_judge(server, concurrency=4, timeout=20.0, retries=retries), time.monotonic()
+    judge, started = make_judge(server, concurrency=4, retries=retries), time.monotonic()
     with pytest.raises(ChatError, match=f"^{server.base_url}/chat/completions .*{message}") as caught:
         judge([str(i) for i in range(30)])
-    assert time.monotonic() - started < 5 and isinstance(caught.value, OSError)
+    assert time.monotonic() - started < 15 and isinstance(caught.value, OSError)  # not as long as the slow ones take
     assert no_threads_left() and server.connections <= 5  # and none for the texts that were still to come
     server.next = []
     assert judge(["a", "b"]) == [5, 5]  # the judge is not broken, its endpoint was
@@ -308,10 +308,10 @@ def test_ctrl_c_ends_it_at_once_and_keeps_the_scores_that_had_arrived(server, tm
 
     server.rule = length
     server.next = [say(length), say(length), slow(30), slow(30), interrupt]
-    judge, started = make_judge(server, concurrency=3, timeout=20.0, cache=tmp_path / "cache"), time.monotonic()
+    judge, started = make_judge(server, concurrency=3, cache=tmp_path / "cache"), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         judge(["x" * n for n in range(10)])
-    assert time.monotonic() - started < 5 and no_threads_left() and len(server.requests) == 5
+    assert time.monotonic() - started < 15 and no_threads_left() and len(server.requests) == 5
     server.next = []
     assert judge(["x" * n for n in range(10)]) == list(range(10))
     assert judge.metrics()["judge/cached"] == 2 and len(server.requests) == 5 + 8
@@ -421,7 +421,7 @@ def test_metrics_count_what_happened_since_the_last_time(server, tmp_path):
         "judge/unparsed": 1, "judge/damaged_cache_lines": 0, "judge/prompt_tokens": 500, "judge/completion_tokens": 10,
         "judge/cost": pytest.approx((500 * 3 + 10 * 15) / 1e6),
     }  # fmt: skip
-    assert 0.1 / 6 <= latency < 1
+    assert 0.1 / 6 <= latency < 20
     assert set(judge.metrics().values()) == {0.0}
     judge(["c"])
     assert {name for name, value in judge.metrics().items() if value} == {"judge/texts", "judge/cached"}
@@ -431,7 +431,7 @@ def test_latency_is_of_the_requests_that_were_answered(server):
     server.next = [fail(500)] * 9 + [slow(0.2)]
     judge = make_judge(server, retries=9)
     judge(["a"])
-    assert 0.2 <= judge.metrics()["judge/latency"] < 2
+    assert 0.2 <= judge.metrics()["judge/latency"] < 20
 
 
 # ---- the key --------------------------------------------------------------------------------------------------------
@@ -443,7 +443,8 @@ def test_the_key_is_sent_and_occurs_nowhere_else(server, monkeypatch, tmp_path, 
     caplog.set_level("DEBUG")
     others = {"echo": say(f"7 {KEY}"), "401": fail(401, f"Incorrect API key provided: {KEY}")}
     server.next = [(MISBEHAVIOUR | others)[name]] * 9
-    judge, told = make_judge(server, timeout=0.1, cache=tmp_path / "cache", reasks=1), []
+    timeout = 1.0 if name in ("slow", "drip") else 20.0  # in which the answer to "b" must come as well
+    judge, told = make_judge(server, timeout=timeout, cache=tmp_path / "cache", reasks=1), []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -86,7 +86,8 @@ def swallow(folder):
     (write_and_refuse, "AssertionError: a refused load changed the folder"),
 ])  # fmt: skip
 def test_the_fuzzer_sees_a_loader_at_fault(monkeypatch, function, said):
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    if "seconds" in said:
+        monkeypatch.setattr(fuzz, "SECONDS", 1)
     report = fuzz.fuzz(fails(function), 3, seed=0)
     assert report.outcomes["failed"] == len(report.failures) >= 1
     assert all(re.search(said, failure) for failure in report.failures)

@@ -404,7 +404,7 @@ def test_a_reward_that_fails_ends_the_run_saved_up_to_the_step_before(tmp_path, 
     folder = tmp_path / "run"
     saved = f"checkpoints/step-{step - 1:06d}"
     told = rf"^step {step} of 6 failed: {message}.*up to step {step - 1}, in .*{saved}$"
-    limit = 1.0 if name == "hangs" else None
+    limit = 2.0 if name == "hangs" else None  # enough for one that answers
     with pytest.raises(RunFailed, match=told), go_on(folder, reward_timeout=limit) as run:
         run.trainer.train(PROMPTS, lambda t: (fault if run.trainer.iteration + 1 == step else reward)(t), run.record)
     whole(folder)

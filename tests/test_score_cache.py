@@ -148,7 +148,7 @@ for i in range(400):
     assert [each.stdout.readline() for each in started] == ["ready\n"] * 2
     (tmp_path / "go").touch()
     for each in started:
-        assert each.communicate(timeout=60)[1] == "" and each.returncode == 0
+        assert each.communicate(timeout=600)[1] == "" and each.returncode == 0
     cache, damaged = load(tmp_path / "cache")
     assert damaged == 0
     for name in ("one", "two"):

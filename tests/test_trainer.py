@@ -946,7 +946,7 @@ def hangs(texts):
 
 BAD_REWARDS = {
     "raises": (fails, ConnectionError, "does not answer"),
-    "hangs": (hangs, TimeoutError, "reward_timeout=1 "),
+    "hangs": (hangs, TimeoutError, "reward_timeout=2 "),
     "NaN": (lambda texts: [0.0, NAN, 0.0, 0.0], ValueError, "finite, got nan for text 1"),
     "one too few": (lambda texts: [0.0] * 3, ValueError, r"4 numbers, one a text, got shape \(3,\)"),
     "one too many": (lambda texts: [0.0] * 5, ValueError, "4 numbers"),
@@ -959,7 +959,7 @@ BAD_REWARDS = {
 def test_a_reward_that_fails_leaves_the_trainer_as_it_was_after_the_last_step(name):
     """Called again with a reward that works, it goes on as if nothing had been."""
     bad, error, message = BAD_REWARDS[name]
-    settings = dict(steps=16, reward_timeout=1.0 if name == "hangs" else None, score_whitening=True)
+    settings = dict(steps=16, reward_timeout=2.0 if name == "hangs" else None, score_whitening=True)
     plain, trainer = make_trainer(**settings), make_trainer(**settings)
     expected = plain.train(PROMPTS, reward)
     calls = itertools.count()
@@ -1290,3 +1290,39 @@ def test_checkpointed_activations_change_no_bit_of_a_step():
     assert kept[0] == kept[1] and trainers[1].policy.gpt2.checkpoint_activations
     pairs = zip(trainers[0].policy.parameters(), trainers[1].policy.parameters(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+def make_frozen_trainer(**settings):
+    policy = ActorCritic(make_gpt2(0, n_layer=3)).eval()
+    for module in (policy.gpt2.wte, policy.gpt2.wpe, policy.gpt2.h[0], policy.gpt2.h[1]):
+        module.requires_grad_(False)
+    settings = {"seed": 3, "batch_size": 8, "minibatch_size": 4, "gen_len": 5, "lr": 1e-3, "device": "cpu", **settings}
+    return PPOTrainer(policy, make_gpt2(0, n_layer=3), Tokenizer(VOCAB), **settings)
+
+
+def test_a_shared_reference_changes_no_bit_of_a_run():
+    runs = []
+    for reference in ("own", "shared"):
+        trainer = make_frozen_trainer(reference=reference, steps=16)
+        history = trainer.train(["酒店", "hello"], lambda texts: [float(len(text)) for text in texts])
+        runs.append((trainer, [{k: v for k, v in s.items() if not k.startswith("time/")} for s in history]))
+    (apart, expected), (shared, stats) = runs
+    assert stats == expected and stats[1]["objective/kl_exact"] > 0
+    assert all(torch.equal(*pair) for pair in zip(apart.policy.parameters(), shared.policy.parameters(), strict=True))
+    assert shared.reference_hash == apart.reference_hash and shared.policy.gpt2.h[1] is shared.reference.h[1]
+
+
+def test_a_shared_reference_is_resumed_and_guarded_by_its_hash(tmp_path):
+    trainer = make_frozen_trainer(reference="shared")
+    trainer.save_checkpoint(tmp_path / "state")
+    resumed = PPOTrainer.resume(tmp_path / "state", make_gpt2(0, n_layer=3))
+    assert resumed.policy.gpt2.layers_shared_with(resumed.reference) == 2
+    with torch.no_grad():
+        trainer.policy.gpt2.h[0].ln_1.bias += 1  # behind the trainer's back
+    with pytest.raises(RuntimeError, match="the reference is not what it was"):
+        trainer.save_checkpoint(tmp_path / "later")
+    assert not (tmp_path / "later").exists()
+    with pytest.raises(ValueError, match="trains its embeddings"):
+        make_trainer(reference="shared")
+    with pytest.raises(ValueError, match="reference must be one of"):
+        make_trainer(reference="none")
