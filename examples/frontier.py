@@ -67,13 +67,13 @@ def main() -> None:
 
 
 def ppo_config(args: argparse.Namespace, coefficient: float) -> PPOConfig:
-    """As positive_reviews.py on the starter weights, with a fixed KL coefficient in place of the controller."""
+    """As positive_reviews.py, with a fixed KL coefficient, and without an entropy bonus, which costs KL for nothing."""
     return PPOConfig(
         steps=args.steps,
         lr=2e-4,
         minibatch_size=32,
         forward_batch_size=32,
-        entropy_coef=0.01,
+        entropy_coef=args.entropy_coef,
         adaptive_kl=False,
         init_kl_coef=coefficient,
         top_p=args.top_p,
@@ -102,6 +102,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4], metavar="β")
     parser.add_argument("--steps", type=int, default=1280, help="samples of each run")
+    parser.add_argument("--entropy-coef", type=float, default=0.0, help="PPOConfig.entropy_coef")
     parser.add_argument("--samples", type=int, default=256, help="of each evaluation")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: there is one KL, and the comparison is exact")
     parser.add_argument("--seed", type=int, default=0)

@@ -211,6 +211,12 @@ def test_best_of_n_is_that_of_the_reference_at_every_n_and_at_equal_kl(tokenizer
     assert x.ahead.mean == pytest.approx(x.policy.reward.mean - x.equal_kl.reward.mean)
 
 
+def test_a_truncated_policy_is_charged_with_the_larger_kl(tokenizer):
+    x = full_evaluation(tokenizer, settings={"sampling": SamplingConfig(top_p=0.5)}).given
+    assert x.kl_exact.mean < 0.9 * x.kl_full_softmax.mean  # or this test would show nothing
+    assert x.equal_kl.kl == pytest.approx(x.kl_full_softmax.mean)
+
+
 def test_a_kl_that_no_best_of_n_reaches_is_said_to_be_so(tokenizer):
     """A policy that writes one character for ever is further away than any choice among 64 samples."""
     x = hacked(tokenizer).given
