@@ -98,6 +98,8 @@ class PPOConfig:
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     device: str = "auto"
     seed: int = 0
+    # shared: the reference uses the policy's own frozen lower layers instead of copies of them; own: it does not
+    reference: str = "own"
     # When things go wrong
     reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
     # Optimizer steps in a row whose loss or gradient is not finite: each is skipped, so many end the run. More than
@@ -140,6 +142,7 @@ class PPOConfig:
             require_one_of(self, "value_head", VALUE_HEAD_KINDS)
         require_one_of(self, "lr_schedule", SCHEDULES)
         require_one_of(self, "precision", PRECISIONS)
+        require_one_of(self, "reference", ("own", "shared"))
         _ = self.sampling  # temperature, top_k and top_p are checked there
 
     @property

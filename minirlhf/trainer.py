@@ -24,7 +24,7 @@ from minirlhf.cpu import keep_freed_memory
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.files import naming
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.gpt2 import GPT2, share_frozen_layers
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
 from minirlhf.optimization import Precision, in_batches_that_fit, lr_factor, resolve_device, undone_on_error
 from minirlhf.ppo_config import PPOConfig
@@ -66,6 +66,9 @@ class PPOTrainer:
         self.policy = policy.to(self.device).eval()
         self.policy.gpt2.checkpoint_activations = self.config.checkpoint_activations
         self.ref_policy = ref_policy.to(self.device).eval().requires_grad_(False)
+        if self.config.reference == "shared":
+            share_frozen_layers(self.policy.gpt2, self.reference)
+            _ = self.reference_hash  # as it is now
         self.tokenizer = tokenizer
         self.precision = Precision(self.config.precision, self.device)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]

@@ -132,14 +132,16 @@ def save(trainer: PPOTrainer, folder: str | os.PathLike[str], log: Mapping[str, 
     """Write everything that the next step depends on.
 
     log: how long the files of the run's log were, as `RunLog.flush` says; kept in training.json.
-    Raises RuntimeError for a trainer that stopped within a step, ValueError for weights that are not fp32,
-    FileExistsError for a folder that holds something else, OSError if it cannot be written.
+    Raises RuntimeError for a trainer that stopped within a step, or whose shared reference was changed, ValueError
+    for weights that are not fp32, FileExistsError for a folder that holds something else, OSError if it cannot be written.
     """
     if trainer.within_step:
         raise RuntimeError(
             f"the trainer stopped within step {trainer.iteration + 1}, so it is in the state of no step; "
             "go back to its last checkpoint"
         )
+    if trainer.config.reference == "shared" and module_hash(trainer.reference) != trainer.reference_hash:
+        raise RuntimeError("the reference is not what it was: layers that it shares with the policy were changed")
     if any(p.dtype != torch.float32 for p in trainer.policy.parameters()):
         raise ValueError("a checkpoint holds fp32 weights, but the policy has others")
     tensors = {f"generator.{name}": generator.get_state() for name, generator in trainer.generators.items()}

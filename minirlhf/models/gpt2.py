@@ -13,11 +13,12 @@ Left out: attention variants that no GPT-2 checkpoint uses (cross-attention, sca
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,18 @@ class Packing:
         return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, (B, T))
 
 
+class Pass(NamedTuple):
+    """What all blocks of one forward pass are told.
+
+    allowed: bool (B or 1, 1, T, S), which keys each token may attend to; None: all that are not after it.
+    cache: to read from and to extend. packing: of the tokens that go through; None: they are (B, T, C).
+    """
+
+    allowed: Tensor | None
+    cache: KVCache | None
+    packing: Packing | None
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -146,18 +159,17 @@ class Attention(nn.Module):
         self.attn_pdrop = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(
-        self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, packing: Packing | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, way: Pass, layer: int) -> Tensor:
+        packing = way.packing
         qkv = self.c_attn(x)
         if packing is not None:
             qkv = packing.unpack(qkv)
         B, T, C = qkv.size(0), qkv.size(1), x.size(-1)
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
+        if way.cache is not None:
+            k, v = way.cache.extend(layer, k, v)  # (B, nh, S, hs)
         dropout = self.attn_pdrop if self.training else 0.0
-        y = attention(q, k, v, allowed, dropout, is_causal=allowed is None and T > 1)
+        y = attention(q, k, v, way.allowed, dropout, is_causal=way.allowed is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y if packing is None else packing.pack(y)))
 
@@ -183,10 +195,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, packing: Packing | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), allowed, cache, layer, packing)
+    def forward(self, x: Tensor, way: Pass, layer: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), way, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -226,6 +236,29 @@ class GPT2(nn.Module):
         cache: a KVCache to read from and to extend by the new tokens.
         Raises ValueError for a mask of the wrong shape or a sequence longer than `n_positions`.
         """
+        x, way = self._begin(ids, attention_mask, cache)
+        x = self._blocks(x, way, range(len(self.h)))
+        if cache is not None:
+            cache.length += ids.size(1)
+        return self._end(x, way)
+
+    def hidden_states_of_both(
+        self, other: GPT2, ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden_states` of this model and, without gradient, of another one; layers that they share run once."""
+        shared = self.layers_shared_with(other)
+        if shared == 0:
+            with torch.no_grad():
+                theirs = other.hidden_states(ids, attention_mask)
+            return self.hidden_states(ids, attention_mask), theirs
+        x, way = self._begin(ids, attention_mask, None)
+        x = self._blocks(x, way, range(shared))
+        with torch.no_grad():
+            theirs = other._end(other._blocks(x, way, range(shared, len(other.h))), way)
+        return self._end(self._blocks(x, way, range(shared, len(self.h))), way), theirs
+
+    def _begin(self, ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Pass]:
+        """What goes into the first block. Raises as `hidden_states`."""
         B, T = ids.shape
         past = 0 if cache is None else cache.length
         S, limit = past + T, self.config.n_positions
@@ -233,20 +266,30 @@ class GPT2(nn.Module):
             raise ValueError(f"a sequence of {S} tokens is longer than the model's {limit} positions")
         if attention_mask is not None and attention_mask.shape != (B, S):
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, S)}")
+        way = Pass(_allowed(attention_mask, past, T, ids.device), cache, _packing(attention_mask, past))
         x = self.drop(self.wte(ids) + self.wpe(_positions(attention_mask, past, S, ids.device)))  # (B, T, C)
-        allowed = _allowed(attention_mask, past, T, ids.device)
-        packing = _packing(attention_mask, past)
-        if packing is not None:
-            x = packing.pack(x)  # (N, C)
-        for layer, block in enumerate(self.h):
+        x = x if way.packing is None else way.packing.pack(x)  # (N, C)
+        return x, way
+
+    def _blocks(self, x: Tensor, way: Pass, layers: range) -> Tensor:
+        """Through these blocks."""
+        for layer in layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, allowed, cache, layer, packing, use_reentrant=False)
+                x = checkpoint(self.h[layer], x, way, layer, use_reentrant=False)
             else:
-                x = block(x, allowed, cache, layer, packing)
-        if cache is not None:
-            cache.length = S
+                x = self.h[layer](x, way, layer)
+        return x
+
+    def _end(self, x: Tensor, way: Pass) -> Tensor:
+        """The final LayerNorm, (B, T, C)."""
         x = self.ln_f(x)
-        return x if packing is None else packing.unpack(x)
+        return x if way.packing is None else way.packing.unpack(x)
+
+    def layers_shared_with(self, other: GPT2) -> int:
+        """How many blocks, counted from the embeddings up, are the very same in both models (`share_frozen_layers`)."""
+        if self.wte is not other.wte or self.wpe is not other.wpe:
+            return 0
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(self.h, other.h, strict=False)))
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), by the tied token embedding."""
@@ -325,6 +368,31 @@ class GPT2(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # residual layers scaled by their number, section 2.3 of the paper
                 nn.init.normal_(parameter, 0.0, std / math.sqrt(2 * self.config.n_layer), generator=generator)
+
+
+def share_frozen_layers(model: GPT2, reference: GPT2) -> int:
+    """Let a reference use the model's own embeddings and lower layers, as far up as these are frozen.
+
+    They are the same numbers, held and computed once; the layers above stay the reference's own.
+    Returns the number of blocks that are shared. Raises ValueError, before anything is shared, if the embeddings are
+    trained (the first block is then not reached), or a frozen layer is not what it is in the reference.
+    """
+
+    def frozen(module: nn.Module) -> bool:
+        return not any(p.requires_grad for p in module.parameters())
+
+    if not (frozen(model.wte) and frozen(model.wpe)):
+        raise ValueError("a reference can share nothing with a model that trains its embeddings, wte and wpe")
+    shared = sum(1 for _ in itertools.takewhile(frozen, model.h))
+    modules = ["wte", "wpe", *(f"h.{i}" for i in range(shared))]
+    for name in modules:
+        ours, theirs = model.get_submodule(name).state_dict(), reference.get_submodule(name).state_dict()
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            raise ValueError(f"{name} is frozen, but differs from the reference's: they cannot share it")
+    reference.wte, reference.wpe = model.wte, model.wpe
+    for i in range(shared):
+        reference.h[i] = model.h[i]
+    return shared
 
 
 def read_config(content: Mapping[str, Any], stored: int) -> GPT2Config:

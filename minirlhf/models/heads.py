@@ -178,15 +178,14 @@ def score_tokens(
     context, context_mask = tokens[:, :-1], None if mask is None else mask[:, :-1]
     real = None if mask is None else mask[:, -R:].bool()
 
-    def states(gpt2: GPT2) -> Tensor:
-        hidden = gpt2.hidden_states(context, context_mask)[:, -R:]  # (B, R, C)
-        return hidden.flatten(0, 1) if real is None else hidden[real]  # (N, C)
+    def of_response(states: Tensor) -> Tensor:  # (B, T - 1, C) to (N, C)
+        return states[:, -R:].flatten(0, 1) if real is None else states[:, -R:][real]
 
-    hidden = states(model)
     compared = None
-    if reference is not None:
-        with torch.no_grad():
-            compared = states(reference)
+    if reference is None:
+        hidden = of_response(model.hidden_states(context, context_mask))
+    else:
+        hidden, compared = map(of_response, model.hidden_states_of_both(reference, context, context_mask))
     picked = tokens[:, -R:].flatten() if real is None else tokens[:, -R:][real]  # (N,)
     sets = None
     if sampling_sets is not None:

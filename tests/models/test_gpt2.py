@@ -13,6 +13,7 @@ from transformers import GPT2Config as TheirConfig
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, SamplingConfig, generate
 from minirlhf.batching import left_pad, right_pad
+from minirlhf.models.gpt2 import share_frozen_layers
 
 SIZES = dict(vocab_size=50, n_positions=24, n_embd=16, n_layer=2, n_head=2)
 LENGTHS = [7, 1, 4]
@@ -526,3 +527,44 @@ def test_checkpointed_activations_give_the_same_gradients_to_the_bit(padded, aut
     handle.remove()
     assert len(calls) == 1 + 2  # once more in the backward pass
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def freeze(model, layers):
+    for module in (model.wte, model.wpe, *model.h[:layers]):
+        module.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("layers", [0, 2, 3])
+def test_frozen_layers_are_shared_and_run_once_with_the_same_bits(layers):
+    model, reference, apart = (make_gpt2(4, n_layer=3) for _ in range(3))
+    assert share_frozen_layers(freeze(model, layers), reference) == layers == model.layers_shared_with(reference)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the policy moves on, where it can
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    calls = []
+    handles = [block.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(model.h)]
+    ids, mask = left_pad([torch.arange(1, 6), torch.arange(7, 9)])
+    with torch.no_grad():
+        mine, theirs = model.hidden_states_of_both(reference, ids, mask)
+        assert calls == list(range(3))
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(theirs, apart.hidden_states(ids, mask)) and torch.equal(mine, model.hidden_states(ids, mask))
+    assert not torch.equal(mine, theirs)
+    mine, theirs = model.hidden_states_of_both(reference, ids, mask)
+    assert mine.requires_grad and not theirs.requires_grad
+    assert {p.data_ptr() for p in model.h[:layers].parameters()} <= {p.data_ptr() for p in reference.parameters()}
+
+
+def test_what_is_trained_or_differs_is_not_shared():
+    model, reference = make_gpt2(4), make_gpt2(4)
+    with pytest.raises(ValueError, match="trains its embeddings"):
+        share_frozen_layers(model, reference)
+    assert model.layers_shared_with(reference) == 0
+    with torch.no_grad():
+        freeze(model, 2).h[1].ln_1.bias[0] += 1
+    with pytest.raises(ValueError, match=r"h\.1 is frozen, but differs"):
+        share_frozen_layers(model, reference)
+    assert model.layers_shared_with(reference) == 0  # nothing was shared before it was found
