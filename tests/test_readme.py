@@ -118,6 +118,16 @@ def test_the_examples_readme_lists_the_scripts_and_no_others():
     assert {name for name in there if f"`{name}`" not in read("examples/README.md")} == set()
 
 
+@pytest.mark.parametrize(("page", "title"), [("README.md", "What it promises"), ("README.zh-CN.md", "它保证什么")])
+def test_the_test_of_every_promise_exists(page, title):
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (REPO / "tests").rglob("*.py")}
+    defined = {name for text in tests.values() for name in re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)}
+    rows = section(read(page), title).split("|---|---|\n")[1].split("\n\n")[0].splitlines()
+    named = [set(re.findall(r"`((?:test_)?\w+(?:\.py)?)`", row.split(" | ")[1])) for row in rows]
+    assert len(rows) >= 12 and all(named)
+    assert set().union(*named) <= defined | tests.keys()
+
+
 def test_the_functions_of_the_mathematics_exist():
     names = re.findall(r"`ppo\.(\w+)`", section(read("README.md"), "Read it"))
     assert {"token_rewards", "gae", "whiten", "policy_loss", "value_loss", "AdaptiveKL"} <= set(names)
