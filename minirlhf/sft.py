@@ -26,7 +26,7 @@ from minirlhf.checkpoint_folder import read_checkpoint, write_checkpoint
 from minirlhf.demonstrations import Demonstration
 from minirlhf.fit_state import FitState
 from minirlhf.model_card import Origin
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.gpt2 import GPT2, Pass
 from minirlhf.optimization import FitConfig, eval_mode, fit, resolve_device
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.validation import require, require_bools, require_positive_ints
@@ -287,7 +287,7 @@ def _packed_states(model: GPT2, ids: Tensor, lengths: Sequence[Sequence[int]]) -
     allowed = (causal & (owner[:, :, None] == owner[:, None, :]))[:, None]  # (B, 1, T, T)
     x = model.drop(model.wte(ids) + model.wpe(positions))
     for layer, block in enumerate(model.h):
-        x = block(x, allowed, None, layer)
+        x = block(x, Pass(allowed), layer)
     return model.ln_f(x)
 
 

@@ -133,7 +133,8 @@ def save(trainer: PPOTrainer, folder: str | os.PathLike[str], log: Mapping[str, 
 
     log: how long the files of the run's log were, as `RunLog.flush` says; kept in training.json.
     Raises RuntimeError for a trainer that stopped within a step, or whose shared reference was changed, ValueError
-    for weights that are not fp32, FileExistsError for a folder that holds something else, OSError if it cannot be written.
+    for weights that are not fp32, FileExistsError for a folder that holds something else, OSError if it cannot be
+    written.
     """
     if trainer.within_step:
         raise RuntimeError(

@@ -146,8 +146,8 @@ class Pass(NamedTuple):
     """
 
     allowed: Tensor | None
-    cache: KVCache | None
-    packing: Packing | None
+    cache: KVCache | None = None
+    packing: Packing | None = None
 
 
 class Attention(nn.Module):
