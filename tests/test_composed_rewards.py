@@ -507,24 +507,30 @@ def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path)
     metrics, (samples,) = lines(run / "metrics.jsonl"), lines(run / "samples.jsonl")
     assert [line["step"] for line in metrics] == [1, 2] and samples["step"] == 2
     sentiment = SentimentReward.from_pretrained(tmp_path / "reward", device="cpu")
-    rewards = {name: [] for name in TAGS}
+    rewards, sentiments = {name: [] for name in TAGS}, []
     for text, score in samples["samples"]:  # the whole last batch
         (name,) = (name for name, tag in TAGS.items() if text.startswith(tag))
         response = text[6:]  # after a tag of four characters and a prompt of two
         grams = [response[i : i + 2] for i in range(len(response) - 1)]
         penalty = 1 - len(set(grams)) / len(grams) if grams else 0
-        rewards[name].append(oracle(name, sentiment([text[4:]]).item()))
-        assert score == pytest.approx(rewards[name][-1] - 0.5 * penalty, abs=1e-5)
+        reward = oracle(name, sentiment([text[4:]]).item())
+        rewards[name].append(reward - 0.5 * penalty)
+        sentiments.append(reward)
+        assert score == pytest.approx(rewards[name][-1], abs=1e-5)
     for name, values in rewards.items():
         assert len(values) == 2 and metrics[-1][f"reward/{name}"] == pytest.approx(sum(values) / 2, abs=1e-5)
-    assert metrics[-1]["reward/parts/sentiment"] == pytest.approx(sum(map(sum, rewards.values())) / 6, abs=1e-5)
+    assert metrics[-1]["reward/parts/sentiment"] == pytest.approx(sum(sentiments) / 6, abs=1e-5)
     assert metrics[-1]["reward/parts/repetition"] <= 0
     summary = json.loads((run / "summary.json").read_text())
     assert {f"{name}/{model}/reward" for name in TAGS for model in ("policy", "reference")} <= summary.keys()
     for name, tag in TAGS.items():
-        assert (
-            f"{tag} reward {summary[f'{name}/reference/reward']:.3f} -> {summary[f'{name}/policy/reward']:.3f}" in out
-        )
+        for figure, shown in (("reward", "reward"), ("p_positive", "P(positive)"), ("from_half", "|P - 1/2|")):
+            before, after = (summary[f"{name}/{model}/{figure}"] for model in ("reference", "policy"))
+            assert f"{tag} {shown:11} {before:.3f} -> {after:.3f}" in out
+        for model in ("reference", "policy"):
+            p, reward = (summary[f"{name}/{model}/{figure}"] for figure in ("p_positive", "reward"))
+            half = summary[f"{name}/{model}/from_half"]
+            assert reward == pytest.approx({"positive": p, "neutral": 1 - 2 * half, "negative": 1 - p}[name], abs=1e-5)
     assert (run / "before_after.md").read_text(encoding="utf-8").count("| prompt |") == 3
     assert Tokenizer.from_pretrained(run / "policy").vocab[-1] == "性"
 
