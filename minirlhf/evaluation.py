@@ -101,8 +101,9 @@ def evaluate(
     actor = policy if isinstance(policy, ActorCritic) else _with_value_head(policy)
     _check_models(actor.gpt2, reference, tokenizer)
     lists = [prompts] if held_out_prompts is None else [prompts, held_out_prompts]
+    context = min(actor.gpt2.config.n_positions, reference.config.n_positions)
     for texts in lists:
-        encode_prompts(tokenizer, texts, reference.config.n_positions, config.gen_len)
+        encode_prompts(tokenizer, texts, context, config.gen_len)
     seen = set(prompts) & set(held_out_prompts or ())
     if seen:
         raise ValueError(f"held-out prompts must not be among the given ones, as is {min(seen)[:20]!r}")

@@ -327,6 +327,9 @@ def test_prompts_are_checked_before_anything_is_sampled(tokenizer):
 
     with pytest.raises(ValueError, match="empty"):
         full_evaluation(tokenizer, held_out_prompts=[""], reward_fn=never)
+    with pytest.raises(ValueError, match="room for 3 in the model's context of 8"):
+        evaluate(make_gpt2(0, n_positions=8), make_gpt2(0), tokenizer, ["酒店"], never, ["房间干净服务"],
+                 config=EvaluationConfig(**SMALL))  # fmt: skip
 
 
 @pytest.mark.parametrize(("policy", "reference", "message"), [
