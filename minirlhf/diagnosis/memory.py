@@ -69,7 +69,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         weights    = 4 W_policy + W_reference
         rollout    = B (17 T + (26 + V / 8) R)
         generation = B (2 L C T e + max(s V, 12 C P e))             key/value cache; sampling, or the prompt before it
-        scoring    = 12 S T C e + 30 n(S) V
+        scoring    = 13 S T C e + 30 n(S) V
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
     With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
@@ -96,7 +96,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         weights=4 * weights + weight_bytes(trainer.reference),
         rollout=batch_size * (17 * T + (26 + V // 8) * gen_len),
         generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + embedding,
-        scoring=12 * S * T * C * e + 30 * logits(S, scored_at_once) + embedding,
+        scoring=13 * S * T * C * e + 30 * logits(S, scored_at_once) + embedding,
         update=F * T * kept * e + 14 * logits(F) + FP32 * C * V + reduced * weights // 2,
     )
 

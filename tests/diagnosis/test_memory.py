@@ -49,7 +49,7 @@ def test_the_formula_by_hand():
     assert need.weights == 4 * (reference + 4 * 9) + reference
     assert need.rollout == 10 * (17 * 10 + (26 + 10) * 6)
     assert need.generation == 10 * (2 * 3 * 8 * 10 * 4 + max(40 * 80, 48 * 8 * 4))
-    assert need.scoring == 48 * 10 * 10 * 8 + 30 * 10 * 6 * 80
+    assert need.scoring == 52 * 10 * 10 * 8 + 30 * 10 * 6 * 80
     assert need.update == 5 * 10 * 4 * (16 * 8 + 2 * 2 * 10) * 4 + 14 * 5 * 6 * 80 + 4 * 8 * 80
     assert need.total == need.weights + need.rollout + need.scoring and need.scoring > need.update > need.generation
     assert need.largest == "scoring"
@@ -65,7 +65,7 @@ def test_no_more_logits_are_counted_than_are_alive_and_no_more_rows_than_a_pass_
     assert large.update - 1000 * trunk == larger.update - 2000 * trunk == 14 * tokens * 1000 + 4 * 8 * 1000
     rows = trainer.scoring_batch_size
     assert rows * 50 > LOGITS_IN_CACHE // 1000
-    assert large.scoring == 12 * rows * 51 * 8 * 4 + 30 * (LOGITS_IN_CACHE // 1000) * 1000  # not of all 10^6
+    assert large.scoring == 13 * rows * 51 * 8 * 4 + 30 * (LOGITS_IN_CACHE // 1000) * 1000  # not of all 10^6
     assert estimate(trainer, 3, 1, 50, 1000).update == 3 * trunk + 14 * 3 * 50 * 1000 + 4 * 8 * 1000
 
 
