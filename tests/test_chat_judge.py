@@ -248,6 +248,19 @@ def test_a_text_without_a_score_gets_the_fallback_which_is_counted_and_warned_of
     assert (metrics["judge/requests"], metrics["judge/reasked"], metrics["judge/unparsed"]) == (6, 4, 2)
 
 
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_answers_that_are_no_score_are_counted_by_their_kind(server, name):
+    server.next = [UNUSABLE[name]] * 2
+    judge = make_judge(server, reasks=1)
+    with pytest.warns(UserWarning, match="gave no number from 0 to 10"):
+        judge(["a"])
+    kinds = {"above": "out_of_range", "below": "out_of_range", "prose": "prose", "refusal": "prose"}
+    metrics = judge.metrics()
+    assert {kind: metrics[f"judge/{kind}"] for kind in ("out_of_range", "empty", "prose")} == {
+        "out_of_range": 0, "empty": 0, "prose": 0, kinds.get(name, "empty"): 2,
+    }  # fmt: skip
+
+
 def test_only_the_texts_without_a_score_get_the_fallback(server):
     server.rule = lambda text: "no" if "bad" in text else "9"
     with pytest.warns(UserWarning, match="for 2 of 4 texts but, for one, 'no'"):
@@ -418,7 +431,8 @@ def test_metrics_count_what_happened_since_the_last_time(server, tmp_path):
     # a: 500, "no", "5" after a tenth of a second; b: three numbers out of range; c: 6, without usage
     assert metrics == {
         "judge/texts": 4, "judge/cached": 1, "judge/requests": 7, "judge/retries": 1, "judge/reasked": 3,
-        "judge/unparsed": 1, "judge/damaged_cache_lines": 0, "judge/prompt_tokens": 500, "judge/completion_tokens": 10,
+        "judge/unparsed": 1, "judge/out_of_range": 3, "judge/empty": 0, "judge/prose": 1,
+        "judge/damaged_cache_lines": 0, "judge/prompt_tokens": 500, "judge/completion_tokens": 10,
         "judge/cost": pytest.approx((500 * 3 + 10 * 15) / 1e6),
     }  # fmt: skip
     assert 0.1 / 6 <= latency < 20
