@@ -92,8 +92,8 @@ class Work:
         return PPOTrainer(self.gpt2(), self.gpt2(), self.tokenizers()[0], self.ppo(**changes))
 
     def reward_function(self) -> "Reward":
-        sentiment = SentimentReward(self.bert(), self.tokenizers()[1], batch_size=self.batch, device=self.device)
-        return Reward(sentiment, self.precision)
+        options = dict(batch_size=self.batch, device=self.device, precision=self.precision)
+        return SentimentReward(self.bert(), self.tokenizers()[1], **options)
 
     def lengths(self) -> Batch:
         """The batch in tokens: every response has all its tokens, and the texts are as long as they were sampled."""
@@ -101,17 +101,6 @@ class Work:
         prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
         new = [self.new_tokens] * self.batch
         return Batch(prompts, new, [len(ids) + n + 1 for ids, n in zip(prompts, new, strict=True)])  # and [SEP]
-
-
-class Reward:
-    """P(positive) under the classifier, computed in the precision of the work."""
-
-    def __init__(self, sentiment: SentimentReward, precision: str):
-        self.sentiment, self.precision = sentiment, precision
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        with autocast(next(self.sentiment.model.parameters()).device, self.precision):
-            return self.sentiment(texts)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
