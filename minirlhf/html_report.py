@@ -108,7 +108,8 @@ def report(
             parts += [f"<h2>Samples on the {name}</h2>", "<p>The first ones, unpicked; left before, right after.</p>"]
             parts += map(_pair, shown)
     parts += ["<h2>What the figures mean</h2>", _definitions(GLOSSARY), "<h2>Settings</h2>"]
-    parts += [_definitions({**(about or {}), **_settings(evaluation)}.items())]
+    facts = {**(about or {}), **_settings(evaluation)}
+    parts += [_definitions((name, value) for name, value in facts.items() if value is not None)]
     parts += [f"<footer>minirlhf {_text(__version__)}</footer>"]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -179,8 +180,11 @@ def _pair(pair: Pair) -> str:
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:
-    prompts = {f"the {name}": ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}
-    return {**prompts, **evaluation.settings}
+    """The prompts and the fields of the EvaluationConfig by name; those of its sampling among them."""
+    facts: dict[str, Any] = {f"the {name}": ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}
+    for name, value in evaluation.settings.items():
+        facts.update(value if isinstance(value, dict) else {name: value})
+    return facts
 
 
 def _curves(history: Sequence[Mapping[str, Any]], target: float | None) -> bytes:

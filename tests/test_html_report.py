@@ -75,7 +75,11 @@ def test_without_second_scorer_held_out_prompts_and_run_it_has_less():
     x = after(second=None)
     x = dataclasses.replace(x, reference=dataclasses.replace(x.reference, second=None), second_gain=None,
                             best_of_n=POINTS, equal_kl=None, ahead=None)  # fmt: skip
-    page = Page(report(Evaluation({}, x, None, ())))
+    page = Page(
+        report(Evaluation({"eos_token_id": None, "sampling": {"top_p": 0.75}}, x, None, ()), "t", {"run": None})
+    )
+    assert "0.75" in page and "top_p" in page
+    assert "None" not in page and "eos_token_id" not in page and "sampling" not in page
     assert "No symptom of reward hacking was found." in page and "On the held-out prompts" not in page
     assert [tag for tag, _ in page.elements].count("img") == 1
     assert "The policy's KL is beyond what best-of-n was drawn for." in page
