@@ -91,7 +91,8 @@ class Work:
         """A trainer of new models; changes: of the fields of PPOConfig."""
         return PPOTrainer(self.gpt2(), self.gpt2(), self.tokenizers()[0], self.ppo(**changes))
 
-    def reward_function(self) -> "Reward":
+    def reward_function(self) -> SentimentReward:
+        """The classifier, in the precision of the work."""
         options = dict(batch_size=self.batch, device=self.device, precision=self.precision)
         return SentimentReward(self.bert(), self.tokenizers()[1], **options)
 
