@@ -130,7 +130,10 @@ def checked_scores(scores: Any, count: int) -> Tensor:
     if isinstance(scores, (list, tuple)):  # numbers, or tensors of one element
         scores = [score.item() if isinstance(score, Tensor) and score.numel() == 1 else score for score in scores]
     try:
-        tensor = torch.as_tensor(scores).detach().to("cpu", torch.float64, copy=True)
+        tensor = torch.as_tensor(scores).detach()
+        if tensor.is_complex() or tensor.layout != torch.strided:  # else the imaginary part is dropped in silence
+            raise TypeError(f"they have dtype {tensor.dtype} and layout {tensor.layout}")
+        tensor = tensor.to("cpu", torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"scores must be {count} numbers, got {type(scores).__name__}: {error}") from error
     if tensor.shape != (count,):

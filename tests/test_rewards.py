@@ -309,6 +309,7 @@ def test_scores_that_are_not_finite_are_refused_with_their_place(kind, bad):
 
 
 @pytest.mark.parametrize("scores", [
+    [1j, 1.0, 0.0], np.zeros(3, complex), torch.zeros(3, dtype=torch.cfloat), torch.ones(3).to_sparse(),
     None, "123", ["1", "2", "3"], [None, 1, 2], {0: 1, 1: 2, 2: 3}, {1, 2, 3}, iter([1, 2, 3]), object(),
     np.array(["a", "b", "c"]), np.array([1, 2, 3], dtype=object), [10**400, 1, 2],
 ], ids=lambda x: type(x).__name__)  # fmt: skip
