@@ -92,14 +92,15 @@ def packed_rows(lengths: Sequence[int], width: int, generator: torch.Generator) 
     pool = max(1, int(50 * width / mean))
     rows: list[list[int]] = []
     for start in range(0, len(shuffled), pool):
-        open_rows: list[tuple[int, list[int]]] = []  # room, indices
+        begun: list[list[int]] = []
+        room: list[int] = []
         for i in sorted(shuffled[start : start + pool], key=lambda i: -lengths[i]):
-            fitting = [n for n, (room, _) in enumerate(open_rows) if room >= lengths[i]]
-            if fitting:
-                n = min(fitting, key=lambda n: open_rows[n][0])
-                room, row = open_rows[n]
-                open_rows[n] = (room - lengths[i], [*row, i])
-            else:
-                open_rows.append((width - lengths[i], [i]))
-        rows += [row for _, row in open_rows]
+            fitting = [n for n, free in enumerate(room) if free >= lengths[i]]
+            if not fitting:
+                begun.append([])
+                room.append(width)
+            n = min(fitting, key=room.__getitem__, default=len(room) - 1)
+            begun[n].append(i)
+            room[n] -= lengths[i]
+        rows += begun
     return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]

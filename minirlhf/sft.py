@@ -141,7 +141,7 @@ class SFTTrainer:
         """The mean negative log-likelihood over the tokens of a batch that are predicted."""
         rows = [[self.sequences[i] for i in row] for micro in batch for row in micro]
         width = self.config.max_length if self.config.packing else None
-        nll, count = row_nll(self.model, rows, self.tokenizer.pad_id, width)
+        nll, count = token_nll(self.model, rows, self.tokenizer.pad_id, width)
         return nll.sum() / count
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -224,25 +224,18 @@ def encode_demonstrations(tokenizer: Tokenizer, demonstrations: Sequence[Demonst
     return found
 
 
-def encode_for_lm(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Each text with its end, cut to `max_length` tokens (a cut text has no [SEP]: it does not end there)."""
-    return [ids[:max_length] for ids in tokenizer.encode_documents(texts)]
-
-
 def cut(sequences: Sequence[LMSequence], max_length: int) -> list[LMSequence]:
-    """Sequences cut to `max_length` tokens, those left out that have nothing to predict within it."""
+    """Sequences cut to `max_length` tokens (a text that is cut has no [SEP]: it does not end there).
+
+    Those are left out that have nothing to predict within it.
+    """
     return [LMSequence(s.ids[:max_length], s.first) for s in sequences if s.first < min(len(s.ids), max_length)]
 
 
 # ---- likelihood ------------------------------------------------------------------------------------------------------
 
 
-def token_nll(model: GPT2, sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, int]:
-    """Negative log-likelihoods (N,) in nats, fp32, of all tokens but each sequence's first, and their number N."""
-    return row_nll(model, [[LMSequence(list(ids))] for ids in sequences], pad_id)
-
-
-def row_nll(
+def token_nll(
     model: GPT2, rows: Sequence[Sequence[LMSequence]], pad_id: int, width: int | None = None
 ) -> tuple[Tensor, int]:
     """Negative log-likelihoods (N,) in nats, fp32, of all tokens that are predicted, row after row, and their number.
@@ -313,7 +306,7 @@ def perplexity(
     total, tokens = 0.0, 0
     with eval_mode(model):
         for batch in length_sorted_batches([len(s.ids) for s in sequences], batch_size):
-            nll, count = row_nll(model, [[sequences[i]] for i in batch], tokenizer.pad_id)
+            nll, count = token_nll(model, [[sequences[i]] for i in batch], tokenizer.pad_id)
             total, tokens = total + nll.double().sum().item(), tokens + count
     characters = sum(tokenizer.width(i) for s in sequences for i in s.ids[s.first :])
     return {"token": math.exp(total / tokens), "character": math.exp(total / characters)}

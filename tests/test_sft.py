@@ -15,10 +15,9 @@ from minirlhf.demonstrations import Demonstration
 from minirlhf.sft import (
     SFTConfig,
     SFTTrainer,
+    cut,
     encode_demonstrations,
-    encode_for_lm,
     perplexity,
-    row_nll,
     token_nll,
 )
 
@@ -96,13 +95,13 @@ def test_perplexity_of_nothing_is_refused(tokenizer):
 @torch.no_grad()
 def test_token_nll_in_a_batch_is_that_of_each_sequence_alone(tokenizer):
     model = make_gpt2(**SIZES).double()
-    sequences = encode_for_lm(tokenizer, TEXTS, 24)
-    assert len({len(s) for s in sequences}) > 1
-    nll, count = token_nll(model, sequences, tokenizer.pad_id)
+    sequences = encode_demonstrations(tokenizer, TEXTS)
+    assert len({len(s.ids) for s in sequences}) > 1
+    nll, count = token_nll(model, [[s] for s in sequences], tokenizer.pad_id)
     alone = []
-    for ids in sequences:
-        logp = model(torch.tensor([ids]))[0].log_softmax(-1)
-        alone += [-logp[t - 1, ids[t]].item() for t in range(1, len(ids))]
+    for s in sequences:
+        logp = model(torch.tensor([s.ids]))[0].log_softmax(-1)
+        alone += [-logp[t - 1, s.ids[t]].item() for t in range(1, len(s.ids))]
     assert count == len(alone) == len(nll)
     assert nll.tolist() == pytest.approx(alone, rel=1e-5)
 
@@ -111,7 +110,8 @@ def test_a_text_that_was_cut_has_no_end(tokenizer):
     whole = tokenizer.encode("酒店很好")
     assert whole[-1] == tokenizer.sep_id and len(whole) == 6
     for length in (2, 5, 6, 7):
-        assert encode_for_lm(tokenizer, ["酒店很好"], length) == [whole[:length]]
+        (found,) = cut(encode_demonstrations(tokenizer, ["酒店很好"]), length)
+        assert found.ids == whole[:length]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -269,11 +269,11 @@ def test_sequences_of_one_row_do_not_see_each_other(tokenizer, width):
     model = make_gpt2(**SIZES).double()
     sequences = encode_demonstrations(tokenizer, [*PAIRS, "很好"])
     rows = [[sequences[1], sequences[4], sequences[2]], [sequences[0]], [sequences[3], sequences[1]]]
-    nll, count = row_nll(model, rows, tokenizer.pad_id, width)
-    alone = [row_nll(model, [[s]], tokenizer.pad_id)[0] for row in rows for s in row]
+    nll, count = token_nll(model, rows, tokenizer.pad_id, width)
+    alone = [token_nll(model, [[s]], tokenizer.pad_id)[0] for row in rows for s in row]
     assert count == len(nll) == sum(map(len, alone))
     torch.testing.assert_close(nll, torch.cat(alone))
-    without, _ = row_nll(model, [[sequences[2]]], tokenizer.pad_id)
+    without, _ = token_nll(model, [[sequences[2]]], tokenizer.pad_id)
     torch.testing.assert_close(nll[len(alone[0]) + len(alone[1]) :][: len(without)], without)
 
 
@@ -363,21 +363,26 @@ def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, tokenizer, packing, prec
     whole.train(lambda *step: losses.append(step))
     whole.save_checkpoint(tmp_path / "whole")
     assert len(losses) >= 6
-    for cut in (0, 1, 2, len(losses) - 1):  # before it begins, within an epoch, at the end of one, before the last step
+    for done in (
+        0,
+        1,
+        2,
+        len(losses) - 1,
+    ):  # before it begins, within an epoch, at the end of one, before the last step
         trainer, seen = new(), []
-        if cut:
+        if done:
             with pytest.raises(KeyboardInterrupt):
-                trainer.train(stop_after(cut))
+                trainer.train(stop_after(done))
             assert not trainer.model.training
         trainer.save_checkpoint(tmp_path / "cut")
         torch.rand(3)  # what happens to the global stream meanwhile does not matter
         again = SFTTrainer.resume(tmp_path / "cut", data)
-        assert again.steps == cut and again.config == config
+        assert again.steps == done and again.config == config
         again.save_checkpoint(tmp_path / "again")
         assert snapshot(tmp_path / "again") == snapshot(tmp_path / "cut")
         again.train(lambda *step, seen=seen: seen.append(step))
         again.save_checkpoint(tmp_path / "end")
-        assert seen == losses[cut:]
+        assert seen == losses[done:]
         assert snapshot(tmp_path / "end") == snapshot(tmp_path / "whole")
 
 

@@ -12,7 +12,7 @@ from transformers import GPT2Tokenizer, GPT2TokenizerFast
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
 from minirlhf.demonstrations import Demonstration
-from minirlhf.sft import SFTConfig, SFTTrainer, encode_demonstrations, encode_for_lm, perplexity
+from minirlhf.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity
 from minirlhf.tokenization.byte_bpe import ByteBPE, byte_alphabet
 
 VOCAB, MERGES = trained_bpe()
@@ -209,8 +209,9 @@ def test_a_model_learns_texts_by_heart_and_where_they_end(ours):
         GPT2Config(**{**SIZES, "n_embd": 32}, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), seed=0
     )
     learned = ["the hotel is good 😀", "酒店很好，房间干净"]
-    assert encode_for_lm(ours, learned, 32) == [[*ours.encode(text), ours.eos_id] for text in learned]
-    assert encode_for_lm(ours, learned, 3) == [ours.encode(text, 3) for text in learned]
+    encoded = encode_demonstrations(ours, learned)
+    assert [s.ids for s in encoded] == [[*ours.encode(text), ours.eos_id] for text in learned]
+    assert [s.ids for s in cut(encoded, 3)] == [ours.encode(text, 3) for text in learned]
     config = SFTConfig(epochs=60, lr=1e-2, max_length=32, tokens_per_batch=64, device="cpu")
     SFTTrainer(model, ours, learned, config).train()
     figures = perplexity(model, ours, learned, 32)
