@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward
+from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
 from minirlhf.evaluation import before_after_table, compare
 from minirlhf.files import atomic_write, write_json
 from minirlhf.metrics import RunLog
@@ -36,14 +36,14 @@ def main() -> None:
         train, held_out = split_rankings(read_rankings(args.rankings, args.encoding), by="answers")
     train = train[: args.limit or None]
 
-    # 2. The reward model is the language model itself, with a scalar in the place of its vocabulary.
+    # 2. The reward model is the language model itself, with a scalar in the place of its vocabulary; or a BERT.
     common = dict(device=args.device, seed=args.seed)
-    reward = RewardModel.from_trunk(args.policy, **common)
+    reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
     limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
     settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
     config = PPOConfig.with_overrides(**PPO, steps=args.steps, batch_size=args.batch_size, **common)
     policy, reference = GPT2.from_pretrained(args.policy), GPT2.from_pretrained(args.policy)
-    trainer = PPOTrainer(policy, reference, reward.tokenizer, config)
+    trainer = PPOTrainer(policy, reference, Tokenizer.from_pretrained(args.policy), config)
     trainer.check_prompts(args.prompts)
     judge = SentimentReward.from_pretrained(args.judge, device=args.device)
     log = RunLog(args.output, {"arguments": {name: str(value) for name, value in vars(args).items()}})
@@ -100,7 +100,8 @@ def read_arguments() -> argparse.Namespace:
     source.add_argument("--rankings", type=Path, help="your own rankings, .jsonl or .tsv")
     for name, default, meaning in (
         ("encoding", "utf-8", "of --rankings"), ("limit", 6000, "train on the first rankings only, 0: on all"),
-        ("policy", str(WEIGHTS / "gpt2-chinese-reviews-small"), "GPT-2 folder, the trunk of the reward model too"),
+        ("policy", str(WEIGHTS / "gpt2-chinese-reviews-small"), "GPT-2 folder"),
+        ("trunk", "", "GPT-2 or BERT folder that the reward model begins from, empty: that of --policy"),
         ("judge", str(WEIGHTS / "bert-chinese-reviews-sentiment-small"), "folder of a sentiment classifier"),
         ("epochs", 1, "of the reward model"), ("lr", 3e-4, "of the reward model"),
         ("steps", 2048, "samples of the PPO run"), ("batch-size", 128, "samples of a PPO step"),

@@ -102,6 +102,15 @@ def test_rankings_of_one_s_own(tiny, tmp_path, call):
     assert json.loads((run / "config.json").read_text())["arguments"]["steps"] == "8"
 
 
+def test_a_bert_as_the_trunk(tiny, tmp_path, call):
+    run = tmp_path / "run"
+    trunk = tiny[tiny.index("--judge") + 1]
+    error, _ = call(*tiny, "--trunk", trunk, "--rankings", rankings_file(tmp_path), "--epochs", "3", "--output", run)
+    assert error is None
+    assert json.loads((run / "reward" / "config.json").read_text())["model_type"] == "bert"
+    check_run(run)
+
+
 @pytest.fixture
 def reviews(tmp_path):
     """A folder with small files of the published form: two kinds of goods, good and bad by their first character."""
@@ -148,7 +157,8 @@ def test_another_encoding_is_offered_and_taken(tiny, tmp_path, call):
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--rankings", "nowhere.tsv"], "nowhere.tsv"), (["--data", "nowhere"], "ChnSentiCorp_htl_all.csv"),
     (["--epochs", "0"], "epochs"), (["--steps", "0"], "steps"), (["--device", "abacus"], "abacus"),
-    (["--judge", "nowhere"], "nowhere"), (["--policy", "nowhere"], "nowhere"), (["--prompts", " "], "empty"),
+    (["--judge", "nowhere"], "nowhere"), (["--policy", "nowhere"], "nowhere"),
+    (["--trunk", "nowhere"], "nowhere"), (["--prompts", " "], "empty"),
     (["--output", "full"], "full exists and is not empty"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, call, monkeypatch, arguments, named):
