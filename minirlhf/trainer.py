@@ -115,7 +115,7 @@ class PPOTrainer:
         self,
         queries: Rollout | Sequence[Tensor],
         responses: Sequence[Tensor] | None = None,
-        scores: Sequence[float] | Sequence[Tensor] | Tensor | None = None,
+        scores: Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Tensor | None = None,
     ) -> Stats:
         """Train on one batch.
 
