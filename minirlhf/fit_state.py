@@ -83,6 +83,8 @@ class FitState:
     def counters(self) -> dict[str, Any]:
         """The position and the loss scale, as JSON has them; to be asked for in between two steps."""
         scaler = {} if self._scaler is None else self._scaler.state_dict()
+        if self._loaded is not None:
+            scaler = self._loaded[1]["scaler"]
         return {"epoch": self.epoch, "batch": self.batch, "scaler": scaler}
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:

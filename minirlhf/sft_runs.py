@@ -4,8 +4,10 @@
     RUN/checkpoint/    the newest one, a model folder like any other (see `checkpoint_folder`)
     RUN/lock           while a process works in the folder (see `locks`)
 
-The lines of a step are on the disk before its checkpoint takes its place, and the checkpoint says how long the files
-were then: a run that was killed at any moment goes on from its checkpoint as if it had not been.
+A line of metrics.jsonl has `sft/loss`, the mean negative log-likelihood of the step's tokens in nats, `sft/progress`,
+the share of the run that is done, and what was measured. The lines of a step are on the disk before its checkpoint
+takes its place, and the checkpoint says how long the files were then: a run that was killed at any moment goes on from
+its checkpoint as if it had not been.
 """
 
 from __future__ import annotations

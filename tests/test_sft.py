@@ -350,7 +350,7 @@ def stop_after(steps: int):
     return on_step
 
 
-@pytest.mark.parametrize(("packing", "precision"), [(False, "fp32"), (True, "bf16")])
+@pytest.mark.parametrize(("packing", "precision"), [(False, "fp32"), (True, "bf16"), (False, "fp16")])
 def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, tokenizer, packing, precision):
     """Bit for bit, wherever it is cut: weights, moments, loss of each step; with dropout, which draws in every step."""
     config = dataclasses.replace(CONFIG, **RESUMED, packing=packing, precision=precision)
