@@ -82,11 +82,14 @@ class FeedbackFile:
         self._ends.append(os.fstat(self._fd).st_size)
 
     def undo(self) -> dict[str, Any]:
-        """Take the last line back, durably, and return it. Raises IndexError if there is none."""
-        record = self.records.pop()
-        self._ends.pop()
-        self._truncate()
-        return record
+        """Take the last line back, durably, and return it. Raises IndexError if there is none, OSError."""
+        end = self._ends.pop()
+        try:
+            self._truncate()
+        except OSError:
+            self._ends.append(end)
+            raise
+        return self.records.pop()
 
     def __enter__(self) -> FeedbackFile:
         return self
@@ -122,8 +125,8 @@ class FeedbackSession:
     in turn; Backspace takes back a number, `u` the last answer, of an earlier session as well, `s` skips, `q` quits.
     A session goes on after the last round that is in the file.
 
-    question_of: number of a round (0, 1, ...) -> its question. With fewer than two answers there is nothing to rank,
-        and the round is passed over.
+    question_of: number of a round (0, 1, ...) -> its question. With too few answers, one to rank or none to score, the
+        round is passed over.
     read: the next key, as `Keyboard.read`; write: shows text. scores: whether scores are asked for.
     """
 
