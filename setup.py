@@ -29,6 +29,6 @@ setup(
     install_requires=["torch>=2.4", "numpy>=1.24", "tokenizers>=0.20", "safetensors>=0.4"],
     extras_require={
         "examples": EXAMPLES,
-        "dev": [*EXAMPLES, "pytest>=8", "hypothesis>=6", "transformers>=4.45", "scikit-learn>=1.4", "ruff", "mypy"],
+        "dev": [*EXAMPLES, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45", "scikit-learn>=1.4", "ruff", "mypy"],
     },
 )

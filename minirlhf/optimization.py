@@ -23,6 +23,7 @@ from minirlhf.validation import (
     require_unit_interval,
 )
 
+LARGE_MODEL = 2**25  # parameters
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine")
 Batch = TypeVar("Batch")
@@ -51,25 +52,29 @@ class Precision:
     """Mixed precision over fp32 master weights (Micikevicius et al. 2018): autocast, and loss scaling for fp16.
 
     name: "fp32", "bf16" or "fp16". Raises ValueError for another.
+    model: the one that is run. On a CPU a large one gets `cpu.fast_matmul`, which keeps a kernel, 0.1 MB or so, for
+        every shape that occurs: among small models that would be much.
     """
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device, model: nn.Module | None = None):
         if name not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
         self.name = name
         self.device_type = device.type
+        large = model is not None and sum(p.numel() for p in model.parameters()) >= LARGE_MODEL
+        self._matmul = fast_matmul if large and device.type == "cpu" else contextlib.nullcontext
         # fp16 has 5 exponent bits: small gradients vanish unless the loss is scaled up. bf16 has fp32's range.
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run."""
         if self.name == "fp32":
-            return fast_matmul() if self.device_type == "cpu" else contextlib.nullcontext()
+            return self._matmul()
         return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the (scaled) gradients of a loss."""
-        with fast_matmul() if self.device_type == "cpu" else contextlib.nullcontext():
+        with self._matmul():
             self.scaler.scale(loss).backward()
 
     def step(

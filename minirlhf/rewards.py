@@ -195,7 +195,7 @@ class SentimentReward:
         self.model = model.eval().to(resolve_device(device))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.precision = Precision(precision, next(model.parameters()).device)
+        self.precision = Precision(precision, next(model.parameters()).device, model)
         self.positive = _positive_index(model.config.labels, positive_label)
 
     @classmethod

@@ -70,7 +70,7 @@ class PPOTrainer:
             share_frozen_layers(self.policy.gpt2, self.reference)
             _ = self.reference_hash  # as it is now
         self.tokenizer = tokenizer
-        self.precision = Precision(self.config.precision, self.device)
+        self.precision = Precision(self.config.precision, self.device, self.policy)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.config.lr, eps=self.config.adam_eps, weight_decay=0.0, fused=True

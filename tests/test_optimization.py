@@ -379,3 +379,18 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(bad):
     with pytest.raises(FloatingPointError, match=r"gradient became .* in epoch 0, batch 0"):
         fit(model, lambda epoch: [0], lambda _: model.weight.square().sum(), FitConfig(**PLAIN))
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(("size", "matmul"), [(10, "highest"), (1000, "medium")])
+def test_large_models_get_the_fast_products_in_both_passes(monkeypatch, size, matmul):
+    monkeypatch.setattr("minirlhf.cpu._medium_is_full", lambda: True)
+    monkeypatch.setattr("minirlhf.optimization.LARGE_MODEL", 1000)
+    model = torch.nn.Linear(size, 1, bias=False)
+    precision = Precision("fp32", torch.device("cpu"), model)
+    seen = []
+    with precision.autocast():
+        seen.append(torch.get_float32_matmul_precision())
+        loss = model(torch.ones(size)).sum()
+    model.weight.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
+    precision.backward(loss)
+    assert seen == [matmul, matmul] and torch.get_float32_matmul_precision() == "highest"
