@@ -20,8 +20,7 @@ def faults():
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
-faults()
-print(faults())
+print(min(faults() for _ in range(5)))  # a small block may come to lie in the gap of one
 """
 
 
@@ -66,8 +65,7 @@ def test_memory_that_was_freed_comes_back_without_page_faults():
             subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, check=True, text=True).stdout
         )
 
-    assert run("kept") < 100
-    assert run("given back") > 100  # 64 MiB are 16,384 pages, or 32 huge ones
+    assert run("kept") < run("given back") / 2  # 64 MiB are 16,384 pages, or 32 huge ones
 
 
 def test_other_systems_are_left_alone(monkeypatch):
