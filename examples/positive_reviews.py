@@ -32,7 +32,7 @@ from minirlhf.runs import Run, RunFailed, Stopped
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
 # For the starter weights, a GPT-2 25 times smaller than the original: larger steps, and a bonus that keeps it varied.
-STARTER = dict(steps=5120, lr=2e-4, init_kl_coef=0.15, minibatch_size=32, forward_batch_size=32, entropy_coef=0.0125)
+STARTER = dict(steps=5120, lr=2e-4, init_kl_coef=0.15, minibatch_size=32, forward_batch_size=32, entropy_coef=0.016)
 
 
 def main() -> None:
