@@ -18,9 +18,14 @@ def fast_matmul() -> Iterator[None]:
     """Within it fp32 matrix products go through oneDNN, which needs 10 to 20% less time for them than MKL.
 
     PyTorch takes oneDNN if products of "medium" precision are allowed. Where it would really round more (CPUs with
-    AMX compute them in bf16), nothing is changed. The setting is PyTorch's global one; afterwards it is as before.
+    AMX compute them in bf16), nothing is changed. The setting is PyTorch's global one; afterwards it is as before. Who
+    sets the newer `torch.backends.*.fp32_precision`, which PyTorch does not mix with it, keeps what was set.
     """
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # a mix of both
+        yield
+        return
     try:
         if _medium_is_full():
             torch.set_float32_matmul_precision("medium")

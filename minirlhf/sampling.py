@@ -71,11 +71,13 @@ def _top_p_by_histogram(probs: Tensor, p: float) -> Tensor:
     A float's upper 16 bits, read as an integer, grow with it: they are the bins, less than 1% wide. Tokens below
     (1 - p) / V have less than 1 - p of mass together, so they share the lowest bin.
     """
-    lowest, highest = (int(torch.tensor(x).view(torch.int32)) >> 16 for x in ((1 - p) / probs.size(-1), 1.0))
+    lowest, highest = (
+        int(torch.tensor(x, dtype=torch.float32).view(torch.int32)) >> 16 for x in ((1 - p) / probs.size(-1), 1.0)
+    )
     bins = (probs.float().view(torch.int32) >> 16).clamp_(lowest, highest).sub_(lowest)
     mass = probs.new_zeros(len(probs), highest - lowest + 1).scatter_add_(-1, bins.long(), probs)
     reached = mass.flip(-1).cumsum(-1).flip(-1)  # by each bin and the likelier ones
-    cut = (reached >= p).sum(-1, keepdim=True).sub_(1).clamp_min_(0)  # the bin in which p is reached
+    cut = ((reached >= p) & (reached > 0)).sum(-1, keepdim=True).sub_(1).clamp_min_(0)  # the bin in which p is reached
     before = reached.gather(-1, cut) - mass.gather(-1, cut)
     cut = cut.int()
 

@@ -71,3 +71,14 @@ def test_memory_that_was_freed_comes_back_without_page_faults():
 def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(cpu.sys, "platform", "darwin")
     assert cpu.keep_freed_memory.__wrapped__() is False
+
+
+def test_a_setting_by_the_newer_interface_is_left_alone():
+    code = (
+        "import torch\nfrom minirlhf.cpu import fast_matmul\n"
+        "if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):\n"
+        "    torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "    with fast_matmul():\n        pass\n"
+        "    assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -260,3 +260,19 @@ def test_logits_that_are_no_distribution_are_refused(bad):
     for config in (SamplingConfig(), SamplingConfig(top_p=0.9), SamplingConfig(top_k=2)):
         with pytest.raises(FloatingPointError, match="logits of a row"):
             sample(torch.full((1, 6), bad), config)
+
+
+def test_a_p_below_all_numbers_of_fp32_keeps_the_most_probable_token():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs, keep = sample(logits, SamplingConfig(top_p=1e-50))
+    assert torch.equal(tokens, logits.argmax(-1)) and keep.sum() == 3 and logprobs.abs().max() == 0
+
+
+def test_the_default_type_of_pytorch_does_not_matter():
+    probs = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    expected = top_p_set(probs, 20.0 / 21)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(top_p_set(probs, 20.0 / 21), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

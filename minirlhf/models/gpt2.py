@@ -274,7 +274,7 @@ class GPT2(nn.Module):
     def _blocks(self, x: Tensor, way: Pass, layers: range) -> Tensor:
         """Through these blocks."""
         for layer in layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.checkpoint_activations and way.cache is None and torch.is_grad_enabled():
                 x = checkpoint(self.h[layer], x, way, layer, use_reentrant=False)
             else:
                 x = self.h[layer](x, way, layer)
@@ -383,11 +383,15 @@ def share_frozen_layers(model: GPT2, reference: GPT2) -> int:
 
     if not (frozen(model.wte) and frozen(model.wpe)):
         raise ValueError("a reference can share nothing with a model that trains its embeddings, wte and wpe")
+    for name in ("n_head", "activation_function", "layer_norm_epsilon"):
+        ours, theirs = getattr(model.config, name), getattr(reference.config, name)
+        if ours != theirs:
+            raise ValueError(f"GPT2Config.{name} is {ours!r} in the model and {theirs!r} in the reference: they differ")
     shared = sum(1 for _ in itertools.takewhile(frozen, model.h))
     modules = ["wte", "wpe", *(f"h.{i}" for i in range(shared))]
     for name in modules:
-        ours, theirs = model.get_submodule(name).state_dict(), reference.get_submodule(name).state_dict()
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        mine, others = model.get_submodule(name).state_dict(), reference.get_submodule(name).state_dict()
+        if mine.keys() != others.keys() or not all(torch.equal(mine[key], others[key]) for key in mine):
             raise ValueError(f"{name} is frozen, but differs from the reference's: they cannot share it")
     reference.wte, reference.wpe = model.wte, model.wpe
     for i in range(shared):

@@ -164,7 +164,8 @@ def score_tokens(
 ) -> TokenScores:
     """Score the response tokens, the last R = `response_length` columns, each from the state before it.
 
-    tokens: (B, T) int64, T > R. mask: (B, T), 1 at real tokens, or None for no padding.
+    tokens: (B, T) int64, T > R. mask: (B, T), 1 at real tokens, or None for no padding; no padding stands between
+        real tokens.
     temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`); they are scored
         under the same distribution.
     reference: a second GPT2 to compare with; it gets no gradient.

@@ -568,3 +568,19 @@ def test_what_is_trained_or_differs_is_not_shared():
     with pytest.raises(ValueError, match=r"h\.1 is frozen, but differs"):
         share_frozen_layers(model, reference)
     assert model.layers_shared_with(reference) == 0  # nothing was shared before it was found
+
+
+@pytest.mark.parametrize("other", [dict(n_head=2), dict(activation_function="relu"), dict(layer_norm_epsilon=1e-6)])
+def test_layers_that_compute_otherwise_are_not_shared(other):
+    with pytest.raises(ValueError, match=f"GPT2Config.{next(iter(other))} is"):
+        share_frozen_layers(freeze(make_gpt2(4), 1), make_gpt2(4, **other))
+
+
+def test_with_a_cache_nothing_is_checkpointed():
+    model, gradients = make_gpt2(2), []
+    for checkpointed in (False, True):
+        model.checkpoint_activations = checkpointed
+        model.zero_grad()
+        model(torch.arange(1, 6)[None], None, model.new_cache(1, 8)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
