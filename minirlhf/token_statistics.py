@@ -23,8 +23,8 @@ def logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """What a softmax says of the tokens, in nats, fp32 (fp64 for logits in fp64).
 
-    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled from,
-    as in `sampling.restrict`.
+    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled
+    from, as in `sampling.restrict`.
     Returns the log-probability (N,) of each token, -inf for one that is not kept, and the entropy (N,) of each row.
     """
     return _LogprobsAndEntropy.apply(logits, tokens, temperature, keep)
