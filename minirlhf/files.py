@@ -185,3 +185,16 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def remove_partial(*folders: str | os.PathLike[str]) -> None:
+    """Remove what a killed process had not finished writing in these folders. Only for who owns them: nobody else is
+    writing.
+
+    Raises OSError for a file that cannot be removed.
+    """
+    for part in [part for folder in folders for part in Path(folder).glob(f".*{PARTIAL}")]:
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink()

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from minirlhf import training_state
-from minirlhf.files import PARTIAL, flush_folder, read_json, write_json
+from minirlhf.files import PARTIAL, flush_folder, read_json, remove_partial, write_json
 from minirlhf.locks import LOCK_FILE, FolderLock
 from minirlhf.metrics import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, RunLog, Stats, read_jsonl
 from minirlhf.models.gpt2 import GPT2
@@ -95,7 +95,7 @@ class Run:
         try:
             if not _is_unused(folder):  # another process was quicker, and is done since
                 raise taken
-            _sweep(folder)
+            remove_partial(folder, folder / CHECKPOINTS)
             nothing = {METRICS_FILE: 0, SAMPLES_FILE: 0}
             try:
                 training_state.save(trainer, _checkpoint(folder, trainer.iteration), nothing)
@@ -127,7 +127,7 @@ class Run:
         read_json(folder / CONFIG_FILE)
         lock = FolderLock(folder)
         try:
-            _sweep(folder)
+            remove_partial(folder, folder / CHECKPOINTS)
             damaged = []
             for step in sorted(_steps(folder), reverse=True):
                 checkpoint = _checkpoint(folder, step)
@@ -272,15 +272,6 @@ def _link(link: Path, target: str) -> None:
     temporary.symlink_to(target)
     os.replace(temporary, link)
     flush_folder(link.parent)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process had not finished. Only for who holds the lock: nobody else is writing."""
-    for part in [*folder.glob(f".*{PARTIAL}"), *(folder / CHECKPOINTS).glob(f".*{PARTIAL}")]:
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink()
 
 
 def _is_unused(folder: Path) -> bool:

@@ -13,14 +13,13 @@ its checkpoint as if it had not been.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minirlhf.checkpoint_folder import COUNTERS_FILE
 from minirlhf.demonstrations import Demonstration
-from minirlhf.files import PARTIAL, flush_folder, read_json, write_json
+from minirlhf.files import PARTIAL, flush_folder, read_json, remove_partial, write_json
 from minirlhf.locks import LOCK_FILE, FolderLock
 from minirlhf.metrics import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, RunLog
 from minirlhf.sft import SFTTrainer
@@ -59,7 +58,7 @@ class SFTRun:
         flush_folder(folder.parent)
         lock = FolderLock(folder)
         try:
-            _sweep(folder)
+            remove_partial(folder)
             nothing = {METRICS_FILE: 0, SAMPLES_FILE: 0}
             trainer.save_checkpoint(folder / CHECKPOINT, nothing)
             write_json(folder / CONFIG_FILE, config)
@@ -81,7 +80,7 @@ class SFTRun:
         read_json(folder / CONFIG_FILE)
         lock = FolderLock(folder)
         try:
-            _sweep(folder)
+            remove_partial(folder)
             trainer = SFTTrainer.resume(folder / CHECKPOINT, demonstrations, device)
             lengths = read_json(folder / CHECKPOINT / COUNTERS_FILE)["log"]
             return cls(folder, trainer, RunLog.resume(folder, lengths), lock)
@@ -139,15 +138,6 @@ class SFTRun:
     def __exit__(self, *error: object) -> None:
         self._stop.__exit__()
         self._lock.release()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process had not finished. Only for who holds the lock: nobody else is writing."""
-    for part in folder.glob(f".*{PARTIAL}"):
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink()
 
 
 def _is_unused(folder: Path) -> bool:

@@ -255,3 +255,17 @@ def test_a_file_in_the_way_is_an_error(tmp_path):
     with pytest.raises(FileExistsError, match="is a file"), replaced_folder(tmp_path / "model"):
         pass
     assert (tmp_path / "model").read_bytes() == b"precious"
+
+
+def test_what_was_not_finished_is_removed_and_nothing_else(tmp_path):
+    inner = tmp_path / "inner"
+    for folder in (tmp_path, inner):
+        (folder / f".half{files.PARTIAL}").mkdir(parents=True)
+        (folder / f".half{files.PARTIAL}" / "file").touch()
+        (folder / f".file{files.PARTIAL}").touch()
+        (folder / f"visible{files.PARTIAL}").touch()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / f".link{files.PARTIAL}").symlink_to(tmp_path / "kept")
+    files.remove_partial(tmp_path, inner, tmp_path / "not there")
+    assert {path.name for path in tmp_path.iterdir()} == {"inner", "kept", f"visible{files.PARTIAL}"}
+    assert {path.name for path in inner.iterdir()} == {f"visible{files.PARTIAL}"}
