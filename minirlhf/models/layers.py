@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from minirlhf.checkpoints import check_tensors
 
 Config = TypeVar("Config")
-SHORT_SEQUENCE = 128  # keys up to which the plain formula is faster to train with on a CPU
+SHORT_SEQUENCE = 128  # keys up to which the plain formula of attention is faster to train with on a CPU
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -47,7 +47,8 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t(), self.bias)
+        # Of the weight itself, not of its transpose: autocast keeps its 16-bit copies of parameters, but not of views.
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
 def attention(
@@ -57,11 +58,12 @@ def attention(
 
     q: (B, nh, T, hs); k, v: (B, nh, S, hs).
     allowed: bool, broadcast to (B, nh, T, S), True where a query may attend; or is_causal for the lower triangle.
-    `F.scaled_dot_product_attention`, but for its backward pass over short sequences on a CPU: there the fused kernel
-    needs three to five times as long as the formula itself.
+    `F.scaled_dot_product_attention`, but for two cases on a CPU in which the formula itself is quicker than the fused
+    kernel: single queries (while decoding; two to seven times), and short sequences with a backward pass (three to five
+    times) or in 16 bits.
     """
-    short = k.size(2) <= SHORT_SEQUENCE and q.device.type == "cpu" and torch.is_grad_enabled()
-    if not short or dropout_p > 0:
+    short = k.size(2) <= SHORT_SEQUENCE and (torch.is_grad_enabled() or v.dtype.itemsize == 2)
+    if q.device.type != "cpu" or dropout_p > 0 or not (short or q.size(2) == 1):
         return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, is_causal)
     if is_causal:
         allowed = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
