@@ -45,6 +45,7 @@ from minirlhf.models.layers import (
     normal_init,
     shapes_only,
 )
+from minirlhf.models.packing import Packing
 from minirlhf.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
 
 # Variants of the computation that published configs can ask for and this model does not have.
@@ -116,26 +117,6 @@ class KVCache:
     def take_rows(self, rows: Tensor | slice) -> None:
         """Go on with these rows (int64 indices, or a slice): finished sequences then cost nothing."""
         self.layers = [store[:, rows] for store in self.layers]
-
-
-class Packing:
-    """The real tokens of a padded batch side by side, so that what works on single tokens does not work on padding.
-
-    real: bool (B, T).
-    """
-
-    def __init__(self, real: Tensor):
-        self.shape = real.shape
-        self.index = real.flatten().nonzero().squeeze(-1)  # (N,)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, T, ...) to the N real tokens, (N, ...)."""
-        return x.flatten(0, 1)[self.index]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(N, ...) back to (B, T, ...), 0 at padding."""
-        B, T = self.shape
-        return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, (B, T))
 
 
 class Pass(NamedTuple):
@@ -266,10 +247,15 @@ class GPT2(nn.Module):
             raise ValueError(f"a sequence of {S} tokens is longer than the model's {limit} positions")
         if attention_mask is not None and attention_mask.shape != (B, S):
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, S)}")
-        way = Pass(_allowed(attention_mask, past, T, ids.device), cache, _packing(attention_mask, past))
+        way = Pass(_allowed(attention_mask, past, T, ids.device), cache, self._packing(ids, attention_mask, past))
         x = self.drop(self.wte(ids) + self.wpe(_positions(attention_mask, past, S, ids.device)))  # (B, T, C)
         x = x if way.packing is None else way.packing.pack(x)  # (N, C)
         return x, way
+
+    def _packing(self, ids: Tensor, attention_mask: Tensor | None, past: int) -> Packing | None:
+        """The packing of the new tokens. Rows of a cache have different pasts, and dropout makes equal ones differ."""
+        mask = None if attention_mask is None else attention_mask[:, past:]
+        return Packing.of(ids, mask, share=past == 0 and not self.training)
 
     def _blocks(self, x: Tensor, way: Pass, layers: range) -> Tensor:
         """Through these blocks."""
@@ -423,13 +409,6 @@ def _positions(attention_mask: Tensor | None, past: int, total: int, device: tor
     if attention_mask is None:
         return torch.arange(past, total, device=device)
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
-
-
-def _packing(attention_mask: Tensor | None, past: int) -> Packing | None:
-    """The packing of the new tokens; None without padding, and on a GPU, which would have to be waited for."""
-    if attention_mask is None or attention_mask.device.type != "cpu" or attention_mask[:, past:].all():
-        return None
-    return Packing(attention_mask[:, past:].bool())
 
 
 def _allowed(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:

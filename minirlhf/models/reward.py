@@ -223,7 +223,8 @@ class RewardModel(nn.Module):
         """
         scores = self.scores(texts).double()
         std = scores.std(correction=0).item() if len(scores) else 0.0
-        if not 0 < std < math.inf:
+        rounding = 8 * torch.finfo(torch.float32).eps * float(scores.abs().max()) if len(scores) else 0.0
+        if not rounding < std < math.inf:
             raise ValueError(f"the scores of {len(scores)} texts have no spread to normalise by; give different texts")
         self.mean, self.std = scores.mean().item(), std
 

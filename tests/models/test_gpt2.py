@@ -489,23 +489,32 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(active):
     assert torch.equal(model.eval()(ids), none(ids))
 
 
-@pytest.mark.parametrize("left", [True, False])
-def test_padding_costs_nothing_and_changes_no_gradient(left):
-    """Layers that work on single tokens get the real ones alone; states and gradients are those of the rows alone."""
+@pytest.mark.parametrize(("side", "begin", "computed"), [
+    (left_pad, 10, 8 + 2 + 5), (right_pad, 10, 8 + 2 + 5), (right_pad, 0, 8), (left_pad, 0, 8 + 2 + 5),
+], ids=["left", "right", "right, alike", "left, in other columns"])  # fmt: skip
+def test_padding_and_what_rows_share_cost_nothing_and_change_no_gradient(side, begin, computed):
+    """Layers that work on single tokens get the distinct ones alone; states and gradients are those of the rows alone."""
     model = make_gpt2(1)
-    rows = [torch.arange(1, 2 + n) for n in (7, 1, 4)]
-    ids, mask = (left_pad if left else right_pad)(rows)
+    rows = [torch.arange(1 + i * begin, 2 + i * begin + n) for i, n in enumerate((7, 1, 4))]
+    ids, mask = side(rows)
     seen = []
     handle = model.h[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
     (model.hidden_states(ids, mask)[mask.bool()].square() * torch.linspace(1, 2, 32)).sum().backward()
     handle.remove()
-    assert seen == [(8 + 2 + 5, 32)]
+    assert seen == [(computed, 32)]
     together = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     for row in rows:
         (model.hidden_states(row[None]).square() * torch.linspace(1, 2, 32)).sum().backward()
     for ours, alone in zip(together, (p.grad for p in model.parameters()), strict=True):
         torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_dropout_is_drawn_for_every_row_though_rows_begin_alike():
+    model = make_gpt2(1, resid_pdrop=0.5, embd_pdrop=0.0, attn_pdrop=0.0)
+    ids = torch.ones(2, 9, dtype=torch.int64)
+    assert torch.equal(*model(ids))
+    assert not torch.allclose(*model.train()(ids), atol=1e-3)
 
 
 @pytest.mark.parametrize("padded", [True, False])

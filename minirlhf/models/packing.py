@@ -1,0 +1,73 @@
+"""Which tokens of a batch have to be computed at all: no padding, and no token twice.
+
+What a causal model makes of a token depends on the token and those before it, and on nothing else. Rows that begin
+alike, say with the same prompt, therefore share the states of their beginning: layers that work on single tokens see
+the distinct ones only, side by side, and attention gets the batch back.
+
+Shapes: B batch, T tokens, N distinct real tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORTH = 0.9  # of the batch: with more tokens than that left, to gather them costs more than it saves
+
+
+class Packing:
+    """The distinct real tokens of a batch side by side.
+
+    kept: (N,) int64, their places among all B * T. source: (B * T,) int64, which of them stands at each place; where
+    there is padding, any. shape: (B, T).
+    """
+
+    def __init__(self, kept: Tensor, source: Tensor, shape: tuple[int, int]):
+        self.kept, self.source, self.shape = kept, source, shape
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, C) to the distinct tokens, (N, C)."""
+        return x.flatten(0, 1).index_select(0, self.kept)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, C) back to (B, T, C); what stands at padding means nothing."""
+        return x.index_select(0, self.source).unflatten(0, self.shape)
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None, share: bool = True) -> Packing | None:
+        """The packing of a batch on a CPU, or None if it is not worth it; a GPU would have to be waited for.
+
+        ids: (B, T) int64. mask: (B, T), 1 at real tokens; None: all are. share: whether rows that begin alike compute
+            their beginning once; not if they differ in what is not in `ids`, such as a cache, or dropout.
+        """
+        if ids.device.type != "cpu" or (mask is None and (not share or len(ids) == 1)):
+            return None
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        own = torch.arange(ids.numel()).view(ids.shape)
+        first = first_alike(ids, real) if share else own
+        computed = real & (first == own)
+        if computed.sum() > WORTH * ids.numel():
+            return None
+        order = computed.flatten().cumsum(0) - 1  # of the computed ones
+        source = torch.where(real, order[first], 0)
+        return cls(computed.flatten().nonzero().squeeze(-1), source.flatten(), (ids.size(0), ids.size(1)))
+
+
+def first_alike(ids: Tensor, real: Tensor) -> Tensor:
+    """Of each token the place, row * T + column, of the first token that has the same value and the same past.
+
+    ids: (B, T) int64; real: bool (B, T), False at padding, which is the same whatever stands there. (B, T) int64.
+    """
+    B, T = ids.shape
+    first = torch.arange(B * T).view(B, T)
+    rows, group = torch.arange(B), torch.zeros(B, dtype=torch.int64)  # equal numbers: equal pasts so far
+    tokens = torch.where(real, ids + 1, 0)
+    for t in range(T):
+        past_and_token = group * (tokens[:, t].max() + 1) + tokens[:, t]
+        group = past_and_token.unique(return_inverse=True)[1]
+        count = int(group.max()) + 1
+        if count == B:  # from here on all differ
+            break
+        leader = rows.new_full((count,), B).scatter_reduce(0, group, rows, "amin")
+        first[:, t] = leader[group] * T + t
+    return first
