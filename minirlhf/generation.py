@@ -23,7 +23,8 @@ class Generation:
     tokens: (B, T) int64. mask: (B, T) int64, 1 at real tokens. response_mask: (B, R) bool, True up to and including
     an end-of-sequence token. logprobs: (B, R) fp32, nats, of each response token under the distribution it was drawn
     from; 0 at padding. sampling_sets: (B, R, ceil(V / 8)) uint8, the packed sampling set of each response token, or
-    None if nothing was truncated or the sets were not asked for.
+    None if nothing was truncated or the sets were not asked for. states: (B, R, C), the model's hidden state before
+    each response token, anything at padding; None if they were not asked for.
     """
 
     tokens: Tensor
@@ -31,6 +32,7 @@ class Generation:
     response_mask: Tensor
     logprobs: Tensor
     sampling_sets: Tensor | None
+    states: Tensor | None = None
 
     @property
     def responses(self) -> list[Tensor]:
@@ -50,6 +52,7 @@ def generate(
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
     keep_sampling_sets: bool = False,
+    keep_states: bool = False,
 ) -> Generation:
     """Continue ragged prompts in one batch.
 
@@ -58,6 +61,7 @@ def generate(
     max_new_tokens: R; without `eos_token_id` every response has exactly this length, as in the original recipe.
     eos_token_id: a row stops after this token and costs nothing from then on.
     generator: on the model's device, the source of all randomness; None: PyTorch's global one.
+    keep_sampling_sets, keep_states: whether the result has them.
     Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
     training mode.
     """
@@ -83,13 +87,16 @@ def generate(
 
     cache = model.new_cache(B, P + max_new_tokens - 1)  # the last token is never fed back
     padded = not bool(prompt_mask.all())
-    logits = _prefill(model, ids, prompt_mask if padded else None, cache)
+    state, logits = _prefill(model, ids, prompt_mask if padded else None, cache)
+    states = state.new_zeros(B, max_new_tokens, state.size(-1)) if keep_states else None
     rows = torch.arange(B, device=device)  # the rows that are still running
     for t in range(max_new_tokens):
         new, logp, keep = sample(logits, sampling, generator)
         tokens[rows, P + t], mask[rows, P + t], logprobs[rows, t] = new, 1, logp
         if sets is not None and keep is not None:
             sets[rows, t] = pack_set(keep)
+        if states is not None:
+            states[rows, t] = state
         if t + 1 == max_new_tokens:
             break
         if eos_token_id is not None:
@@ -99,21 +106,23 @@ def generate(
             if len(running) < len(rows):
                 rows, new = rows[running], new[running]
                 cache.take_rows(running)
-        logits = _next_logits(model, new.unsqueeze(-1), mask[rows, : P + t + 1] if padded else None, cache)
-    return Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets)
+        state = _last_state(model, new.unsqueeze(-1), mask[rows, : P + t + 1] if padded else None, cache)
+        logits = model.lm_logits(state)
+    return Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets, states)
 
 
-def _prefill(model: GPT2, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-    """Fill the cache with the prompts (B, P) and return the logits (B, V) after them; equal prompts are read once."""
+def _prefill(model: GPT2, ids: Tensor, mask: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Fill the cache with the prompts (B, P); return the states (B, C) and the logits (B, V) after them.
+
+    Equal prompts are read once.
+    """
     distinct, row = torch.unique(ids if mask is None else torch.cat([ids, mask], 1), dim=0, return_inverse=True)
     cache.take_rows(slice(len(distinct)))
-    logits = _next_logits(
-        model, distinct[:, : ids.size(1)], None if mask is None else distinct[:, ids.size(1) :], cache
-    )
+    state = _last_state(model, distinct[:, : ids.size(1)], None if mask is None else distinct[:, ids.size(1) :], cache)
     cache.take_rows(row)
-    return logits[row]
+    return state[row], model.lm_logits(state)[row]
 
 
-def _next_logits(model: GPT2, new: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-    """Feed new tokens (B, T) and return the logits (B, V) after the last one."""
-    return model.lm_logits(model.hidden_states(new, mask, cache)[:, -1])
+def _last_state(model: GPT2, new: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+    """Feed new tokens (B, T) and return the hidden state (B, C) after the last one."""
+    return model.hidden_states(new, mask, cache)[:, -1]

@@ -100,6 +100,7 @@ def collect_rollout(
     forward_batch_size: int = 128,
     score_full_softmax: bool = False,
     score_temperature: float | None = None,
+    score_from_decode: bool = False,
     autocast: Autocast = contextlib.nullcontext,
 ) -> Rollout:
     """Sample a response to each prompt, and score it with policy, reference and reward function.
@@ -113,6 +114,8 @@ def collect_rollout(
     score_full_softmax: score with the full softmax though the tokens come from a truncated one, as the original
         recipe does.
     score_temperature: what logits are divided by when scoring; None: the sampling temperature.
+    score_from_decode: take the policy's hidden states from the decode instead of computing them once more for
+        log-probabilities and values. In fp32 both agree to 1e-5 nats; in 16 bits they differ by some hundredths.
     autocast: makes the context for the forward passes (see `optimization.Precision.autocast`).
     Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers.
     """
@@ -130,6 +133,7 @@ def collect_rollout(
             pad_token_id=tokenizer.pad_id,
             generator=generator,
             keep_sampling_sets=not score_full_softmax,
+            keep_states=score_from_decode,
         )
     responses = [tokenizer.decode(response) for response in sampled.responses]
     clock.stop("generation")
@@ -140,7 +144,7 @@ def collect_rollout(
     with autocast():
         scored = score_in_batches(
             policy, ref_policy, sampled.tokens, sampled.mask, gen_len, temperature, sampled.sampling_sets,
-            forward_batch_size,
+            forward_batch_size, sampled.states,
         )  # fmt: skip
     clock.stop("scoring")
     return Rollout(
@@ -216,6 +220,7 @@ def score_in_batches(
     temperature: float,
     sampling_sets: Tensor | None,
     batch_size: int,
+    states: Tensor | None = None,
 ) -> dict[str, Any]:
     """The fields of a Rollout that come from scoring, each (B, R); `score` in batches of similar length.
 
@@ -228,8 +233,8 @@ def score_in_batches(
         batches = list(length_sorted_batches(mask.sum(-1).tolist(), size))
         for batch in batches:
             index = torch.tensor(batch, device=tokens.device)
-            sets = None if sampling_sets is None else sampling_sets[index]
-            parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference))
+            sets, known = (None if x is None else x[index] for x in (sampling_sets, states))
+            parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference, known))
         back = torch.tensor([i for batch in batches for i in batch], device=tokens.device).argsort()
         return {
             name: torch.cat([getattr(part, name) for part in parts])[back]

@@ -372,6 +372,7 @@ class PPOTrainer:
                 forward_batch_size=self.scoring_batch_size,
                 score_full_softmax=c.score_full_softmax,
                 score_temperature=self.score_temperature,
+                score_from_decode=self.precision.name == "fp32",
                 autocast=self.precision.autocast,
             )
 

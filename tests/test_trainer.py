@@ -549,7 +549,7 @@ def test_a_tiny_task_is_learned():
     """The share of Chinese characters in the response; at random most tokens are something else."""
     policy, reference = (GPT2(GPT2Config(vocab_size=len(VOCAB), n_positions=16, **SMALL)) for _ in range(2))
     trainer = PPOTrainer(
-        policy, reference, Tokenizer(VOCAB), steps=32 * 24, batch_size=32, minibatch_size=16, forward_batch_size=16,
+        policy, reference, Tokenizer(VOCAB), steps=32 * 32, batch_size=32, minibatch_size=16, forward_batch_size=16,
         gen_len=4, lr=1e-2, top_p=1.0, device="cpu", init_kl_coef=0.01,
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
     With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
-    Autocast adds a copy of the embedding in 2 bytes to generation and scoring, and one of all weights to the update.
+    Autocast adds a copy of the policy's weights in 2 bytes to each phase.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
     """
     c, T = trainer.policy.gpt2.config, prompt_length + gen_len
@@ -91,13 +91,14 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     def logits(rows: int, chunk: int = LOGITS_PER_CHUNK) -> int:
         return min(rows * gen_len, max(1, chunk // V)) * V
 
-    weights, embedding = weight_bytes(trainer.policy), reduced * 2 * C * V
+    weights = weight_bytes(trainer.policy)
+    copies = reduced * weights // 2
     return MemoryNeed(
         weights=4 * weights + weight_bytes(trainer.reference),
         rollout=batch_size * (17 * T + (26 + V // 8) * gen_len),
-        generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + embedding,
-        scoring=13 * S * T * C * e + 30 * logits(S, scored_at_once) + embedding,
-        update=F * T * kept * e + 14 * logits(F) + FP32 * C * V + reduced * weights // 2,
+        generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + copies,
+        scoring=13 * S * T * C * e + 30 * logits(S, scored_at_once) + copies,
+        update=F * T * kept * e + 14 * logits(F) + FP32 * C * V + copies,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from minirlhf.diagnosis.memory import estimate, extrapolate, measure, weight_bytes
 from minirlhf.diagnosis.patient import FAIL, OK, WARN, Patient, Skipped, Verdict, needed
 from minirlhf.diagnosis.probes import SAME_OUTPUT, fingerprint, shared_parameters, untied_error
-from minirlhf.rollout import Rollout
+from minirlhf.rollout import Rollout, score_in_batches
 from minirlhf.trainer import PPOTrainer
 
 ROWS, TOKENS = 8, 32  # at most so many sequences and new tokens in the rollout
@@ -170,9 +170,18 @@ def _with(trainer: PPOTrainer, **settings: Any) -> PPOTrainer:
 
 
 def _collect(trainer: PPOTrainer, prompts: Sequence[str]) -> Rollout:
-    """A small rollout. The caller's reward function is not asked: the check of the labels does that."""
+    """A small rollout, scored by a pass of its own even where training takes the states of the decode.
+
+    The caller's reward function is not asked: the check of the labels does that.
+    """
     rows = min(trainer.config.batch_size, ROWS)
-    return trainer.collect([prompts[i % len(prompts)] for i in range(rows)], lambda texts: [0.0] * len(texts))
+    rollout = trainer.collect([prompts[i % len(prompts)] for i in range(rows)], lambda texts: [0.0] * len(texts))
+    with trainer.precision.autocast():
+        scored = score_in_batches(
+            trainer.policy, trainer.ref_policy, rollout.tokens, rollout.mask, rollout.response_mask.size(1),
+            trainer.score_temperature, rollout.sampling_sets, trainer.scoring_batch_size,
+        )  # fmt: skip
+    return dataclasses.replace(rollout, **scored)
 
 
 def _rescored(trainer: PPOTrainer, rollout: Rollout) -> Tensor:

@@ -101,13 +101,14 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         sampling_sets: Tensor | None = None,
         reference: GPT2 | None = None,
+        states: Tensor | None = None,
     ) -> TokenScores:
         """Log-probabilities, values and entropy of the last `response_length` tokens of every row.
 
         Arguments, result and errors as in `score_tokens`; values are of the state before each token.
         """
         return score_tokens(
-            self.gpt2, tokens, mask, response_length, temperature, sampling_sets, reference, self.value_head
+            self.gpt2, tokens, mask, response_length, temperature, sampling_sets, reference, self.value_head, states
         )
 
     @classmethod
@@ -161,6 +162,7 @@ def score_tokens(
     sampling_sets: Tensor | None = None,
     reference: GPT2 | None = None,
     value_head: Callable[[Tensor], Tensor] | None = None,
+    states: Tensor | None = None,
 ) -> TokenScores:
     """Score the response tokens, the last R = `response_length` columns, each from the state before it.
 
@@ -169,6 +171,8 @@ def score_tokens(
     temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`); they are scored
         under the same distribution.
     reference: a second GPT2 to compare with; it gets no gradient.
+    states: (B, R, C), the model's hidden states before the response tokens where they are known already (see
+        `generation.generate`); None: they are computed.
     Raises ValueError if R leaves no token before the response.
     """
     B, T = tokens.shape
@@ -179,11 +183,16 @@ def score_tokens(
     context, context_mask = tokens[:, :-1], None if mask is None else mask[:, :-1]
     real = None if mask is None else mask[:, -R:].bool()
 
-    def of_response(states: Tensor) -> Tensor:  # (B, T - 1, C) to (N, C)
+    def of_response(states: Tensor) -> Tensor:  # (B, R or more, C) to (N, C)
         return states[:, -R:].flatten(0, 1) if real is None else states[:, -R:][real]
 
     compared = None
-    if reference is None:
+    if states is not None:
+        hidden = of_response(states)
+        if reference is not None:
+            with torch.no_grad():
+                compared = of_response(reference.hidden_states(context, context_mask))
+    elif reference is None:
         hidden = of_response(model.hidden_states(context, context_mask))
     else:
         hidden, compared = map(of_response, model.hidden_states_of_both(reference, context, context_mask))

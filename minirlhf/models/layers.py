@@ -59,10 +59,10 @@ def attention(
     q: (B, nh, T, hs); k, v: (B, nh, S, hs).
     allowed: bool, broadcast to (B, nh, T, S), True where a query may attend; or is_causal for the lower triangle.
     `F.scaled_dot_product_attention`, but for two cases on a CPU in which the formula itself is quicker than the fused
-    kernel: single queries (while decoding; two to seven times), and short sequences with a backward pass (three to five
-    times) or in 16 bits.
+    kernel: single queries (while decoding; up to five times), and short sequences with a backward pass (three to five
+    times).
     """
-    short = k.size(2) <= SHORT_SEQUENCE and (torch.is_grad_enabled() or v.dtype.itemsize == 2)
+    short = k.size(2) <= SHORT_SEQUENCE and torch.is_grad_enabled()
     if q.device.type != "cpu" or dropout_p > 0 or not (short or q.size(2) == 1):
         return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, is_causal)
     if is_causal:

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class AnyText:
-    """A tokenizer of a vocabulary of any size: one token a character."""
+    """A tokenizer of a vocabulary of any size: one token a character, its number."""
 
     pad_id = 0
 
@@ -24,7 +24,7 @@ class AnyText:
         return self.size
 
     def encode_prompt(self, text):
-        return [1] * len(text)
+        return [ord(char) % self.size for char in text]
 
     def decode(self, ids):
         return ""
@@ -76,7 +76,7 @@ def test_no_more_logits_are_counted_than_are_alive_and_no_more_rows_than_a_pass_
 ])  # fmt: skip
 def test_measurements_are_near_the_formula(V, C, L, rows, P, R, settings):
     trainer = make_trainer(V, C, L, 4, 160, gen_len=R, batch_size=rows, **settings)
-    rollout = trainer.collect(["x" * P] * rows, lambda texts: [0.0] * len(texts))
+    rollout = trainer.collect([chr(1 + i) * P for i in range(rows)], lambda texts: [0.0] * len(texts))
     measured, formula = measure(trainer, rollout), estimate(trainer, rows, P, R, rows)
     assert set(measured) == {"generation", "scoring", "update"}
     for phase, amount in measured.items():
@@ -85,7 +85,8 @@ def test_measurements_are_near_the_formula(V, C, L, rows, P, R, settings):
 
 def test_what_is_measured_for_few_rows_tells_the_need_of_many():
     few, many = (make_trainer(1000, 32, 2, 4, gen_len=12, batch_size=rows, top_p=0.9) for rows in (4, 32))
-    rollouts = [t.collect(["x" * 5] * t.config.batch_size, lambda texts: [0.0] * len(texts)) for t in (few, many)]
+    prompts = [chr(1 + i) * 5 for i in range(32)]
+    rollouts = [t.collect(prompts[: t.config.batch_size], lambda texts: [0.0] * len(texts)) for t in (few, many)]
     small, full = (estimate(few, rows, 5, 12, rows) for rows in (4, 32))
     told, true = extrapolate(measure(few, rollouts[0]), small, full), measure(many, rollouts[1])
     for phase, amount in true.items():
