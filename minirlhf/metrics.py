@@ -42,7 +42,7 @@ def rollout_statistics(rollout: Rollout, scores: Tensor, rewards: Tensor, return
     def per_sequence(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum(-1).mean()
 
-    return mean_stats(
+    return read_stats(
         [
             {
                 "objective/kl": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")),
@@ -60,7 +60,7 @@ def rollout_statistics(rollout: Rollout, scores: Tensor, rewards: Tensor, return
                 "tokens/response": mask.sum(-1).double().mean(),
             }
         ]
-    )
+    )[0]
 
 
 def time_statistics(stats: Stats, seconds: Mapping[str, float], count: int) -> Stats:
@@ -69,16 +69,20 @@ def time_statistics(stats: Stats, seconds: Mapping[str, float], count: int) -> S
     return times | {"time/tokens_per_second": stats["tokens/response"] * count / sum(seconds.values())}
 
 
-def mean_stats(stats: Sequence[TensorStats]) -> Stats:
-    """The mean of each statistic over minibatches, read from the device in one transfer.
+def read_stats(stats: Sequence[TensorStats]) -> list[Stats]:
+    """Statistics of several minibatches as numbers, read from the device in one transfer."""
+    names = list(stats[0])
+    rows = torch.stack([torch.stack([s[name].double() for name in names]) for s in stats]).tolist()
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def mean_stats(stats: Sequence[Stats]) -> Stats:
+    """The mean of each statistic over minibatches.
 
     A minibatch with a statistic that is not finite, whose optimizer step was skipped, is left out, unless all are so.
     """
-    names = list(stats[0])
-    rows = torch.stack([torch.stack([s[name].double() for name in names]) for s in stats]).cpu()
-    finite = rows.isfinite().all(-1)
-    means = (rows[finite] if finite.any() else rows).mean(0)
-    return dict(zip(names, means.tolist(), strict=True))
+    finite = [s for s in stats if all(map(math.isfinite, s.values()))] or stats
+    return {name: sum(s[name] for s in finite) / len(finite) for name in finite[0]}
 
 
 class RunLog:

@@ -49,12 +49,11 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, ddof: int = 1, eps:
     back afterwards. Fewer than two unmasked entries have no variance and are left as they are. Padding is 0 in the
     result.
     """
-    if mask.sum() < 2:
-        return torch.where(mask.bool(), x, 0.0)
     x = torch.where(mask.bool(), x, 0.0)
     mean = masked_mean(x, mask)
     whitened = (x - mean) / (masked_var(x, mask, ddof) + eps).sqrt()
-    return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
+    whitened = whitened if shift_mean else whitened + mean
+    return torch.where(mask.bool() & (mask.sum() >= 2), whitened, x)
 
 
 # ---- from logits to log-probabilities -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,20 +71,36 @@ class Rollout:
         """Prompt + response of every row."""
         return [p + r for p, r in zip(self.prompts, self.responses, strict=True)]
 
-    def rows(self, index: Tensor) -> Rollout:
-        """These rows (int64), with the columns cut that are padding in all of them. Texts and times are left out."""
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """(B, 2) int64, the real tokens of prompt and response, on the CPU: a GPU is waited for once a rollout."""
         R = self.response_mask.size(1)
-        mask, response_mask = self.mask[index], self.response_mask[index]
-        left = int(mask[:, :-R].sum(-1).max())
-        right = int(response_mask.sum(-1).max())
-        columns = slice(mask.size(1) - R - left, mask.size(1) - R + right)
-        tokens = self.tokens[index, columns]
-        cut: dict[str, Any] = {"tokens": tokens, "mask": mask[:, columns], "scores": self.scores[index]}
+        return torch.stack([self.mask[:, :-R].sum(-1), self.response_mask.sum(-1)], -1).cpu()
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is any padding."""
+        return int(self.lengths.sum()) < self.tokens.numel()
+
+    def rows(self, index: Tensor) -> Rollout:
+        """These rows, int64 on the CPU, without columns that are padding in all of them. Texts and times are left out.
+
+        On a GPU nothing is waited for.
+        """
+        R = self.response_mask.size(1)
+        lengths = self.lengths[index]
+        left, right = lengths.amax(0).tolist()
+        columns = slice(self.mask.size(1) - R - left, self.mask.size(1) - R + right)
+        index = index.to(self.tokens.device)
+        cut: dict[str, Any] = {name: getattr(self, name)[index, columns] for name in ("tokens", "mask")}
+        cut["scores"] = self.scores[index]
         for f in dataclasses.fields(self):
             x = getattr(self, f.name)
             if f.name not in cut and isinstance(x, Tensor):
                 cut[f.name] = x[index, :right]
-        return Rollout(**cut)
+        part = Rollout(**cut)
+        part.__dict__["lengths"] = lengths  # known already
+        return part
 
 
 def collect_rollout(

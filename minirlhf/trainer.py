@@ -23,7 +23,7 @@ from minirlhf import ppo, training_state
 from minirlhf.cpu import keep_freed_memory
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.files import naming
-from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
+from minirlhf.metrics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
 from minirlhf.models.gpt2 import GPT2, share_frozen_layers
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
 from minirlhf.optimization import Precision, in_batches_that_fit, lr_factor, resolve_device, undone_on_error
@@ -144,7 +144,8 @@ class PPOTrainer:
             if self._moved_too_far(epoch):
                 break
 
-        stats = rollout_statistics(rollout, scores, rewards, returns) | self._update_statistics(updates)
+        stats = self._update_statistics(read_stats(updates))
+        stats = rollout_statistics(rollout, scores, rewards, returns) | stats
         self._update_kl_coef(stats, len(rollout))
         self.iteration += 1
         self.within_step = False
@@ -202,12 +203,13 @@ class PPOTrainer:
     def _update(
         self, rollout: Rollout, rewards: Tensor, advantages: Tensor, returns: Tensor, rows: Tensor
     ) -> TensorStats:
-        """One optimizer step on these rows (minibatch); skipped if its loss or gradient is not finite."""
-        c, mask = self.config, rollout.response_mask[rows]
+        """One optimizer step on these rows (minibatch), on the CPU; skipped if its loss or gradient is not finite."""
+        c, there = self.config, rows.to(self.device)
+        mask = rollout.response_mask[there]
         if c.whiten_scope == "minibatch":
-            advantages, returns = self.advantages(rewards[rows], rollout.values[rows], mask)
+            advantages, returns = self.advantages(rewards[there], rollout.values[there], mask)
         else:
-            advantages, returns = advantages[rows], returns[rows]
+            advantages, returns = advantages[there], returns[there]
         weights = self._weights(mask)
         totals, self.micro_batch_size = in_batches_that_fit(
             lambda size: self._gradient(rollout, rows, advantages, returns, weights, size), self.micro_batch_size
@@ -217,15 +219,8 @@ class PPOTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.lr_schedule, self._progress(), c.lr_warmup)
         limit, loss = c.max_grad_norm or math.inf, totals["ppo/loss/total"]
-        norm = self.precision.step(self.optimizer, self.parameters, limit, loss)
-        totals["ppo/grad_norm"] = torch.tensor(norm, dtype=torch.float64, device=self.device)
+        totals["ppo/grad_norm"] = self.precision.step(self.optimizer, self.parameters, limit, loss)
         self.optimizer_steps += 1
-        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
-        if self.bad_steps >= c.max_bad_steps:
-            raise FloatingPointError(
-                f"step {self.iteration + 1}: {self.bad_steps} optimizer steps in a row were skipped, as their loss "
-                f"(the last one: {loss.item()}) or the norm of their gradient ({norm}) was not finite"
-            )
         return totals
 
     def _gradient(
@@ -237,7 +232,8 @@ class PPOTrainer:
         """
         self.optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
         totals: TensorStats = {}
-        for micro in torch.arange(len(rows), device=rows.device).split(size):
+        for start in range(0, len(rows), size):
+            micro = slice(start, start + size)
             batch = rollout.rows(rows[micro])
             width = batch.response_mask.size(1)
             loss, sums = self._loss(batch, advantages[micro, :width], returns[micro, :width], weights[micro, :width])
@@ -263,7 +259,7 @@ class PPOTrainer:
         with self.precision.autocast():
             scored = self.policy.score(
                 batch.tokens,
-                batch.mask,
+                batch.mask if batch.padded else None,
                 mask.size(1),
                 self.score_temperature,
                 batch.sampling_sets,
@@ -313,7 +309,7 @@ class PPOTrainer:
         c, mask = self.config, rollout.response_mask
         kl, rewards = self._token_kl(rollout), self._token_rewards(rollout, update=False)[0]
         advantages, returns = self.advantages(rewards, rollout.values, mask)
-        row = rollout.rows(torch.tensor([i], device=self.device))
+        row = rollout.rows(torch.tensor([i]))
         width = row.response_mask.size(1)
         with self.precision.autocast():
             now = self.policy.score(row.tokens, row.mask, width, self.score_temperature, row.sampling_sets).logprobs
@@ -433,26 +429,35 @@ class PPOTrainer:
     def _moved_too_far(self, epoch: list[TensorStats]) -> bool:
         """Whether the policy left the trust region that `target_kl` draws around the one that sampled."""
         limit = self.config.target_kl
-        return limit is not None and mean_stats(epoch)["ppo/policy/approxkl"] > limit
+        return limit is not None and mean_stats(read_stats(epoch))["ppo/policy/approxkl"] > limit
 
     def _update_kl_coef(self, stats: Stats, count: int) -> None:
         """Let the controller see the batch's KL, in the unit of its target."""
         tokens = 1.0 if self.config.kl_unit == "sequence" else stats["tokens/response"]
         self.kl_controller.update(stats["objective/kl"] / tokens, count)
 
-    def _update_statistics(self, updates: list[TensorStats]) -> Stats:
+    def _update_statistics(self, updates: Sequence[Stats]) -> Stats:
+        """The means over the updates of a step. Raises FloatingPointError if too many in a row were skipped."""
+        skipped = [not math.isfinite(update["ppo/grad_norm"]) for update in updates]
+        for update, bad in zip(updates, skipped, strict=True):
+            self.bad_steps = self.bad_steps + 1 if bad else 0
+            if self.bad_steps >= self.config.max_bad_steps:
+                raise FloatingPointError(
+                    f"step {self.iteration + 1}: {self.bad_steps} optimizer steps in a row were skipped, as their loss "
+                    f"(the last one: {update['ppo/loss/total']}) or the norm of their gradient "
+                    f"({update['ppo/grad_norm']}) was not finite"
+                )
         stats = mean_stats(updates)
         # At the first minibatch the policy is still the one that sampled: anything but 0 is an error of scoring.
-        stats["ppo/policy/first_ratio_error"] = float(updates[0]["ppo/policy/ratio_error"])
+        stats["ppo/policy/first_ratio_error"] = updates[0]["ppo/policy/ratio_error"]
         stats["objective/kl_coef"] = self.kl_controller.coef
         stats["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
-        skipped = int((~torch.stack([u["ppo/grad_norm"] for u in updates]).isfinite()).sum())
-        stats["ppo/updates"], stats["ppo/skipped_updates"] = float(len(updates) - skipped), float(skipped)
+        stats["ppo/updates"], stats["ppo/skipped_updates"] = float(len(updates) - sum(skipped)), float(sum(skipped))
         return stats
 
     def _minibatches(self, count: int) -> Iterator[Tensor]:
-        """Shuffled rows in minibatches; the last one may be smaller."""
-        order = torch.randperm(count, generator=self.generators["shuffling"]).to(self.device)
+        """Shuffled rows in minibatches, on the CPU; the last one may be smaller."""
+        order = torch.randperm(count, generator=self.generators["shuffling"])
         yield from order.split(self.config.minibatch_size)
 
     def _progress(self) -> float:

@@ -169,10 +169,13 @@ def adaptive_kl(coef, kl, n, target, horizon):
 
 
 def clip_grad_norm(grads, max_norm):
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)); the 1e-6 is PyTorch's documented guard."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)); the 1e-6 is PyTorch's documented guard.
+
+    PyTorch's fused optimizers take the inverse of the factor, and take it in fp32.
+    """
     norm = math.sqrt(sum(float(x) ** 2 for g in grads.values() for x in g.flat))
-    factor = min(1.0, max_norm / (norm + 1e-6))
-    return {name: g * factor for name, g in grads.items()}, norm
+    divisor = float(np.float32(max(1.0, (norm + 1e-6) / max_norm)))
+    return {name: g / divisor for name, g in grads.items()}, norm
 
 
 def adamw(param, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):

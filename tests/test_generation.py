@@ -163,6 +163,17 @@ def test_sets_are_kept_on_request_only(model):
     assert torch.equal(kept.tokens, generate(model, PROMPTS, 2, TRUNCATED, generator=seeded()).tokens)
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_states_are_those_of_a_pass_over_the_whole_row(model, stops):
+    eos = eos_of(model, 4) if stops else None
+    result = generate(model, PROMPTS, 8, GREEDY, eos_token_id=eos, keep_states=True)
+    assert generate(model, PROMPTS, 2, GREEDY).states is None
+    for i, (prompt, row) in enumerate(zip(PROMPTS, result.responses, strict=True)):
+        with torch.no_grad():
+            whole = model.hidden_states(torch.tensor([prompt + row.tolist()]))[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(result.states[i, : len(row)], whole, rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_seed_draws_the_same_tokens_and_another_seed_others(model):
     runs = [generate(model, PROMPTS, 6, generator=seeded(seed)) for seed in (4, 4, 5)]
     assert torch.equal(runs[0].tokens, runs[1].tokens) and torch.equal(runs[0].logprobs, runs[1].logprobs)

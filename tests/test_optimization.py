@@ -67,7 +67,7 @@ def test_a_gpu_that_is_not_there_is_refused(device):
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_matrix_products_run_in_the_named_precision_over_fp32_weights(name, dtype):
     model, precision = small_model(), Precision(name, CPU)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     before = [p.detach().clone() for p in model.parameters()]
     with precision.autocast():
         output = model(torch.ones(4, 3))
@@ -88,13 +88,19 @@ def test_matrix_products_run_in_the_named_precision_over_fp32_weights(name, dtyp
 @pytest.mark.parametrize(("limit", "factor"), [(1.0, 0.1), (10.0, 1.0), (1e9, 1.0)])
 def test_step_clips_the_global_norm_and_returns_it_unclipped(limit, factor):
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([a, b], lr=1.0)
+    optimizer = torch.optim.SGD([a, b], lr=1.0, fused=True)
     precision = Precision("fp32", CPU)
     loss = 6 * a.sum() + 8 * b[0]  # gradient (6, 8, 0): norm 10
     precision.backward(loss)
-    assert precision.step(optimizer, [a, b], limit, loss) == pytest.approx(10)
+    assert precision.step(optimizer, [a, b], limit, loss).item() == pytest.approx(10)
     assert a.item() == pytest.approx(-6 * factor, rel=1e-5)
     assert b.tolist() == pytest.approx([-8 * factor, 0], rel=1e-5)
+
+
+def test_an_optimizer_that_cannot_clip_by_itself_is_refused():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="fused=True"):
+        Precision("fp32", CPU).step(torch.optim.AdamW([p]), [p], 1.0, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
@@ -104,7 +110,7 @@ def test_step_clips_the_global_norm_and_returns_it_unclipped(limit, factor):
 ])  # fmt: skip
 def test_a_step_that_is_not_finite_is_skipped(name, loss, gradient):
     p, precision = nn.Parameter(torch.ones(2)), Precision(name, CPU)
-    optimizer = torch.optim.AdamW([p], lr=0.1)
+    optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
     precision.backward(p.sum())
     precision.step(optimizer, [p], 1.0, torch.tensor(1.0))
     before, state = p.detach().clone(), {key: x.clone() for key, x in optimizer.state[p].items()}
@@ -114,7 +120,7 @@ def test_a_step_that_is_not_finite_is_skipped(name, loss, gradient):
     assert torch.equal(p, before) and p.grad is None
     assert all(torch.equal(x, state[key]) for key, x in optimizer.state[p].items())
     precision.backward(p.sum())
-    assert precision.step(optimizer, [p], 1.0, torch.tensor(1.0)) == pytest.approx(math.sqrt(2))
+    assert precision.step(optimizer, [p], 1.0, torch.tensor(1.0)).item() == pytest.approx(math.sqrt(2))
     assert not torch.equal(p, before)
 
 

@@ -74,10 +74,11 @@ def test_scores_of_single_tokens_stand_at_their_tokens(models, tokenizer):
     assert whole.token_scores is None and torch.equal(whole.tokens, rollout.tokens)
 
 
-def test_every_row_is_scored_as_if_it_stood_alone(models, tokenizer):
+@pytest.mark.parametrize("from_decode", [True, False])
+def test_every_row_is_scored_as_if_it_stood_alone(models, tokenizer, from_decode):
     """Log-probabilities, reference, values and entropies of one row: its own tokens, no padding, the same sets."""
     policy, reference = models
-    rollout = collect(models, tokenizer, length=8, eos_token_id=EOS, seed=3)
+    rollout = collect(models, tokenizer, length=8, eos_token_id=EOS, seed=3, score_from_decode=from_decode)
     for b in range(4):
         tokens = rollout.tokens[b][rollout.mask[b].bool()][None]
         R = int(rollout.response_mask[b].sum())
@@ -87,6 +88,20 @@ def test_every_row_is_scored_as_if_it_stood_alone(models, tokenizer):
             together = getattr(rollout, name)[b]
             torch.testing.assert_close(together[:R], getattr(alone, name)[0], atol=2e-5, rtol=1e-5, msg=name)
             assert together[R:].abs().sum() == 0, name
+
+
+@pytest.mark.parametrize("size", [1, 3, 128])
+def test_the_policy_reads_nothing_twice_if_the_decode_tells_its_states(models, tokenizer, monkeypatch, size):
+    policy, reference = models
+    calls = []
+    for name, model in (("policy", policy.gpt2), ("reference", reference)):
+        monkeypatch.setattr(
+            model, "_begin", lambda ids, mask, cache, name=name, old=model._begin: (
+                calls.append((name, cache is None)), old(ids, mask, cache))[1]
+        )  # fmt: skip
+    collect(models, tokenizer, score_from_decode=True, forward_batch_size=size)
+    batches = -(-len(PROMPTS) // size)
+    assert calls == [("policy", False)] * 6 + [("reference", True)] * batches
 
 
 def test_the_sampler_s_logprobs_are_those_of_scoring(models, tokenizer):

@@ -16,7 +16,7 @@ import torch
 from conftest import VOCAB, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Tokenizer, training_state
-from minirlhf.metrics import mean_stats
+from minirlhf.metrics import mean_stats, read_stats
 
 PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
 EOS = VOCAB.index("##a")
@@ -825,7 +825,7 @@ def test_a_skipped_update_is_one_that_was_never_made_and_not_in_the_means():
     def step(optimizer, parameters, *rest):
         if next(calls) in bad:
             optimizer.zero_grad(set_to_none=True)
-            return 0.0
+            return torch.zeros(())
         norms.append(real(optimizer, parameters, *rest))
         return norms[-1]
 
@@ -1273,13 +1273,13 @@ def test_weights_that_a_checkpoint_cannot_hold_exactly_are_refused(tmp_path):
 
 def test_mean_stats_is_the_mean_of_each_name():
     stats = [{"a": torch.tensor(1.0), "b": torch.tensor(0.5)}, {"a": torch.tensor(3.0), "b": torch.tensor(0.0)}]
-    assert mean_stats(stats) == {"a": 2.0, "b": 0.25}
+    assert mean_stats(read_stats(stats)) == {"a": 2.0, "b": 0.25}
 
 
 def test_mean_stats_leaves_out_what_was_skipped_unless_all_was():
     stats = [{"a": torch.tensor(x), "b": torch.tensor(y)} for x, y in ((1.0, NAN), (3.0, 2.0), (math.inf, 4.0))]
-    assert mean_stats(stats) == {"a": 3.0, "b": 2.0}
-    means = mean_stats([stats[0], stats[0]])
+    assert mean_stats(read_stats(stats)) == {"a": 3.0, "b": 2.0}
+    means = mean_stats(read_stats([stats[0], stats[0]]))
     assert means["a"] == 1.0 and math.isnan(means["b"])
 
 

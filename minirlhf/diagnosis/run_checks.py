@@ -187,7 +187,7 @@ def _collect(trainer: PPOTrainer, prompts: Sequence[str]) -> Rollout:
 def _rescored(trainer: PPOTrainer, rollout: Rollout) -> Tensor:
     """Log-probabilities (B, R) as an update computes them: in micro-batches, with gradients."""
     c, result = trainer.config, torch.zeros_like(rollout.logprobs)
-    for rows in torch.arange(len(rollout), device=trainer.device).split(min(c.forward_batch_size, c.minibatch_size)):
+    for rows in torch.arange(len(rollout)).split(min(c.forward_batch_size, c.minibatch_size)):
         batch = rollout.rows(rows)
         width = batch.response_mask.size(1)
         with torch.enable_grad(), trainer.precision.autocast():
