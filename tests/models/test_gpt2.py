@@ -493,7 +493,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(active):
     (left_pad, 10, 8 + 2 + 5), (right_pad, 10, 8 + 2 + 5), (right_pad, 0, 8), (left_pad, 0, 8 + 2 + 5),
 ], ids=["left", "right", "right, alike", "left, in other columns"])  # fmt: skip
 def test_padding_and_what_rows_share_cost_nothing_and_change_no_gradient(side, begin, computed):
-    """Layers that work on single tokens get the distinct ones alone; states and gradients are those of the rows alone."""
+    """Layers that work on single tokens get the distinct ones; states and gradients are those of the rows alone."""
     model = make_gpt2(1)
     rows = [torch.arange(1 + i * begin, 2 + i * begin + n) for i, n in enumerate((7, 1, 4))]
     ids, mask = side(rows)

@@ -1,4 +1,4 @@
-"""Which tokens are computed once for several rows: a brute-force oracle, hand-worked cases, and there and back again."""
+"""Which tokens are computed once for several rows: a brute-force oracle, cases by hand, and there and back again."""
 
 import pytest
 import torch
