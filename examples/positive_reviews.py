@@ -48,6 +48,7 @@ def main() -> None:
         run = Run.start(output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
     with run:  # the folder is ours alone, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
+        print(trainer.precision_choice)
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:
             # 1. Draw prompts from the pool. The draw depends on seed and iteration alone, so a resumed run repeats it.

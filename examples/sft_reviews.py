@@ -34,7 +34,7 @@ from reviews_data import load_reviews, split_reviews
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
 FIELDS = dict(epochs=3, lr=3e-4, schedule="cosine", warmup=0.05, max_length=128, tokens_per_batch=2048,
-              accumulation=1, save_freq=100, precision="fp32", device="auto", seed=0)  # fmt: skip
+              accumulation=1, save_freq=100, precision="auto", device="auto", seed=0)  # fmt: skip
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         samples(trainer, args.prompts, args.gen_len)  # a bad prompt is better known now
         run = SFTRun.start(args.output, trainer, {"arguments": vars(args)})
     trainer, model, tokenizer = run.trainer, run.trainer.model, run.trainer.tokenizer
-    print(f"{run.folder}: {len(train)} demonstrations, {len(held_out)} held out")
+    print(f"{run.folder}: {len(train)} demonstrations, {len(held_out)} held out; {trainer.precision_choice}")
 
     # 3. Every so often: how surprising is what the model has not seen, and what does it write by itself?
     def measure():

@@ -26,7 +26,7 @@ from minirlhf.files import naming
 from minirlhf.metrics import json_line, printable
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.optimization import PRECISIONS, resolve_device
+from minirlhf.optimization import PRECISION_SETTINGS, resolve_device
 from minirlhf.rewards import SentimentReward
 from minirlhf.sampling import SamplingConfig
 from minirlhf.scorers import load_scorer
@@ -188,7 +188,7 @@ def score(model: str, texts: list[str], device: str, as_json: bool) -> None:
     argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of the policy"),
     argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="the pool of prompts"),
     argument("--canaries", nargs=2, metavar=("GOOD", "BAD"), help="two texts that the reward must order"),
-    argument("--precision", choices=PRECISIONS, help="PPOConfig.precision"),
+    argument("--precision", choices=PRECISION_SETTINGS, help="PPOConfig.precision"),
     argument("--batch-size", type=int, help="PPOConfig.batch_size"),
     argument("--gen-len", type=int, help="PPOConfig.gen_len"),
     DEVICE,

@@ -1,16 +1,20 @@
-"""What makes the same arithmetic faster on a CPU: a matrix library that is, and memory that is kept."""
+"""What makes the same arithmetic faster on a CPU: a faster matrix library, kept memory, no idle threads."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import math
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @contextlib.contextmanager
@@ -62,3 +66,55 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1)))
+
+
+@functools.cache
+def limit_threads() -> int | None:
+    """Let PyTorch start no more threads than the control group (a container) has time for; for the whole process, once.
+
+    PyTorch starts one a core that it sees. With a quota of fewer cores all of them are stopped together once it is
+    used up, and the threads that are done wait for those that are not. The quota is rounded up: half a core is one.
+    Nothing is changed if OMP_NUM_THREADS or MKL_NUM_THREADS is set, or if PyTorch has another number of threads than it
+    takes by itself, cores or half of them (two to a core): somebody has set it.
+    Returns the new number; None: the old one stays.
+    """
+    if sys.platform != "linux" or os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
+        return None
+    quota, threads, cores = cpu_quota(), torch.get_num_threads(), len(os.sched_getaffinity(0))
+    if quota is None or threads <= math.ceil(quota) or threads not in (cores, cores // 2):
+        return None
+    torch.set_num_threads(math.ceil(quota))
+    return math.ceil(quota)
+
+
+def cpu_quota() -> float | None:
+    """How many cores' time the control groups of this process, their parents included, may use; None: any.
+
+    Read from cpu.max (version 2), or cpu.cfs_quota_us and cpu.cfs_period_us (version 1).
+    """
+    try:
+        groups = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
+    except OSError:
+        return None
+    limits = []
+    for _, controllers, path in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = CGROUPS / "cpu" if controllers else CGROUPS
+        own = top / path.strip("/")  # in a container it may be a path outside, of which there is the top alone
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(top):
+                limits += _quota(folder)
+    return min(limits, default=None)
+
+
+def _quota(folder: Path) -> list[float]:
+    """The quota of one control group, in cores, if it has one."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = (int(x) for name in names for x in (folder / name).read_text().split())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if quota > 0 and period > 0:  # version 1: -1 for none
+            return [quota / period]
+    return []

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from minirlhf.validation import (
 
 LARGE_MODEL = 2**25  # parameters
 PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISION_SETTINGS = ("auto", *PRECISIONS)  # `precision_choice` makes a precision of it
 SCHEDULES = ("constant", "linear", "cosine")
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -51,7 +52,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 class Precision:
     """Mixed precision over fp32 master weights (Micikevicius et al. 2018): autocast, and loss scaling for fp16.
 
-    name: "fp32", "bf16" or "fp16". Raises ValueError for another.
+    name: "fp32", "bf16" or "fp16". Raises ValueError for another, or for one that the device does not have.
     model: the one that is run. On a CPU a large one gets `cpu.fast_matmul`, which keeps a kernel, 0.1 MB or so, for
         every shape that occurs: among small models that would be much.
     """
@@ -61,7 +62,9 @@ class Precision:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
         self.name = name
         self.device_type = device.type
-        large = model is not None and sum(p.numel() for p in model.parameters()) >= LARGE_MODEL
+        if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError(f"precision is 'bf16', but {device} cannot compute in it; fp32 and fp16 it can")
+        large = model is not None and is_large(model)
         self._matmul = fast_matmul if large and device.type == "cpu" else contextlib.nullcontext
         # fp16 has 5 exponent bits: small gradients vanish unless the loss is scaled up. bf16 has fp32's range.
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "fp16")
@@ -104,6 +107,11 @@ class Precision:
         return norm
 
 
+def is_large(model: nn.Module) -> bool:
+    """Whether a model has at least LARGE_MODEL parameters."""
+    return sum(p.numel() for p in model.parameters()) >= LARGE_MODEL
+
+
 def in_batches_that_fit(compute: Callable[[int], Result], size: int) -> tuple[Result, int]:
     """`compute(size)`, with half the size, and a warning, for as long as the GPU runs out of memory.
 
@@ -143,6 +151,8 @@ def lr_factor(schedule: str, progress: float, warmup: float = 0.0, floor: float 
 class FitConfig:
     """Settings of the supervised loop. Raises ValueError for a bad one."""
 
+    PRECISIONS: ClassVar[tuple[str, ...]] = PRECISIONS  # no "auto": a loss alone does not say what bf16 does to it
+
     epochs: int = 3
     lr: float = 5e-4  # peak learning rate
     schedule: str = "cosine"
@@ -163,7 +173,7 @@ class FitConfig:
         require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         require(self, "seed", type(self.seed) is int, "an integer")
         require_one_of(self, "schedule", SCHEDULES)
-        require_one_of(self, "precision", PRECISIONS)
+        require_one_of(self, "precision", self.PRECISIONS)
 
 
 def fit(

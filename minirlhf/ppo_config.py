@@ -12,7 +12,7 @@ from typing import Any
 
 from minirlhf import ppo
 from minirlhf.models.heads import VALUE_HEAD_KINDS
-from minirlhf.optimization import PRECISIONS, SCHEDULES
+from minirlhf.optimization import PRECISION_SETTINGS, SCHEDULES
 from minirlhf.sampling import SamplingConfig
 from minirlhf.validation import (
     require,
@@ -94,7 +94,7 @@ class PPOConfig:
     top_p: float = 0.95
     score_full_softmax: bool = False  # True: score truncated samples with the full softmax, as the original recipe
     eos_token_id: int | None = None  # None: every response has gen_len tokens
-    precision: str = "fp32"  # fp32, bf16 or fp16, over fp32 weights
+    precision: str = "auto"  # fp32, bf16 or fp16, over fp32 weights; auto: as `precision_choice` finds
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     device: str = "auto"
     seed: int = 0
@@ -141,7 +141,7 @@ class PPOConfig:
         if self.value_head is not None:
             require_one_of(self, "value_head", VALUE_HEAD_KINDS)
         require_one_of(self, "lr_schedule", SCHEDULES)
-        require_one_of(self, "precision", PRECISIONS)
+        require_one_of(self, "precision", PRECISION_SETTINGS)
         require_one_of(self, "reference", ("own", "shared"))
         _ = self.sampling  # temperature, top_k and top_p are checked there
 

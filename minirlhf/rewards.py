@@ -23,6 +23,7 @@ from minirlhf.classification import predict
 from minirlhf.files import naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.optimization import Precision, resolve_device
+from minirlhf.precision_choice import choose_precision, classifier_probe
 from minirlhf.tokenizer import Tokenizer
 
 CANARIES = ("房间干净，服务很好，非常满意，推荐", "房间很脏，服务太差，非常失望，差评")  # positive, negative
@@ -171,7 +172,9 @@ class SentimentReward:
     """P(positive) of a text under a BERT sentiment classifier: `reward(texts) -> (B,)`, fp32 on the CPU.
 
     positive_label: the name of the positive label; None: the only label whose name begins with "positive" or "正".
-    batch_size: texts a forward pass. precision: of the forward passes, fp32, bf16 or fp16.
+    batch_size: texts a forward pass. precision: of the forward passes, fp32, bf16, fp16 or auto (see
+        `precision_choice`). Not auto by itself: it also measures policies against each other, whose figures should not
+        depend on the machine, and is a small part of the time of PPO.
     Longer texts than the classifier's positions are cut at the end.
     Raises ValueError if there is but one label, the positive one is not found, or the vocabulary does not match the
     model.
@@ -195,7 +198,8 @@ class SentimentReward:
         self.model = model.eval().to(resolve_device(device))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.precision = Precision(precision, next(model.parameters()).device, model)
+        self.precision_choice = choose_precision(precision, model, classifier_probe(model))
+        self.precision = Precision(self.precision_choice.name, next(model.parameters()).device, model)
         self.positive = _positive_index(model.config.labels, positive_label)
 
     @classmethod

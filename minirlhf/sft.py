@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from minirlhf.demonstrations import Demonstration
 from minirlhf.fit_state import FitState
 from minirlhf.model_card import Origin
 from minirlhf.models.gpt2 import GPT2, Pass
-from minirlhf.optimization import FitConfig, eval_mode, fit, resolve_device
+from minirlhf.optimization import PRECISION_SETTINGS, FitConfig, eval_mode, fit, resolve_device
+from minirlhf.precision_choice import choose_precision, language_model_probe
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.validation import require, require_bools, require_positive_ints
 
@@ -43,6 +45,9 @@ class SFTConfig(FitConfig):
     An optimizer step sees about `tokens_per_batch` * `accumulation` tokens; the loss is the mean over those predicted.
     """
 
+    PRECISIONS: ClassVar[tuple[str, ...]] = PRECISION_SETTINGS
+
+    precision: str = "auto"  # fp32, bf16 or fp16, over fp32 weights; auto: as `precision_choice` finds
     max_length: int = 128  # tokens a text, [CLS] and [SEP] included; longer texts are cut
     tokens_per_batch: int = 4096  # of one forward pass, padding included
     accumulation: int = 1  # forward passes an optimizer step
@@ -94,6 +99,8 @@ class SFTTrainer:
         if not self.sequences:
             raise ValueError(f"no response has a token within max_length={self.config.max_length}: nothing to learn")
         self.model = model.to(resolve_device(self.config.device))
+        self.precision_choice = choose_precision(self.config.precision, model, language_model_probe(model))
+        self.config = dataclasses.replace(self.config, precision=self.precision_choice.name)  # so checkpoints have it
         self.tokenizer = tokenizer
         self.steps = 0  # optimizer steps done
         self.state = FitState()

@@ -8,6 +8,7 @@ Left out: several GPUs, and a value model apart from the policy.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import ppo, training_state
-from minirlhf.cpu import keep_freed_memory
+from minirlhf.cpu import keep_freed_memory, limit_threads
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.files import naming
 from minirlhf.metrics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
@@ -28,6 +29,7 @@ from minirlhf.models.gpt2 import GPT2, share_frozen_layers
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
 from minirlhf.optimization import Precision, in_batches_that_fit, lr_factor, resolve_device, undone_on_error
 from minirlhf.ppo_config import PPOConfig
+from minirlhf.precision_choice import choose_precision, language_model_probe
 from minirlhf.rewards import RewardFunction, reward_by_token, within
 from minirlhf.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ class PPOTrainer:
         `resume` then finds by itself.
     tokenizer: of both; needed for texts only.
     config: a PPOConfig; **overrides replace its fields by name, so the whole dict of the original recipe may be given.
+        In the trainer's own config precision "auto" has become a name; `precision_choice` says why that one.
     Raises ValueError for an unknown or bad field, models or tokenizer that do not fit each other, or a reference
     that shares its parameters with the policy.
     """
@@ -63,6 +66,7 @@ class PPOTrainer:
         self.device = resolve_device(self.config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
+            limit_threads()
         self.policy = policy.to(self.device).eval()
         self.policy.gpt2.checkpoint_activations = self.config.checkpoint_activations
         self.ref_policy = ref_policy.to(self.device).eval().requires_grad_(False)
@@ -70,6 +74,10 @@ class PPOTrainer:
             share_frozen_layers(self.policy.gpt2, self.reference)
             _ = self.reference_hash  # as it is now
         self.tokenizer = tokenizer
+        probe = language_model_probe(self.policy.gpt2, self.score_temperature)
+        self.precision_choice = choose_precision(self.config.precision, self.policy, probe, self.config.cliprange)
+        # From here on it has its name: a run that goes on elsewhere keeps the precision that it began with.
+        self.config = dataclasses.replace(self.config, precision=self.precision_choice.name)
         self.precision = Precision(self.config.precision, self.device, self.policy)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(

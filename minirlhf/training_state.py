@@ -65,6 +65,8 @@ class TrainingState:
             base = PPOConfig.with_overrides(None, **saved)
         # There the cut into forward passes is part of the loss.
         free = FREE_FIELDS - ({"forward_batch_size"} if base.loss_averaging == "micro_batches" else set())
+        if overrides.get("precision") == "auto":  # what it was resolved to stays
+            del overrides["precision"]
         config = PPOConfig.with_overrides(base, **overrides)
         for name in overrides.keys() - free:
             if getattr(config, name) != getattr(base, name):

@@ -183,6 +183,7 @@ def test_summary_table_and_picture(runs):
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
     shown = runs.output["plain"].stdout
     assert str(run) in shown and "policy/reward" in shown and table[2] in shown
+    assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
 
 
 def test_the_run_folder_holds_nothing_else(runs):

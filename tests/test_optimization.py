@@ -129,6 +129,15 @@ def test_unknown_precision_is_refused():
         Precision("fp8", CPU)
 
 
+def test_a_gpu_that_cannot_compute_in_bf16_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="'bf16', but cuda cannot compute in it; fp32 and fp16 it can"):
+        Precision("bf16", torch.device("cuda"))
+    assert Precision("bf16", CPU).name == "bf16" and Precision("fp32", torch.device("cuda")).name == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert Precision("bf16", torch.device("cuda")).name == "bf16"
+
+
 # ---- memory and generators ------------------------------------------------------------------------------------------
 
 
@@ -223,7 +232,7 @@ def test_unknown_schedule_is_refused():
     *(("epochs", v) for v in (0, -1, 1.5, "3")), *(("lr", v) for v in (0, -1e-3, math.nan)),
     *(("max_grad_norm", v) for v in (0, -1, math.nan)), *(("warmup", v) for v in (-0.1, 1.1, math.nan)),
     *(("lr_floor", v) for v in (-0.1, 1.1, math.nan)), *(("weight_decay", v) for v in (-0.1, math.nan)),
-    ("schedule", "step"), ("precision", "fp8"), ("precision", None),
+    ("schedule", "step"), ("precision", "fp8"), ("precision", None), ("precision", "auto"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):

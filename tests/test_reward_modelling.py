@@ -319,7 +319,7 @@ def test_more_tokens_than_positions_are_refused(trunk):
 @pytest.mark.parametrize(("changes", "field"), [
     ({"max_length": 1}, "max_length"), ({"max_length": True}, "max_length"),
     ({"tokens_per_batch": 127}, "tokens_per_batch"), ({"epochs": 0}, "epochs"), ({"lr": 0.0}, "lr"),
-    ({"precision": "fp8"}, "precision"),
+    ({"precision": "fp8"}, "precision"), ({"precision": "auto"}, "precision"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(changes, field):
     with pytest.raises(ValueError, match=f"RewardTrainingConfig.{field} must be"):

@@ -104,6 +104,16 @@ def test_the_precision_is_that_of_the_forward_passes(precision, low, high):
         make_reward(precision="int8")
 
 
+def test_the_precision_auto_is_bf16_where_it_is_as_good(monkeypatch):
+    assert make_reward().precision_choice.name == make_reward(precision="auto").precision.name == "fp32"  # it is small
+    monkeypatch.setattr("minirlhf.optimization.LARGE_MODEL", 1)
+    monkeypatch.setattr("minirlhf.precision_choice.has_native_bf16", lambda device: True)
+    assert make_reward().precision.name == "fp32"
+    ours = make_reward(precision="auto")
+    assert ours.precision.name == "bf16" and str(ours.precision_choice).startswith("precision auto: bf16 (")
+    assert torch.equal(ours(TEXTS), make_reward(precision="bf16")(TEXTS))
+
+
 def test_a_vocabulary_of_another_size_is_refused():
     with pytest.raises(ValueError, match=f"vocabulary has {len(VOCAB) + 1} tokens.*made for {len(VOCAB)}"):
         SentimentReward(make_bert(), Tokenizer([*VOCAB, "extra"]), device="cpu")

@@ -350,6 +350,24 @@ def stop_after(steps: int):
     return on_step
 
 
+def test_a_run_keeps_the_precision_that_auto_gave_it(tmp_path, tokenizer, monkeypatch):
+    config = dataclasses.replace(CONFIG, precision="auto")
+    assert SFTConfig().precision == "auto" and SFTTrainer(fresh(), tokenizer, TEXTS, config).config.precision == "fp32"
+    monkeypatch.setattr("minirlhf.optimization.LARGE_MODEL", 1)
+    monkeypatch.setattr("minirlhf.precision_choice.has_native_bf16", lambda device: True)
+    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, config)
+    named = SFTTrainer(fresh(), tokenizer, TEXTS, dataclasses.replace(config, precision="bf16"))
+    assert trainer.precision_choice.reason and trainer.config == named.config
+    trainer.save_checkpoint(tmp_path / "state")
+    monkeypatch.setattr("minirlhf.precision_choice.has_native_bf16", lambda device: False)
+    trainer = SFTTrainer.resume(tmp_path / "state", TEXTS)
+    assert trainer.config.precision == "bf16"
+    losses = [[], []]
+    for each, seen in zip((trainer, named), losses, strict=True):
+        each.train(lambda *step, seen=seen: seen.append(step))
+    assert losses[0] == losses[1] and len(losses[0]) > 1
+
+
 @pytest.mark.parametrize(("packing", "precision"), [(False, "fp32"), (True, "bf16"), (False, "fp16")])
 def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, tokenizer, packing, precision):
     """Bit for bit, wherever it is cut: weights, moments, loss of each step; with dropout, which draws in every step."""

@@ -87,6 +87,7 @@ def test_pairs_of_one_s_own(tiny, data, tmp_path, call, more):
     error, shown = call(*tiny, "--texts", data, *more, "--output", run)
     assert error is None
     check_run(run, shown)
+    assert ("; precision: bf16\n" if more else "; precision auto: fp32 (the model has fewer than ") in shown
     assert json.loads((run / "checkpoint" / "training.json").read_text())["config"]["packing"] == bool(more)
 
 

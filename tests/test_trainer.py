@@ -512,6 +512,56 @@ def test_the_tokens_of_a_run_keep_to_the_pool_and_the_length():
     assert all(rollout.response_mask.all() and rollout.response_mask.size(1) == 5 for rollout in rollouts)
 
 
+def test_a_small_model_is_trained_in_fp32_by_default():
+    assert PPOConfig().precision == "auto"
+    auto, named = make_trainer(), make_trainer(precision="fp32")
+    assert auto.precision.name == "fp32" and auto.config == named.config
+    assert auto.precision_choice.reason and not named.precision_choice.reason
+    assert figures(auto.step(*batch())) == figures(named.step(*batch()))
+
+
+def test_on_a_cpu_memory_is_kept_and_threads_are_limited(monkeypatch):
+    called = []
+    for name in ("keep_freed_memory", "limit_threads"):
+        monkeypatch.setattr(f"minirlhf.trainer.{name}", lambda name=name: called.append(name))
+    make_trainer()
+    assert called == ["keep_freed_memory", "limit_threads"]
+
+
+@pytest.fixture
+def favourable(monkeypatch):
+    """Every model is large, and every device has bf16."""
+    monkeypatch.setattr("minirlhf.optimization.LARGE_MODEL", 1)
+    monkeypatch.setattr("minirlhf.precision_choice.has_native_bf16", lambda device: True)
+
+
+def test_auto_is_bf16_for_a_large_model_and_moves_no_generator(favourable):
+    state = torch.get_rng_state()
+    auto, named = make_trainer(), make_trainer(precision="bf16")
+    assert auto.precision.name == "bf16" and auto.config == named.config and torch.equal(torch.get_rng_state(), state)
+    assert figures(auto.train(PROMPTS, reward)[-1]) == figures(named.train(PROMPTS, reward)[-1])
+    same(weights(auto), weights(named))
+    assert make_trainer(cliprange=1e-3).precision.name == "fp32"  # PPO bears less
+    assert make_trainer(temperature=0.01).precision.name == "fp32"  # sharper distributions, larger ratios
+
+
+def test_a_run_keeps_the_precision_that_auto_gave_it(favourable, monkeypatch, tmp_path):
+    trainer, named = make_trainer(**RUN), make_trainer(**RUN, precision="bf16")
+    for each in (trainer, named):
+        each.step(each.collect(PROMPTS, reward))
+    trainer.save_checkpoint(tmp_path / "state")
+    monkeypatch.setattr("minirlhf.precision_choice.has_native_bf16", lambda device: False)  # another machine
+    assert make_trainer().precision.name == "fp32"
+    for overrides in ({}, dict(precision="auto"), dict(precision="bf16")):
+        resumed = resume(tmp_path / "state", **overrides)
+        assert resumed.precision.name == "bf16" and resumed.config == trainer.config
+    with pytest.raises(ValueError, match=r"PPOConfig\.precision was 'bf16' .* and cannot become 'fp32'"):
+        resume(tmp_path / "state", precision="fp32")
+    expected = named.step(named.collect(PROMPTS, reward))
+    assert figures(resumed.step(resumed.collect(PROMPTS, reward))) == figures(expected)
+    same(weights(resumed), weights(named))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_reduced_precision_keeps_fp32_weights_and_finite_figures(precision):
     trainer = make_trainer(precision=precision)

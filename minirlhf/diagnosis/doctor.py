@@ -105,7 +105,7 @@ def doctor(
     weights             LM heads are tied, nothing is shared, a PPO step moves the policy and not the reference
     memory              the need, by formula and by measurement, fits what is free; above 80% is a warning
     precision           log-probabilities in the chosen precision (bf16 for fp32, as a word only) against fp32, by the
-                        limits of the ratio
+                        limits of the ratio; what "auto" has chosen, and why
 
     It works on copies: two of each model, and the gradients and optimizer state of one. Models, their modes and
     devices, random states and files are afterwards as before; a reward function of one's own is called as it is.

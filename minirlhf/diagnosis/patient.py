@@ -12,6 +12,7 @@ from torch import nn
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
 from minirlhf.ppo_config import PPOConfig
+from minirlhf.precision_choice import PrecisionChoice
 from minirlhf.rewards import RewardFunction, SentimentReward
 from minirlhf.rollout import Rollout
 from minirlhf.tokenizer import Tokenizer
@@ -39,7 +40,8 @@ class Patient:
 
     available: bytes free on the device before anything was copied; None: unknown.
     vocabulary, reward_vocabulary: their sizes, None until they were found to agree.
-    trainer: of copies of both models, in fp32. rollout: what it collected. None until the check of the rollout.
+    trainer: of copies of both models, in fp32. rollout: what it collected. precision: that of the run. None until the
+        check of the rollout; from then on the config names that precision too.
     """
 
     policy: Model | None
@@ -54,6 +56,7 @@ class Patient:
     reward_vocabulary: int | None = None
     trainer: PPOTrainer | None = None
     rollout: Rollout | None = None
+    precision: PrecisionChoice | None = None
 
     def models(self) -> tuple[Model, Model]:
         """Policy and reference, as given. Raises Skipped if one is missing."""

@@ -17,14 +17,13 @@ from torch import Tensor
 from minirlhf.diagnosis.memory import estimate, extrapolate, measure, weight_bytes
 from minirlhf.diagnosis.patient import FAIL, OK, WARN, Patient, Skipped, Verdict, needed
 from minirlhf.diagnosis.probes import SAME_OUTPUT, fingerprint, shared_parameters, untied_error
+from minirlhf.precision_choice import ROUNDING_SHARE, Rounding
 from minirlhf.rollout import Rollout, score_in_batches
 from minirlhf.trainer import PPOTrainer
 
 ROWS, TOKENS = 8, 32  # at most so many sequences and new tokens in the rollout
 SAME_KL = 1e-3  # nats a sequence; rounding in fp32 stays ten times and more below this and the next
 SAME_RATIO = 1e-3  # |ratio - 1| in fp32
-# bf16 and fp16: the share of the clip range that rounding may take on the average token; on none may it take it all.
-ROUNDING_SHARE = 0.25
 # A step that moves the policy: no warm-up from 0, no skipped fp16 step, no scores replaced by one penalty.
 PLAIN_STEP: dict[str, Any] = dict(
     precision="fp32", lr_schedule="constant", lr_warmup=0.0, value_warmup=0, missing_eos="keep", overlong="keep"
@@ -38,6 +37,7 @@ def rollout(patient: Patient) -> Verdict:
     policy, reference = (copy.deepcopy(model) for model in patient.models())  # one by one: the copies share nothing
     whole = PPOTrainer(policy, reference, needed(patient.tokenizer, "the tokenizer"), patient.config)
     whole.check_prompts(patient.prompts)
+    patient.config, patient.precision = whole.config, whole.precision_choice
     trainer = _with(whole, precision="fp32", gen_len=min(patient.config.gen_len, TOKENS))
     patient.rollout, patient.trainer = _collect(trainer, patient.prompts), trainer
     B, R = patient.rollout.response_mask.shape
@@ -151,17 +151,19 @@ def precision(patient: Patient) -> Verdict:
         detail = f"{name}: {bad} of {sum(x.numel() for x in outputs)} log-probabilities and values are not finite"
         verdict = Verdict(FAIL, detail, remedy)
     else:
-        difference = (scored.logprobs - rollout.logprobs)[rollout.response_mask].abs()
-        error = _ratio_error(scored.logprobs, rollout)
+        real = rollout.response_mask
+        difference = (scored.logprobs - rollout.logprobs)[real].abs()
+        rounding = Rounding.between(scored.logprobs[real], rollout.logprobs[real])
         detail = (
             f"{name} against fp32: log-probabilities differ by {difference.mean():.2g} nats on average, "
-            f"{difference.max():.2g} at worst, so |ratio - 1| is {error.mean():.2g} and {error.max():.2g}"
+            f"{difference.max():.2g} at worst, so |ratio - 1| is {rounding.mean:.2g} and {rounding.worst:.2g}"
         )
-        verdict = _rounding(error.mean().item(), error.max().item(), c.cliprange, detail, remedy)
+        verdict = _rounding(rounding, c.cliprange, detail, remedy)
+    chosen = needed(patient.precision, "the precision")
     if c.precision == "fp32":  # no reason to stop this run
         status = WARN if verdict.status == FAIL else verdict.status
-        return verdict._replace(status=status, detail=f"{verdict.detail} (this run is in fp32)")
-    return verdict
+        verdict = verdict._replace(status=status, detail=f"{verdict.detail} (this run is in fp32)")
+    return verdict._replace(detail=f"{verdict.detail}; {chosen}") if chosen.reason else verdict
 
 
 def _with(trainer: PPOTrainer, **settings: Any) -> PPOTrainer:
@@ -201,15 +203,17 @@ def _rescored(trainer: PPOTrainer, rollout: Rollout) -> Tensor:
 def _first_ratio(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
     """Log-probabilities of the training forward and of the sampler against those of scoring."""
     c = trainer.config
-    errors = {"trained": _ratio_error(_rescored(trainer, rollout), rollout)}
+    compared = {"trained": _rescored(trainer, rollout)}
     scored_in_full = (c.score_full_softmax and c.sampling.truncates) or trainer.score_temperature != c.temperature
     if rollout.sampler_logprobs is not None and not scored_in_full:
-        errors["sampled"] = _ratio_error(rollout.sampler_logprobs, rollout)
-    worst, mean = (torch.stack([figure(x) for x in errors.values()]).max().item() for figure in (torch.max, torch.mean))
-    parts = ", ".join(f"{name} against scored {x.max().item():.2g}" for name, x in errors.items())
+        compared["sampled"] = rollout.sampler_logprobs
+    real = rollout.response_mask
+    found = {name: Rounding.between(x[real], rollout.logprobs[real]) for name, x in compared.items()}
+    mean, worst = torch.tensor([[x.mean, x.worst] for x in found.values()], dtype=torch.float64).amax(0).tolist()
+    parts = ", ".join(f"{name} against scored {rounding.worst:.2g}" for name, rounding in found.items())
     detail = f"worst |ratio - 1| before any update in {c.precision}: {parts}"
     if c.precision != "fp32":
-        return _rounding(mean, worst, c.cliprange, f"{detail}, mean {mean:.2g}", "see the line on precision")
+        return _rounding(Rounding(mean, worst), c.cliprange, f"{detail}, mean {mean:.2g}", "see the line on precision")
     remedy = (
         "the forward passes of sampling, scoring and training must agree: no dropout or noise, one mask, nothing that "
         "depends on the other rows or on whether gradients are on"
@@ -217,18 +221,13 @@ def _first_ratio(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
     return Verdict(OK, detail) if worst <= SAME_RATIO else Verdict(FAIL, detail, remedy)
 
 
-def _ratio_error(logprobs: Tensor, rollout: Rollout) -> Tensor:
-    """|ratio - 1| (N,) of the real tokens of a rollout."""
-    return (logprobs - rollout.logprobs)[rollout.response_mask].expm1().abs()
-
-
-def _rounding(mean: float, worst: float, cliprange: float, detail: str, remedy: str) -> Verdict:
-    """The verdict on |ratio - 1| in reduced precision."""
-    if not mean <= ROUNDING_SHARE * cliprange:
+def _rounding(rounding: Rounding, cliprange: float, detail: str, remedy: str) -> Verdict:
+    """The verdict on what reduced precision does."""
+    if not rounding.mean_fits(cliprange):
         return Verdict(
             FAIL, f"{detail}; the mean is above {ROUNDING_SHARE:.0%} of the clip range {cliprange:g}", remedy
         )
-    if not worst <= cliprange:
+    if not rounding.worst_fits(cliprange):
         return Verdict(WARN, f"{detail}; the worst is outside the clip range {cliprange:g}", remedy)
     return Verdict(OK, detail)
 

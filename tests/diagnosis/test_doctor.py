@@ -33,6 +33,7 @@ from minirlhf.diagnosis import run_checks
 from minirlhf.diagnosis.doctor import CHECKS, PROMPTS
 from minirlhf.models.reward import GPT2Scorer
 from minirlhf.ppo_config import PRESETS
+from minirlhf.precision_choice import Rounding
 from minirlhf.rewards import CANARIES
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -449,7 +450,21 @@ def test_log_probabilities_that_bf16_cannot_hold_are_found():
     (0.01, float("nan"), "warn"),
 ])  # fmt: skip
 def test_rounding_may_take_a_quarter_of_the_clip_range(mean, worst, expected):
-    assert run_checks._rounding(mean, worst, 0.2, "", "").status == expected
+    assert run_checks._rounding(Rounding(mean, worst), 0.2, "", "").status == expected
+
+
+def test_what_auto_has_chosen_is_said(monkeypatch):
+    monkeypatch.setattr("minirlhf.precision_choice.has_native_bf16", lambda device: True)
+    detail = examine()[1]["precision"].detail
+    assert "(this run is in fp32); precision auto: fp32 (the model has fewer than " in detail
+    assert "auto" not in examine(precision="fp32")[1]["precision"].detail
+    monkeypatch.setattr("minirlhf.optimization.LARGE_MODEL", 1)
+    status, findings = examine()
+    assert set(status.values()) <= {"ok", "skip"} and "; precision auto: bf16 (" in findings["precision"].detail
+    assert "before any update in bf16" in findings["ratio"].detail
+    status, findings = examine(sharp(), sharp())  # what the doctor would find in bf16 is why it is not taken
+    assert "; precision auto: fp32 (bf16 rounds too much: " in findings["precision"].detail
+    assert others(status, "precision") == {"ok"} and status["precision"] == "warn"
 
 
 # ---- rewards of one's own -------------------------------------------------------------------------------------------
