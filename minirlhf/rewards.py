@@ -171,7 +171,7 @@ class SentimentReward:
     """P(positive) of a text under a BERT sentiment classifier: `reward(texts) -> (B,)`, fp32 on the CPU.
 
     positive_label: the name of the positive label; None: the only label whose name begins with "positive" or "正".
-    batch_size: texts a forward pass. precision: of the forward passes, fp32, bf16 or fp16.
+    batch_size: texts a forward pass. precision: of the forward passes, as of `optimization.Precision`.
     Longer texts than the classifier's positions are cut at the end.
     Raises ValueError if there is but one label, the positive one is not found, or the vocabulary does not match the
     model.

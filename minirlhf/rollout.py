@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.batching import Ids, left_pad, length_sorted_batches, right_pad
 from minirlhf.generation import generate
+from minirlhf.gpu import to_device
+from minirlhf.graphed_decode import GraphedDecoder
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, TokenScores, language_model
 from minirlhf.optimization import in_batches_that_fit
@@ -44,6 +47,8 @@ class Rollout:
     sampler_logprobs: (B, R) fp32, what the sampler itself computed while generating; None if not sampled here.
     prompts, responses: the B texts; empty if the rollout was made from tokens alone.
     seconds: the time of each phase of collecting.
+    padded: False if it is known that no token is padding; attention then needs no mask, and a GPU can take its quick
+        kernel.
     """
 
     tokens: Tensor
@@ -61,6 +66,7 @@ class Rollout:
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    padded: bool = True
 
     def __len__(self) -> int:
         return self.tokens.size(0)
@@ -74,8 +80,9 @@ class Rollout:
         """These rows (int64), with the columns cut that are padding in all of them. Texts and times are left out."""
         R = self.response_mask.size(1)
         mask, response_mask = self.mask[index], self.response_mask[index]
-        left = int(mask[:, :-R].sum(-1).max())
-        right = int(response_mask.sum(-1).max())
+        lengths = torch.stack([mask[:, :-R].sum(-1), response_mask.sum(-1)]).tolist()  # a GPU is waited for, once
+        left, right = map(max, lengths)
+        padded = any(min(side) < max(side) for side in lengths)
         columns = slice(mask.size(1) - R - left, mask.size(1) - R + right)
         tokens = self.tokens[index, columns]
         cut: dict[str, Any] = {"tokens": tokens, "mask": mask[:, columns], "scores": self.scores[index]}
@@ -83,7 +90,7 @@ class Rollout:
             x = getattr(self, f.name)
             if f.name not in cut and isinstance(x, Tensor):
                 cut[f.name] = x[index, :right]
-        return Rollout(**cut)
+        return Rollout(**cut, padded=padded)
 
 
 def collect_rollout(
@@ -101,6 +108,7 @@ def collect_rollout(
     score_full_softmax: bool = False,
     score_temperature: float | None = None,
     autocast: Autocast = contextlib.nullcontext,
+    decoder: GraphedDecoder | None = None,
 ) -> Rollout:
     """Sample a response to each prompt, and score it with policy, reference and reward function.
 
@@ -114,6 +122,7 @@ def collect_rollout(
         recipe does.
     score_temperature: what logits are divided by when scoring; None: the sampling temperature.
     autocast: makes the context for the forward passes (see `optimization.Precision.autocast`).
+    decoder: as of `generation.generate`.
     Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers.
     """
     sampling = sampling or SamplingConfig()
@@ -130,6 +139,7 @@ def collect_rollout(
             pad_token_id=tokenizer.pad_id,
             generator=generator,
             keep_sampling_sets=not score_full_softmax,
+            decoder=decoder,
         )
     responses = [tokenizer.decode(response) for response in sampled.responses]
     clock.stop("generation")
@@ -186,8 +196,8 @@ def rollout_from_tokens(
     query_ids, query_mask = left_pad(queries, pad_token_id)
     response_ids, response_mask = right_pad(responses, pad_token_id)
     device = policy.gpt2.wte.weight.device
-    tokens = torch.cat([query_ids, response_ids], 1).to(device)
-    mask = torch.cat([query_mask, response_mask], 1).to(device)
+    tokens = to_device(torch.cat([query_ids, response_ids], 1), device)
+    mask = to_device(torch.cat([query_mask, response_mask], 1), device)
     if tokens.size(1) - 1 > config.n_positions:
         raise ValueError(
             f"the longest query and the longest response have {query_ids.size(1)} + {response_ids.size(1)} tokens, "
@@ -200,7 +210,7 @@ def rollout_from_tokens(
     return Rollout(
         tokens=tokens,
         mask=mask,
-        response_mask=response_mask.bool().to(device),
+        response_mask=to_device(response_mask.bool(), device),
         **_score_fields(checked, scored["values"]),
         **scored,
     )
@@ -221,16 +231,17 @@ def score_in_batches(
 
     On a GPU that runs out of memory in smaller ones.
     """
-    reference = language_model(ref_policy)
+    reference, lengths = language_model(ref_policy), mask.sum(-1).tolist()
 
     def in_batches_of(size: int) -> dict[str, Any]:
         parts: list[TokenScores] = []
-        batches = list(length_sorted_batches(mask.sum(-1).tolist(), size))
+        batches = list(length_sorted_batches(lengths, size))
         for batch in batches:
-            index = torch.tensor(batch, device=tokens.device)
+            index = to_device(torch.tensor(batch), tokens.device)
             sets = None if sampling_sets is None else sampling_sets[index]
-            parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference))
-        back = torch.tensor([i for batch in batches for i in batch], device=tokens.device).argsort()
+            real = mask[index] if lengths[batch[-1]] < tokens.size(1) else None  # the last is the shortest
+            parts.append(policy.score(tokens[index], real, response_length, temperature, sets, reference))
+        back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), tokens.device)
         return {
             name: torch.cat([getattr(part, name) for part in parts])[back]
             for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
@@ -242,10 +253,10 @@ def score_in_batches(
 def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:
     """The fields `scores` and `token_scores` from scores, (B,) or (B, up to R). like: (B, R), for the type."""
     if scores.ndim == 1:
-        return {"scores": scores.to(like)}
+        return {"scores": to_device(scores.to(like.dtype), like.device)}
     totals = checked_scores(scores.sum(-1), len(scores))  # of finite numbers it may not be one
-    padded = torch.nn.functional.pad(scores, (0, like.size(1) - scores.size(1)))
-    return {"scores": totals.to(like), "token_scores": padded.to(like)}
+    fields = {"scores": totals, "token_scores": F.pad(scores, (0, like.size(1) - scores.size(1)))}
+    return {name: to_device(x.to(like.dtype), like.device) for name, x in fields.items()}
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -23,6 +23,8 @@ from minirlhf import ppo, training_state
 from minirlhf.cpu import keep_freed_memory
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.files import naming
+from minirlhf.gpu import to_device
+from minirlhf.graphed_decode import GraphedDecoder
 from minirlhf.metrics import Stats, TensorStats, mean_stats, rollout_statistics, time_statistics
 from minirlhf.models.gpt2 import GPT2, share_frozen_layers
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
@@ -71,6 +73,7 @@ class PPOTrainer:
             _ = self.reference_hash  # as it is now
         self.tokenizer = tokenizer
         self.precision = Precision(self.config.precision, self.device, self.policy)
+        self.decoder = GraphedDecoder() if self.config.cuda_graphs and self.device.type == "cuda" else None
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.config.lr, eps=self.config.adam_eps, weight_decay=0.0, fused=True
@@ -263,7 +266,7 @@ class PPOTrainer:
         with self.precision.autocast():
             scored = self.policy.score(
                 batch.tokens,
-                batch.mask,
+                batch.mask if batch.padded else None,
                 mask.size(1),
                 self.score_temperature,
                 batch.sampling_sets,
@@ -373,6 +376,7 @@ class PPOTrainer:
                 score_full_softmax=c.score_full_softmax,
                 score_temperature=self.score_temperature,
                 autocast=self.precision.autocast,
+                decoder=self.decoder,
             )
 
     def train(
@@ -451,7 +455,7 @@ class PPOTrainer:
 
     def _minibatches(self, count: int) -> Iterator[Tensor]:
         """Shuffled rows in minibatches; the last one may be smaller."""
-        order = torch.randperm(count, generator=self.generators["shuffling"]).to(self.device)
+        order = to_device(torch.randperm(count, generator=self.generators["shuffling"]), self.device)
         yield from order.split(self.config.minibatch_size)
 
     def _progress(self) -> float:

@@ -25,6 +25,7 @@ from minirlhf.generation import generate
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import LOGITS_IN_CACHE, LOGITS_PER_CHUNK, ActorCritic
 from minirlhf.models.layers import SHORT_SEQUENCE
+from minirlhf.optimization import SIXTEEN_BITS
 from minirlhf.rollout import Rollout
 from minirlhf.trainer import PPOTrainer
 
@@ -79,7 +80,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     c, T = trainer.policy.gpt2.config, prompt_length + gen_len
     L, C, V = c.n_layer, c.n_embd, c.vocab_size
     S, F = min(trainer.scoring_batch_size, batch_size), min(micro_batch, batch_size)
-    reduced = trainer.precision.name != "fp32"
+    reduced = trainer.precision.name in SIXTEEN_BITS
     e = 2 if reduced else FP32
     plain = trainer.device.type == "cpu" and T <= SHORT_SEQUENCE
     attention = 2 * c.n_head * T if plain else T
