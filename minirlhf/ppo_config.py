@@ -96,6 +96,7 @@ class PPOConfig:
     eos_token_id: int | None = None  # None: every response has gen_len tokens
     precision: str = "fp32"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    compile: bool = False  # torch.compile of the blocks of policy and reference, which needs a C++ compiler or a GPU
     cuda_graphs: bool = True  # on a GPU, decode by replaying a CUDA graph
     device: str = "auto"
     seed: int = 0
@@ -117,7 +118,7 @@ class PPOConfig:
         require_finite(self, "missing_eos_score", "overlong_score", "score_scale")
         require_counts(self, "value_warmup", "seed")
         require_bools(self, "adaptive_kl", "score_whitening", "whiten_rewards")
-        require_bools(self, "score_temperature", "score_full_softmax", "checkpoint_activations", "cuda_graphs")
+        require_bools(self, "score_temperature", "score_full_softmax", "checkpoint_activations", "compile", "cuda_graphs")
         require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1), ("reward_timeout", 0)):
             if getattr(self, name) is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import ppo, training_state
+from minirlhf.compilation import compile_blocks
 from minirlhf.cpu import keep_freed_memory
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.files import naming
@@ -71,6 +72,8 @@ class PPOTrainer:
         if self.config.reference == "shared":
             share_frozen_layers(self.policy.gpt2, self.reference)
             _ = self.reference_hash  # as it is now
+        if self.config.compile:
+            compile_blocks(self.policy.gpt2, self.reference)
         self.tokenizer = tokenizer
         self.precision = Precision(self.config.precision, self.device, self.policy)
         self.decoder = GraphedDecoder() if self.config.cuda_graphs and self.device.type == "cuda" else None

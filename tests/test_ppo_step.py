@@ -62,7 +62,7 @@ class Order:
 
         def score(tokens, mask, *rest, **named):
             if torch.is_grad_enabled():
-                for row, m in zip(tokens, mask, strict=True):
+                for row, m in zip(tokens, torch.ones_like(tokens) if mask is None else mask, strict=True):
                     self.seen.append(row[m.bool()].tolist())
             return inner(tokens, mask, *rest, **named)
 
