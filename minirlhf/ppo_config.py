@@ -118,7 +118,8 @@ class PPOConfig:
         require_finite(self, "missing_eos_score", "overlong_score", "score_scale")
         require_counts(self, "value_warmup", "seed")
         require_bools(self, "adaptive_kl", "score_whitening", "whiten_rewards")
-        require_bools(self, "score_temperature", "score_full_softmax", "checkpoint_activations", "compile", "cuda_graphs")
+        require_bools(self, "score_temperature", "score_full_softmax")
+        require_bools(self, "checkpoint_activations", "compile", "cuda_graphs")
         require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1), ("reward_timeout", 0)):
             if getattr(self, name) is not None:
