@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minirlhf.generation import generate
+from minirlhf.graphed_decode import COLUMNS
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import LOGITS_IN_CACHE, LOGITS_PER_CHUNK, ActorCritic
 from minirlhf.models.layers import SHORT_SEQUENCE
@@ -73,6 +74,8 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         scoring    = 13 S T C e + 30 n(S) V
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
+    Where a CUDA graph decodes, its cache and weights in 16 bits stay: 2 B L C e for each of T columns, rounded up to a
+    multiple of 64, and W_policy / 2 under autocast are added to the rollout.
     With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
     Autocast adds a copy of the embedding in 2 bytes to generation and scoring, and one of all weights to the update.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
@@ -92,10 +95,14 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     def logits(rows: int, chunk: int = LOGITS_PER_CHUNK) -> int:
         return min(rows * gen_len, max(1, chunk // V)) * V
 
+    graph = 0
+    if trainer.decoder is not None:
+        columns = -(-(T - 1) // COLUMNS) * COLUMNS
+        graph = batch_size * 2 * L * C * columns * e + reduced * weight_bytes(trainer.policy) // 2
     weights, embedding = weight_bytes(trainer.policy), reduced * 2 * C * V
     return MemoryNeed(
         weights=4 * weights + weight_bytes(trainer.reference),
-        rollout=batch_size * (17 * T + (26 + V // 8) * gen_len),
+        rollout=batch_size * (17 * T + (26 + V // 8) * gen_len) + graph,
         generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + embedding,
         scoring=13 * S * T * C * e + 30 * logits(S, scored_at_once) + embedding,
         update=F * T * kept * e + 14 * logits(F) + FP32 * C * V + reduced * weights // 2,
