@@ -61,7 +61,8 @@ def generate(
     max_new_tokens: R; without `eos_token_id` every response has exactly this length, as in the original recipe.
     eos_token_id: a row stops after this token and costs nothing from then on.
     generator: on the model's device, the source of all randomness; None: PyTorch's global one.
-    decoder: makes the tokens after the first at fixed shapes, on a GPU by a CUDA graph; None: without.
+    decoder: makes the tokens after the first at fixed shapes, on a GPU by a CUDA graph; rows that ended then go on
+        unseen (see `graphed_decode`). None: without.
     Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
     training mode.
     """

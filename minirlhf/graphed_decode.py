@@ -176,6 +176,7 @@ class GraphedDecoder:
 
     It holds one key/value cache and, under autocast, a copy of the weights in 16 bits. A graph keeps the settings, for
     example of TF32, with which it was captured. If a capture fails, `generate` goes the plain way from then on.
+    (PyTorch's global generator of that GPU may then refuse to draw; the trainer has its own.)
     """
 
     def __init__(self) -> None:
@@ -189,7 +190,7 @@ class GraphedDecoder:
         step, key = self._step, DecodeStep.key_of(model, batch_size)
         if step is not None and step.key == key and columns <= step.every_column.numel():
             return step
-        self._step = None  # its memory is free before the next one takes as much
+        self._step = step = None  # its memory is free before the next one takes as much
         try:
             step = DecodeStep(model, batch_size, -(-columns // COLUMNS) * COLUMNS)
             step.capture()
