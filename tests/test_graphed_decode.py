@@ -139,9 +139,10 @@ def test_a_new_step_for_more_rows_more_columns_other_weights_or_another_type():
     model, decoder = make_gpt2(n_positions=100), GraphedDecoder()
     steps = [decoder.step_for(model, 2, 10), decoder.step_for(model, 3, 10), decoder.step_for(model, 3, COLUMNS + 1)]
     assert decoder.step_for(model, 3, COLUMNS - 1) is steps[-1]  # room enough
+    other = copy.deepcopy(model)
+    steps.append(decoder.step_for(other, 3, 10))
     with torch.autocast("cpu", torch.bfloat16):
-        steps.append(decoder.step_for(model, 3, 10))
-    steps.append(decoder.step_for(copy.deepcopy(model), 3, 10))
+        steps.append(decoder.step_for(other, 3, 10))
     assert len(set(map(id, steps))) == len(steps)
     assert [step.every_column.numel() for step in steps] == [COLUMNS, COLUMNS, 2 * COLUMNS, COLUMNS, COLUMNS]
 
