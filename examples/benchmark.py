@@ -30,7 +30,7 @@ from benchmark_floor import DTYPES, Rates, measure_rates, phase_costs, with_best
 from benchmark_peers import TransformersPeer, in_turns, run_command
 from benchmark_work import SIZES, Sample, Work, iteration
 from minirlhf.files import atomic_write, write_json
-from minirlhf.optimization import resolve_device
+from minirlhf.optimization import Precision, resolve_device
 
 TABLES = ("iteration", "scaling", "ragged", "overhead")
 
@@ -42,7 +42,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     works = [work_of(args, precision) for precision in args.precision]
     for work in works:  # what is bad is told before anything is timed
-        work.ppo(), work.lengths()
+        work.ppo(), work.lengths(), Precision(work.precision, torch.device(args.device))
     if args.json_lines:
         for work in works:
             for sample in Ours(work).repeat(args.repeats):

@@ -23,7 +23,7 @@ import torch
 from minirlhf import BertConfig, GPT2Config
 
 ADAM_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, 4 bytes each
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -146,22 +146,22 @@ def bert_parameters(c: BertConfig) -> int:
 
 def measure_rates(device: torch.device, precision: str, seconds: float = 1.0, width: int = 768) -> Rates:
     """The best median over a few shapes and ways, each measured for so long; of matrices for models of this width."""
-    return Rates(matrix_rate(device, DTYPES[precision], seconds, width), memory_rate(device, seconds, width))
+    return Rates(matrix_rate(device, precision, seconds, width), memory_rate(device, seconds, width))
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float, width: int) -> float:
+def matrix_rate(device: torch.device, precision: str, seconds: float, width: int) -> float:
     """Operations a second: products of the MLP's shape and of a cube, by the fastest way that rounds as it should.
 
     On a CPU 'medium' hands fp32 products to another library, which may be faster, and may round to bf16.
     """
     width *= 4 if device.type == "cuda" else 1
     shapes = [(3 * width, width, 4 * width), (3 * width,) * 3]
-    before = torch.get_float32_matmul_precision()
+    before, dtype = torch.get_float32_matmul_precision(), DTYPES[precision]
     rates = []
     try:
-        for way in ("highest", "medium") if dtype == torch.float32 else (before,):
+        for way in {"fp32": ("highest", "medium"), "tf32": ("high",)}.get(precision, (before,)):
             torch.set_float32_matmul_precision(way)
-            if dtype == torch.float32 and not _is_exact(device):
+            if precision == "fp32" and not _is_exact(device):
                 continue
             for m, k, n in shapes:
                 a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))

@@ -17,7 +17,16 @@ import torch.nn.functional as F
 
 from benchmark_floor import now
 from benchmark_work import PROMPTS, Work, autocast, iteration
-from minirlhf import GPT2, BertClassifier, PPOTrainer, SentimentReward, Tokenizer, generate
+from minirlhf import (
+    GPT2,
+    BertClassifier,
+    Generation,
+    GraphedDecoder,
+    PPOTrainer,
+    SentimentReward,
+    Tokenizer,
+    generate,
+)
 from minirlhf.runs import Run
 
 Row = dict[str, Any]
@@ -47,14 +56,17 @@ def scaling(work: Work, batches: Sequence[int], new_tokens: Sequence[int], rows:
 
 
 def timed(trainer: PPOTrainer, batch: int, repeats: int) -> dict[str, float]:
-    """Medians over so many iterations, after a small one that warms up: the optimizer has its state then."""
+    """Medians over so many iterations, after one that warms up: the optimizer has its state then.
+
+    A small one; for a GPU a whole one, as a CUDA graph is for a number of rows.
+    """
 
     def measure(rows: int) -> dict[str, float]:
         samples = iteration(trainer, [PROMPTS[i % len(PROMPTS)] for i in range(rows)], nothing, "")
         kept = {s.phase: s for s in samples if s.phase in ("generate", "passes", "update")}
         return {f"{name} s": s.seconds for name, s in kept.items()} | {"peak MB": samples[-1].peak_mb or 0.0}
 
-    measure(max(1, batch // 8))
+    measure(max(1, batch // 8) if trainer.decoder is None else batch)
     runs = [measure(batch) for _ in range(repeats)]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
@@ -95,6 +107,8 @@ def ragged(work: Work, repeats: int, shortest: int = 2, longest: int = 60) -> li
         return {"step": now(trainer.device) - start}
 
     new = work.new_tokens
+    if trainer.decoder is not None:
+        prompts(full)  # captures the graph for so many rows
     table = compared("prompts", prompts, lengths, full, [n + new for n in lengths], [n + new for n in full], repeats)
     table += compared("responses", responses, lengths, full, [n + 3 for n in lengths], [n + 3 for n in full], repeats)
     return table + [ended(work, longest, repeats)]
@@ -130,12 +144,19 @@ def ended(work: Work, longest: int, repeats: int) -> Row:
     prompts = [tokenizer.encode_prompt(prompt) for prompt in work.prompts]
     times: dict[int | None, list[float]] = {END: [], None: []}
     real: list[int] = []
+    decoder = GraphedDecoder() if device.type == "cuda" and work.ppo().cuda_graphs else None
+
+    def sampled_with(end: int | None, seed: int) -> Generation:
+        generator, sampling = torch.Generator(device).manual_seed(seed), work.ppo().sampling
+        with autocast(device, work.precision):
+            return generate(policy, prompts, longest, sampling, eos_token_id=end, generator=generator, decoder=decoder)
+
+    if decoder is not None:
+        sampled_with(None, 0)  # captures the graph
     for i in range(repeats):
         for end in times:
-            generator = torch.Generator(device).manual_seed(i)
             start = now(device)
-            with autocast(device, work.precision):
-                sampled = generate(policy, prompts, longest, work.ppo().sampling, eos_token_id=end, generator=generator)
+            sampled = sampled_with(end, i)
             times[end].append(now(device) - start)
             if end is not None:
                 real.append(int(sampled.response_mask.sum()))

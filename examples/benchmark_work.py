@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmark_floor import DTYPES, Batch, now
+from benchmark_floor import Batch, now
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.optimization import Precision
 
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # 3 tokens each, with [CLS]
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -106,9 +107,7 @@ class Work:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """The context for a forward pass in this precision over fp32 weights."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
+    return Precision(precision, device).autocast()
 
 
 def characters(count: int) -> list[str]:

@@ -5,6 +5,7 @@ from minirlhf.best_of import BestOfN, best_of_n
 from minirlhf.diagnosis.doctor import Finding, doctor
 from minirlhf.evaluation import EvaluationConfig, evaluate
 from minirlhf.generation import Generation, generate
+from minirlhf.graphed_decode import GraphedDecoder
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
@@ -31,6 +32,7 @@ __all__ = [
     "FixedKL",
     "GPT2Config",
     "Generation",
+    "GraphedDecoder",
     "NGramScorer",
     "PPOConfig",
     "PPOTrainer",

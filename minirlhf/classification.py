@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.batching import bucketed_batches, length_sorted_batches, right_pad
+from minirlhf.gpu import to_device
 from minirlhf.models.bert import BertClassifier
 from minirlhf.optimization import FitConfig, eval_mode, fit, resolve_device
 from minirlhf.tokenizer import Tokenizer
@@ -103,8 +104,8 @@ def predict(
     with eval_mode(model):
         for batch in length_sorted_batches([len(s) for s in sequences], batch_size):
             ids, mask = right_pad([sequences[i] for i in batch], tokenizer.pad_id)
-            padded = None if bool(mask.all()) else mask.to(device)
-            logits[batch] = model(ids.to(device), padded).float().cpu()
+            padded = None if bool(mask.all()) else to_device(mask, device)
+            logits[batch] = model(to_device(ids, device), padded).float().cpu()
     return logits
 
 

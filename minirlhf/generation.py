@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from minirlhf.batching import Ids, left_pad
+from minirlhf.gpu import to_device
+from minirlhf.graphed_decode import GraphedDecoder, decode
 from minirlhf.models.gpt2 import GPT2, KVCache
 from minirlhf.sampling import SamplingConfig, full_precision, pack_set, sample
 
@@ -53,6 +55,7 @@ def generate(
     generator: torch.Generator | None = None,
     keep_sampling_sets: bool = False,
     keep_states: bool = False,
+    decoder: GraphedDecoder | None = None,
 ) -> Generation:
     """Continue ragged prompts in one batch.
 
@@ -62,6 +65,8 @@ def generate(
     eos_token_id: a row stops after this token and costs nothing from then on.
     generator: on the model's device, the source of all randomness; None: PyTorch's global one.
     keep_sampling_sets, keep_states: whether the result has them.
+    decoder: makes the tokens after the first at fixed shapes, on a GPU by a CUDA graph; rows that ended then go on
+        unseen (see `graphed_decode`). None: without.
     Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
     training mode.
     """
@@ -71,7 +76,9 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     device = model.wte.weight.device
-    ids, prompt_mask = (x.to(device) for x in left_pad(prompts, pad_token_id))
+    ids, prompt_mask = left_pad(prompts, pad_token_id)
+    padded = not bool(prompt_mask.all())
+    ids, prompt_mask = to_device(ids, device), to_device(prompt_mask, device)
     B, P = ids.shape
     if P + max_new_tokens > model.config.n_positions:
         raise ValueError(
@@ -85,10 +92,15 @@ def generate(
     keep_sets = keep_sampling_sets and sampling.truncates
     sets = tokens.new_zeros((B, max_new_tokens, packed_width), dtype=torch.uint8) if keep_sets else None
 
-    cache = model.new_cache(B, P + max_new_tokens - 1)  # the last token is never fed back
-    padded = not bool(prompt_mask.all())
+    columns = P + max_new_tokens - 1  # the last token is never fed back
+    step = None if decoder is None else decoder.step_for(model, B, columns)
+    cache = model.new_cache(B, columns if step is None else P)
     state, logits = _prefill(model, ids, prompt_mask if padded else None, cache)
     states = state.new_zeros(B, max_new_tokens, state.size(-1)) if keep_states else None
+    if step is not None:
+        step.load(cache, prompt_mask)
+        decode(step, state, logits, tokens, mask, logprobs, sets, states, sampling, eos_token_id, generator)
+        return Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets, states)
     rows = torch.arange(B, device=device)  # the rows that are still running
     for t in range(max_new_tokens):
         new, logp, keep = sample(logits, sampling, generator)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minirlhf.cpu import fast_matmul
 from minirlhf.fit_state import FitState
+from minirlhf.gpu import tf32_matmul
 from minirlhf.validation import (
     require,
     require_non_negative,
@@ -24,8 +25,9 @@ from minirlhf.validation import (
 )
 
 LARGE_MODEL = 2**25  # parameters
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PRECISION_SETTINGS = ("auto", *PRECISIONS)  # `precision_choice` makes a precision of it
+SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "linear", "cosine")
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -52,7 +54,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
 class Precision:
     """Mixed precision over fp32 master weights (Micikevicius et al. 2018): autocast, and loss scaling for fp16.
 
-    name: "fp32", "bf16" or "fp16". Raises ValueError for another, or for one that the device does not have.
+    name: "fp32", which on a GPU is all of fp32 unless the user's own `torch.set_float32_matmul_precision` allows less;
+        "tf32", products of a GPU rounded to 10 bits of mantissa; "bf16" or "fp16". Raises ValueError for another, or
+        for one that the device does not have.
     model: the one that is run. On a CPU a large one gets `cpu.fast_matmul`, which keeps a kernel, 0.1 MB or so, for
         every shape that occurs: among small models that would be much.
     """
@@ -60,20 +64,24 @@ class Precision:
     def __init__(self, name: str, device: torch.device, model: nn.Module | None = None):
         if name not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+        if name == "tf32" and device.type != "cuda":
+            raise ValueError(f"precision 'tf32' needs a GPU, but the device is {device}; use 'fp32' or 'bf16'")
         self.name = name
         self.device_type = device.type
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ValueError(f"precision is 'bf16', but {device} cannot compute in it; fp32 and fp16 it can")
-        large = model is not None and is_large(model)
-        self._matmul = fast_matmul if large and device.type == "cpu" else contextlib.nullcontext
+        self._matmul: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        if name == "tf32":
+            self._matmul = tf32_matmul
+        elif device.type == "cpu" and model is not None and is_large(model):
+            self._matmul = fast_matmul
         # fp16 has 5 exponent bits: small gradients vanish unless the loss is scaled up. bf16 has fp32's range.
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run."""
-        if self.name == "fp32":
-            return self._matmul()
-        return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
+        dtype = SIXTEEN_BITS.get(self.name)
+        return self._matmul() if dtype is None else torch.autocast(self.device_type, dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the (scaled) gradients of a loss."""

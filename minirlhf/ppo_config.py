@@ -94,8 +94,11 @@ class PPOConfig:
     top_p: float = 0.95
     score_full_softmax: bool = False  # True: score truncated samples with the full softmax, as the original recipe
     eos_token_id: int | None = None  # None: every response has gen_len tokens
-    precision: str = "auto"  # fp32, bf16 or fp16, over fp32 weights; auto: as `precision_choice` finds
+    # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: as `precision_choice` finds
+    precision: str = "auto"
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    compile: bool = False  # torch.compile of the blocks of policy and reference, which needs a C++ compiler or a GPU
+    cuda_graphs: bool = True  # on a GPU, decode by replaying a CUDA graph
     device: str = "auto"
     seed: int = 0
     # shared: the reference uses the policy's own frozen lower layers instead of copies of them; own: it does not
@@ -116,7 +119,8 @@ class PPOConfig:
         require_finite(self, "missing_eos_score", "overlong_score", "score_scale")
         require_counts(self, "value_warmup", "seed")
         require_bools(self, "adaptive_kl", "score_whitening", "whiten_rewards")
-        require_bools(self, "score_temperature", "score_full_softmax", "checkpoint_activations")
+        require_bools(self, "score_temperature", "score_full_softmax")
+        require_bools(self, "checkpoint_activations", "compile", "cuda_graphs")
         require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name, bound in (("target_kl", 0), ("score_clip", 0), ("dual_clip", 1), ("reward_timeout", 0)):
             if getattr(self, name) is not None:

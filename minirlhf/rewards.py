@@ -172,7 +172,7 @@ class SentimentReward:
     """P(positive) of a text under a BERT sentiment classifier: `reward(texts) -> (B,)`, fp32 on the CPU.
 
     positive_label: the name of the positive label; None: the only label whose name begins with "positive" or "正".
-    batch_size: texts a forward pass. precision: of the forward passes, fp32, bf16, fp16 or auto (see
+    batch_size: texts a forward pass. precision: of the forward passes, as of `optimization.Precision`, or auto (see
         `precision_choice`). Not auto by itself: it also measures policies against each other, whose figures should not
         depend on the machine, and is a small part of the time of PPO.
     Longer texts than the classifier's positions are cut at the end.

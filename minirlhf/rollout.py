@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.batching import Ids, left_pad, length_sorted_batches, right_pad
 from minirlhf.generation import generate
+from minirlhf.gpu import to_device
+from minirlhf.graphed_decode import GraphedDecoder
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, TokenScores, language_model
 from minirlhf.optimization import in_batches_that_fit
@@ -79,7 +82,7 @@ class Rollout:
 
     @property
     def padded(self) -> bool:
-        """Whether there is any padding."""
+        """Whether there is any padding; without, attention needs no mask, and a GPU can take its quick kernel."""
         return int(self.lengths.sum()) < self.tokens.numel()
 
     def rows(self, index: Tensor) -> Rollout:
@@ -91,7 +94,7 @@ class Rollout:
         lengths = self.lengths[index]
         left, right = lengths.amax(0).tolist()
         columns = slice(self.mask.size(1) - R - left, self.mask.size(1) - R + right)
-        index = index.to(self.tokens.device)
+        index = to_device(index, self.tokens.device)
         cut: dict[str, Any] = {name: getattr(self, name)[index, columns] for name in ("tokens", "mask")}
         cut["scores"] = self.scores[index]
         for f in dataclasses.fields(self):
@@ -119,6 +122,7 @@ def collect_rollout(
     score_temperature: float | None = None,
     score_from_decode: bool = False,
     autocast: Autocast = contextlib.nullcontext,
+    decoder: GraphedDecoder | None = None,
 ) -> Rollout:
     """Sample a response to each prompt, and score it with policy, reference and reward function.
 
@@ -134,6 +138,7 @@ def collect_rollout(
     score_from_decode: take the policy's hidden states from the decode instead of computing them once more for
         log-probabilities and values. In fp32 both agree to 1e-5 nats; in 16 bits they differ by some hundredths.
     autocast: makes the context for the forward passes (see `optimization.Precision.autocast`).
+    decoder: as of `generation.generate`.
     Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers.
     """
     sampling = sampling or SamplingConfig()
@@ -151,6 +156,7 @@ def collect_rollout(
             generator=generator,
             keep_sampling_sets=not score_full_softmax,
             keep_states=score_from_decode,
+            decoder=decoder,
         )
     responses = [tokenizer.decode(response) for response in sampled.responses]
     clock.stop("generation")
@@ -207,8 +213,8 @@ def rollout_from_tokens(
     query_ids, query_mask = left_pad(queries, pad_token_id)
     response_ids, response_mask = right_pad(responses, pad_token_id)
     device = policy.gpt2.wte.weight.device
-    tokens = torch.cat([query_ids, response_ids], 1).to(device)
-    mask = torch.cat([query_mask, response_mask], 1).to(device)
+    tokens = to_device(torch.cat([query_ids, response_ids], 1), device)
+    mask = to_device(torch.cat([query_mask, response_mask], 1), device)
     if tokens.size(1) - 1 > config.n_positions:
         raise ValueError(
             f"the longest query and the longest response have {query_ids.size(1)} + {response_ids.size(1)} tokens, "
@@ -221,7 +227,7 @@ def rollout_from_tokens(
     return Rollout(
         tokens=tokens,
         mask=mask,
-        response_mask=response_mask.bool().to(device),
+        response_mask=to_device(response_mask.bool(), device),
         **_score_fields(checked, scored["values"]),
         **scored,
     )
@@ -243,16 +249,17 @@ def score_in_batches(
 
     On a GPU that runs out of memory in smaller ones.
     """
-    reference = language_model(ref_policy)
+    reference, lengths = language_model(ref_policy), mask.sum(-1).tolist()
 
     def in_batches_of(size: int) -> dict[str, Any]:
         parts: list[TokenScores] = []
-        batches = list(length_sorted_batches(mask.sum(-1).tolist(), size))
+        batches = list(length_sorted_batches(lengths, size))
         for batch in batches:
-            index = torch.tensor(batch, device=tokens.device)
+            index = to_device(torch.tensor(batch), tokens.device)
             sets, known = (None if x is None else x[index] for x in (sampling_sets, states))
-            parts.append(policy.score(tokens[index], mask[index], response_length, temperature, sets, reference, known))
-        back = torch.tensor([i for batch in batches for i in batch], device=tokens.device).argsort()
+            real = mask[index] if lengths[batch[-1]] < tokens.size(1) else None  # the last is the shortest
+            parts.append(policy.score(tokens[index], real, response_length, temperature, sets, reference, known))
+        back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), tokens.device)
         return {
             name: torch.cat([getattr(part, name) for part in parts])[back]
             for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
@@ -264,10 +271,10 @@ def score_in_batches(
 def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:
     """The fields `scores` and `token_scores` from scores, (B,) or (B, up to R). like: (B, R), for the type."""
     if scores.ndim == 1:
-        return {"scores": scores.to(like)}
+        return {"scores": to_device(scores.to(like.dtype), like.device)}
     totals = checked_scores(scores.sum(-1), len(scores))  # of finite numbers it may not be one
-    padded = torch.nn.functional.pad(scores, (0, like.size(1) - scores.size(1)))
-    return {"scores": totals.to(like), "token_scores": padded.to(like)}
+    fields = {"scores": totals, "token_scores": F.pad(scores, (0, like.size(1) - scores.size(1)))}
+    return {name: to_device(x.to(like.dtype), like.device) for name, x in fields.items()}
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

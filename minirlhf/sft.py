@@ -47,7 +47,7 @@ class SFTConfig(FitConfig):
 
     PRECISIONS: ClassVar[tuple[str, ...]] = PRECISION_SETTINGS
 
-    precision: str = "auto"  # fp32, bf16 or fp16, over fp32 weights; auto: as `precision_choice` finds
+    precision: str = "auto"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: see `precision_choice`
     max_length: int = 128  # tokens a text, [CLS] and [SEP] included; longer texts are cut
     tokens_per_batch: int = 4096  # of one forward pass, padding included
     accumulation: int = 1  # forward passes an optimizer step

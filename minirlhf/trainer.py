@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from minirlhf import ppo, training_state
+from minirlhf.compilation import compile_blocks
 from minirlhf.cpu import keep_freed_memory, limit_threads
 from minirlhf.explanation import Explanation, TokenExplanation
 from minirlhf.files import naming
+from minirlhf.gpu import to_device
+from minirlhf.graphed_decode import GraphedDecoder
 from minirlhf.metrics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
 from minirlhf.models.gpt2 import GPT2, share_frozen_layers
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
@@ -73,12 +76,15 @@ class PPOTrainer:
         if self.config.reference == "shared":
             share_frozen_layers(self.policy.gpt2, self.reference)
             _ = self.reference_hash  # as it is now
+        if self.config.compile:
+            compile_blocks(self.policy.gpt2, self.reference)
         self.tokenizer = tokenizer
         probe = language_model_probe(self.policy.gpt2, self.score_temperature)
         self.precision_choice = choose_precision(self.config.precision, self.policy, probe, self.config.cliprange)
         # From here on it has its name: a run that goes on elsewhere keeps the precision that it began with.
         self.config = dataclasses.replace(self.config, precision=self.precision_choice.name)
         self.precision = Precision(self.config.precision, self.device, self.policy)
+        self.decoder = GraphedDecoder() if self.config.cuda_graphs and self.device.type == "cuda" else None
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.config.lr, eps=self.config.adam_eps, weight_decay=0.0, fused=True
@@ -212,7 +218,7 @@ class PPOTrainer:
         self, rollout: Rollout, rewards: Tensor, advantages: Tensor, returns: Tensor, rows: Tensor
     ) -> TensorStats:
         """One optimizer step on these rows (minibatch), on the CPU; skipped if its loss or gradient is not finite."""
-        c, there = self.config, rows.to(self.device)
+        c, there = self.config, to_device(rows, self.device)
         mask = rollout.response_mask[there]
         if c.whiten_scope == "minibatch":
             advantages, returns = self.advantages(rewards[there], rollout.values[there], mask)
@@ -378,6 +384,7 @@ class PPOTrainer:
                 score_temperature=self.score_temperature,
                 score_from_decode=self.precision.name == "fp32",
                 autocast=self.precision.autocast,
+                decoder=self.decoder,
             )
 
     def train(

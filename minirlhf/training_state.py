@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 # Settings that may change between two parts of a run: they say how long and how it runs, not what is computed.
 FREE_FIELDS = {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
-               "checkpoint_activations"}  # fmt: skip
+               "checkpoint_activations", "compile", "cuda_graphs"}  # fmt: skip
 
 
 @dataclass(frozen=True)

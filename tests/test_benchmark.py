@@ -385,12 +385,13 @@ def test_the_other_side_has_the_same_work():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_tables_on_a_gpu(call, tmp_path):
-    error, _ = call("iteration", "scaling", "ragged", *SMALL, "--device", "cuda", "--precision", "bf16", "--output",
-                    "out", "--against", "transformers")  # fmt: skip
+    error, _ = call("iteration", "scaling", "ragged", "overhead", *SMALL, "--device", "cuda", "--precision", "bf16",
+                    "tf32", "--output", "out", "--against", "transformers")  # fmt: skip
     assert error is None
     result = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
-    assert result["machine"]["GPU"] and len({row["peer"] for row in result["iteration"]}) == 2
-    assert all(row["memory s"] > 0 for row in result["bounds"]["bf16"])
+    assert result["machine"]["GPU"] and len({row["peer"] for row in result["iteration"]}) == 4
+    assert all(row["memory s"] > 0 for precision in ("bf16", "tf32") for row in result["bounds"][precision])
+    assert result["overhead"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -398,6 +399,7 @@ def test_the_same_tables_on_a_gpu(call, tmp_path):
     (["--against", "transformers", "--peer-command", "true"], "one after the other"),
     (["--config", "lrr=1"], "did you mean 'lr'"),
     (["--policy", "nowhere"], "nowhere"),
+    (["--precision", "tf32"], "'tf32' needs a GPU"),
     (["--batch", "0"], 2),
     (["--config", "lr"], 2),
 ])  # fmt: skip

@@ -398,7 +398,7 @@ BAD = {
     "prompt file not UTF-8": (lambda tiny, tmp: prompt_file(tmp, "酒店".encode("gb18030")), "utf-8"),
     "blank prompt": (lambda tiny, tmp: ["--prompts", "酒店", " "], "empty"),
     "long prompt": (lambda tiny, tmp: ["--prompts", "很好" * 14], "28 tokens|29 tokens"),
-    "precision": (lambda tiny, tmp: ["--precision", "int4"], "fp32, bf16, fp16"),
+    "precision": (lambda tiny, tmp: ["--precision", "int4"], "fp32, tf32, bf16, fp16"),
     "device": (lambda tiny, tmp: ["--device", "abacus"], "abacus"),
     "batch size": (lambda tiny, tmp: ["--batch-size", "0"], "batch_size"),
     "gen-len": (lambda tiny, tmp: ["--gen-len", "32"], "gen_len"),

@@ -125,7 +125,7 @@ def test_a_step_that_is_not_finite_is_skipped(name, loss, gradient):
 
 
 def test_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match=r"fp32, bf16, fp16.*'fp8'"):
+    with pytest.raises(ValueError, match=r"fp32, tf32, bf16, fp16.*'fp8'"):
         Precision("fp8", CPU)
 
 

@@ -58,7 +58,7 @@ def test_what_is_asked_for_is_taken_unseen(name):
 
 @pytest.mark.parametrize("name", ["fp8", "", None])
 def test_an_unknown_precision_is_refused(name):
-    with pytest.raises(ValueError, match="precision must be one of auto, fp32, bf16, fp16, got"):
+    with pytest.raises(ValueError, match="precision must be one of auto, fp32, tf32, bf16, fp16, got"):
         choose_precision(name, make_gpt2(), never)
 
 

@@ -230,3 +230,16 @@ def test_a_reference_with_a_value_head_is_a_reference(models, tokenizer):
     policy, reference = models
     plain, wrapped = (collect((policy, ref), tokenizer) for ref in (reference, ActorCritic(reference).eval()))
     assert torch.equal(plain.ref_logprobs, wrapped.ref_logprobs)
+
+
+def test_rows_know_whether_they_are_padded(models, tokenizer):
+    prompts = ["酒店", "房间", "早餐很好", "很好"]
+    rollout = collect(models, tokenizer, prompts)
+    assert [rollout.rows(torch.tensor(rows)).padded for rows in ([0, 1, 3], [2], [0, 2])] == [False, False, True]
+    eos = int(rollout.tokens[0, -2])
+    ended = collect(models, tokenizer, prompts[:2] * 16, eos_token_id=eos, length=12)
+    lengths = ended.response_mask.sum(-1)
+    assert lengths.min() < lengths.max()  # some rows ended
+    for i in (int(lengths.argmin()), int(lengths.argmax())):
+        assert not ended.rows(torch.tensor([i])).padded
+    assert ended.rows(torch.tensor([int(lengths.argmin()), int(lengths.argmax())])).padded

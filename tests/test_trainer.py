@@ -16,7 +16,9 @@ import torch
 from conftest import VOCAB, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Tokenizer, training_state
+from minirlhf.graphed_decode import GraphedDecoder
 from minirlhf.metrics import mean_stats, read_stats
+from minirlhf.models import gpt2
 
 PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
 EOS = VOCAB.index("##a")
@@ -1376,3 +1378,31 @@ def test_a_shared_reference_is_resumed_and_guarded_by_its_hash(tmp_path):
         make_trainer(reference="shared")
     with pytest.raises(ValueError, match="reference must be one of"):
         make_trainer(reference="none")
+
+
+@pytest.mark.parametrize("prompts", [["酒店", "房间", "早餐", "很好"], PROMPTS])
+def test_attention_gets_a_mask_only_where_there_is_padding(monkeypatch, prompts):
+    """Without a mask a GPU can take its flash kernel."""
+    masks, inner = [], gpt2.attention
+
+    def watched(q, k, v, allowed, *rest, **named):
+        masks.append(allowed is not None)
+        return inner(q, k, v, allowed, *rest, **named)
+
+    monkeypatch.setattr(gpt2, "attention", watched)
+    trainer = make_trainer()
+    rollout = trainer.collect(prompts, reward)
+    sampled = len(masks)
+    trainer.step(rollout)
+    assert sampled > 0 and len(masks) > sampled
+    assert any(masks) == (prompts is PROMPTS)
+
+
+def test_a_decoder_is_for_gpus_and_changes_no_rollout():
+    trainers = [make_trainer(cuda_graphs=True) for _ in range(2)]
+    assert trainers[0].decoder is None
+    trainers[1].decoder = GraphedDecoder()
+    one, other = (trainer.collect(PROMPTS, reward) for trainer in trainers)
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.sampling_sets, other.sampling_sets)
+    torch.testing.assert_close(one.sampler_logprobs, other.sampler_logprobs, atol=1e-5, rtol=0)
+    assert trainers[1].decoder._step is not None

@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minirlhf.generation import generate
+from minirlhf.graphed_decode import COLUMNS
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import LOGITS_IN_CACHE, LOGITS_PER_CHUNK, ActorCritic
 from minirlhf.models.layers import SHORT_SEQUENCE
+from minirlhf.optimization import SIXTEEN_BITS
 from minirlhf.rollout import Rollout
 from minirlhf.trainer import PPOTrainer
 
@@ -72,6 +74,8 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         scoring    = 13 S T C e + 30 n(S) V
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
+    Where a CUDA graph decodes, its cache and weights in 16 bits stay: 2 B L C e for each of T columns, rounded up to a
+    multiple of 64, and W_policy / 2 under autocast are added to the rollout.
     With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
     Autocast adds a copy of the policy's weights in 2 bytes to each phase.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
@@ -79,7 +83,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     c, T = trainer.policy.gpt2.config, prompt_length + gen_len
     L, C, V = c.n_layer, c.n_embd, c.vocab_size
     S, F = min(trainer.scoring_batch_size, batch_size), min(micro_batch, batch_size)
-    reduced = trainer.precision.name != "fp32"
+    reduced = trainer.precision.name in SIXTEEN_BITS
     e = 2 if reduced else FP32
     plain = trainer.device.type == "cpu" and T <= SHORT_SEQUENCE
     attention = 2 * c.n_head * T if plain else T
@@ -91,11 +95,15 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     def logits(rows: int, chunk: int = LOGITS_PER_CHUNK) -> int:
         return min(rows * gen_len, max(1, chunk // V)) * V
 
+    graph = 0
+    if trainer.decoder is not None:
+        columns = -(-(T - 1) // COLUMNS) * COLUMNS
+        graph = batch_size * 2 * L * C * columns * e + reduced * weight_bytes(trainer.policy) // 2
     weights = weight_bytes(trainer.policy)
     copies = reduced * weights // 2
     return MemoryNeed(
         weights=4 * weights + weight_bytes(trainer.reference),
-        rollout=batch_size * (17 * T + (26 + V // 8) * gen_len),
+        rollout=batch_size * (17 * T + (26 + V // 8) * gen_len) + graph,
         generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + copies,
         scoring=13 * S * T * C * e + 30 * logits(S, scored_at_once) + copies,
         update=F * T * kept * e + 14 * logits(F) + FP32 * C * V + copies,

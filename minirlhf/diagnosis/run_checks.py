@@ -26,8 +26,9 @@ SAME_KL = 1e-3  # nats a sequence; rounding in fp32 stays ten times and more bel
 SAME_RATIO = 1e-3  # |ratio - 1| in fp32
 # A step that moves the policy: no warm-up from 0, no skipped fp16 step, no scores replaced by one penalty.
 PLAIN_STEP: dict[str, Any] = dict(
-    precision="fp32", lr_schedule="constant", lr_warmup=0.0, value_warmup=0, missing_eos="keep", overlong="keep"
-)
+    precision="fp32", lr_schedule="constant", lr_warmup=0.0, value_warmup=0, missing_eos="keep", overlong="keep",
+    compile=False,
+)  # fmt: skip
 FULL = 0.8  # of the available memory; beyond it, fragments and the reward model may tip the balance
 
 
@@ -35,7 +36,8 @@ def rollout(patient: Patient) -> Verdict:
     """A trainer can be made of the models, the prompts fit, and sampling works; in fp32, for the checks after it."""
     needed(patient.vocabulary, "one vocabulary")
     policy, reference = (copy.deepcopy(model) for model in patient.models())  # one by one: the copies share nothing
-    whole = PPOTrainer(policy, reference, needed(patient.tokenizer, "the tokenizer"), patient.config)
+    # Not compiled: it would take longer than all checks, and hide tensors from those that count them.
+    whole = PPOTrainer(policy, reference, needed(patient.tokenizer, "the tokenizer"), patient.config, compile=False)
     whole.check_prompts(patient.prompts)
     patient.config, patient.precision = whole.config, whole.precision_choice
     trainer = _with(whole, precision="fp32", gen_len=min(patient.config.gen_len, TOKENS))

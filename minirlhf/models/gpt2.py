@@ -150,7 +150,9 @@ class Attention(nn.Module):
         if way.cache is not None:
             k, v = way.cache.extend(layer, k, v)  # (B, nh, S, hs)
         dropout = self.attn_pdrop if self.training else 0.0
-        y = attention(q, k, v, way.allowed, dropout, is_causal=way.allowed is None and T > 1)
+        # After others in a cache it is one token, which may see all. (No sizes: to the compiler they are symbols.)
+        causal = way.allowed is None and (way.cache is None or way.cache.length == 0)
+        y = attention(q, k, v, way.allowed, dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y if packing is None else packing.pack(y)))
 
@@ -262,8 +264,10 @@ class GPT2(nn.Module):
         for layer in layers:
             if self.checkpoint_activations and way.cache is None and torch.is_grad_enabled():
                 x = checkpoint(self.h[layer], x, way, layer, use_reentrant=False)
-            else:
+            elif way.cache is None:
                 x = self.h[layer](x, way, layer)
+            else:  # not what `torch.compile` made of it: see `compilation`
+                x = self.h[layer].forward(x, way, layer)
         return x
 
     def _end(self, x: Tensor, way: Pass) -> Tensor:

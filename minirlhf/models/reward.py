@@ -32,6 +32,7 @@ from minirlhf.checkpoints import (
     write_folder,
 )
 from minirlhf.files import naming, read_json, replaced_folder, write_json
+from minirlhf.gpu import to_device
 from minirlhf.hub import locate
 from minirlhf.model_card import ModelCard, Origin, write_card
 from minirlhf.models.bert import BertClassifier
@@ -197,8 +198,8 @@ class RewardModel(nn.Module):
         """Scores (B,), fp32 on the model's device and with a gradient, of token ids [CLS] ... [SEP] of any lengths."""
         ids, mask = right_pad(sequences, self.tokenizer.pad_id)
         device = next(self.parameters()).device
-        padded = None if bool(mask.all()) else mask.to(device)
-        return self.network(ids.to(device), padded).squeeze(-1).float()
+        padded = None if bool(mask.all()) else to_device(mask, device)
+        return self.network(to_device(ids, device), padded).squeeze(-1).float()
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str]) -> Tensor:

@@ -7,6 +7,7 @@ from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, GPT2Config, PPOTrainer, Tokenizer
 from minirlhf.diagnosis import memory
 from minirlhf.diagnosis.memory import MemoryNeed, available_memory, estimate, extrapolate, measure, peak_memory
+from minirlhf.graphed_decode import GraphedDecoder
 from minirlhf.models.heads import LOGITS_IN_CACHE, LOGITS_PER_CHUNK
 
 CPU = torch.device("cpu")
@@ -53,6 +54,20 @@ def test_the_formula_by_hand():
     assert need.update == 5 * 10 * 4 * (16 * 8 + 2 * 2 * 10) * 4 + 14 * 5 * 6 * 80 + 4 * 8 * 80
     assert need.total == need.weights + need.rollout + need.scoring and need.scoring > need.update > need.generation
     assert need.largest == "scoring"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_graph_keeps_is_counted(precision):
+    trainer = make_trainer(V=80, C=16, L=2, precision=precision)
+    without = estimate(trainer, 10, 4, 6, 5)
+    trainer.decoder = GraphedDecoder()
+    counted = estimate(trainer, 10, 4, 6, 5).rollout - without.rollout
+    with trainer.precision.autocast():
+        step = trainer.decoder.step_for(trainer.policy.gpt2, 10, 9)
+    kept = sum(layer.nbytes for layer in step.cache.layers)
+    if precision == "bf16":
+        kept += sum(p.nbytes for p in step.blocks.parameters()) + step.head.nbytes
+    assert kept <= counted < 1.1 * kept
 
 
 def test_no_more_logits_are_counted_than_are_alive_and_no_more_rows_than_a_pass_has():
