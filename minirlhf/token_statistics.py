@@ -30,6 +30,35 @@ def logprobs_and_entropy(
     return _LogprobsAndEntropy.apply(logits, tokens, temperature, keep)
 
 
+@torch.no_grad()
+def compare(
+    logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float = 1.0, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What two softmaxes say of the tokens, without gradients and in half the passes over the logits.
+
+    logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `logprobs_and_entropy`.
+    Returns four times (N,), in nats: the log-probability of each token, the entropy of each row, the reference's
+    log-probability, and KL(policy || reference).
+    """
+
+    def normalised(z: Tensor) -> Tensor:  # (N, V), finite also where it is not kept
+        z = restrict(z, temperature)
+        return z - (z if keep is None else z.masked_fill(~keep, -torch.inf)).logsumexp(-1, keepdim=True)
+
+    def of_tokens(z: Tensor) -> Tensor:  # (N,)
+        picked = z.gather(-1, at)
+        return (picked if keep is None else picked.masked_fill(~keep.gather(-1, at), -torch.inf)).squeeze(-1)
+
+    at, logp, logq = tokens.unsqueeze(-1), normalised(logits), normalised(ref_logits)
+    logprobs, ref_logprobs = of_tokens(logp), of_tokens(logq)
+    p = logp.exp() if keep is None else logp.exp().masked_fill_(~keep, 0.0)
+    # Logarithms are subtracted before they are summed, so that no digits are lost; by no matrix product, which autocast
+    # would round.
+    entropy = -(p * logp).sum(-1)
+    kl = p.mul_(logp.sub_(logq)).sum(-1)
+    return logprobs, entropy, ref_logprobs, kl
+
+
 class _LogprobsAndEntropy(torch.autograd.Function):
     """With p = softmax(x), x = logits / temperature, and H the entropy of p:
 

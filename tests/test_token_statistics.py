@@ -5,7 +5,7 @@ import torch
 
 from minirlhf import ppo
 from minirlhf.sampling import restrict
-from minirlhf.token_statistics import logprobs_and_entropy
+from minirlhf.token_statistics import compare, logprobs_and_entropy
 
 
 def make(dtype=torch.float64, rows=7, vocab=13, seed=0):
@@ -72,3 +72,29 @@ def test_the_logits_are_left_as_they_were():
     for kept in (None, keep):
         sum(logprobs_and_entropy(logits, tokens, 1.0, kept)).sum().backward()
     assert torch.equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_comparison_is_that_of_the_plain_formulas(truncated, temperature, dtype):
+    logits, tokens, keep = make(dtype)
+    ref_logits = make(dtype, seed=1)[0]
+    kept = keep if truncated else None
+    before = logits.detach().clone(), ref_logits.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = compare(logits, ref_logits, tokens, temperature, kept)
+    x, y = (restrict(z.detach().double(), temperature, kept) for z in (logits, ref_logits))
+    theirs = ppo.gather_logprobs(x, tokens), ppo.entropy(x), ppo.gather_logprobs(y, tokens), ppo.exact_kl(x, y)
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    for mine, truth in zip(ours, theirs, strict=True):
+        assert not mine.requires_grad
+        torch.testing.assert_close(mine.double(), truth, rtol=tolerance, atol=tolerance)
+    assert torch.equal(logits, before[0]) and torch.equal(ref_logits, before[1])
+
+
+def test_a_model_compared_with_itself_has_no_kl_and_a_token_outside_the_set_no_probability():
+    logits, tokens, keep = make(torch.float32)
+    keep[0, tokens[0]] = False
+    logprobs, _, ref_logprobs, kl = compare(logits, logits, tokens, 0.7, keep)
+    assert kl.tolist() == [0.0] * 7 and torch.equal(logprobs, ref_logprobs) and logprobs[0] == -torch.inf

@@ -65,7 +65,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     """The need of B = `batch_size` sequences of P = `prompt_length` and R = `gen_len` tokens, F = `micro_batch`.
 
     With e bytes an activation (4; 2 under autocast), W bytes of weights, n(rows) = min(rows R, 2^25 / V) tokens whose
-    logits are alive at once (2^21 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where
+    logits are alive at once (2^22 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where
     attention keeps its weights (short sequences on a CPU), else T for its mask:
 
         weights    = 4 W_policy + W_reference

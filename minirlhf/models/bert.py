@@ -39,6 +39,7 @@ from minirlhf.models.layers import (
     normal_init,
     shapes_only,
 )
+from minirlhf.models.packing import Packing
 from minirlhf.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
 
 NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
@@ -122,15 +123,15 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout_p = config.attention_probs_dropout_prob
 
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (
-            layer(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-            for layer in (self.query, self.key, self.value)
-        )
+    def forward(self, x: Tensor, allowed: Tensor | None, packing: Packing | None) -> Tensor:
+        def heads(of_tokens: Tensor) -> Tensor:  # (B, nh, T, hs)
+            whole = of_tokens if packing is None else packing.unpack(of_tokens)
+            return whole.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
         dropout = self.dropout_p if self.training else 0.0
-        y = attention(q, k, v, allowed, dropout)
-        return y.transpose(1, 2).reshape(B, T, C)
+        y = attention(heads(self.query(x)), heads(self.key(x)), heads(self.value(x)), allowed, dropout)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+        return y if packing is None else packing.pack(y)
 
 
 class ResidualOutput(nn.Module):
@@ -157,8 +158,8 @@ class BertLayer(nn.Module):
         self.output = ResidualOutput(config.intermediate_size, config)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, allowed), x)
+    def forward(self, x: Tensor, allowed: Tensor | None, packing: Packing | None = None) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, allowed, packing), x)
         return self.output(self.activation(self.intermediate["dense"](x)), x)
 
 
@@ -174,11 +175,14 @@ class BertModel(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embeddings(ids)
-        # Padded queries are computed and never read; every query sees at least the keys of its row's real tokens.
+        # Padded queries attend and are never read; every query sees at least the keys of its row's real tokens.
         allowed = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        # In a row that reads both ways nothing can be shared, but what works on single tokens can skip padding.
+        packing = None if attention_mask is None else Packing.of(ids, attention_mask, share=False)
+        x = x if packing is None else packing.pack(x)  # (N, C)
         for layer in self.encoder["layer"].children():
-            x = layer(x, allowed)
-        return x
+            x = layer(x, allowed, packing)
+        return x if packing is None else packing.unpack(x)
 
 
 class BertClassifier(nn.Module):

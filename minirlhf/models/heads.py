@@ -24,12 +24,12 @@ from minirlhf.model_card import ModelCard
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.layers import global_rng_kept
 from minirlhf.sampling import full_precision, restrict, unpack_set
-from minirlhf.token_statistics import logprobs_and_entropy
+from minirlhf.token_statistics import compare, logprobs_and_entropy
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_KINDS = ("linear", "tanh")
 LOGITS_PER_CHUNK = 2**25  # fp32 logits alive at once in the LM head, 128 MiB
-LOGITS_IN_CACHE = 2**21  # the same on a CPU without a backward pass: what stays in its cache is not waited for
+LOGITS_IN_CACHE = 2**22  # the same on a CPU without a backward pass: what stays in its cache is not waited for
 
 
 class ValueHead(nn.Module):
@@ -222,6 +222,8 @@ def _in_chunks(
     def head(hidden: Tensor, compared: Tensor | None, picked: Tensor, sets: Tensor | None) -> tuple[Tensor, ...]:
         keep = None if sets is None else unpack_set(sets, model.config.vocab_size)
         logits = model.lm_logits(hidden)  # (chunk, V)
+        if reference is not None and compared is not None and not torch.is_grad_enabled():
+            return compare(logits, reference.lm_logits(compared), picked, temperature, keep)
         result = logprobs_and_entropy(logits, picked, temperature, keep)
         if reference is None or compared is None:
             return result

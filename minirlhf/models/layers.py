@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from minirlhf.checkpoints import check_tensors
 
 Config = TypeVar("Config")
-SHORT_SEQUENCE = 128  # keys up to which the plain formula of attention is faster to train with on a CPU
+SHORT_SEQUENCE = 128  # keys up to which the plain formula of attention is faster on a CPU
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -58,12 +58,11 @@ def attention(
 
     q: (B, nh, T, hs); k, v: (B, nh, S, hs).
     allowed: bool, broadcast to (B, nh, T, S), True where a query may attend; or is_causal for the lower triangle.
-    `F.scaled_dot_product_attention`, but for two cases on a CPU in which the formula itself is quicker than the fused
-    kernel: single queries (while decoding; up to five times), and short sequences with a backward pass (three to five
-    times).
+    `F.scaled_dot_product_attention`, but on a CPU for short sequences and for single queries (while decoding): there
+    the formula itself is up to five times as quick as the fused kernel, forward and backward.
     """
-    short = k.size(2) <= SHORT_SEQUENCE and torch.is_grad_enabled()
-    if q.device.type != "cpu" or dropout_p > 0 or not (short or q.size(2) == 1):
+    short = k.size(2) <= SHORT_SEQUENCE or q.size(2) == 1
+    if not short or q.device.type != "cpu" or dropout_p > 0:
         return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, is_causal)
     if is_causal:
         allowed = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()

@@ -148,6 +148,22 @@ def test_padding_changes_nothing():
     assert not torch.allclose(model(ids), alone, rtol=1e-3)  # the mask is what does it
 
 
+def test_layers_that_work_on_single_tokens_skip_padding_and_gradients_are_those_of_the_rows_alone():
+    model = make_bert(**SIZES).double()
+    rows, ids, mask = ragged_batch()
+    seen = []
+    handle = model.bert.encoder["layer"][0].output.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    model(ids, mask).square().sum().backward()
+    handle.remove()
+    assert [x.shape[:-1] for x in seen] == [(sum(map(len, rows)),)] and sum(map(len, rows)) < ids.numel()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for row in rows:
+        model(row[None]).square().sum().backward()
+    for ours, alone in zip(together, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9 * float(alone.abs().max()))
+
+
 @torch.no_grad()
 def test_texts_beyond_the_positions_are_refused():
     model = make_bert(**SIZES)
