@@ -66,7 +66,9 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, is_causal)
     if is_causal:
         allowed = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, nh, T, S)
+    q = q / math.sqrt(q.size(-1))
+    # (B, nh, T, S). One query becomes the column of a product, so that no keys are copied to be transposed.
+    scores = q @ k.mT if q.size(2) > 1 else (k @ q.mT).mT
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
