@@ -91,25 +91,28 @@ class Precision:
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float, loss: Tensor
     ) -> Tensor:
-        """Unscale, clip the global gradient norm, step, and clear the gradients. No device is waited for.
+        """Unscale, clip the global gradient norm, step, and clear the gradients.
 
-        optimizer: a fused one, which clips and skips by itself. loss: 0-d, of which these are the gradients. If it or
-        a gradient is not finite the step is skipped: weights and optimizer state stay as they are. With fp16 that is
-        also how a loss scale is found that does not overflow.
+        optimizer: a fused one clips and skips by itself, so that no device is waited for; any other does as well.
+        loss: 0-d, of which these are the gradients. If it or a gradient is not finite the step is skipped: weights and
+        optimizer state stay as they are. With fp16 that is also how a loss scale is found that does not overflow.
         Returns the gradient norm before clipping, 0-d; NaN or infinite for a step that was skipped.
-        Raises ValueError for an optimizer that is not fused.
         """
-        if not getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError("the optimizer must be made with fused=True")
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         norm = torch.where(torch.isfinite(loss.detach()), norm, torch.nan)
-        # What fused optimizers get from a GradScaler: they divide by the one, and do nothing if the other is 1.
-        told: Any = optimizer
-        told.grad_scale = ((norm + 1e-6) / max_grad_norm).clamp_min(1.0).float()
-        told.found_inf = (~torch.isfinite(norm)).float()
-        optimizer.step()
-        del told.grad_scale, told.found_inf
+        divisor = ((norm + 1e-6) / max_grad_norm).clamp_min(1.0)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # What fused optimizers get from a GradScaler: they divide by the one, and do nothing if the other is 1.
+            told: Any = optimizer
+            told.grad_scale, told.found_inf = divisor.float(), (~torch.isfinite(norm)).float()
+            optimizer.step()
+            del told.grad_scale, told.found_inf
+        elif torch.isfinite(norm):
+            for gradient in gradients:
+                gradient.div_(divisor)
+            optimizer.step()
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm

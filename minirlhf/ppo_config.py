@@ -105,8 +105,8 @@ class PPOConfig:
     reference: str = "own"
     # When things go wrong
     reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
-    # Optimizer steps in a row whose loss or gradient is not finite: each is skipped, so many end the run. More than
-    # the 16 halvings of fp16's first loss scale of 2**16.
+    # Optimizer steps in a row whose loss or gradient is not finite: each is skipped, so many end the run after their
+    # batch. More than the 16 halvings of fp16's first loss scale of 2**16.
     max_bad_steps: int = 20
 
     def __post_init__(self) -> None:

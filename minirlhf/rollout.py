@@ -86,11 +86,11 @@ class Rollout:
         return int(self.lengths.sum()) < self.tokens.numel()
 
     def rows(self, index: Tensor) -> Rollout:
-        """These rows, int64 on the CPU, without columns that are padding in all of them. Texts and times are left out.
+        """These rows (int64), without columns that are padding in all of them. Texts and times are left out.
 
-        On a GPU nothing is waited for.
+        With an index on the CPU a GPU is not waited for.
         """
-        R = self.response_mask.size(1)
+        R, index = self.response_mask.size(1), index.cpu()
         lengths = self.lengths[index]
         left, right = lengths.amax(0).tolist()
         columns = slice(self.mask.size(1) - R - left, self.mask.size(1) - R + right)

@@ -257,7 +257,7 @@ class GPT2(nn.Module):
     def _packing(self, ids: Tensor, attention_mask: Tensor | None, past: int) -> Packing | None:
         """The packing of the new tokens. Rows of a cache have different pasts, and dropout makes equal ones differ."""
         mask = None if attention_mask is None else attention_mask[:, past:]
-        return Packing.of(ids, mask, share=past == 0 and not self.training)
+        return Packing.of(ids, mask, share=past == 0 and not any(module.training for module in self.modules()))
 
     def _blocks(self, x: Tensor, way: Pass, layers: range) -> Tensor:
         """Through these blocks."""

@@ -59,7 +59,8 @@ def attention(
     q: (B, nh, T, hs); k, v: (B, nh, S, hs).
     allowed: bool, broadcast to (B, nh, T, S), True where a query may attend; or is_causal for the lower triangle.
     `F.scaled_dot_product_attention`, but on a CPU for short sequences and for single queries (while decoding): there
-    the formula itself is up to five times as quick as the fused kernel, forward and backward.
+    the formula itself is up to five times as quick as the fused kernel, forward and backward. (In 16 bits it rounds
+    scores before the softmax, as transformers' eager attention does; the kernel keeps them in fp32.)
     """
     short = k.size(2) <= SHORT_SEQUENCE or q.size(2) == 1
     if not short or q.device.type != "cpu" or dropout_p > 0:

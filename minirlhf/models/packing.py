@@ -10,47 +10,53 @@ Shapes: B batch, T tokens, N distinct real tokens.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-WORTH = 0.9  # of the batch: with more tokens than that left, to gather them costs more than it saves
+WORTH = 0.9  # of a batch without padding: with more tokens than that left, to gather them costs more than it saves
 
 
 class Packing:
     """The distinct real tokens of a batch side by side.
 
-    kept: (N,) int64, their places among all B * T. source: (B * T,) int64, which of them stands at each place; where
-    there is padding, any. shape: (B, T).
+    kept: (N,) int64, their places among all B * T. source: (B * T,) int64, which of them stands at each place, and N
+    where there is padding. shape: (B, T). padded: whether there is.
     """
 
-    def __init__(self, kept: Tensor, source: Tensor, shape: tuple[int, int]):
-        self.kept, self.source, self.shape = kept, source, shape
+    def __init__(self, kept: Tensor, source: Tensor, shape: tuple[int, int], padded: bool):
+        self.kept, self.source, self.shape, self.padded = kept, source, shape, padded
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, C) to the distinct tokens, (N, C)."""
         return x.flatten(0, 1).index_select(0, self.kept)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, C) back to (B, T, C); what stands at padding means nothing."""
+        """(N, C) back to (B, T, C), 0 at padding: attention multiplies it by 0, and a NaN would come through."""
+        x = F.pad(x, (0, 0, 0, 1)) if self.padded else x
         return x.index_select(0, self.source).unflatten(0, self.shape)
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None, share: bool = True) -> Packing | None:
-        """The packing of a batch on a CPU, or None if it is not worth it; a GPU would have to be waited for.
+        """The packing of a batch on a CPU, or None if it has no padding and little to share.
 
         ids: (B, T) int64. mask: (B, T), 1 at real tokens; None: all are. share: whether rows that begin alike compute
             their beginning once; not if they differ in what is not in `ids`, such as a cache, or dropout.
+        None, too, on a GPU, which would have to be waited for, and where a program is recorded for other batches.
         """
-        if ids.device.type != "cpu" or (mask is None and (not share or len(ids) == 1)):
+        alone = not share or len(ids) == 1
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if ids.device.type != "cpu" or recorded or ids.numel() == 0 or (mask is None and alone):
             return None
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         own = torch.arange(ids.numel()).view(ids.shape)
-        first = first_alike(ids, real) if share else own
+        first = own if alone else first_alike(ids, real)
         computed = real & (first == own)
-        if computed.sum() > WORTH * ids.numel():
+        N, padded = int(computed.sum()), not bool(real.all())
+        if N == 0 or (WORTH * ids.numel() < N and not padded):
             return None
         order = computed.flatten().cumsum(0) - 1  # of the computed ones
-        source = torch.where(real, order[first], 0)
-        return cls(computed.flatten().nonzero().squeeze(-1), source.flatten(), (ids.size(0), ids.size(1)))
+        source = torch.where(real, order[first], N)
+        return cls(computed.flatten().nonzero().squeeze(-1), source.flatten(), (ids.size(0), ids.size(1)), padded)
 
 
 def first_alike(ids: Tensor, real: Tensor) -> Tensor:

@@ -160,8 +160,9 @@ def test_layers_that_work_on_single_tokens_skip_padding_and_gradients_are_those_
     model.zero_grad()
     for row in rows:
         model(row[None]).square().sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters())
     for ours, alone in zip(together, (p.grad for p in model.parameters()), strict=True):
-        torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9 * float(alone.abs().max()))
+        torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-12 * largest)  # keys' biases have a gradient of 0
 
 
 @torch.no_grad()

@@ -515,6 +515,8 @@ def test_dropout_is_drawn_for_every_row_though_rows_begin_alike():
     ids = torch.ones(2, 9, dtype=torch.int64)
     assert torch.equal(*model(ids))
     assert not torch.allclose(*model.train()(ids), atol=1e-3)
+    model.eval().h[1].mlp.dropout.train()  # as Monte Carlo dropout has it
+    assert not torch.allclose(*model(ids), atol=1e-3)
 
 
 @pytest.mark.parametrize("padded", [True, False])
