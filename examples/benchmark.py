@@ -82,7 +82,9 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
     for work in works:
         if args.against:
             peer = TransformersPeer(work)
-            peer.collect(work.prompts)  # warms up, as ours does
+            *batch, _ = peer.collect(work.prompts)  # warms up, as ours does
+            if work.device == "cuda":
+                peer.step(*batch)
             sides.append((work.name, Ours(work).once))
             sides.append((peer.name, lambda peer=peer, work=work: peer.iteration(work.prompts)))
         else:
@@ -115,11 +117,13 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
 
 
 class Ours:
-    """Our side: models made once, sampled and scored once to warm up."""
+    """Our side: models made once, sampled and scored once to warm up; where kernels are made first, trained as well."""
 
     def __init__(self, work: Work):
         self.work, self.trainer, self.reward = work, work.trainer(), work.reward_function()
-        self.trainer.collect(work.prompts, self.reward)
+        rollout = self.trainer.collect(work.prompts, self.reward)
+        if self.trainer.device.type == "cuda" or self.trainer.config.compile:
+            self.trainer.step(rollout)
 
     def once(self) -> list[Sample]:
         return iteration(self.trainer, self.work.prompts, self.reward, self.work.name)

@@ -1,6 +1,7 @@
 """Others doing the same work: transformers with PPO as TRL writes it, and commands that time themselves. For
 `benchmark.py`."""
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from torch import Tensor
 from benchmark_floor import now
 from benchmark_work import Sample, Work, autocast
 from minirlhf import ppo
+from minirlhf.gpu import tf32_matmul
 
 
 class TransformersPeer:
@@ -74,7 +76,8 @@ class TransformersPeer:
                 policy_loss = ppo.policy_loss(logprobs - old[rows], advantages[rows], c.cliprange).mean()
                 value_loss = ppo.value_loss(now_values, values[rows], returns[rows], c.cliprange_value).mean()
                 self.optimizer.zero_grad()
-                (policy_loss + c.vf_coef * value_loss).backward()
+                with tf32_matmul() if self.work.precision == "tf32" else contextlib.nullcontext():
+                    (policy_loss + c.vf_coef * value_loss).backward()
                 self.optimizer.step()
 
     def iteration(self, prompts: Sequence[str]) -> list[Sample]:

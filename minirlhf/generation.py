@@ -38,9 +38,9 @@ class Generation:
 
     @property
     def responses(self) -> list[Tensor]:
-        """The response tokens of every row, 1-D, without padding."""
-        columns = self.tokens[:, -self.response_mask.size(1) :]
-        return [row[kept] for row, kept in zip(columns, self.response_mask, strict=True)]
+        """The response tokens of every row, 1-D on the CPU, without padding."""
+        columns = self.tokens[:, -self.response_mask.size(1) :].cpu()  # in one go
+        return [row[kept] for row, kept in zip(columns, self.response_mask.cpu(), strict=True)]
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def generate(
     decoder: makes the tokens after the first at fixed shapes, on a GPU by a CUDA graph; rows that ended then go on
         unseen (see `graphed_decode`). None: without.
     Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
-    training mode.
+    training mode; FloatingPointError if logits have a NaN, or no finite maximum.
     """
     sampling = sampling or SamplingConfig()
     if model.training:
@@ -100,11 +100,11 @@ def generate(
     if step is not None:
         step.load(cache, prompt_mask)
         decode(step, state, logits, tokens, mask, logprobs, sets, states, sampling, eos_token_id, generator)
-        return Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets, states)
+        return _checked(Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets, states))
     rows = torch.arange(B, device=device)  # the rows that are still running
     for t in range(max_new_tokens):
         new, logp, keep = sample(logits, sampling, generator)
-        tokens[rows, P + t], mask[rows, P + t], logprobs[rows, t] = new, 1, logp
+        tokens[rows, P + t], mask[rows, P + t], logprobs[rows, t] = new, torch.ones_like(new), logp
         if sets is not None and keep is not None:
             sets[rows, t] = pack_set(keep)
         if states is not None:
@@ -120,7 +120,14 @@ def generate(
                 cache.take_rows(running)
         state = _last_state(model, new.unsqueeze(-1), mask[rows, : P + t + 1] if padded else None, cache)
         logits = model.lm_logits(state)
-    return Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets, states)
+    return _checked(Generation(tokens, mask, mask[:, P:].bool(), logprobs, sets, states))
+
+
+def _checked(sampled: Generation) -> Generation:
+    """Raises FloatingPointError if logits were not finite: on a GPU what was sampled is looked at once, at the end."""
+    if not sampled.logprobs.isfinite().all():
+        raise FloatingPointError("cannot sample: the logits of a row have a NaN, or no finite maximum")
+    return sampled
 
 
 def _prefill(model: GPT2, ids: Tensor, mask: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ it may change but the content of tensors. So the key/value cache has its full le
 not written yet are hidden by a mask, and where the next token goes is a number in a tensor.
 
 Only the forward pass of one token a row is in the graph. Sampling stays outside, with the caller's generator: what is
-drawn is what `generation.generate` draws without a graph. Nothing waits for the GPU between two tokens, so rows that
-ended go on; what they draw is dropped. There the two ways differ: `generate` alone drops the rows themselves, so from
-the first end of a row on its random numbers go to other rows (the distribution is the same).
+drawn is what `generation.generate` draws without a graph. Nothing waits for the GPU between two tokens (but once in
+`CHECK_EVERY` if texts can end), so rows that ended go on; what they draw is dropped. There the two ways differ:
+`generate` alone drops the rows themselves, so from the first end of a row on its random numbers go to other rows (the
+distribution is the same).
 
 Shapes: B rows, P prompt, R response, S columns of the cache, C width, nh heads, hs head size, V vocabulary.
 """
@@ -166,7 +167,7 @@ class DecodeStep:
         self._rewind()
         graph = torch.cuda.CUDAGraph()
         # Other threads, say of a reward function, may do on the GPU what they like meanwhile.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             outputs = self._forward()
         self.graph, self.outputs = graph, outputs
 
@@ -180,7 +181,7 @@ class GraphedDecoder:
 
     It holds one key/value cache and, under autocast, a copy of the weights in 16 bits. A graph keeps the settings, for
     example of TF32, with which it was captured. If a capture fails, `generate` goes the plain way from then on.
-    (PyTorch's global generator of that GPU may then refuse to draw; the trainer has its own.)
+    (PyTorch's global generator of that GPU may refuse to draw after that; the trainer has its own.)
     """
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ class Precision:
             raise ValueError(f"precision 'tf32' needs a GPU, but the device is {device}; use 'fp32' or 'bf16'")
         self.name = name
         self.device_type = device.type
-        if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"precision is 'bf16', but {device} cannot compute in it; fp32 and fp16 it can")
         self._matmul: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         if name == "tf32":

@@ -158,9 +158,10 @@ def collect_rollout(
             keep_states=score_from_decode,
             decoder=decoder,
         )
-    responses = [tokenizer.decode(response) for response in sampled.responses]
+    sampled_ids = sampled.responses
+    responses = [tokenizer.decode(response) for response in sampled_ids]
     clock.stop("generation")
-    tokens = [tokenizer.decode_pieces(response) for response in sampled.responses]
+    tokens = [tokenizer.decode_pieces(response) for response in sampled_ids]
     scores = reward_by_token(reward_fn, prompts, responses, tokens)
     clock.stop("reward")
     temperature = sampling.temperature if score_temperature is None else score_temperature

@@ -152,7 +152,7 @@ def draw(weights: Tensor, generator: torch.Generator | None = None) -> tuple[Ten
     weights: (B, V), not negative. It is inverted in two levels: first which block of about sqrt(V) weights, then which
     one in the block, so that the running sums, in fp64, are short. No weight of 0 is ever drawn.
     Returns the indices (B,) int64, and the sum of each row's weights (B,) fp64.
-    Raises FloatingPointError on the CPU if the sum of a row is 0, infinite or NaN.
+    Raises FloatingPointError on the CPU if the sum of a row is 0, infinite or NaN; a GPU would have to be waited for.
     """
     width = math.isqrt(weights.size(-1))
     blocks = F.pad(weights, (0, -weights.size(-1) % width)).unflatten(-1, (-1, width))  # (B, blocks, width)
@@ -170,7 +170,7 @@ def draw(weights: Tensor, generator: torch.Generator | None = None) -> tuple[Ten
 def _invert(upto: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The first place (B, 1) at which the running sum `upto` (B, N) is above the target (B, 1), and what is left."""
     target = torch.minimum(target, torch.nextafter(upto[:, -1:], torch.zeros_like(target)))  # rounded up to the end
-    place = torch.searchsorted(upto, target, right=True)
+    place = torch.searchsorted(upto, target, right=True).clamp_max(upto.size(-1) - 1)  # sums that are NaN: beyond
     before = F.pad(upto, (1, 0)).gather(-1, place)
     return place, target - before
 
@@ -187,9 +187,6 @@ def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = No
     return draw(torch.where(top_p_set(probs, p), probs, 0.0), generator)[0]
 
 
-_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
 def pack_set(keep: Tensor) -> Tensor:
     """Bool (..., V) to uint8 (..., ceil(V / 8)), lowest bit first."""
     whole = F.pad(keep, (0, -keep.size(-1) % 8)).clone(memory_format=torch.contiguous_format)
@@ -200,5 +197,5 @@ def pack_set(keep: Tensor) -> Tensor:
 
 def unpack_set(packed: Tensor, vocab_size: int) -> Tensor:
     """The inverse of `pack_set`: uint8 (..., ceil(V / 8)) to bool (..., V)."""
-    bits = packed.unsqueeze(-1) & torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
-    return bits.ne(0).flatten(-2)[..., :vocab_size]
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return bits.bitwise_and_(1).bool().flatten(-2)[..., :vocab_size]

@@ -8,6 +8,7 @@ Shapes: B batch, P prompt, R response, T = P + R, C width, V vocabulary, N real 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -181,10 +182,11 @@ def score_tokens(
         raise ValueError(f"response_length must be between 1 and {T - 1} for {T} tokens a row, got {R}")
     # The state before token t predicts it: positions P-1 .. T-2. The last token's own state predicts nothing.
     context, context_mask = tokens[:, :-1], None if mask is None else mask[:, :-1]
-    real = None if mask is None else mask[:, -R:].bool()
+    real = None if mask is None else mask[:, -R:].flatten().nonzero().squeeze(-1)  # (N,); a GPU is waited for here
 
-    def of_response(states: Tensor) -> Tensor:  # (B, R or more, C) to (N, C)
-        return states[:, -R:].flatten(0, 1) if real is None else states[:, -R:][real]
+    def of_response(x: Tensor) -> Tensor:  # (B, R or more, ...) to (N, ...)
+        x = x[:, -R:].flatten(0, 1)
+        return x if real is None else x.index_select(0, real)
 
     compared = None
     if states is not None:
@@ -196,10 +198,8 @@ def score_tokens(
         hidden = of_response(model.hidden_states(context, context_mask))
     else:
         hidden, compared = map(of_response, model.hidden_states_of_both(reference, context, context_mask))
-    picked = tokens[:, -R:].flatten() if real is None else tokens[:, -R:][real]  # (N,)
-    sets = None
-    if sampling_sets is not None:
-        sets = sampling_sets.flatten(0, 1) if real is None else sampling_sets[real]  # (N, ceil(V / 8))
+    picked = of_response(tokens)  # (N,)
+    sets = None if sampling_sets is None else of_response(sampling_sets)  # (N, ceil(V / 8))
 
     columns = _in_chunks(model, reference, hidden, compared, picked, sets, temperature)
     if value_head is not None:
@@ -251,6 +251,4 @@ def _in_chunks(
 
 def _unflatten(x: Tensor, real: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """(N,) back to (B, R), 0 at padding."""
-    if real is None:
-        return x.view(shape)
-    return x.new_zeros(shape).masked_scatter(real, x)
+    return x.view(shape) if real is None else x.new_zeros(math.prod(shape)).index_copy(0, real, x).view(shape)
