@@ -138,11 +138,11 @@ def test_unknown_precision_is_refused():
 
 
 def test_a_gpu_that_cannot_compute_in_bf16_is_told_at_once(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(ValueError, match="'bf16', but cuda cannot compute in it; fp32 and fp16 it can"):
         Precision("bf16", torch.device("cuda"))
     assert Precision("bf16", CPU).name == "bf16" and Precision("fp32", torch.device("cuda")).name == "fp32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert Precision("bf16", torch.device("cuda")).name == "bf16"
 
 

@@ -70,7 +70,7 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
 
         weights    = 4 W_policy + W_reference
         rollout    = B (17 T + (26 + V / 8) R)
-        generation = B (2 L C T e + max(s V, 12 C P e))             key/value cache; sampling, or the prompt before it
+        generation = B (2 L C T e + max(s V, P (12 C + 2 nh P) e))  key/value cache; sampling, or the prompt before it
         scoring    = 13 S T C e + 30 n(S) V
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
@@ -99,12 +99,13 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
     if trainer.decoder is not None:
         columns = -(-(T - 1) // COLUMNS) * COLUMNS
         graph = batch_size * 2 * L * C * columns * e + reduced * weight_bytes(trainer.policy) // 2
+    prompt = prompt_length * (12 * C + plain * 2 * c.n_head * prompt_length)
     weights = weight_bytes(trainer.policy)
     copies = reduced * weights // 2
     return MemoryNeed(
         weights=4 * weights + weight_bytes(trainer.reference),
         rollout=batch_size * (17 * T + (26 + V // 8) * gen_len) + graph,
-        generation=batch_size * (2 * L * C * T * e + max(sampling * V, 12 * C * prompt_length * e)) + copies,
+        generation=batch_size * (2 * L * C * T * e + max(sampling * V, prompt * e)) + copies,
         scoring=13 * S * T * C * e + 30 * logits(S, scored_at_once) + copies,
         update=F * T * kept * e + 14 * logits(F) + FP32 * C * V + copies,
     )
