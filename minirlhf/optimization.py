@@ -84,8 +84,8 @@ class Precision:
         return self._matmul() if dtype is None else torch.autocast(self.device_type, dtype)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the (scaled) gradients of a loss."""
-        with self._matmul():
+        """Accumulate the (scaled) gradients of a loss; also within `autocast`, which a backward pass is none of."""
+        with self._matmul(), torch.autocast(self.device_type, enabled=False):
             self.scaler.scale(loss).backward()
 
     def step(

@@ -218,7 +218,10 @@ class PPOTrainer:
         self, rollout: Rollout, rewards: Tensor, advantages: Tensor, returns: Tensor, rows: Tensor
     ) -> TensorStats:
         """One optimizer step on these rows (minibatch), on the CPU; skipped if its loss or gradient is not finite."""
-        c, there = self.config, to_device(rows, self.device)
+        c = self.config
+        if c.loss_averaging != "micro_batches":  # similar lengths side by side, so that micro-batches have less padding
+            rows = rows[rollout.lengths[rows].sum(-1).argsort(descending=True, stable=True)]
+        there = to_device(rows, self.device)
         mask = rollout.response_mask[there]
         if c.whiten_scope == "minibatch":
             advantages, returns = self.advantages(rewards[there], rollout.values[there], mask)
@@ -246,14 +249,15 @@ class PPOTrainer:
         """
         self.optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
         totals: TensorStats = {}
-        for start in range(0, len(rows), size):
-            micro = slice(start, start + size)
-            batch = rollout.rows(rows[micro])
-            width = batch.response_mask.size(1)
-            loss, sums = self._loss(batch, advantages[micro, :width], returns[micro, :width], weights[micro, :width])
-            self.precision.backward(loss)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value.detach()
+        with self.precision.autocast():  # around all of them: weights are cast once
+            for start in range(0, len(rows), size):
+                micro = slice(start, start + size)
+                batch = rollout.rows(rows[micro])
+                here = micro, slice(batch.response_mask.size(1))
+                loss, sums = self._loss(batch, advantages[here], returns[here], weights[here])
+                self.precision.backward(loss)
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + value.detach()
         return totals
 
     def _weights(self, mask: Tensor) -> Tensor:

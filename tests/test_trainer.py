@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import VOCAB, make_gpt2
 from folders import snapshot
@@ -577,6 +578,43 @@ def test_reduced_precision_keeps_fp32_weights_and_finite_figures(precision):
     for stats in history:
         assert all(math.isfinite(value) for name, value in stats.items() if name != "ppo/grad_norm")
         assert stats["ppo/policy/first_ratio_error"] < 0.05
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a weight of this shape is made a copy of in 16 bits."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        cast = function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16
+        self.count += cast and args[0].shape == self.shape and args[0].dtype == torch.float32
+        return result
+
+
+def test_weights_are_cast_once_an_optimizer_step_however_many_micro_batches_it_has():
+    trainer = make_trainer(precision="bf16", minibatch_size=5, forward_batch_size=1, ppo_epochs=1)
+    rows = batch()
+    rollout = trainer._rollout(*rows)
+    whole = make_trainer(precision="bf16", minibatch_size=5, forward_batch_size=5, ppo_epochs=1)
+    with Casts(trainer.policy.gpt2.h[0].mlp.c_fc.weight.shape) as casts:
+        stats = trainer.step(rollout)
+    assert casts.count == 1
+    same = whole.step(*rows)
+    for name in ("ppo/loss/total", "ppo/grad_norm"):
+        assert stats[name] == pytest.approx(same[name], rel=0.02)
+
+
+def test_micro_batches_hold_rows_of_similar_length():
+    trainer = make_trainer(minibatch_size=6, forward_batch_size=2, ppo_epochs=1)
+    ragged = [torch.arange(1, 3 + n) for n in (9, 1, 8, 2, 9, 1)]
+    seen, rows = [], trainer._rollout([torch.tensor([5])] * 6, ragged, [0.1 * i for i in range(6)])
+    score = trainer.policy.score
+    trainer.policy.score = lambda tokens, *rest: seen.append(tokens.size(1)) or score(tokens, *rest)
+    trainer.step(rows)
+    assert seen == [1 + 11, 1 + 10, 1 + 3]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
