@@ -217,7 +217,10 @@ class PPOTrainer:
     def _update(
         self, rollout: Rollout, rewards: Tensor, advantages: Tensor, returns: Tensor, rows: Tensor
     ) -> TensorStats:
-        """One optimizer step on these rows (minibatch), on the CPU; skipped if its loss or gradient is not finite."""
+        """One optimizer step on a minibatch; skipped if its loss or gradient is not finite.
+
+        rows: which of the rollout it has, int64 on the CPU.
+        """
         c = self.config
         if c.loss_averaging != "micro_batches":  # similar lengths side by side, so that micro-batches have less padding
             rows = rows[rollout.lengths[rows].sum(-1).argsort(descending=True, stable=True)]
@@ -271,18 +274,20 @@ class PPOTrainer:
         return torch.cat([part / part.sum() / len(parts) for part in parts])
 
     def _loss(self, batch: Rollout, advantages: Tensor, returns: Tensor, weights: Tensor) -> tuple[Tensor, TensorStats]:
-        """The loss of a micro-batch, its share of the minibatch's mean, and the same of what is worth logging."""
+        """The loss of a micro-batch, its share of the minibatch's mean, and the same of what is worth logging.
+
+        Run within `precision.autocast`.
+        """
         c, mask = self.config, batch.response_mask
         exact = c.kl_placement == "loss" and c.kl_estimator == "exact"
-        with self.precision.autocast():
-            scored = self.policy.score(
-                batch.tokens,
-                batch.mask if batch.padded else None,
-                mask.size(1),
-                self.score_temperature,
-                batch.sampling_sets,
-                self.reference if exact else None,
-            )
+        scored = self.policy.score(
+            batch.tokens,
+            batch.mask if batch.padded else None,
+            mask.size(1),
+            self.score_temperature,
+            batch.sampling_sets,
+            self.reference if exact else None,
+        )
         assert scored.values is not None
 
         def mean(x: Tensor) -> Tensor:

@@ -37,6 +37,14 @@ def make_bert(seed: int = 0, scale: float = 6.0, **overrides) -> BertClassifier:
 
 
 @torch.no_grad()
+def add_outlier(model: GPT2) -> GPT2:
+    """Give a GPT-2 one feature whose product adds 900 to every logit: fp32 does not mind, bf16 holds 900 to 4."""
+    model.wte.weight.mul_(10)
+    model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0.0, 30.0, 30.0
+    return model
+
+
+@torch.no_grad()
 def _scale(model: torch.nn.Module, scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 1000)
     for parameter in model.parameters():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_bert, make_gpt2
+from conftest import add_outlier, make_bert, make_gpt2
 from minirlhf import precision_choice
 from minirlhf.optimization import Precision
 from minirlhf.precision_choice import (
@@ -35,12 +35,7 @@ def never():
 
 
 def outliers():
-    """A GPT-2 with one feature whose product adds 900 to every logit: fp32 does not mind, bf16 holds 900 to 4."""
-    model = make_gpt2()
-    with torch.no_grad():
-        model.wte.weight.mul_(10)
-        model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0.0, 30.0, 30.0
-    return model
+    return add_outlier(make_gpt2())
 
 
 def of_gpt2(model, **options):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import VOCAB, make_bert, make_gpt2
+from conftest import VOCAB, add_outlier, make_bert, make_gpt2
 from minirlhf import (
     GPT2,
     ActorCritic,
@@ -439,12 +439,7 @@ def test_weights_that_overflow_in_fp16_are_found_and_are_no_fault_in_bf16():
 
 
 def sharp():
-    """Logits of 900 and a little: bf16 holds them to 4."""
-    policy = gpt2()
-    with torch.no_grad():
-        policy.wte.weight.mul_(10)
-        policy.ln_f.weight[0], policy.ln_f.bias[0], policy.wte.weight[:, 0] = 0.0, 30.0, 30.0
-    return policy
+    return add_outlier(gpt2())
 
 
 def test_log_probabilities_that_bf16_cannot_hold_are_found():
