@@ -29,8 +29,9 @@ import benchmark_studies as studies
 from benchmark_floor import DTYPES, Rates, measure_rates, phase_costs, with_best
 from benchmark_peers import TransformersPeer, in_turns, run_command
 from benchmark_work import SIZES, Sample, Work, iteration
-from minirlhf.files import atomic_write, write_json
-from minirlhf.optimization import Precision, resolve_device
+from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import Precision
+from minirlhf.io.files import atomic_write, write_json
 
 TABLES = ("iteration", "scaling", "ragged", "overhead")
 

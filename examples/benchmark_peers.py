@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmark_floor import now
 from benchmark_work import Sample, Work, autocast
-from minirlhf import ppo
-from minirlhf.gpu import tf32_matmul
+from minirlhf.device.gpu import tf32_matmul
+from minirlhf.rl import ppo
 
 
 class TransformersPeer:

@@ -15,7 +15,7 @@ import torch
 from benchmark_floor import Cost, Rates
 from benchmark_studies import exponent
 from benchmark_work import Sample
-from minirlhf.files import atomic_write
+from minirlhf.io.files import atomic_write
 
 Row = dict[str, Any]
 PHASES = ("generate", "score", "passes", "update", "step", "iteration")

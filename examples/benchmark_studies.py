@@ -17,17 +17,8 @@ import torch.nn.functional as F
 
 from benchmark_floor import now
 from benchmark_work import PROMPTS, Work, autocast, iteration
-from minirlhf import (
-    GPT2,
-    BertClassifier,
-    Generation,
-    GraphedDecoder,
-    PPOTrainer,
-    SentimentReward,
-    Tokenizer,
-    generate,
-)
-from minirlhf.runs import Run
+from minirlhf import GPT2, BertClassifier, Generation, GraphedDecoder, PPOTrainer, SentimentReward, Tokenizer, generate
+from minirlhf.runs.run import Run
 
 Row = dict[str, Any]
 END = 5  # id of the token that ends a response in the study of ragged batches, an unused one

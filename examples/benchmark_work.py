@@ -13,7 +13,7 @@ import torch
 
 from benchmark_floor import Batch, now
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
-from minirlhf.optimization import Precision
+from minirlhf.device.precision import Precision
 
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # 3 tokens each, with [CLS]
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {

@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
-from minirlhf.composed_rewards import (
+from minirlhf.common.text import printable
+from minirlhf.evaluation.evaluate import before_after_table, compare
+from minirlhf.io.files import write_json
+from minirlhf.rewards.composed import (
     TARGETS,
     ControlledSentiment,
     Increments,
@@ -24,9 +27,7 @@ from minirlhf.composed_rewards import (
     WeightedSum,
     check_tags,
 )
-from minirlhf.evaluation import before_after_table, compare
-from minirlhf.files import write_json
-from minirlhf.metrics import RunLog, printable
+from minirlhf.runs.log import RunLog
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk

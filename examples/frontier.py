@@ -19,10 +19,10 @@ except ImportError:
     sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
 
 from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SamplingConfig, SentimentReward, Tokenizer
-from minirlhf.comparison import Comparison
-from minirlhf.evaluation import EvaluationConfig, evaluate
-from minirlhf.files import atomic_write
-from minirlhf.frontier import FrontierPoint, draw_frontier
+from minirlhf.evaluation.comparison import Comparison
+from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
+from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
+from minirlhf.io.files import atomic_write
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SamplingConfig, Tokenizer
-from minirlhf.feedback import FeedbackFile, FeedbackSession, HumanReward, draw_answers
-from minirlhf.keyboard import Keyboard
-from minirlhf.runs import Run
-from minirlhf.text_files import numbered_lines
+from minirlhf.rewards.human import FeedbackFile, FeedbackSession, HumanReward, draw_answers
+from minirlhf.rewards.keyboard import Keyboard
+from minirlhf.runs.run import Run
+from minirlhf.text.text_files import numbered_lines
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk

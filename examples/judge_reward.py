@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
-from minirlhf.metrics import RunLog, printable
-from minirlhf.rewards import ChatJudge, ChatJudgeConfig
+from minirlhf.common.text import printable
+from minirlhf.rewards.base import ChatJudge, ChatJudgeConfig
+from minirlhf.runs.log import RunLog
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk

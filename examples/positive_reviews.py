@@ -24,10 +24,11 @@ except ImportError:
     sys.exit("the examples need tqdm and matplotlib: pip install -e '.[examples]'")
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
-from minirlhf.evaluation import before_after_table, compare
-from minirlhf.files import atomic_write, read_json, write_json
-from minirlhf.metrics import plot_run, printable
-from minirlhf.runs import Run, RunFailed, Stopped
+from minirlhf.common.text import printable
+from minirlhf.evaluation.evaluate import before_after_table, compare
+from minirlhf.evaluation.plots import plot_run
+from minirlhf.io.files import atomic_write, read_json, write_json
+from minirlhf.runs.run import Run, RunFailed, Stopped
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk

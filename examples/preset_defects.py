@@ -7,7 +7,8 @@ Prints a Markdown table; every row compares this library's default with one swit
 
 import torch
 
-from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Rollout, Tokenizer, ppo
+from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Rollout, Tokenizer
+from minirlhf.rl import ppo
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"酒店周围位置前台房间干净服务很好非常满意早餐"]
 EOS, BATCH, LENGTH = 3, 128, 16

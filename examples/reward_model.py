@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
-from minirlhf.evaluation import before_after_table, compare
-from minirlhf.files import atomic_write, write_json
-from minirlhf.metrics import RunLog
-from minirlhf.preferences import Ranking, contradictions, read_rankings, split_rankings
-from minirlhf.reward_modelling import RewardTrainingConfig, train_reward_model
+from minirlhf.evaluation.evaluate import before_after_table, compare
+from minirlhf.io.files import atomic_write, write_json
+from minirlhf.runs.log import RunLog
+from minirlhf.supervised.reward_modelling import RewardTrainingConfig, train_reward_model
+from minirlhf.text.preferences import Ranking, contradictions, read_rankings, split_rankings
 from reviews_data import Review, load_reviews, opening, split_reviews
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from minirlhf.metrics import read_jsonl
+from minirlhf.io.files import read_jsonl
 
 SCRIPT = Path(__file__).with_name("positive_reviews.py")
 

@@ -22,13 +22,13 @@ except ImportError:
 import torch
 
 from minirlhf import GPT2, SamplingConfig, Tokenizer, generate
-from minirlhf.demonstrations import Demonstration, read_demonstrations, split_demonstrations
-from minirlhf.files import read_json, write_json
-from minirlhf.metrics import printable
-from minirlhf.optimization import eval_mode
-from minirlhf.sft import SFTConfig, SFTTrainer, perplexity
-from minirlhf.sft_runs import SFTRun
-from minirlhf.stopping import Stopped
+from minirlhf.common.text import printable
+from minirlhf.device.random import eval_mode
+from minirlhf.io.files import read_json, write_json
+from minirlhf.runs.sft_run import SFTRun
+from minirlhf.runs.stopping import Stopped
+from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
+from minirlhf.text.demonstrations import Demonstration, read_demonstrations, split_demonstrations
 from reviews_data import load_reviews, split_reviews
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"

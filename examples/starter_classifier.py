@@ -15,10 +15,10 @@ import time
 import torch
 
 from minirlhf import GPT2, BertClassifier, BertConfig, Tokenizer
-from minirlhf.classification import (
+from minirlhf.rewards.classifier import predict
+from minirlhf.supervised.classification import (
     ClassifierTrainingConfig,
     fit_temperature,
-    predict,
     reliability_table,
     train_classifier,
 )

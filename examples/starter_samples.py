@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minirlhf import GPT2, SamplingConfig, SentimentReward, Tokenizer, generate
-from minirlhf.metrics import printable
+from minirlhf.common.text import printable
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf import GPT2, Tokenizer
-from minirlhf.batching import length_sorted_batches, right_pad
+from minirlhf.text.batching import length_sorted_batches, right_pad
 from reviews_data import LONGEST, Review, excerpt, opening
 
 FOLDS = 5

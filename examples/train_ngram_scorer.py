@@ -24,7 +24,7 @@ try:
 except ImportError:
     sys.exit("fitting needs scikit-learn: pip install -e '.[dev]'")
 
-from minirlhf.ngram_scorer import NGramScorer
+from minirlhf.rewards.ngrams import NGramScorer
 from reviews_data import Review, fold, load_reviews, opening, split_reviews
 
 LONGEST, MIN_TEXTS, FOLDS = 3, 3, 5  # characters; an n-gram of fewer texts is dropped; parts of the cross-validation

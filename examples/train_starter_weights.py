@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from minirlhf import GPT2, GPT2Config, Tokenizer
-from minirlhf.sft import SFTConfig, SFTTrainer, perplexity
-from minirlhf.tokenizer import build_vocab
+from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
+from minirlhf.text.tokenizer import build_vocab
 from reviews_data import Review, load_reviews, split_reviews
 
 CONTEXT = 128  # positions of both models

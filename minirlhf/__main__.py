@@ -16,21 +16,24 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 import minirlhf
-from minirlhf import conversion, evaluation, generation, hub
-from minirlhf.console import bars, batches, show
-from minirlhf.diagnosis.doctor import PROMPTS
-from minirlhf.diagnosis.patient import FAIL
-from minirlhf.evaluation import MAX_N, EvaluationConfig
-from minirlhf.evaluation_request import EvaluationRequest
-from minirlhf.files import naming
-from minirlhf.metrics import json_line, printable
+from minirlhf.commands.console import bars, batches, show
+from minirlhf.commands.evaluation_request import EvaluationRequest
+from minirlhf.common.text import json_line, printable
+from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import PRECISION_SETTINGS
+from minirlhf.evaluation import evaluate as evaluation
+from minirlhf.evaluation.doctor.doctor import PROMPTS
+from minirlhf.evaluation.doctor.patient import FAIL
+from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
+from minirlhf.generation import generate as generation
+from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.io import conversion, hub
+from minirlhf.io.files import naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.optimization import PRECISION_SETTINGS, resolve_device
-from minirlhf.rewards import SentimentReward
-from minirlhf.sampling import SamplingConfig
-from minirlhf.scorers import load_scorer
-from minirlhf.tokenizer import Tokenizer
+from minirlhf.rewards.base import SentimentReward
+from minirlhf.rewards.scorers import load_scorer
+from minirlhf.text.tokenizer import Tokenizer
 
 BATCH = 16  # texts a forward pass; their output appears together
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minirlhf.checkpoints import read_metadata, read_tensors
-from minirlhf.training_state import COUNTERS_FILE, MANIFEST_FILE
+from minirlhf.io.model_folder import read_metadata, read_tensors
+from minirlhf.runs.training_state import COUNTERS_FILE, MANIFEST_FILE
 
 
 def snapshot(folder: Path) -> dict[str, Any]:

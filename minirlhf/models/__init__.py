@@ -1,1 +1,4 @@
-"""Transformer models written from scratch, with the parameter names of the published checkpoints."""
+"""Networks and their heads: GPT-2, BERT, the value head, and what the rest may ask of a decoder.
+
+How they are sampled or trained is decided elsewhere.
+"""

@@ -20,16 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import (
-    cast,
-    check_published,
-    published_config,
-    read_folder,
-    renamed,
-    write_folder,
-)
-from minirlhf.files import naming
-from minirlhf.model_card import ModelCard, Origin
+from minirlhf.common.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
+from minirlhf.io.files import naming
+from minirlhf.io.model_card import ModelCard, Origin
+from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed, write_folder
 from minirlhf.models.layers import (
     ACTIVATIONS,
     attention,
@@ -40,7 +34,6 @@ from minirlhf.models.layers import (
     shapes_only,
 )
 from minirlhf.models.packing import Packing
-from minirlhf.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
 
 NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 

@@ -25,16 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.checkpoints import (
-    cast,
-    check_published,
-    published_config,
-    read_folder,
-    renamed,
-    write_folder,
-)
-from minirlhf.files import naming
-from minirlhf.model_card import ModelCard, Origin
+from minirlhf.common.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
+from minirlhf.io.files import naming
+from minirlhf.io.model_card import ModelCard, Origin
+from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed, write_folder
 from minirlhf.models.layers import (
     ACTIVATIONS,
     Conv1D,
@@ -46,7 +40,6 @@ from minirlhf.models.layers import (
     shapes_only,
 )
 from minirlhf.models.packing import Packing
-from minirlhf.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
 
 # Variants of the computation that published configs can ask for and this model does not have.
 FIXED_FIELDS = {

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf import ppo
-from minirlhf.checkpoints import cast, check_tensors, read_metadata, read_tensors, write_folder
-from minirlhf.hub import locate
-from minirlhf.model_card import ModelCard
+from minirlhf.device.precision import full_precision
+from minirlhf.generation.sampling import restrict, unpack_set
+from minirlhf.io.hub import locate
+from minirlhf.io.model_card import ModelCard
+from minirlhf.io.model_folder import cast, check_tensors, read_metadata, read_tensors, write_folder
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.layers import global_rng_kept
-from minirlhf.sampling import full_precision, restrict, unpack_set
-from minirlhf.token_statistics import compare, logprobs_and_entropy
+from minirlhf.rl import ppo
+from minirlhf.rl.token_statistics import compare, logprobs_and_entropy
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_KINDS = ("linear", "tanh")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minirlhf.checkpoints import check_tensors
+from minirlhf.io.model_folder import check_tensors
 
 Config = TypeVar("Config")
 SHORT_SEQUENCE = 128  # keys up to which the plain formula of attention is faster on a CPU

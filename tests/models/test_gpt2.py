@@ -12,8 +12,8 @@ from transformers import GPT2Config as TheirConfig
 
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, SamplingConfig, generate
-from minirlhf.batching import left_pad, right_pad
 from minirlhf.models.gpt2 import share_frozen_layers
+from minirlhf.text.batching import left_pad, right_pad
 
 SIZES = dict(vocab_size=50, n_positions=24, n_embd=16, n_layer=2, n_head=2)
 LENGTHS = [7, 1, 4]

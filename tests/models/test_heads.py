@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import make_gpt2
 from minirlhf import GPT2, ActorCritic, ValueHead
-from minirlhf.checkpoints import write_tensors
+from minirlhf.io.model_folder import write_tensors
 from minirlhf.models import heads
 
 V = 45  # not a multiple of 8: the last byte of a packed set is partly used

@@ -1,0 +1,62 @@
+"""Texts from standard input and to a terminal, a small batch at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from minirlhf.common.text import printable
+
+BAR = 30  # characters of a full bar
+Item = TypeVar("Item")
+
+
+def batches(texts: Sequence[str] | None, size: int) -> Iterator[list[str]]:
+    """Lists of 1 to `size` texts: those given, or, for None, the lines of standard input as they arrive."""
+    return chunks(list(texts), size) if texts is not None else arriving_lines(sys.stdin.buffer, size)
+
+
+def chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The items in order, in lists of `size`; the last one may be shorter."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def arriving_lines(stream: Any, size: int) -> Iterator[list[str]]:
+    """Lists of 1 to `size` lines of UTF-8, without blank ones; it waits for more only when all that came is given out.
+
+    stream: binary and buffered, as `sys.stdin.buffer`. Raises ValueError with the number of a line that is not UTF-8.
+    """
+    number, rest, came = 0, b"", b"not asked yet"
+    while came:
+        came = stream.read1(2**16)  # what is there, up to 64 KiB
+        *lines, rest = (rest + came).split(b"\n") if came else (rest, b"")
+        for batch in chunks(lines, size):
+            texts = []
+            for line in batch:
+                number += 1
+                texts.append(_decoded(line, number))
+            visible = [text for text in texts if text.strip()]
+            if visible:
+                yield visible
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines, and let them be seen at once."""
+    print("\n".join(lines), flush=True)
+
+
+def bars(probabilities: Mapping[str, float]) -> str:
+    """A line for each label: its probability, and a bar of that length."""
+    width = max(map(len, probabilities))
+    return "\n".join(
+        f"  {printable(label):{width}}  {p:.3f}  {'#' * round(BAR * p)}".rstrip() for label, p in probabilities.items()
+    )
+
+
+def _decoded(line: bytes, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} of standard input is not valid UTF-8: {error}") from error

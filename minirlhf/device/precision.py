@@ -1,0 +1,95 @@
+"""What every training loop needs: reduced precision, schedules, batches that fit, and the supervised loop itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf.device.cpu import fast_matmul
+from minirlhf.device.gpu import tf32_matmul
+
+LARGE_MODEL = 2**25  # parameters
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISION_SETTINGS = ("auto", *PRECISIONS)  # `precision_choice` makes a precision of it
+SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Mixed precision over fp32 master weights (Micikevicius et al. 2018): autocast, and loss scaling for fp16.
+
+    name: "fp32", which on a GPU is all of fp32 unless the user's own `torch.set_float32_matmul_precision` allows less;
+        "tf32", products of a GPU rounded to 10 bits of mantissa; "bf16" or "fp16". Raises ValueError for another, or
+        for one that the device does not have.
+    model: the one that is run. On a CPU a large one gets `cpu.fast_matmul`, which keeps a kernel, 0.1 MB or so, for
+        every shape that occurs: among small models that would be much.
+    """
+
+    def __init__(self, name: str, device: torch.device, model: nn.Module | None = None):
+        if name not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+        if name == "tf32" and device.type != "cuda":
+            raise ValueError(f"precision 'tf32' needs a GPU, but the device is {device}; use 'fp32' or 'bf16'")
+        self.name = name
+        self.device_type = device.type
+        if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError(f"precision is 'bf16', but {device} cannot compute in it; fp32 and fp16 it can")
+        self._matmul: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        if name == "tf32":
+            self._matmul = tf32_matmul
+        elif device.type == "cpu" and model is not None and is_large(model):
+            self._matmul = fast_matmul
+        # fp16 has 5 exponent bits: small gradients vanish unless the loss is scaled up. bf16 has fp32's range.
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which forward passes run."""
+        dtype = SIXTEEN_BITS.get(self.name)
+        return self._matmul() if dtype is None else torch.autocast(self.device_type, dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the (scaled) gradients of a loss; also within `autocast`, which a backward pass is none of."""
+        with self._matmul(), torch.autocast(self.device_type, enabled=False):
+            self.scaler.scale(loss).backward()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float, loss: Tensor
+    ) -> Tensor:
+        """Unscale, clip the global gradient norm, step, and clear the gradients.
+
+        optimizer: a fused one clips and skips by itself, so that no device is waited for; any other does as well.
+        loss: 0-d, of which these are the gradients. If it or a gradient is not finite the step is skipped: weights and
+        optimizer state stay as they are. With fp16 that is also how a loss scale is found that does not overflow.
+        Returns the gradient norm before clipping, 0-d; NaN or infinite for a step that was skipped.
+        """
+        self.scaler.unscale_(optimizer)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norm = torch.where(torch.isfinite(loss.detach()), norm, torch.nan)
+        divisor = ((norm + 1e-6) / max_grad_norm).clamp_min(1.0)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # What fused optimizers get from a GradScaler: they divide by the one, and do nothing if the other is 1.
+            told: Any = optimizer
+            told.grad_scale, told.found_inf = divisor.float(), (~torch.isfinite(norm)).float()
+            optimizer.step()
+            del told.grad_scale, told.found_inf
+        elif torch.isfinite(norm):
+            for gradient in gradients:
+                gradient.div_(divisor)
+            optimizer.step()
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a model has at least LARGE_MODEL parameters."""
+    return sum(p.numel() for p in model.parameters()) >= LARGE_MODEL
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """x in fp32; in fp64 if it already is."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,109 @@
+"""What `precision="auto"` stands for: bf16 where it is faster and changes next to nothing, fp32 everywhere else.
+
+Three things must hold for bf16. The model is large: a small one gains nothing. The device has instructions for it: an
+emulation is slower than fp32. And the probabilities that the model gives are in bf16 what they are in fp32, as far as
+PPO can tell: a ratio between the two is to it like a step of the policy, of which it clips what leaves the clip range.
+`Rounding` is that comparison, for the choice and for the doctor. Weights with outliers, whose activations need more
+than bf16's 8 binary digits, fail it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf.device.precision import LARGE_MODEL, PRECISION_SETTINGS, Precision, is_large
+from minirlhf.device.random import eval_mode
+
+# The share of the clip range that rounding may take on the average token; on none may it take it all.
+ROUNDING_SHARE = 0.25
+CLIPRANGE = 0.2  # where there is none: that of PPO
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """|ratio - 1| of probabilities as they were rounded to those of the same tokens as they should be.
+
+    mean, worst: of the tokens; NaN or infinite if a log-probability is.
+    """
+
+    mean: float
+    worst: float
+
+    @classmethod
+    def between(cls, logprobs: Tensor, exact: Tensor) -> Rounding:
+        """Of log-probabilities, nats, both of any one shape."""
+        error = (logprobs - exact).expm1().abs()
+        return cls(error.mean().item(), error.max().item())
+
+    def mean_fits(self, cliprange: float) -> bool:
+        """Whether the mean stays within its share of the clip range."""
+        return self.mean <= ROUNDING_SHARE * cliprange
+
+    def worst_fits(self, cliprange: float) -> bool:
+        """Whether no token is outside the clip range."""
+        return self.worst <= cliprange
+
+    def __str__(self) -> str:
+        return f"|ratio - 1| against fp32 is {self.mean:.2g} on average and {self.worst:.2g} at worst"
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """A precision, and why it is that one; reason: "" if it was asked for by its name."""
+
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"precision auto: {self.name} ({self.reason})" if self.reason else f"precision: {self.name}"
+
+
+def choose_precision(
+    asked: str, model: nn.Module, probe: Callable[[], Tensor], cliprange: float = CLIPRANGE
+) -> PrecisionChoice:
+    """The precision that was asked for; for "auto", bf16 or fp32.
+
+    model: the one that is run, on its device. probe: gives log-probabilities of it, the same ones each time; it is
+    called in fp32, then in bf16, in eval mode, and not at all if the model or the device settle it.
+    Raises ValueError for an unknown precision.
+    """
+    if asked not in PRECISION_SETTINGS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISION_SETTINGS)}, got {asked!r}")
+    if asked != "auto":
+        return PrecisionChoice(asked)
+    if not is_large(model):
+        return PrecisionChoice("fp32", f"the model has fewer than {LARGE_MODEL / 1e6:.1f} million parameters")
+    device = next(model.parameters()).device
+    if not has_native_bf16(device):
+        return PrecisionChoice("fp32", f"this {'GPU' if device.type == 'cuda' else 'CPU'} has no instructions for bf16")
+    found = []
+    for name in ("fp32", "bf16"):
+        with torch.no_grad(), eval_mode(model), Precision(name, device, model).autocast():
+            found.append(probe())
+    rounding = Rounding.between(found[1], found[0])
+    if rounding.mean_fits(cliprange) and rounding.worst_fits(cliprange):
+        return PrecisionChoice("bf16", str(rounding))
+    allowed = f"{ROUNDING_SHARE * cliprange:.2g} and {cliprange:.2g} are allowed"
+    return PrecisionChoice("fp32", f"bf16 rounds too much: {rounding}, where {allowed}")
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for matrix products in bf16, and this PyTorch uses them.
+
+    A GPU from compute capability 8.0 (Ampere); a CPU with AVX512_BF16, AMX, or the BF16 extension of ARM. Where a CPU
+    is not known to have them the answer is no.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # oneDNN says yes to any AVX-512 as well, on which it computes bf16 by way of fp32.
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # since PyTorch 2.6
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in known)

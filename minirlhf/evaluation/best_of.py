@@ -1,0 +1,200 @@
+"""Best-of-n: sample n responses to each prompt and keep the one with the highest reward.
+
+It needs no training and is hard to beat (Stiennon et al. 2020; Nakano et al. 2021; Gao et al. 2022), so it is what PPO
+is compared with, at the KL that it costs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minirlhf.generation.generate import generate
+from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.heads import ActorCritic, language_model
+from minirlhf.rewards.base import RewardFunction, call_reward
+from minirlhf.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """The best of n responses to each of B prompts.
+
+    prompts, responses: the B texts. scores: (B,) fp64, the rewards of the responses.
+    candidates: the n responses to each prompt that were sampled; candidate_scores: (B, n) fp64, their rewards.
+    """
+
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]
+    scores: Tensor
+    candidates: tuple[tuple[str, ...], ...]
+    candidate_scores: Tensor
+
+    @property
+    def texts(self) -> list[str]:
+        """Prompt + response of every row."""
+        return [p + r for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    @property
+    def kl(self) -> float:
+        """The most that choosing can have cost, nats a sequence (see `best_of_n_kl`)."""
+        return best_of_n_kl(self.candidate_scores.size(1))
+
+
+def best_of_n(
+    policy: GPT2 | ActorCritic | str | os.PathLike[str],
+    prompts: Sequence[str],
+    reward: RewardFunction,
+    n: int,
+    *,
+    tokenizer: Tokenizer | None = None,
+    gen_len: int = 16,
+    sampling: SamplingConfig | None = None,
+    eos_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = 128,
+) -> BestOfN:
+    """Sample n responses to each prompt and keep the best; of equal ones the first.
+
+    policy: a model in eval mode, or the folder of one with its tokenizer.
+    prompts: B texts. reward: of any form that `rewards.call_reward` takes; it gets all B n responses in one call.
+    tokenizer: of a policy that is a model; None: that of the folder.
+    gen_len, eos_token_id: response tokens, and the token that ends one earlier. sampling: None: the model's own
+        distribution.
+    generator: on the model's device, the source of all randomness; None: PyTorch's global one, as in `generate`.
+    batch_size: responses that are sampled at once; it changes memory and speed, and which ones are drawn.
+    Raises ValueError for no prompts, an empty or too long one, an n or batch_size below 1, a model without a tokenizer
+    or with another vocabulary, and rewards that are not finite numbers, one for each response.
+    """
+    for name, value in (("n", n), ("gen_len", gen_len), ("batch_size", batch_size)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    model, tokenizer = _loaded(policy, tokenizer)
+    ids = encode_prompts(tokenizer, prompts, model.config.n_positions, gen_len)
+    repeated = [row for row in ids for _ in range(n)]
+    responses: list[str] = []
+    tokens: list[list[str]] = []
+    for start in range(0, len(repeated), batch_size):
+        sampled = generate(
+            model, repeated[start : start + batch_size], gen_len, sampling,
+            eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator,
+        )  # fmt: skip
+        responses += [tokenizer.decode(response) for response in sampled.responses]
+        tokens += [tokenizer.decode_pieces(response) for response in sampled.responses]
+    scores = call_reward(reward, [p for p in prompts for _ in range(n)], responses, tokens).view(len(prompts), n)
+    candidates = tuple(_chunks(responses, n))
+    best = scores.argmax(1).tolist()  # of equal ones the first
+    return BestOfN(
+        prompts=tuple(prompts),
+        responses=tuple(row[i] for row, i in zip(candidates, best, strict=True)),
+        scores=scores.amax(1),
+        candidates=candidates,
+        candidate_scores=scores,
+    )
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], n_positions: int, gen_len: int) -> list[list[int]]:
+    """The token ids of each prompt.
+
+    Raises ValueError for no prompts, and for the first that is no text, is empty, or leaves no room for `gen_len`
+    tokens in a context of `n_positions`.
+    """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
+    encoded = []
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt must be a text, got {prompt!r:.80}")
+        encoded.append(tokenizer.encode_prompt(prompt))
+        if len(encoded[-1]) + gen_len > n_positions:
+            raise ValueError(
+                f"prompt {prompt[:20]!r}... has {len(encoded[-1])} tokens; with gen_len={gen_len} there is room for "
+                f"{max(0, n_positions - gen_len)} in the model's context of {n_positions}"
+            )
+    return encoded
+
+
+# ---- what it costs, and what it brings ------------------------------------------------------------------------------
+
+
+def best_of_n_kl(n: float) -> float:
+    """log n - (n - 1) / n, nats: KL(best-of-n || the policy it draws from), a sequence.
+
+    Exact if no two responses have equal rewards and none has a probability of its own, otherwise an upper bound
+    (Hilton 2023; Beirami et al. 2024). n may lie between integers. Raises ValueError for n below 1.
+    """
+    if not 1 <= n < math.inf:
+        raise ValueError(f"n must be a finite number of at least 1, got {n!r}")
+    return math.log(n) - (n - 1) / n
+
+
+def n_of_kl(kl: float) -> float:
+    """The n >= 1, between integers in general, whose best-of-n costs so many nats; 1 for a KL of 0 or less.
+
+    Raises ValueError for what is not a number below 700, whose n no float could hold.
+    """
+    if not kl < 700:  # so written, NaN raises too
+        raise ValueError(f"kl must be a number below 700, got {kl!r}")
+    low, high = 1.0, math.exp(max(kl, 0.0) + 1)  # log n - 1 < log n - (n - 1) / n
+    for _ in range(200):  # bisection: it is monotone in n
+        middle = (low + high) / 2
+        low, high = (middle, high) if best_of_n_kl(middle) < kl else (low, middle)
+    return low
+
+
+def expected_best_of_n(scores: NDArray[np.float64], n: float, values: NDArray[np.float64] | None = None) -> NDArray:
+    """The expected figure of the best of n, from N >= n candidates a prompt: (M, N) to (M,), without bias.
+
+    Of all choices of n candidates, the i-th lowest of N is the best of C(i - 1, n - 1) / C(N, n) (Nakano et al. 2021,
+    appendix I). So one set of candidates serves every n, and all of them count.
+    scores: (M, N), by which the best is chosen. values: (M, N), the figure of each candidate; None: the scores.
+    n: between integers, linear in the KL between its neighbours.
+    Raises ValueError for n outside [1, N].
+    """
+    N = scores.shape[1]
+    if not 1 <= n <= N:
+        raise ValueError(f"n must be in [1, {N}], the number of candidates, got {n!r}")
+    order = np.argsort(scores, 1, kind="stable")
+    ranked = np.take_along_axis(scores if values is None else values, order, 1)
+    below = math.floor(n)
+    at_below = ranked @ _best_probabilities(N, below)
+    if n == below:
+        return at_below
+    kls = [best_of_n_kl(x) for x in (below, n, below + 1)]
+    share = (kls[1] - kls[0]) / (kls[2] - kls[0])
+    return (1 - share) * at_below + share * (ranked @ _best_probabilities(N, below + 1))
+
+
+def _best_probabilities(N: int, n: int) -> NDArray[np.float64]:
+    """(N,): the probability that the i-th lowest of N is the best of n of them."""
+    every = math.comb(N, n)
+    return np.array([math.comb(i, n - 1) / every for i in range(N)])
+
+
+def _loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[GPT2, Tokenizer]:
+    if isinstance(policy, (str, os.PathLike)):
+        model, tokenizer = GPT2.from_pretrained(policy), tokenizer or Tokenizer.from_pretrained(policy)
+    elif isinstance(policy, (GPT2, ActorCritic)):
+        model = language_model(policy)
+    else:
+        raise ValueError(f"policy must be a GPT2, an ActorCritic or a folder, got a {type(policy).__name__}")
+    if tokenizer is None:
+        raise ValueError("a policy that is a model needs tokenizer=")
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def _chunks(texts: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    for start in range(0, len(texts), n):
+        yield tuple(texts[start : start + n])

@@ -1,0 +1,195 @@
+"""The doctor: what can be known to be wrong with a run before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+import torch
+
+from minirlhf.common.text import printable
+from minirlhf.device.placement import resolve_device
+from minirlhf.evaluation.doctor import model_checks, run_checks
+from minirlhf.evaluation.doctor.memory import available_memory
+from minirlhf.evaluation.doctor.patient import FAIL, OK, SKIP, Model, Patient, Skipped, Verdict
+from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.heads import ActorCritic
+from minirlhf.rewards.base import RewardFunction
+from minirlhf.rewards.scorers import load_scorer
+from minirlhf.rl.config import PPOConfig
+from minirlhf.text.tokenizer import Tokenizer
+
+PROMPTS = ("酒店", "这家酒店的位置", "房间", "早餐很一般，")  # of different lengths, so that there is padding
+Folder = str | os.PathLike[str]
+Loaded = TypeVar("Loaded")
+
+# Name, why it matters, and the check, in the order in which they are made.
+CHECKS: tuple[tuple[str, str, Callable[[Patient], Verdict]], ...] = (
+    ("vocabulary", "in another vocabulary an id is another word, or out of range", model_checks.vocabulary),
+    ("reward vocabulary", "a model that reads other words rewards nothing", model_checks.reward_vocabulary),
+    ("rollout", "without samples there is nothing to train on, and little to check below", run_checks.rollout),
+    ("reference", "the KL penalty holds the policy near the reference from the first step on", run_checks.reference),
+    ("ratio", "PPO clips any ratio away from 1 as if the policy had moved", run_checks.ratio),
+    ("labels", "with swapped labels PPO does its work well, in the wrong direction", model_checks.labels),
+    ("masks", "where padding is seen, what a text is worth depends on its batch", model_checks.masks),
+    ("dropout", "with dropout the policy that is scored is not the one that sampled", model_checks.dropout),
+    ("weights", "a reference that moves is no leash, and no checkpoint keeps an untied head", run_checks.weights),
+    ("memory", "an out-of-memory error ends a run, often hours in, at its longest batch", run_checks.memory),
+    ("precision", "rounding as large as the clip range is trained on as if it were progress", run_checks.precision),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check of the doctor found.
+
+    name: of the check. status: "ok", "warn" (it may be meant so), "fail" (do not start) or "skip" (it could not be
+    checked; the detail says why). detail: what was found, with figures. why: why the check matters. remedy: how to
+    mend it, "" where nothing is wrong.
+    """
+
+    name: str
+    status: str
+    detail: str
+    why: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.status:5} {self.name:18} {self.detail}"]
+        if self.status not in (OK, SKIP):
+            lines += [f"{'':25}why:  {self.why}", f"{'':25}mend: {self.remedy}"]
+        return "\n".join(printable(line) for line in lines)
+
+
+def doctor(
+    policy: Model | Folder,
+    reference: Model | Folder | None = None,
+    tokenizer: Tokenizer | Folder | None = None,
+    reward: RewardFunction | Folder | None = None,
+    config: PPOConfig | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    positive_label: str | None = None,
+    canaries: tuple[str, str] | None = None,
+    file: TextIO | None = None,
+    **overrides: Any,
+) -> list[Finding]:
+    """Examine a PPO run before it starts; print a line a check, and return the findings.
+
+    policy, reference, tokenizer, reward: as for PPOTrainer and its `train`, or the folders to load them from.
+        reference, tokenizer: None: those of the policy's folder. reward: None: none is looked at.
+    positive_label: of a reward that is given as the folder of a classifier, as SentimentReward takes it.
+    config: a PPOConfig; **overrides replace its fields by name. prompts: the pool.
+    canaries: a good and a bad text for the reward; None: for a SentimentReward that reads Chinese,
+        `rewards.CANARIES`. file: where to print; None: standard output.
+
+    The checks, in their order; each is made even if those before it failed, unless it needs what they were to give:
+
+    folders             what was given as a folder loads
+    vocabulary          tokenizer, policy and reference have one vocabulary
+    reward vocabulary   so have the tokenizer and the model of a SentimentReward
+    rollout             a trainer can be made, the prompts leave room, 8 sequences can be sampled
+    reference           KL(policy || reference) is at most 1e-3 nats a sequence. More is a warning, as a tuned policy
+                        may be trained on; more than the target of an adaptive KL penalty is a failure.
+    ratio               |ratio - 1| of scoring, sampling and the training forward is at most 1e-3 in fp32; in bf16
+                        and fp16 its mean at most a quarter of cliprange, and its worst within it (else a warning)
+    labels              the good canary scores above the bad one
+    masks               padding on either side changes no output (a classifier: on the right)
+    dropout             two forward passes are equal in the mode in which each model was given
+    weights             LM heads are tied, nothing is shared, a PPO step moves the policy and not the reference
+    memory              the need, by formula and by measurement, fits what is free; above 80% is a warning
+    precision           log-probabilities in the chosen precision (bf16 for fp32, as a word only) against fp32, by the
+                        limits of the ratio; what "auto" has chosen, and why
+
+    It works on copies: two of each model, and the gradients and optimizer state of one. Models, their modes and
+    devices, random states and files are afterwards as before; a reward function of one's own is called as it is.
+    Raises ValueError for a bad setting, or a reference or tokenizer that is neither given nor in a folder.
+    """
+    config = PPOConfig.with_overrides(config, **overrides)
+    device = resolve_device(config.device)
+    folder = policy if isinstance(policy, (str, os.PathLike)) else None
+    if folder is None and (reference is None or tokenizer is None):
+        raise ValueError("reference and tokenizer must be given with a policy that is not a folder")
+    findings = []
+
+    def report(name: str, why: str, check: Callable[[], Verdict]) -> None:
+        verdict = _verdict(check)
+        findings.append(Finding(name, verdict.status, verdict.detail, why, verdict.remedy))
+        print(findings[-1], file=file, flush=True)
+
+    with _random_states_kept(device), torch.enable_grad():
+        files = _Files()
+        patient = Patient(
+            policy=files.load("policy", policy, ActorCritic.from_pretrained),
+            reference=files.load("reference", reference or folder, GPT2.from_pretrained),
+            tokenizer=files.load("tokenizer", tokenizer or folder, Tokenizer.from_pretrained),
+            reward=files.load(
+                "reward",
+                reward,
+                lambda path: load_scorer(path, config.device, positive_label),
+            ),
+            config=config,
+            prompts=prompts,
+            canaries=canaries,
+            available=available_memory(device),
+        )
+        report("folders", "a model that cannot be read cannot be trained", files.verdict)
+        for name, why, check in CHECKS:
+            report(name, why, lambda check=check: check(patient))  # type: ignore[misc]
+    return findings
+
+
+class _Files:
+    """Loads what was given as a folder, and keeps what went wrong."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.problems: list[str] = []
+
+    def load(self, name: str, given: Any, loader: Callable[[Folder], Loaded]) -> Any:
+        if not isinstance(given, (str, os.PathLike)):
+            return given
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # reversed labels have a check of their own
+                model = loader(given)
+        except (OSError, ValueError) as error:
+            self.problems.append(f"{name}: {error}")
+            return None
+        self.loaded.append(name)
+        return model
+
+    def verdict(self) -> Verdict:
+        if self.problems:
+            return Verdict(FAIL, "; ".join(self.problems), "mend the file that the message names, or give another")
+        if not self.loaded:
+            raise Skipped("everything was given as an object")
+        return Verdict(OK, f"{', '.join(self.loaded)} loaded")
+
+
+def _verdict(check: Callable[[], Verdict]) -> Verdict:
+    try:
+        return check()
+    except Skipped as reason:
+        return Verdict(SKIP, str(reason))
+    except Exception as error:  # models and rewards are the caller's: whatever they raise is a finding
+        return Verdict(FAIL, f"{type(error).__name__}: {error}", "mend what the message names")
+
+
+@contextlib.contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    """Within it every global random generator may be moved; afterwards all are where they were."""
+    gpus = range(torch.cuda.device_count()) if device.type == "cuda" or torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=gpus):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,221 @@
+"""One HTML file that shows an evaluation: figures, pictures, and samples before and after side by side.
+
+Nothing in it is fetched or run: pictures are data URIs, there is no script, and a content security policy forbids both.
+Every text is escaped, and shown as `metrics.printable` has it, so none can add markup, or turn the text around it.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minirlhf.common.text import printable
+from minirlhf.evaluation.comparison import Comparison, Evaluation, Pair
+from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
+from minirlhf.evaluation.plots import plot_run
+from minirlhf.io.files import atomic_write
+from minirlhf.version import __version__
+
+STYLE = """
+:root { color-scheme: light dark; --soft: #8882; --line: #8884; --good: #2a8a4a; --bad: #c0392b; }
+body { font: 16px/1.5 system-ui, "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", sans-serif;
+  max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+h1, p, li { overflow-wrap: anywhere; }
+.box { border-left: 4px solid var(--good); background: var(--soft); padding: .5rem .8rem; border-radius: 4px; }
+.box.bad { border-color: var(--bad); }
+.box ul { margin: 0; padding-left: 1.1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
+.card { background: var(--soft); border-radius: 6px; padding: .5rem .7rem; }
+.card b { display: block; font-size: 1.1rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.card span { font-size: .8rem; opacity: .8; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .8rem; }
+img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
+.wide { overflow-x: auto; }
+.wide img { min-width: 44rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+td small { display: block; opacity: .7; white-space: nowrap; }
+.pair { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .4rem .6rem; }
+.pair p, .sides div { unicode-bidi: isolate; }
+.pair p { margin: 0; font-weight: 600; max-height: 6rem; overflow: auto; }
+.sides { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .6rem; }
+.sides div { max-height: 16rem; overflow: auto; overflow-wrap: anywhere; }
+.sides small { display: block; opacity: .75; font-variant-numeric: tabular-nums; }
+footer { margin-top: 2rem; font-size: .8rem; opacity: .75; overflow-wrap: anywhere; }
+"""
+
+GLOSSARY = (
+    ("reward, second scorer", "mean over the samples, with its bootstrap confidence interval; the policy was trained "
+     "on the reward and has never seen the second scorer"),
+    ("KL", "KL(policy || reference) a sequence, nats. Exact: at each token over all that could have been sampled; "
+     "sampled: log-ratio of the tokens that were; full softmax: exact, with nothing truncated"),
+    ("perplexity under the reference", "exp of the mean negative log-likelihood that the reference gives a token"),
+    ("distinct-n", "distinct character n-grams over all, of all samples together"),
+    ("self-BLEU", "mean BLEU-4 of a sample against all the others, over characters; 1: they are all alike"),
+    ("share of repeated characters", "of a response's characters, those that occurred in it before; the mean"),
+    ("best of n", "the best by reward of n samples of the reference; its KL is at most log n - (n - 1) / n"),
+)  # fmt: skip
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    evaluation: Evaluation,
+    title: str = "Policy against reference",
+    about: Mapping[str, Any] | None = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+    target: float | None = None,
+    rows: int = 24,
+) -> None:
+    """Write the report, atomically.
+
+    title, about: of the run: what to call it, and further facts by name. history: lines of its metrics.jsonl, drawn as
+    `metrics.plot_run` does, with the KL target; None: no curves. rows: samples shown of each list of prompts.
+    Raises ImportError that names the extra if matplotlib is missing, OSError if the file cannot be written.
+    """
+    atomic_write(path, report(evaluation, title, about, history, target, rows).encode("utf-8"))
+
+
+def report(
+    evaluation: Evaluation,
+    title: str = "Policy against reference",
+    about: Mapping[str, Any] | None = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+    target: float | None = None,
+    rows: int = 24,
+) -> str:
+    """The report as a text of HTML; arguments and errors as of `write_report`."""
+    if type(rows) is not int or rows < 0:
+        raise ValueError(f"rows must be an integer of at least 0, got {rows!r}")
+    parts = [f"<h1>{_text(title)}</h1>", _verdict(evaluation), _cards(evaluation.given)]
+    for name, comparison in evaluation.comparisons.items():
+        parts += [f"<h2>On the {name}</h2>", _pictures(comparison)]
+        parts += ["<h3>Figures</h3>", _table(("", "reference", "policy"), comparison.rows())]
+        parts += ["<h3>Best-of-n of the reference</h3>", _best_of_n(comparison)]
+    if history:
+        curves = _image(_curves(history, target), "reward, KL, entropy, value loss and length")
+        parts += ["<h2>The run</h2>", f'<div class="wide">{curves}</div>']
+    for name, comparison in evaluation.comparisons.items():
+        shown = comparison.pairs[:rows]
+        if shown:
+            parts += [f"<h2>Samples on the {name}</h2>", "<p>The first ones, unpicked; left before, right after.</p>"]
+            parts += map(_pair, shown)
+    parts += ["<h2>What the figures mean</h2>", _definitions(GLOSSARY), "<h2>Settings</h2>"]
+    facts = {**(about or {}), **_settings(evaluation)}
+    parts += [_definitions((name, value) for name, value in facts.items() if value is not None)]
+    parts += [f"<footer>minirlhf {_text(__version__)}</footer>"]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _verdict(evaluation: Evaluation) -> str:
+    if not evaluation.symptoms:
+        return '<div class="box">No symptom of reward hacking was found.</div>'
+    items = "".join(f"<li>{_text(symptom)}</li>" for symptom in evaluation.symptoms)
+    return f'<div class="box bad"><ul>{items}</ul></div>'
+
+
+def _cards(x: Comparison) -> str:
+    cards = [("reward", f"{x.reference.reward.mean:.3f} → {x.policy.reward.mean:.3f}")]
+    if x.policy.second is not None and x.reference.second is not None:
+        cards.append(("second scorer", f"{x.reference.second.mean:.3f} → {x.policy.second.mean:.3f}"))
+    cards.append(("KL, nats a sequence", f"{x.kl:.2f}"))
+    cards.append(("distinct-2", f"{x.reference.distinct_2:.3f} → {x.policy.distinct_2:.3f}"))
+    if x.equal_kl is not None:
+        cards.append((f"best of {x.equal_kl.n:.1f}, at equal KL", f"{x.equal_kl.reward.mean:.3f}"))
+    inner = "".join(f'<div class="card"><b>{_text(value)}</b><span>{_text(name)}</span></div>' for name, value in cards)
+    return f'<div class="cards">{inner}</div>'
+
+
+def _pictures(x: Comparison) -> str:
+    pictures = []
+    for name, start, end in (
+        ("reward", x.reference.reward, x.policy.reward),
+        ("second", x.reference.second, x.policy.second),
+    ):
+        if start is None or end is None:
+            continue
+        curve = [FrontierPoint("n = 1", 0.0, start)]
+        points = {point.kl: point for point in (*x.best_of_n, *([x.equal_kl] if x.equal_kl else []))}
+        curve += [FrontierPoint(f"{p.n:.3g}", kl, getattr(p, name)) for kl, p in points.items() if kl > 0]
+        title = {"reward": "reward", "second": "second scorer"}[name]
+        drawn = draw_frontier(curve, [FrontierPoint("policy", x.kl, end)], title)
+        pictures.append(_image(drawn, f"{title} over KL: policy and best-of-n"))
+    return f'<div class="pictures">{"".join(pictures)}</div>'
+
+
+def _best_of_n(x: Comparison) -> str:
+    words = "The policy's KL is beyond what best-of-n was drawn for."
+    if x.ahead is not None:
+        words = f"Reward of the policy less that of best-of-n at equal KL: {x.ahead}"
+    return _table(("", "KL", "reward", "second scorer"), x.best_of_n_rows()) + f"<p>{_text(words)}</p>"
+
+
+def _pair(pair: Pair) -> str:
+    sides = "".join(
+        f"<div><small>{name} {_text(f'{reward:.3f}')}</small>{_text(text)}</div>"
+        for name, reward, text in (
+            ("before", pair.before_reward, pair.before),
+            ("after", pair.after_reward, pair.after),
+        )
+    )
+    return f'<div class="pair"><p>{_text(pair.prompt)}</p><div class="sides">{sides}</div></div>'
+
+
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
+    """The prompts and the fields of the EvaluationConfig by name; those of its sampling among them."""
+    facts: dict[str, Any] = {f"the {name}": ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}
+    for name, value in evaluation.settings.items():
+        facts.update(value if isinstance(value, dict) else {name: value})
+    return facts
+
+
+def _curves(history: Sequence[Mapping[str, Any]], target: float | None) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        plot_run(history, Path(folder) / "curves.png", target)
+        return (Path(folder) / "curves.png").read_bytes()
+
+
+# ---- HTML -----------------------------------------------------------------------------------------------------------
+
+
+def _text(x: object) -> str:
+    return html.escape(printable(str(x)))
+
+
+def _image(png: bytes, what: str) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{_text(what)}">'
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Estimates, `mean [low, high]`, get their interval below them: a phone is narrow."""
+
+    def cell(text: str) -> str:
+        mean, bracket, interval = text.partition(" [")
+        return f"<td>{_text(mean)}{f'<small>[{_text(interval)}</small>' if bracket else ''}</td>"
+
+    top = "".join(f"<th>{_text(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _definitions(items: Iterable[tuple[str, Any]]) -> str:
+    return "<ul>" + "".join(f"<li><b>{_text(name)}</b>: {_text(value)}</li>" for name, value in items) + "</ul>"

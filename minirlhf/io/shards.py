@@ -1,0 +1,74 @@
+"""Sharded checkpoints: an index file that says which file of its folder holds which tensor.
+
+An index is text that may come from anywhere, so it may name plain files beside itself and nothing else: no `..`, no
+folders, no absolute paths. What stands under such a name, a file or a link, is the business of whoever made the
+folder: the snapshots of a hub cache consist of links, and large files are often linked from another disk. Following
+one gives nothing away, since what it leads to is read as tensors or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from torch import Tensor
+
+from minirlhf.io.files import read_json
+
+
+def read_shards(index: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors of the shards that an index names, each file read by `read`.
+
+    Raises FileNotFoundError for a missing file, ValueError for an index that is damaged, leads out of its folder or
+    does not name exactly the tensors that its shards hold; both name the file and the tensors.
+    """
+    shards = read_index(index)
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index} names files that do not exist: {_listed(absent)}")
+    tensors: dict[str, Tensor] = {}
+    for shard, names in shards.items():
+        path = index.parent / shard
+        found = read(path)
+        if missing := sorted(names - found.keys()):
+            raise ValueError(f"{path} does not hold what {index.name} says: missing {_listed(missing)}")
+        if extra := sorted(found.keys() - names):
+            raise ValueError(f"{path} holds tensors that {index.name} does not place there: {_listed(extra)}")
+        tensors.update(found)
+    return tensors
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """The files that an index names, in the order of their first mention, and the tensors of each.
+
+    Raises FileNotFoundError, or ValueError for an index that is damaged or leads out of its folder.
+    """
+    weight_map = read_json(path, pairs=_without_repeats).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map from tensor names to files")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise ValueError(f"{path} places {tensor} in {shard!r}, which is not the name of a file beside it")
+        shards.setdefault(shard, set()).add(tensor)
+    return shards
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a text names an entry of a folder, under the rules of every system."""
+    printable = name not in ("", ".", "..") and name.isprintable()
+    return printable and PurePosixPath(name).name == name == PureWindowsPath(name).name
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"it names {name} twice")
+        content[name] = value
+    return content
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

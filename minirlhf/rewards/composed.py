@@ -1,0 +1,305 @@
+"""Rewards made of rewards: weighted sums, clipping, penalties on length and repetition, rewards of single tokens, and
+sentiment on command.
+
+All are called with prompts and responses, as `rewards.PromptResponseReward` has it, and take rewards of every form.
+Those with a third argument, `tokens`, give each token its share if they get it, as PPO hands it over, and a score a
+response without it. Those that have something to report have `metrics()`, which returns and resets it, for
+`RunLog.metrics`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.common.validation import require, require_bools, require_positive_ints
+from minirlhf.evaluation.text_statistics import distinct_n
+from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
+from minirlhf.text.tokenizer import Tokenizer
+
+
+class WeightedSum:
+    """sum_k w_k S_k of named rewards, `reward(prompts, responses) -> (B,)`, fp64; (B, R) if a part scores tokens.
+
+    The score of a whole response is then the last token's, as it is without tokens.
+    parts: name -> (weight, reward). A weight may be negative.
+    Raises ValueError for no parts, a blank name, a weight that is not finite, or a reward that cannot be called.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[float, RewardFunction]]):
+        if not parts:
+            raise ValueError("parts is empty: there is nothing to sum")
+        for name, (weight, reward) in parts.items():
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"the names of parts must be texts that are not blank, got {name!r}")
+            if not _is_number(weight) or not math.isfinite(weight):
+                raise ValueError(f"the weight of part {name!r} must be a finite number, got {weight!r}")
+            if not callable(reward):
+                raise ValueError(f"part {name!r} must be a reward, got {reward!r} of type {type(reward).__name__}")
+        self.parts = dict(parts)
+        self._means = _Means()
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
+    ) -> Tensor:
+        """The weighted sum. Raises ValueError that names the part whose scores are not as `call_reward` wants them."""
+        weighted = []
+        for name, (weight, reward) in self.parts.items():
+            try:
+                scores = _scores(reward, prompts, responses, tokens)
+            except ValueError as error:
+                raise ValueError(f"part {name!r}: {error}") from error
+            self._means.add(f"reward/parts/{name}", scores if scores.ndim == 1 else scores.sum(-1))
+            weighted.append(weight * scores)
+        if tokens is not None and any(scores.ndim == 2 for scores in weighted):
+            weighted = [at_last_token(x, list(map(len, tokens))) if x.ndim == 1 else x for x in weighted]
+        return torch.stack(weighted).sum(0)
+
+    def metrics(self) -> dict[str, float]:
+        """reward/parts/NAME since the last call: the mean of each part's scores, before its weight.
+
+        And what the parts themselves report; under NAME/... if an earlier part reports the same.
+        """
+        figures = self._means.take()
+        for name, (_, reward) in self.parts.items():
+            for key, value in _metrics(reward).items():
+                figures[f"{name}/{key}" if key in figures else key] = value
+        return figures
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The scores of another reward, clipped to [low, high]: `reward(prompts, responses) -> (B,)`, fp64.
+
+    (B, R), each token's score clipped, if the other one scores tokens.
+    low, high: -inf and inf leave that side open.
+    Raises ValueError if low is not a number below high, or the reward cannot be called.
+    """
+
+    reward: RewardFunction
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        require(self, "reward", callable(self.reward), "a reward")
+        fine = _is_number(self.low) and _is_number(self.high) and self.low < self.high
+        require(self, "low", fine, f"a number below high={self.high!r}")
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
+    ) -> Tensor:
+        return _scores(self.reward, prompts, responses, tokens).clamp(self.low, self.high)
+
+    def metrics(self) -> dict[str, float]:
+        """What the other reward reports."""
+        return _metrics(self.reward)
+
+
+@dataclass(frozen=True)
+class LengthPenalty:
+    """-|n - target| / target for a response of n characters: 0 at the target, -1 for none, and on without bound.
+
+    Raises ValueError for a target below 1.
+    """
+
+    target: int  # characters
+
+    def __post_init__(self) -> None:
+        require_positive_ints(self, "target")
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [-abs(len(response) - self.target) / self.target for response in responses]
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """-(1 - distinct / all) over the character n-grams of a response: 0 if none occurs twice, towards -1 if one does.
+
+    The share of n-grams that occurred before, 1 - distinct-n (Li et al. 2016) of one response; 0 for a response of
+    fewer than n characters.
+    per_token: charge each n-gram that occurred before to the token that completes it, rather than all to the last one.
+    Raises ValueError for an n below 1.
+    """
+
+    n: int = 3
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive_ints(self, "n")
+        require_bools(self, "per_token")
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
+    ) -> list[float] | list[list[float]]:
+        if self.per_token and tokens is not None:
+            return [self._charges(row) for row in tokens]
+        return [distinct_n([response], self.n) - 1.0 if len(response) >= self.n else 0.0 for response in responses]
+
+    def _charges(self, tokens: Sequence[str]) -> list[float]:
+        text = "".join(tokens)
+        of_character = [t for t, piece in enumerate(tokens) for _ in piece]  # which token each character is of
+        charges, seen = [0.0] * len(tokens), set()
+        for end in range(self.n, len(text) + 1):
+            gram = text[end - self.n : end]
+            if gram in seen:
+                charges[of_character[end - 1]] -= 1 / (len(text) - self.n + 1)
+            seen.add(gram)
+        return charges
+
+
+class Increments:
+    """What each token adds to the score of the response so far, by a reward of whole texts.
+
+    Token t gets S(y_1 .. y_t) - S(y_1 .. y_(t-1)), the first one S(y_1). The sum is the score of the whole, so that
+    with gamma = 1 the best policy stays the best (potential-based shaping, Ng et al. 1999), and credit is given where
+    it is due. It costs as many texts a response as it has tokens that add something.
+    reward: of any form; it should have something to say of texts that are cut anywhere.
+    """
+
+    def __init__(self, reward: RewardFunction):
+        if not callable(reward):
+            raise ValueError(f"Increments must be of a reward, got {reward!r} of type {type(reward).__name__}")
+        self.reward = reward
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
+    ) -> Tensor:
+        """Token scores (B, R), or without tokens the scores (B,), fp64. Raises as `call_reward`."""
+        if tokens is None:
+            return call_reward(self.reward, prompts, responses)
+        texts = [list(itertools.accumulate(row)) for row in tokens]
+        added = [[t for t, piece in enumerate(row) if piece or t == 0] for row in tokens]
+        rows = [i for i, places in enumerate(added) for _ in places]
+        columns = [t for places in added for t in places]
+        begun = [texts[i][t] for i, t in zip(rows, columns, strict=True)]
+        scores = call_reward(self.reward, [prompts[i] for i in rows], begun)
+        first = torch.tensor([t == 0 for t in columns], dtype=torch.bool)
+        before = torch.where(first, 0.0, scores.roll(1))
+        table = torch.zeros(len(tokens), max(map(len, tokens), default=0), dtype=torch.float64)
+        table[rows, columns] = scores - before
+        return table
+
+    def metrics(self) -> dict[str, float]:
+        """What the other reward reports, of all that it was asked about: of every beginning of a response."""
+        return _metrics(self.reward)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A sentiment that a prompt can ask for: its tag, its name in metrics, and the reward of P(positive)."""
+
+    tag: str
+    name: str
+    reward: Callable[[Tensor], Tensor]
+
+
+TARGETS = (
+    Target("[正向]", "positive", lambda p: p),
+    Target("[中性]", "neutral", lambda p: 1 - (2 * p - 1).abs()),
+    Target("[负向]", "negative", lambda p: 1 - p),
+)
+
+
+class ControlledSentiment:
+    """Sentiment on command, after the gpt2-sentiment-control notebook of TRL (von Werra 2020), there over logits.
+
+    A prompt begins with one tag, [正向] (positive), [中性] (neutral) or [负向] (negative). The rest of the prompt and
+    the response are scored by `sentiment`, P = P(positive), and rewarded with P, 1 - |2P - 1|, or 1 - P.
+    sentiment: a reward of either form with scores in [0, 1], such as SentimentReward.
+    """
+
+    def __init__(self, sentiment: RewardFunction):
+        self.sentiment = sentiment
+        self._means = _Means()
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Rewards (B,) in [0, 1], fp64.
+
+        Raises ValueError for a prompt that does not begin with exactly one tag, before anything is scored, and for a
+        sentiment outside [0, 1].
+        """
+        targets, untagged = zip(*map(split_tag, prompts), strict=True) if prompts else ((), ())
+        p = call_reward(self.sentiment, untagged, responses)
+        bad = ((p < 0) | (p > 1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"sentiment must be in [0, 1], got {p[bad[0]].item()} for text {bad[0]}")
+        rewards = torch.empty_like(p)
+        for target in TARGETS:
+            rows = [i for i, asked in enumerate(targets) if asked is target]
+            rewards[rows] = target.reward(p[rows])
+            self._means.add(f"reward/{target.name}", rewards[rows])
+        return rewards
+
+    def metrics(self) -> dict[str, float]:
+        """reward/positive, reward/neutral and reward/negative: mean rewards by tag since the last call, if any.
+
+        And what the sentiment reports.
+        """
+        return self._means.take() | _metrics(self.sentiment)
+
+
+def split_tag(prompt: str) -> tuple[Target, str]:
+    """The target that a prompt begins with, and the rest. Raises ValueError unless it begins with exactly one tag."""
+    for target in TARGETS:
+        rest = prompt.removeprefix(target.tag)
+        if rest != prompt and not rest.startswith(tuple(other.tag for other in TARGETS)):
+            return target, rest
+    tags = ", ".join(target.tag for target in TARGETS)
+    raise ValueError(f"a prompt must begin with exactly one of {tags}, got {prompt[:40]!r}")
+
+
+def check_tags(tokenizer: Tokenizer) -> None:
+    """Raises ValueError for a tag that a model with this vocabulary could not read: its tokens do not say it."""
+    for target in TARGETS:
+        if tokenizer.decode(tokenizer.encode_prompt(target.tag)) != target.tag:
+            raise ValueError(f"the vocabulary cannot spell the tag {target.tag}: a character of it has no token")
+
+
+def at_last_token(scores: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Token scores (B, R) that give each response's score (B,) to the last of its `lengths` tokens."""
+    table = torch.zeros(len(lengths), max(lengths, default=0), dtype=scores.dtype)
+    table[range(len(lengths)), [length - 1 for length in lengths]] = scores
+    return table
+
+
+def _scores(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None,
+) -> Tensor:
+    """Scores (B,), or (B, R) of tokens that were given and a reward that scores them."""
+    if tokens is None:
+        return call_reward(reward, prompts, responses)
+    return reward_by_token(reward, prompts, responses, tokens)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class _Means:
+    """Means by name of all scores since the last `take`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, scores: Tensor) -> None:
+        total, count = self._sums.get(name, (0.0, 0))
+        if len(scores):
+            self._sums[name] = total + scores.sum().item(), count + len(scores)
+
+    def take(self) -> dict[str, float]:
+        taken, self._sums = self._sums, {}
+        return {name: total / count for name, (total, count) in taken.items()}
+
+
+def _metrics(reward: Any) -> dict[str, float]:
+    """What a reward reports; nothing for one without `metrics`."""
+    return dict(reward.metrics()) if callable(getattr(reward, "metrics", None)) else {}

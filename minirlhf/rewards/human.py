@@ -1,0 +1,339 @@
+"""What people think of samples: rankings and scores by keys, in a file that stage 2 reads, or as the reward of PPO.
+
+A line is on the disk before the next question is shown. The file is one of `preferences.read_rankings`:
+
+    {"round": 0, "prompt": ..., "answers": [best, ..., worst], "order": [2, 1, 3]}    order: the numbers they had
+    {"round": 1, "prompt": ..., "answers": [...], "scores": [4, 2, 5]}
+
+Left out: ties in rankings (skip what you cannot tell apart, or give scores), and several people at one file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minirlhf.common.text import json_line, printable
+from minirlhf.generation.generate import generate
+from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.io.files import flush_folder, read_jsonl
+from minirlhf.models.gpt2 import GPT2
+from minirlhf.rewards.keyboard import BACKSPACE, END
+from minirlhf.text.tokenizer import Tokenizer
+
+MOST = 4  # answers a question
+SCORES = range(1, 6)
+BEGINNING = b'{"round": '  # of every line
+TRIES = 8  # batches of samples in which different answers are looked for
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and 1 to 4 answers to it, in the order in which they are shown."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+class FeedbackFile:
+    """A file of answers to questions, for one process at a time; used in a `with`.
+
+    path: made here if it is not there. What a crash left of a last line is cut off.
+    Raises BlockingIOError if another process has it, ValueError with the line for content that is no feedback, OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"{self.path} is in use by another process") from None
+            self._mend()
+            self.records: list[dict[str, Any]] = read_jsonl(self.path)
+            for number, record in enumerate(self.records, 1):
+                _check(record, f"{self.path}, line {number}")
+            self._ends = [i + 1 for i, byte in enumerate(self.path.read_bytes()) if byte == ord("\n")]
+        except BaseException:
+            os.close(self._fd)
+            raise
+        flush_folder(self.path.parent)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; it is durable when this returns. Raises OSError, and then the file is as it was."""
+        try:
+            rest = json_line(record).encode() + b"\n"
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[os.write(self._fd, rest) :]
+            os.fsync(self._fd)
+        except OSError:
+            self._truncate()
+            raise
+        self.records.append(record)
+        self._ends.append(os.fstat(self._fd).st_size)
+
+    def undo(self) -> dict[str, Any]:
+        """Take the last line back, durably, and return it. Raises IndexError if there is none, OSError."""
+        end = self._ends.pop()
+        try:
+            self._truncate()
+        except OSError:
+            self._ends.append(end)
+            raise
+        return self.records.pop()
+
+    def __enter__(self) -> FeedbackFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)
+
+    def _mend(self) -> None:
+        """End or cut off a last line that has no end. Raises ValueError if it is not the beginning of one of ours."""
+        raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        rest = raw[whole:]
+        if rest[: len(BEGINNING)] != BEGINNING[: len(rest)]:
+            shown = printable(rest[:60].decode("utf-8", "replace"))
+            raise ValueError(f"{self.path} ends in what is not of a feedback session: {shown}")
+        try:
+            json.loads(rest)
+        except ValueError:
+            os.ftruncate(self._fd, whole)
+        else:
+            os.write(self._fd, b"\n")
+
+    def _truncate(self) -> None:
+        """Cut off what is behind the last line that is ours."""
+        os.ftruncate(self._fd, self._ends[-1] if self._ends else 0)
+        os.fsync(self._fd)
+
+
+class FeedbackSession:
+    """Questions to a person, one after the other, until all rounds are done or the person quits.
+
+    Keys: the numbers of the answers, best first (the last one is understood), or a score from 1 to 5 for each answer
+    in turn; Backspace takes back a number, `u` the last answer, of an earlier session as well, `s` skips, `q` quits.
+    A session goes on after the last round that is in the file.
+
+    question_of: number of a round (0, 1, ...) -> its question. With too few answers, one to rank or none to score, the
+        round is passed over.
+    read: the next key, as `Keyboard.read`; write: shows text. scores: whether scores are asked for.
+    """
+
+    def __init__(
+        self,
+        file: FeedbackFile,
+        question_of: Callable[[int], Question],
+        read: Callable[[], str],
+        write: Callable[[str], object],
+        scores: bool = False,
+    ):
+        self.file, self._question_of, self._scores = file, question_of, scores
+        self._asker = _Asker(read, write)
+        self._write = write
+        self.answered = self.skipped = 0  # in this session
+        self._done: list[tuple[int, Question, bool]] = []  # rounds of this session, and whether they are in the file
+
+    def run(self, rounds: int) -> bool:
+        """Ask until so many rounds are done in all sessions. Returns False if the person quits before.
+
+        Raises OSError if an answer cannot be written, KeyboardInterrupt at Ctrl-C; what was answered stays.
+        """
+        number = self.file.records[-1]["round"] + 1 if self.file.records else 0
+        again: Question | None = None
+        while number < rounds:
+            question = again or self._question_of(number)
+            again = None
+            if len(question.answers) < (1 if self._scores else 2):
+                self._write(f"[{number + 1}/{rounds}] {printable(question.prompt)}: too few different answers\n")
+                number += 1
+                continue
+            values = self._asker.ask(question, f"[{number + 1}/{rounds}]", ranked=not self._scores)
+            if values == "quit":
+                return False
+            if values == "undo":
+                number, again = self._undo(number, question)
+                continue
+            answered = not isinstance(values, str)
+            if not isinstance(values, str):
+                self.file.append(_record(number, question, values, ranked=not self._scores))
+            self.answered += answered
+            self.skipped += not answered
+            self._done.append((number, question, answered))
+            number += 1
+        return True
+
+    def _undo(self, number: int, question: Question) -> tuple[int, Question]:
+        """The round before, to be asked again; this one if there is none."""
+        if self._done:
+            before, question, in_file = self._done.pop()
+            if in_file:
+                self.file.undo()
+            self.answered -= in_file
+            self.skipped -= not in_file
+            return before, question
+        if self.file.records:
+            record = self.file.undo()
+            return record["round"], _question(record)
+        self._write("nothing to undo\n")
+        return number, question
+
+
+class HumanReward:
+    """A person's score of each sample as a reward for PPO, (score - 3) / 2: -1, -0.5, 0, 0.5 or 1.
+
+    A text that was scored before, in an earlier part of the run as well, is not asked about again; one that is skipped
+    gets 0. `u` takes back scores of this batch. `q` raises KeyboardInterrupt: the scores stay in the file, and the run
+    goes on from its last checkpoint, where the same samples come again.
+
+    file: gets the scores. read, write: as of `FeedbackSession`.
+    """
+
+    def __init__(self, file: FeedbackFile, read: Callable[[], str], write: Callable[[str], object]):
+        self.file = file
+        self._asker = _Asker(read, write)
+        self._write = write
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Rewards of B responses, in the order given. Raises KeyboardInterrupt if the person quits, OSError."""
+        known = {(r["prompt"], a): s for r in self.file.records if "scores" in r
+                 for a, s in zip(r["answers"], r["scores"], strict=True)}  # fmt: skip
+        texts = list(zip(prompts, responses, strict=True))
+        asked = list(dict.fromkeys(text for text in texts if text not in known))
+        given: list[int | None] = []
+        while len(given) < len(asked):
+            prompt, response = asked[len(given)]
+            question = Question(prompt, (response,))
+            values = self._asker.ask(question, f"[{len(given) + 1}/{len(asked)}]", ranked=False)
+            if values == "quit":
+                raise KeyboardInterrupt("the person quit")
+            if values == "undo":
+                if not given:
+                    self._write("nothing to undo in this batch\n")
+                elif given.pop() is not None:
+                    self.file.undo()
+            elif isinstance(values, str):
+                given.append(None)
+            else:
+                self.file.append(_record(len(self.file.records), question, values, ranked=False))
+                given.append(values[0])
+        known |= {text: 3 if score is None else score for text, score in zip(asked, given, strict=True)}
+        return [(known[text] - 3) / 2 for text in texts]
+
+
+def draw_answers(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    prompt: str,
+    count: int,
+    gen_len: int,
+    sampling: SamplingConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> Question:
+    """A question of `count` different answers that are not blank, or fewer if the model has no more of them.
+
+    generator: on the model's device. Raises ValueError for a count outside 1 to 4, or as `generate`.
+    """
+    if not 1 <= count <= MOST:
+        raise ValueError(f"a question has 1 to {MOST} answers, got {count}")
+    found: dict[str, str] = {}
+    ids = tokenizer.encode_prompt(prompt)
+    for _ in range(TRIES):
+        drawn = generate(
+            model, [ids] * count, gen_len, sampling,
+            eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, generator=generator,
+        )  # fmt: skip
+        for answer in map(tokenizer.decode, drawn.responses):
+            if answer.strip():
+                found.setdefault(answer.strip(), answer)
+        if len(found) >= count:
+            break
+    return Question(prompt, tuple(found.values())[:count])
+
+
+class _Asker:
+    """One question on a terminal."""
+
+    def __init__(self, read: Callable[[], str], write: Callable[[str], object]):
+        self._read, self._write = read, write
+
+    def ask(self, question: Question, title: str, ranked: bool) -> list[int] | str:
+        """The numbers of the answers, best first, or their scores; or "undo", "skip" or "quit"."""
+        count = len(question.answers)
+        lines = [f"\n{title} {printable(question.prompt)}"]
+        lines += [f"  {n}  {printable(answer) or '(empty)'}" for n, answer in enumerate(question.answers, 1)]
+        turns = ", one for each" if count > 1 else ""
+        wanted = f"keys 1 to {count}, best first" if ranked else f"1 (bad) to 5 (good){turns}"
+        self._write("\n".join(lines) + f"\n{wanted}; u undo, s skip, q quit > ")
+        typed: list[int] = []
+        while True:
+            key = self._read()
+            if key in END or key == "q":
+                self._write("quit\n")
+                return "quit"
+            if key == "s":
+                self._write("skipped\n")
+                return "skip"
+            if key == "u" and not typed:
+                self._write("undo\n")
+                return "undo"
+            if (key == "u" or key in BACKSPACE) and typed:
+                for _ in range(len(typed) if key == "u" else 1):
+                    typed.pop()
+                    self._write("\b\b  \b\b")
+                continue
+            numbers = [n for n in range(1, count + 1) if n not in typed] if ranked else SCORES
+            if not (key.isdecimal() and int(key) in numbers):
+                continue
+            typed.append(int(key))
+            self._write(f"{key} ")
+            if ranked and len(typed) == count - 1:  # the last one is understood
+                typed += [n for n in numbers if n not in typed]
+                self._write(f"{typed[-1]} ")
+            if len(typed) == count:
+                self._write("\n")
+                return typed
+
+
+def _record(number: int, question: Question, values: Sequence[int], ranked: bool) -> dict[str, Any]:
+    """The line of an answer."""
+    head = {"round": number, "prompt": question.prompt}
+    if ranked:
+        return {**head, "answers": [question.answers[n - 1] for n in values], "order": list(values)}
+    return {**head, "answers": list(question.answers), "scores": list(values)}
+
+
+def _question(record: dict[str, Any]) -> Question:
+    """The question that a line answers, in the order in which it was shown."""
+    answers = record["answers"]
+    if "order" in record:
+        answers = [answers[record["order"].index(n)] for n in range(1, len(answers) + 1)]
+    return Question(record["prompt"], tuple(answers))
+
+
+def _check(record: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a line that no session wrote."""
+    answers, values = record.get("answers"), record.get("order", record.get("scores"))
+    fine = (
+        type(record.get("round")) is int
+        and isinstance(record.get("prompt"), str)
+        and isinstance(answers, list)
+        and all(isinstance(answer, str) for answer in answers)
+        and isinstance(values, list)
+        and len(values) == len(answers)
+        and all(type(value) is int for value in values)
+        and ("order" not in record or sorted(values) == list(range(1, len(values) + 1)))
+    )
+    if not fine:
+        shown = json.dumps(record, ensure_ascii=False)[:60]
+        raise ValueError(f"{where} is not of a feedback session: {printable(shown)}")

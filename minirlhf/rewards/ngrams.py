@@ -1,0 +1,98 @@
+"""A sentiment scorer of another kind than a transformer: log-odds linear in the character n-grams of a text.
+
+A policy that was tuned against one scorer finds what that one overrates. A second one that was fitted on other texts,
+sees other features and errs elsewhere does not share these mistakes: where the reward rises and this one does not, the
+reward was hacked. `examples/train_ngram_scorer.py` fits one: logistic regression on n-grams weighted by naive Bayes
+(Wang & Manning 2012).
+
+Left out: fitting, which takes scikit-learn.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from minirlhf.io.files import atomic_write, naming, replaced_folder
+from minirlhf.io.hub import locate
+from minirlhf.io.model_folder import check_published, check_tensors, read_folder, write_folder
+
+MODEL_TYPE = "minirlhf-ngrams"
+NGRAMS_FILE = "ngrams.txt"  # one a line; the i-th has the i-th weight
+
+
+class NGramScorer:
+    """P(positive) by the distinct character n-grams G of a text that it knows, a reward function.
+
+    log-odds = bias + sum_{g in G} w_g / sqrt(|G|), of the text in lower case without white space.
+    weights: n-gram -> w_g. bias: the log-odds of a text with no known n-gram.
+    Raises ValueError for no n-grams, one that is empty or holds white space or capitals (no text could have it), or a
+    number that is not finite.
+    """
+
+    def __init__(self, weights: Mapping[str, float], bias: float):
+        if not weights:
+            raise ValueError("weights is empty: there are no n-grams to score by")
+        for ngram, weight in weights.items():
+            if not isinstance(ngram, str) or not ngram or _normalised(ngram) != ngram:
+                raise ValueError(f"an n-gram must be a text in lower case without white space, got {ngram!r:.80}")
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of n-gram {ngram!r} must be a finite number, got {weight!r}")
+        if not math.isfinite(bias):
+            raise ValueError(f"bias must be a finite number, got {bias!r}")
+        self.weights, self.bias = dict(weights), float(bias)
+        self._orders = sorted({len(ngram) for ngram in self.weights})
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """P(positive) (B,) of each text, fp64. Raises ValueError for a single text."""
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of texts, got a single one")
+        return torch.tensor([self.log_odds(text) for text in texts], dtype=torch.float64).sigmoid()
+
+    def log_odds(self, text: str) -> float:
+        """The log-odds of positive, nats."""
+        text = _normalised(text)
+        known = {text[i : i + n] for n in self._orders for i in range(len(text) - n + 1)} & self.weights.keys()
+        # Sorted, or the last bits of the sum would hang on the order of a set of texts, which differs by process.
+        return self.bias + sum(self.weights[ngram] for ngram in sorted(known)) / math.sqrt(max(1, len(known)))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> NGramScorer:
+        """Load a folder that `save_pretrained` wrote.
+
+        Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name it.
+        """
+        config, tensors = read_folder(folder)
+        check_published({"model_type": None, **config}, folder, MODEL_TYPE, {"format": (1,)})
+        path = locate(folder) / NGRAMS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        with naming(path):
+            ngrams = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+            if len(set(ngrams)) < len(ngrams):
+                raise ValueError("an n-gram occurs twice")
+        check_tensors(tensors, {"weight": (len(ngrams),), "bias": (1,)}, folder)
+        with naming(folder):
+            return cls(dict(zip(ngrams, tensors["weight"].tolist(), strict=True)), tensors["bias"].item())
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, model.safetensors and ngrams.txt, all at one moment.
+
+        dtype: of the stored weights. Raises OSError if it cannot, ValueError for a weight that `dtype` cannot hold.
+        """
+        tensors = {
+            "weight": torch.tensor(list(self.weights.values()), dtype=torch.float64).to(dtype),
+            "bias": torch.tensor([self.bias], dtype=torch.float64).to(dtype),
+        }
+        check_tensors(tensors, {"weight": (len(self.weights),), "bias": (1,)}, folder)
+        with replaced_folder(folder) as staged:
+            write_folder(staged, {"model_type": MODEL_TYPE, "format": 1}, tensors)
+            atomic_write(staged / NGRAMS_FILE, "".join(f"{ngram}\n" for ngram in self.weights).encode("utf-8"))
+
+
+def _normalised(text: str) -> str:
+    return "".join(text.lower().split())

@@ -1,0 +1,254 @@
+"""The reward model of RLHF: a GPT-2 or BERT trunk with a scalar head, which is itself a reward function.
+
+A GPT-2 is read at the last real token, which has seen the whole text (Ouyang et al. 2022), a BERT at [CLS]. A text is
+encoded whole, [CLS] ... [SEP] where the tokenizer is BERT's, and cut at its end, in training as in use. Parameter
+names are those of `GPT2ForSequenceClassification` and `BertForSequenceClassification` with one label, and so are the
+folders; the normalisation is a key of `config.json` that other tools pass over.
+
+Shapes: B texts, T tokens, C width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf.device.gpu import to_device
+from minirlhf.device.placement import resolve_device
+from minirlhf.device.random import eval_mode
+from minirlhf.io.files import naming, read_json, replaced_folder, write_json
+from minirlhf.io.hub import locate
+from minirlhf.io.model_card import ModelCard, Origin, write_card
+from minirlhf.io.model_folder import (
+    CONFIG_FILE,
+    cast,
+    check_published,
+    published_config,
+    read_folder,
+    renamed,
+    write_folder,
+)
+from minirlhf.models.bert import BertClassifier
+from minirlhf.models.gpt2 import FIXED_FIELDS, GPT2, own_name, read_config
+from minirlhf.models.layers import fill, global_rng_kept, shapes_only
+from minirlhf.text.batching import length_sorted_batches, right_pad
+from minirlhf.text.tokenizer import Tokenizer
+
+LABEL = "reward"  # the name of the only class, for other tools
+NORMALISATION = "reward_normalisation"  # key of config.json
+
+
+class GPT2Scorer(nn.Module):
+    """GPT-2 with a linear head on the state of each row's last real token: `model(ids, mask) -> (B, 1)`.
+
+    gpt2: the trunk. seed: of the generator that draws the head from N(0, 1 / (C + 1)), as Stiennon et al. 2020.
+    """
+
+    def __init__(self, gpt2: GPT2, seed: int = 0):
+        super().__init__()
+        self.config = gpt2.config
+        self.origin = gpt2.origin
+        self.transformer = gpt2
+        with global_rng_kept():
+            self.score = nn.Linear(gpt2.config.n_embd, 1, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.score.weight, 0.0, (gpt2.config.n_embd + 1) ** -0.5, generator=generator)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores (B, 1).
+
+        ids: (B, T) int64, padded on the right; attention_mask: (B, T), 1 at real tokens, None: no padding.
+        Raises ValueError for texts longer than `n_positions`.
+        """
+        hidden = self.transformer.hidden_states(ids)  # right padding: causal attention never reads it
+        if attention_mask is None:
+            return self.score(hidden[:, -1])
+        last = attention_mask.sum(-1) - 1  # (B,)
+        return self.score(hidden[torch.arange(len(ids), device=ids.device), last])
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2Scorer:
+        """Load a folder in the published layout, in fp32 and in eval mode. Raises as `GPT2.from_pretrained`."""
+        content, tensors = read_folder(folder)
+        check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+        with naming(folder), shapes_only():
+            model = cls(GPT2(read_config(content, len(tensors))))
+        fill(model, renamed(tensors, _own_name, folder), folder)
+        model.origin = Origin.of(folder, content)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        summary: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a folder in the published layout. Arguments and errors as of `GPT2.save_pretrained`."""
+        content = {
+            "architectures": ["GPT2ForSequenceClassification"],
+            "model_type": "gpt2",
+            **dataclasses.asdict(self.config),
+            "id2label": {0: LABEL},
+            "label2id": {LABEL: 0},
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        card = ModelCard("RewardModel", self.origin, summary)
+        write_folder(folder, published_config(content, self.origin), cast(self.state_dict(), dtype), card)
+
+
+class RewardModel(nn.Module):
+    """Scores whole texts, prompt and response: `reward(texts) -> (B,)`, fp32 on the CPU, higher is better.
+
+    The rewards are `(scores(texts) - mean) / std`, where `normalise` sets mean and std; until then they are 0 and 1.
+
+    network: what scores token ids, a GPT2Scorer or a BertClassifier of one label.
+    batch_size: texts a forward pass. Longer texts than the network's positions are cut at the end.
+    Raises ValueError for a classifier of several labels, a vocabulary that does not fit, or a bad batch size.
+    """
+
+    def __init__(
+        self,
+        network: GPT2Scorer | BertClassifier,
+        tokenizer: Tokenizer,
+        batch_size: int = 64,
+        device: str | torch.device = "auto",
+    ):
+        super().__init__()
+        if isinstance(network, BertClassifier) and len(network.config.labels) != 1:
+            raise ValueError(f"a reward model has one label, this classifier has {network.config.labels}")
+        if len(tokenizer) != network.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {network.config.vocab_size}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.network = network
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.mean, self.std = 0.0, 1.0
+        self.eval().to(resolve_device(device))
+
+    @classmethod
+    def from_trunk(cls, folder: str | os.PathLike[str], seed: int = 0, **options: Any) -> RewardModel:
+        """A new scalar head, drawn with `seed`, on the GPT-2 or the BERT classifier of a folder, whose head is dropped.
+
+        options: as of the constructor. Raises as `GPT2.from_pretrained` and `BertClassifier.from_pretrained`.
+        """
+        network: GPT2Scorer | BertClassifier
+        if _model_type(folder) == "gpt2":
+            network = GPT2Scorer(GPT2.from_pretrained(folder), seed)
+        else:
+            trunk = BertClassifier.from_pretrained(folder)
+            network = BertClassifier(dataclasses.replace(trunk.config, id2label={0: LABEL}), seed)
+            network.bert, network.origin = trunk.bert, trunk.origin
+        return cls(network, Tokenizer.from_pretrained(folder), **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> RewardModel:
+        """Load a reward model that `save_pretrained` wrote, or another tool in that layout, with its normalisation.
+
+        options: as of the constructor.
+        Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
+        """
+        kind = GPT2Scorer if _model_type(folder) == "gpt2" else BertClassifier
+        model = cls(kind.from_pretrained(folder), Tokenizer.from_pretrained(folder), **options)
+        path = locate(folder) / CONFIG_FILE
+        model.mean, model.std = _checked_normalisation(read_json(path).get(NORMALISATION), path)
+        return model
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        summary: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write weights, config, normalisation and tokenizer into a folder, all at one moment.
+
+        dtype, summary: as of `GPT2.save_pretrained`. transformers loads the folder as
+        `AutoModelForSequenceClassification`, whose one logit is the score before the normalisation.
+        Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
+        """
+        with replaced_folder(folder) as staged:
+            self.network.save_pretrained(staged, dtype, summary)
+            self.tokenizer.save_pretrained(staged, self.max_length)
+            # With a padding id transformers finds the last real token of a GPT-2's row.
+            own = {"pad_token_id": self.tokenizer.pad_id, NORMALISATION: {"mean": self.mean, "std": self.std}}
+            write_json(staged / CONFIG_FILE, {**read_json(staged / CONFIG_FILE), **own})
+            write_card(staged, ModelCard("RewardModel", self.network.origin, summary))
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens, [CLS] and [SEP] included."""
+        if isinstance(self.network, GPT2Scorer):
+            return self.network.config.n_positions
+        return self.network.config.max_position_embeddings
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Rewards (B,) of texts, in the order given: normalised scores, without a gradient."""
+        return ((self.scores(texts).double() - self.mean) / self.std).float()
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Scores (B,), fp32 on the model's device and with a gradient, of token ids [CLS] ... [SEP] of any lengths."""
+        ids, mask = right_pad(sequences, self.tokenizer.pad_id)
+        device = next(self.parameters()).device
+        padded = None if bool(mask.all()) else to_device(mask, device)
+        return self.network(to_device(ids, device), padded).squeeze(-1).float()
+
+    @torch.no_grad()
+    def scores(self, texts: Sequence[str]) -> Tensor:
+        """Scores (B,) before the normalisation, fp32 on the CPU, computed in batches of similar length.
+
+        sigmoid of a difference is the probability that the one answer is preferred to the other.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of texts, got a single one")
+        sequences = self.tokenizer.encode_batch(texts, self.max_length)
+        scores = torch.empty(len(texts))
+        with eval_mode(self):
+            for batch in length_sorted_batches([len(s) for s in sequences], self.batch_size):
+                scores[batch] = self.score([sequences[i] for i in batch]).cpu()
+        return scores
+
+    def normalise(self, texts: Sequence[str]) -> None:
+        """Set mean and std so that the rewards of these texts have mean 0 and standard deviation 1.
+
+        texts: usually samples of the reference policy, so that rewards are of one scale whatever the model (Ziegler
+        et al. 2019, section 2). Raises ValueError for fewer than two texts, or scores that are all equal.
+        """
+        scores = self.scores(texts).double()
+        std = scores.std(correction=0).item() if len(scores) else 0.0
+        rounding = 8 * torch.finfo(torch.float32).eps * float(scores.abs().max()) if len(scores) else 0.0
+        if not rounding < std < math.inf:
+            raise ValueError(f"the scores of {len(scores)} texts have no spread to normalise by; give different texts")
+        self.mean, self.std = scores.mean().item(), std
+
+
+def _own_name(published: str) -> str | None:
+    own = own_name(published)
+    return own if own is None or own.startswith("score.") else f"transformer.{own}"
+
+
+def _model_type(folder: str | os.PathLike[str]) -> str:
+    kind = read_json(locate(folder) / CONFIG_FILE).get("model_type")
+    if kind not in ("gpt2", "bert"):
+        raise ValueError(f"{folder} holds a {kind!r} model; the trunk of a reward model is 'gpt2' or 'bert'")
+    return kind
+
+
+def _checked_normalisation(content: Any, path: Path) -> tuple[float, float]:
+    """Mean and std from config.json; 0 and 1 if it has none."""
+    if content is None:
+        return 0.0, 1.0
+    values = [content.get(name) if isinstance(content, Mapping) else None for name in ("mean", "std")]
+    mean, std = (x if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan for x in values)
+    if not (abs(mean) <= sys.float_info.max and 0 < std <= sys.float_info.max):  # NaN compares as false
+        raise ValueError(f"{path}: {NORMALISATION} must have a finite mean and a std above 0, got {content!r:.80}")
+    return float(mean), float(std)

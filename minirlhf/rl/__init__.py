@@ -1,0 +1,1 @@
+"""Stage 3, the reference implementation of PPO."""

@@ -1,0 +1,94 @@
+"""Demonstrations, the data of stage 1 of InstructGPT (Ouyang et al. 2022): texts, or prompts with a response.
+
+Two formats, told apart by the name of the file:
+
+- `.txt`, a text a line.
+- `.jsonl`, an object a line: `{"text": ...}`, or `{"prompt": ..., "response": ...}`; other keys are not read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minirlhf.text.text_files import hash_fraction, json_object, numbered_lines, text_of
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What a model is to write after a prompt.
+
+    prompt: "" if the response is a text of its own. response: a text that is not blank; that it ends there is learned.
+    Raises ValueError for a bad field.
+    """
+
+    prompt: str
+    response: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "response"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise ValueError(f"{name} must be a text, got a {type(value).__name__}")
+        if not self.response.strip():
+            raise ValueError("the response is empty" if self.prompt else "the text is empty")
+
+
+def read_demonstrations(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Demonstration]:
+    """Read a file of texts (`.txt`, `.jsonl`) or pairs (`.jsonl`); empty lines are passed over.
+
+    encoding: of the file; a byte-order mark is accepted, and so are both kinds of line ends.
+    Raises FileNotFoundError, or ValueError that names file and line and what is wrong there.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
+        raise ValueError(f"{path} must be named .txt (a text a line) or .jsonl (texts, or prompts and responses)")
+    found = []
+    for number, line in numbered_lines(path, encoding):
+        if kind == ".txt" and not line.strip():
+            continue
+        try:
+            found.append(Demonstration("", line) if kind == ".txt" else _from_json(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no texts")
+    return found
+
+
+def split_demonstrations(
+    demonstrations: Sequence[Demonstration], share: float = 0.1
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Hold out a share: (train, held_out), in the order given, by SHA-256 and no random seed.
+
+    All demonstrations of a prompt, and all copies of a text, fall on one side.
+    Raises ValueError for a share outside (0, 1), or a side that stays empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be between 0 and 1, got {share!r}")
+    train: list[Demonstration] = []
+    held_out: list[Demonstration] = []
+    for one in demonstrations:
+        key = one.prompt or one.response
+        (held_out if hash_fraction(key) < share else train).append(one)
+    if not train or not held_out:
+        raise ValueError(
+            f"with share={share:g} the hash leaves {len(train)} texts to train on and {len(held_out)} held out; "
+            "give more of them, or another share"
+        )
+    return train, held_out
+
+
+def _from_json(line: str) -> Demonstration:
+    content = json_object(line)
+    if "text" in content:
+        if "response" in content:
+            raise ValueError("a line has either a text, or a prompt and a response, not both")
+        return Demonstration("", text_of(content, "text"))
+    missing = [key for key in ("prompt", "response") if key not in content]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing; a line has a text, or a prompt and a response")
+    return Demonstration(text_of(content, "prompt"), text_of(content, "response"))

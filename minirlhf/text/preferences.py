@@ -1,0 +1,208 @@
+"""Ranked answers, the data of stage 2 of InstructGPT (Ouyang et al. 2022): read, checked, and split.
+
+Two formats, told apart by the name of the file:
+
+- `.jsonl`, a pair a line: `{"prompt": ..., "chosen": ..., "rejected": ...}`, and perhaps `"margin"`; other keys are
+  the owner's own and not read. Or a list a line, as `feedback` writes it: `{"prompt": ..., "answers": [...]}`, best
+  first, or in any order with as many `"scores"`, of which equal ones say nothing.
+- `.tsv`, a list a line, the best answer first, columns separated by tabs, without quotes or escapes. The first column
+  is the prompt if the first line is a header that begins with "prompt", or if the caller says so; otherwise there is
+  no prompt, and every column is an answer.
+
+Left out: ties. Two answers that nobody can tell apart belong into different lines.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minirlhf.text.text_files import hash_fraction, json_object, numbered_lines, text_of
+
+MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
+PAIR_KEYS = ("prompt", "chosen", "rejected")
+SPLITS = ("prompt", "answers")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The answers to one prompt, best first.
+
+    prompt: "" if there is none. answers: 2 to 9 different texts that are not blank.
+    margin: the least difference of reward that is asked of each pair, for answers that differ much.
+    Raises ValueError for a bad field.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt must be a text, got a {type(self.prompt).__name__}")
+        if not isinstance(self.answers, (list, tuple)):
+            raise ValueError(f"answers must be a tuple of texts, got a {type(self.answers).__name__}")
+        if not 2 <= len(self.answers) <= MAX_ANSWERS:
+            raise ValueError(f"a ranking has 2 to {MAX_ANSWERS} answers, got {len(self.answers)}")
+        object.__setattr__(self, "answers", tuple(self.answers))
+        places: dict[str, int] = {}
+        for place, answer in enumerate(self.answers, 1):
+            if not isinstance(answer, str):
+                raise ValueError(f"answer {place} must be a text, got a {type(answer).__name__}")
+            if not answer.strip():
+                raise ValueError(f"answer {place} is empty")
+            if places.setdefault(answer.strip(), place) != place:
+                raise ValueError(f"answers {places[answer.strip()]} and {place} are equal: {answer.strip()[:20]!r}")
+        fine = isinstance(self.margin, (int, float)) and not isinstance(self.margin, bool)
+        if not (fine and 0 <= self.margin <= sys.float_info.max):  # an int may be larger
+            raise ValueError(f"margin must be a finite number of at least 0, got {self.margin!r:.20}")
+
+    @property
+    def texts(self) -> list[str]:
+        """What a reward model reads, best first: the prompt with each answer behind it."""
+        return [self.prompt + answer for answer in self.answers]
+
+
+def read_rankings(
+    path: str | os.PathLike[str], encoding: str = "utf-8", prompt_column: bool | None = None
+) -> list[Ranking]:
+    """Read a file of pairs or lists (`.jsonl`), or of lists (`.tsv`); empty lines are passed over.
+
+    encoding: of the file; a byte-order mark is accepted, and so are both kinds of line ends.
+    prompt_column: whether the first column of a `.tsv` file is the prompt; None: if a header says so.
+    Warns with a count if pairs stand there in both orders: people disagree, and a reward model can live with it.
+    Raises FileNotFoundError, or ValueError that names file and line and what is wrong there.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".tsv"):
+        raise ValueError(f"{path} must be named .jsonl (pairs) or .tsv (lists)")
+    if kind == ".jsonl" and prompt_column is not None:
+        raise ValueError(f"prompt_column is for .tsv files; the lines of {path} name their prompt")
+    lines = numbered_lines(path, encoding)
+    header = kind == ".tsv" and prompt_column is not False and bool(lines) and _is_header(lines[0][1])
+    rankings: list[Ranking] = []
+    numbers: list[int] = []
+    for number, line in lines[1:] if header else lines:
+        try:
+            found = _json_rankings(line) if kind == ".jsonl" else [_list(line, header or bool(prompt_column))]
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        rankings += found
+        numbers += [number] * len(found)
+    if not rankings:
+        raise ValueError(f"{path} holds no rankings")
+    disputed = contradictions(rankings)
+    if disputed:
+        first, second = (numbers[i] for i in disputed[0])
+        warnings.warn(
+            f"{path}: {len(disputed)} pairs of answers are ranked in both orders, the first in lines {first} and "
+            f"{second}",
+            stacklevel=2,
+        )
+    return rankings
+
+
+def rankings_of_scores(
+    prompt: str, answers: Sequence[str], scores: Sequence[float], margin: float = 0.0
+) -> list[Ranking]:
+    """What scores of the answers to one prompt say of their order.
+
+    One ranking if all scores differ, a ranking of two for each pair that differs if some are equal, none if all are.
+    Raises ValueError for what is no list, unequal numbers of answers and scores, a score that is no finite number,
+    or an answer that no `Ranking` takes.
+    """
+    for name, value in (("answers", answers), ("scores", scores)):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list, got a {type(value).__name__}")
+    if len(answers) != len(scores) or len(answers) == 0:
+        raise ValueError(f"there are {len(answers)} answers, but {len(scores)} scores")
+    for score in scores:
+        if not (isinstance(score, (int, float)) and not isinstance(score, bool) and abs(score) <= sys.float_info.max):
+            raise ValueError(f"a score must be a finite number, got {score!r:.20}")
+    order = sorted(range(len(answers)), key=lambda i: -scores[i])
+    if 2 <= len(set(scores)) == len(scores) <= MAX_ANSWERS:
+        return [Ranking(prompt, tuple(answers[i] for i in order), margin)]
+    pairs = itertools.combinations(order, 2)
+    return [Ranking(prompt, (answers[i], answers[j]), margin) for i, j in pairs if scores[i] > scores[j]]
+
+
+def contradictions(rankings: Sequence[Ranking]) -> list[tuple[int, int]]:
+    """Where rankings disagree: for each pair of answers in both orders, the first ranking with each order."""
+    first: dict[tuple[str, str, str], int] = {}
+    found: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for i, ranking in enumerate(rankings):
+        for better, worse in itertools.combinations([answer.strip() for answer in ranking.answers], 2):
+            first.setdefault((ranking.prompt, better, worse), i)
+            opposite = first.get((ranking.prompt, worse, better))
+            if opposite is not None:
+                found.setdefault((ranking.prompt, min(better, worse), max(better, worse)), (opposite, i))
+    return list(found.values())
+
+
+def split_rankings(
+    rankings: Sequence[Ranking], share: float = 0.1, by: str = "prompt"
+) -> tuple[list[Ranking], list[Ranking]]:
+    """Hold out a share of the rankings: (train, held_out), in the order given, by SHA-256 and no random seed.
+
+    by: "prompt", all rankings of a prompt fall on one side, so that held-out prompts are new ones; or "answers", all
+        rankings of the same answers do, whatever their order: for few prompts that will be used again, and for
+        rankings without a prompt in any case.
+    Raises ValueError for a share outside (0, 1), an unknown `by`, or a side that stays empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be between 0 and 1, got {share!r}")
+    if by not in SPLITS:
+        raise ValueError(f"by must be one of {', '.join(SPLITS)}, got {by!r}")
+
+    def key(ranking: Ranking) -> str:
+        if by == "prompt" and ranking.prompt:
+            return ranking.prompt
+        return "\0".join([ranking.prompt, *sorted(ranking.answers)])
+
+    train: list[Ranking] = []
+    held_out: list[Ranking] = []
+    for ranking in rankings:
+        (held_out if hash_fraction(key(ranking)) < share else train).append(ranking)
+    if not train or not held_out:
+        groups = len({key(ranking) for ranking in rankings})
+        raise ValueError(
+            f"with share={share:g} the hash leaves {len(train)} rankings to train on and {len(held_out)} held out, "
+            f"in {groups} groups by {by}; give more data, or another share or by"
+        )
+    return train, held_out
+
+
+def _is_header(line: str) -> bool:
+    return line.split("\t")[0].strip().lower() == "prompt"
+
+
+def _json_rankings(line: str) -> list[Ranking]:
+    """What a line of a `.jsonl` file says: a pair, or answers best first or with scores."""
+    content = json_object(line)
+    if "answers" not in content:
+        return [_pair(content)]
+    prompt = text_of({"prompt": "", **content}, "prompt")
+    margin = content.get("margin", 0.0)
+    if content.get("scores") is None:
+        return [Ranking(prompt, content["answers"], margin)]
+    return rankings_of_scores(prompt, content["answers"], content["scores"], margin)
+
+
+def _pair(content: Mapping[str, Any]) -> Ranking:
+    missing = [key for key in PAIR_KEYS if key not in content]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; a pair has {', '.join(PAIR_KEYS)} and perhaps margin")
+    prompt, chosen, rejected = (text_of(content, key) for key in PAIR_KEYS)
+    return Ranking(prompt, (chosen, rejected), content.get("margin", 0.0))
+
+
+def _list(line: str, with_prompt: bool) -> Ranking:
+    columns = line.split("\t")
+    return Ranking(columns[0], tuple(columns[1:])) if with_prompt else Ranking("", tuple(columns))

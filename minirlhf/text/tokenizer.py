@@ -1,0 +1,191 @@
+"""Text to token ids and back: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's byte-level BPE.
+
+Built on the `tokenizers` package. The kinds are `tokenization.wordpiece` and `tokenization.byte_bpe`;
+`tokenization.folder` tells which of them a folder holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from minirlhf.io.files import atomic_write, replaced_folder, write_json
+from minirlhf.text.tokenizer_folder import TOKENIZER_FILES, read_tokenizer
+from minirlhf.text.tokenizer_model import TokenizerModel, is_unicode
+from minirlhf.text.wordpiece import WordPiece, build_vocab
+
+__all__ = ["Tokenizer", "build_vocab"]
+
+
+class Tokenizer:
+    """A tokenizer of either kind, with the ids that transformers' class for the same folder gives.
+
+    model: a WordPiece or a ByteBPE; a list of tokens, in the order of their ids, is BERT's WordPiece.
+    vocab: the tokens in the order of their ids, as the vocabulary file writes them.
+    special_ids: of the special tokens: found literally in a text ("[SEP]"), and left out of decoded text.
+    eos_id: ends a text: [SEP], or <|endoftext|>. pad_id: fills batches; it may be eos_id, since a mask says what is
+        padding.
+    Raises ValueError for a bad vocabulary (see the models).
+    """
+
+    def __init__(self, model: TokenizerModel | Sequence[str]):
+        self.model = model if isinstance(model, TokenizerModel) else WordPiece(model)
+        self.vocab = self.model.vocab
+        self.special_ids = self.model.special_ids
+        self.pad_id, self.eos_id = self.model.pad_id, self.model.eos_id
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Read the tokenizer of a model folder, whichever kind its files are of.
+
+        `tokenizer.json` is read if it is there, else `vocab.json` with `merges.txt`, else `vocab.txt`; besides,
+        `tokenizer_config.json` and `special_tokens_map.json`.
+        Raises FileNotFoundError that lists what was looked for, or ValueError with the file for a damaged file, and
+        for a tokenizer or a setting that is not supported.
+        """
+        return cls(read_tokenizer(folder))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
+        """Write all that transformers needs for the same ids, at one moment; the folder is made if it is not there.
+
+        max_length: of the model's input in tokens, by which other tools cut long texts if they are asked to; None: as
+            in the folder that was read.
+        Other tokenizer files of the folder are removed, and all else in it stays. Raises OSError if the folder cannot
+        be written.
+        """
+        files = self.model.files(max_length)
+        with replaced_folder(folder) as staged:
+            for name in TOKENIZER_FILES:
+                (staged / name).unlink(missing_ok=True)  # or the folder would hold two tokenizers
+            for name, content in files.items():
+                if isinstance(content, Mapping):
+                    write_json(staged / name, content)
+                else:
+                    atomic_write(staged / name, content.encode("utf-8"))
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Token ids of a text: [CLS] ... [SEP], of BPE the text's alone; cut at the end to `max_length` in all.
+
+        Raises ValueError for what is no text or no valid Unicode, and for a `max_length` without room.
+        """
+        room = self._room(max_length)
+        return self._framed(self._encode(text)[:room])
+
+    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """`encode` over many texts at once, in parallel threads."""
+        room = self._room(max_length)
+        return [self._framed(ids[:room]) for ids in self._encode_batch(texts)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt to be continued: [CLS] ... without the final [SEP], of BPE the text's alone.
+
+        Raises ValueError if no token is left of the text (an empty prompt; of WordPiece a blank one as well). With BPE
+        the prompt "<|endoftext|>" is the beginning of a new text, as the published GPT-2 has learned it.
+        """
+        ids = self._encode(text)
+        if not ids:
+            raise ValueError(f"prompt {text!r} is empty: it must hold at least one token")
+        return [*self.model.opening, *ids]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that a language model learns, with their end: [CLS] ... [SEP], or ... <|endoftext|>.
+
+        Raises ValueError for an empty text of BPE: its end alone leaves nothing to predict.
+        """
+        documents = [[*self.model.opening, *ids, self.eos_id] for ids in self._encode_batch(texts)]
+        for i, document in enumerate(documents):
+            if len(document) < 2:
+                raise ValueError(f"text {i} is empty: there is nothing to predict in it")
+        return documents
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of token ids, special tokens left out.
+
+        WordPiece: clean text, no spaces between Chinese characters, a space between Latin words. BPE: byte for byte;
+        what is left of a character that was cut becomes U+FFFD.
+        Raises ValueError for an id outside the vocabulary.
+        """
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        for i in ids:
+            if not 0 <= i < len(self.vocab):
+                raise ValueError(f"token id {i} is outside the vocabulary of {len(self.vocab)} tokens")
+        return self.model.decode(ids)
+
+    def decode_pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
+        """What each token adds to the text: as many texts as ids, which `decode` would give if joined.
+
+        Special tokens add nothing, and so do all tokens of a character but the one that completes it.
+        Raises ValueError for an id outside the vocabulary.
+        """
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        spoken = [i for i, token in enumerate(ids) if token not in self.special_ids]
+        pieces = [""] * len(ids)
+        context = begin = 0  # in `spoken`: the last tokens that gave a piece, and the first that gave none yet
+        for end, place in enumerate(spoken, 1):
+            text = self.decode(ids[i] for i in spoken[context:end])
+            if end == len(spoken) or not text.endswith("\ufffd"):  # else a character is not complete
+                pieces[place] = text[len(self.decode(ids[i] for i in spoken[context:begin])) :]
+                context, begin = begin, end
+        return pieces
+
+    def width(self, token_id: int) -> int:
+        """How many characters of text a token stands for, white space left out; a special token counts as one."""
+        return 1 if token_id in self.special_ids else self.model.width(token_id)
+
+    @property
+    def unk_id(self) -> int:
+        """Id of [UNK]. Raises ValueError for BPE, as the three below."""
+        return self._bert_id("[UNK]")
+
+    @property
+    def cls_id(self) -> int:
+        """Id of [CLS]."""
+        return self._bert_id("[CLS]")
+
+    @property
+    def sep_id(self) -> int:
+        """Id of [SEP]."""
+        return self._bert_id("[SEP]")
+
+    @property
+    def mask_id(self) -> int:
+        """Id of [MASK]."""
+        return self._bert_id("[MASK]")
+
+    def _bert_id(self, token: str) -> int:
+        if not isinstance(self.model, WordPiece):
+            raise ValueError(f"a byte-level BPE has no {token}: what asks for it needs a tokenizer of BERT's kind")
+        return self.model.ids[token]
+
+    def _room(self, max_length: int | None) -> int | None:
+        """How many tokens of a text fit into `max_length` beside those before and after it."""
+        frame = len(self.model.opening) + len(self.model.closing)
+        if max_length is None:
+            return None
+        if max_length < max(frame, 1):
+            least = f"{frame} for [CLS] and [SEP]" if frame else "1"
+            raise ValueError(f"max_length must be at least {least}, got {max_length}")
+        return max_length - frame
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        return [*self.model.opening, *ids, *self.model.closing]
+
+    def _encode(self, text: str) -> list[int]:
+        """The token ids of a text, nothing before or after."""
+        return self.model.backend.encode(_checked(text), add_special_tokens=False).ids
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        checked = [_checked(text) for text in texts]
+        return [encoding.ids for encoding in self.model.backend.encode_batch_fast(checked, add_special_tokens=False)]
+
+
+def _checked(text: object) -> str:
+    """A text that can be encoded. Raises ValueError for anything but a str; lone surrogates become U+FFFD."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, got {text!r} of type {type(text).__name__}")
+    return text if is_unicode(text) else "".join(char if is_unicode(char) else "\ufffd" for char in text)

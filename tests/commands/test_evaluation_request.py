@@ -1,0 +1,214 @@
+"""`python -m minirlhf evaluate`: what it finds on the disk, what it prints and leaves, and bad input."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from test_hostile_text import HISTORY
+
+from conftest import VOCAB, make_bert, make_gpt2
+from folders import snapshot
+from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentReward, Tokenizer
+from minirlhf.__main__ import main
+from minirlhf.commands.evaluation_request import HELD_OUT_PROMPTS, PROMPTS, EvaluationRequest
+from minirlhf.io.files import read_json, write_json
+from minirlhf.rewards.base import CANARIES
+from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.scorers import load_scorer
+
+SMALL = ["--samples", 6, "--gen-len", 4, "--best-of", 2, 3]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """run/ with policy/ and reference/, and rewards of all kinds."""
+    folder, tokenizer = tmp_path_factory.mktemp("models"), Tokenizer(VOCAB)
+    sizes = dict(n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    for name, seed in (("policy", 1), ("reference", 0)):
+        make_gpt2(seed, scale=3.0, **sizes).save_pretrained(folder / "run" / name)
+        tokenizer.save_pretrained(folder / "run" / name)
+    bert = make_bert(0, id2label={0: "negative", 1: "positive"})
+    good, bad = SentimentReward(bert, tokenizer, device="cpu")(list(CANARIES)).tolist()
+    if good <= bad:
+        with torch.no_grad():
+            bert.classifier.weight.neg_()
+    bert.save_pretrained(folder / "sentiment")
+    tokenizer.save_pretrained(folder / "sentiment")
+    RewardModel(GPT2Scorer(make_gpt2(0, **sizes)), tokenizer, device="cpu").save_pretrained(folder / "gpt2 reward")
+    one_label = make_bert(0, id2label={0: "score"})
+    RewardModel(one_label, tokenizer, device="cpu").save_pretrained(folder / "bert reward")
+    NGramScorer({"好": 2.0, "差": -2.0}, 0.0).save_pretrained(folder / "ngrams")
+    write_json(folder / "run" / "config.json", {
+        "arguments": {"prompts": ["服务", "很好"]}, "ppo": {"adaptive_kl": True, "target": 6.0},
+    })  # fmt: skip
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in HISTORY))
+    return folder
+
+
+@pytest.fixture
+def run(capsys, folders):
+    """Exit code, lines of stdout, stderr of `evaluate`, with a reward and little work."""
+
+    def call(*arguments, reward="sentiment"):
+        capsys.readouterr()
+        given = ["evaluate", "--reward", folders / reward, "--device", "cpu", *SMALL, *arguments]
+        try:
+            code = main([str(argument) for argument in given])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        shown = capsys.readouterr()
+        return code, shown.out.splitlines(), shown.err
+
+    return call
+
+
+def models(folders):
+    return ["--policy", folders / "run" / "policy", "--reference", folders / "run" / "reference"]
+
+
+def test_a_run_is_evaluated_and_leaves_its_report(run, folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    before = snapshot(folders / "run")
+    arguments = ["--run", folders / "run", "--held-out-prompts", "房间", "--second-scorer", folders / "ngrams",
+                 "--output", tmp_path / "new" / "evaluation"]  # fmt: skip
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    shown = "\n".join(out)
+    for text in (
+        "given prompts",
+        "held-out prompts",
+        "second scorer",
+        "KL exact",
+        "distinct-3",
+        "best of 3",
+        "self-BLEU",
+    ):
+        assert text in shown
+    written = tmp_path / "new" / "evaluation"
+    assert {path.name for path in written.iterdir()} == {"evaluation.json", "report.html"}
+    found = read_json(written / "evaluation.json")
+    assert found["given"]["prompts"] == ["服务", "很好"] and found["held_out"]["prompts"] == ["房间"]
+    assert found["settings"]["samples"] == 6 and [p["n"] for p in found["given"]["best_of_n"]] == [2, 3]
+    assert f"{found['given']['policy']['reward']['mean']:.3f}" in shown
+    page = (written / "report.html").read_text(encoding="utf-8")
+    assert "<h2>The run</h2>" in page and page.count("<img") == 5 and "Evaluation of run" in page
+    assert snapshot(folders / "run") == before
+
+    code, _, err = run(*arguments)  # once more: what is there stays
+    assert code == 1 and re.fullmatch(r"error: .*evaluation.json exists; choose another --output\n", err)
+
+
+def test_as_json_it_prints_one_object(run, folders):
+    code, out, _ = run(*models(folders), "--prompts", "酒店", "--json")
+    (line,) = out
+    found = json.loads(line)
+    assert code == 0 and found["reward"].endswith("sentiment") and found["held_out"] is None
+    assert found["given"]["policy"]["second"] is None and len(found["given"]["pairs"]) == 6
+    assert run(*models(folders), "--prompts", "酒店", "--json")[1] == out
+    assert run(*models(folders), "--prompts", "酒店", "--json", "--seed", 1)[1] != out
+
+
+@pytest.mark.parametrize(("options", "setting", "value"), [
+    (["--top-p", "0.5"], ("sampling", "top_p"), 0.5), (["--top-k", "3"], ("sampling", "top_k"), 3),
+    (["--temperature", "0.5"], ("sampling", "temperature"), 0.5), (["--eos"], ("eos_token_id",), 102),
+])  # fmt: skip
+def test_every_option_reaches_its_setting(run, folders, options, setting, value):
+    found = json.loads(run(*models(folders), "--prompts", "酒店", "--json", *options)[1][0])["settings"]
+    for name in setting:
+        found = found[name]
+    assert found == value
+
+
+def request(*arguments):
+    return EvaluationRequest.of(*arguments)
+
+
+def test_prompts_are_given_or_the_run_s_or_the_review_ones(folders, tmp_path):
+    run, both = str(folders / "run"), ("p", "r")
+    assert request(run, None, None, None, None, "utf-8", None).prompts == ["服务", "很好"]
+    assert request(run, None, None, ["酒"], None, "utf-8", None).prompts == ["酒"]
+    own = request(None, *both, None, None, "utf-8", None)
+    assert (own.prompts, own.held_out) == (list(PROMPTS), list(HELD_OUT_PROMPTS))
+    assert request(None, *both, ["酒"], None, "utf-8", None).held_out is None
+    assert request(None, *both, None, ["酒"], "utf-8", None).held_out == ["酒"]
+    shutil.copytree(folders / "run", tmp_path / "other")
+    for config in ({}, {"arguments": {"prompts": [1]}}, {"arguments": 3, "ppo": []}):  # of some other script
+        write_json(tmp_path / "other" / "config.json", config)
+        assert request(str(tmp_path / "other"), None, None, None, None, "utf-8", None).prompts == list(PROMPTS)
+    found = request(run, "mine", None, None, None, "utf-8", None)
+    assert (found.policy, found.reference) == ("mine", f"{run}/reference") and found.target == 6.0
+    assert found.history == HISTORY and own.history == [] and own.target is None
+
+
+@pytest.mark.parametrize(("raw", "encoding"), [
+    ("酒店\n\n服务很好\n".encode(), "utf-8"), ("\ufeff酒店\r\n服务很好".encode(), "utf-8"),
+    ("酒店\n服务很好\n".encode("gbk"), "gbk"),
+])  # fmt: skip
+def test_a_file_of_prompts(tmp_path, raw, encoding):
+    (tmp_path / "p.txt").write_bytes(raw)
+    found = request(None, "p", "r", [str(tmp_path / "p.txt")], [str(tmp_path / "p.txt")], encoding, None)
+    assert found.prompts == found.held_out == ["酒店", "服务很好"]
+
+
+@pytest.mark.parametrize(("name", "kind", "network"), [
+    ("sentiment", SentimentReward, None), ("gpt2 reward", RewardModel, GPT2Scorer),
+    ("bert reward", RewardModel, BertClassifier), ("ngrams", NGramScorer, None),
+])  # fmt: skip
+def test_every_kind_of_reward_is_told_from_its_folder(folders, name, kind, network):
+    scorer = load_scorer(folders / name, "cpu")
+    assert type(scorer) is kind and (network is None or isinstance(scorer.network, network))
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "gbk.txt").write_bytes("酒店\n服务\n".encode("gbk"))
+    (tmp_path / "empty.txt").write_bytes(b"\n \n")
+    (tmp_path / "a file").write_bytes(b"x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--policy", "RUN/policy"], "give --run, or --policy and --reference"), ([], "give --run, or"),
+    (["--run", "nowhere"], "nowhere/config.json does not exist"),
+    (["--policy", "nowhere", "--reference", "RUN/reference"], "nowhere.* does not exist"),
+    (["--run", "RUN", "--prompts", "FILES/gbk.txt"], "gbk.txt, line 1 is not utf-8 .*--encoding, for instance gbk"),
+    (["--run", "RUN", "--prompts", "FILES/gbk.txt", "--encoding", "klingon"], "encoding must be .*, got 'klingon'"),
+    (["--run", "RUN", "--prompts", "FILES/empty.txt"], "empty.txt holds no prompts|prompt ' ' is empty"),
+    (["--run", "RUN", "--prompts", "FILES/none.txt"], "none.txt does not exist"),
+    (["--run", "RUN", "--prompts", "酒店", ""], "prompt '' is empty"),
+    (["--run", "RUN", "--held-out-prompts", "服务"], "must not be among the given ones, as is '服务'"),
+    (["--run", "RUN", "--gen-len", "40"], "there is room for 0"),
+    (["--run", "RUN", "--top-p", "0"], "SamplingConfig.top_p must be .*, got 0.0"),
+    (["--run", "RUN", "--device", "tpu"], "device must be .*, got 'tpu'"),
+    (["--run", "RUN", "--output", "FILES/a file"], "a file is a file, not a folder"),
+    (["--run", "RUN", "--second-scorer", "RUN/policy"], "without a reward head"),
+    (["--run", "RUN", "--second-scorer", "nowhere"], "nowhere.* does not exist"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(run, folders, files, arguments, message):
+    names = {"RUN": str(folders / "run"), "FILES": str(files)}
+    arguments = [re.sub("^(RUN|FILES)", lambda found: names[found[0]], argument) for argument in arguments]
+    before = snapshot(files), snapshot(folders)
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, []), err
+    assert re.fullmatch(rf"error: .*({message}).*\n", err), err
+    assert (snapshot(files), snapshot(folders)) == before
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--samples", "1"], ["--best-of", "0"], ["--best-of", "65"], ["--best-of"], ["--seed", "-1"], ["--gen-len", "x"],
+])  # fmt: skip
+def test_a_command_line_that_cannot_be_understood(run, folders, arguments):
+    code, out, err = run("--run", folders / "run", *arguments)
+    assert (code, out) == (2, []) and err.startswith("usage: python -m minirlhf evaluate")
+
+
+def test_models_that_do_not_fit_are_named(run, folders, tmp_path):
+    make_gpt2(0, vocab_size=7, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "small")
+    code, _, err = run("--run", folders / "run", "--reference", tmp_path / "small")
+    assert code == 1 and "the reference was made for 7" in err
+    assert isinstance(GPT2.from_pretrained(tmp_path / "small"), GPT2)

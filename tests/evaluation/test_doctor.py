@@ -1,0 +1,704 @@
+"""The doctor against planted faults: each check finds its own, passes without it, and leaves everything as it was."""
+
+import copy
+import hashlib
+import io
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conftest import VOCAB, add_outlier, make_bert, make_gpt2
+from minirlhf import (
+    GPT2,
+    ActorCritic,
+    Finding,
+    PPOConfig,
+    PPOTrainer,
+    RewardModel,
+    SentimentReward,
+    Tokenizer,
+    ValueHead,
+    doctor,
+)
+from minirlhf.__main__ import main
+from minirlhf.device.precision_choice import Rounding
+from minirlhf.evaluation.doctor import run_checks
+from minirlhf.evaluation.doctor.doctor import CHECKS, PROMPTS
+from minirlhf.io.model_folder import read_tensors, write_tensors
+from minirlhf.rewards.base import CANARIES
+from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rl.config import PRESETS
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+NAMES = ["folders", *(name for name, _, _ in CHECKS)]
+SMALL = dict(n_embd=16, n_layer=1, n_head=2)
+DEFAULTS = dict(batch_size=4, minibatch_size=2, forward_batch_size=2, gen_len=5, ppo_epochs=1, lr=1e-3, device="cpu")
+NEGATIVE_FIRST = {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
+POSITIVE_FIRST = {0: "positive (stars 4 and 5)", 1: "negative (stars 1, 2 and 3)"}
+
+
+def gpt2(seed=0, kind=GPT2, **sizes):
+    """A small GPT-2 of this class."""
+    model = make_gpt2(seed, scale=2.0, **{**SMALL, **sizes})
+    model.__class__ = kind
+    return model
+
+
+def sentiment(swapped=False):
+    """A random classifier whose labels are named so that the canaries come out in the right order, or the wrong one."""
+    for id2label in (NEGATIVE_FIRST, POSITIVE_FIRST):
+        model = make_bert(scale=10.0, num_hidden_layers=1, id2label=id2label)
+        reward = SentimentReward(model, Tokenizer(VOCAB), device="cpu")
+        good, bad = reward(list(CANARIES)).tolist()
+        if (good > bad) != swapped:
+            return reward
+    raise AssertionError("equal scores")
+
+
+def examine(policy=None, reference=None, reward=None, tokenizer=None, **settings):
+    """Status by name, and the findings by name, of a setup that is healthy but for what is given."""
+    findings = doctor(
+        policy or ActorCritic(gpt2()).eval(),
+        reference or gpt2(),
+        tokenizer or Tokenizer(VOCAB),
+        reward or sentiment(),
+        file=io.StringIO(),
+        **{**DEFAULTS, **settings},
+    )
+    assert [finding.name for finding in findings] == NAMES
+    return {f.name: f.status for f in findings}, {f.name: f for f in findings}
+
+
+def others(status, *names):
+    """The statuses of all checks but these, and but the folders."""
+    return {status[name] for name in NAMES[1:] if name not in names}
+
+
+# ---- health ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(precision="bf16"), dict(precision="fp16", init_kl_coef=0.0), dict(top_p=1.0, temperature=0.7),
+    dict(top_k=1), dict(batch_size=1, gen_len=1), dict(eos_token_id=VOCAB.index("好"), gen_len=9, batch_size=20),
+    dict(lr_warmup=0.5, value_warmup=3, lr_schedule="linear", batch_size=2),
+    dict(eos_token_id=0, missing_eos="replace", overlong="replace", max_response_tokens=1),
+])  # fmt: skip
+def test_a_healthy_run_passes(settings):
+    status, findings = examine(**settings)
+    assert status.pop("folders") == "skip" and set(status.values()) == {"ok"}
+    assert all(finding.remedy == "" and finding.why for finding in findings.values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_passes(name):
+    preset = {**PRESETS[name], **DEFAULTS}
+    assert others(examine(policy=gpt2(), **preset)[0]) == {"ok"}
+
+
+def test_a_plain_gpt2_an_actor_critic_as_reference_and_a_tanh_head_pass():
+    policy = ActorCritic(gpt2(), ValueHead(16, "tanh")).eval()
+    assert others(examine(gpt2(), ActorCritic(gpt2()).eval())[0]) == {"ok"}
+    assert others(examine(policy, value_head="tanh")[0]) == {"ok"}
+
+
+def test_the_shipped_weights_pass(capsys):
+    """By the command line; the report is a line a check."""
+    folders = ["--policy", str(WEIGHTS / "gpt2-chinese-reviews-small")]
+    folders += ["--reward", str(WEIGHTS / "bert-chinese-reviews-sentiment-small")]
+    options = ["--precision", "bf16", "--batch-size", "64", "--gen-len", "8", "--device", "cpu"]
+    assert main(["doctor", *folders, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:5].strip() for line in lines] == ["ok"] * len(NAMES)
+    assert [line[6:24].strip() for line in lines] == NAMES
+
+
+def test_it_can_be_called_where_gradients_are_off():
+    with torch.no_grad():
+        assert others(examine()[0]) == {"ok"}
+
+
+# ---- one planted fault a check --------------------------------------------------------------------------------------
+
+
+def test_another_vocabulary_is_found_and_what_needs_samples_is_skipped_with_the_reason():
+    status, findings = examine(tokenizer=Tokenizer([*VOCAB, "extra"]))
+    assert status["vocabulary"] == "fail"
+    assert f"tokenizer {len(VOCAB) + 1}, policy config {len(VOCAB)}" in findings["vocabulary"].detail
+    for name in ("rollout", "reference", "ratio", "weights", "memory", "precision"):
+        assert status[name] == "skip" and "needs" in findings[name].detail
+    for name in ("reward vocabulary", "labels", "masks", "dropout"):
+        assert status[name] == "ok"
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_an_embedding_of_another_size_than_its_config_is_found(who):
+    model = gpt2()
+    model.wte = nn.Embedding.from_pretrained(torch.cat([model.wte.weight.data, torch.zeros(3, 16)]), freeze=False)
+    status, findings = examine(**{who: model})
+    assert status["vocabulary"] == "fail" and f"{who} embedding {len(VOCAB) + 3}" in findings["vocabulary"].detail
+
+
+def test_the_reward_s_own_vocabulary_is_looked_at():
+    reward = sentiment()
+    reward.tokenizer = Tokenizer(VOCAB[:-1])
+    status, findings = examine(reward=reward)
+    assert (
+        status["reward vocabulary"] == "fail" and f"tokenizer {len(VOCAB) - 1}" in findings["reward vocabulary"].detail
+    )
+    assert status["labels"] == "skip"
+    assert others(status, "reward vocabulary", "labels") == {"ok"}
+
+
+def test_prompts_that_leave_no_room_are_found():
+    status, findings = examine(prompts=["好", "好" * 60])
+    assert status["rollout"] == "fail" and "leave room for 59" in findings["rollout"].detail
+    assert status["reference"] == "skip" and status["labels"] == "ok"
+
+
+def perturbed(scale):
+    reference = gpt2()
+    with torch.no_grad():
+        reference.wte.weight.add_(
+            scale * torch.randn(reference.wte.weight.shape, generator=torch.Generator().manual_seed(0))
+        )
+    return reference
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, "warn"), (dict(target=1e-3), "fail"), (dict(target=1e-3, adaptive_kl=False), "warn"),
+    (dict(target=1e-3, init_kl_coef=0.0), "warn"),
+])  # fmt: skip
+def test_another_reference_is_a_warning_and_beyond_the_target_a_failure(settings, expected):
+    status, findings = examine(reference=perturbed(0.05), **settings)
+    assert status["reference"] == expected and others(status, "reference") == {"ok"}
+    assert "tuned policy" in findings["reference"].remedy
+
+
+def test_the_kl_of_another_reference_is_that_of_an_enumeration(monkeypatch):
+    """One position, the whole vocabulary by hand: gen_len 1, so KL a sequence is KL of the next token."""
+    reference, prompt = perturbed(0.05), "酒店"
+    ids = torch.tensor([Tokenizer(VOCAB).encode_prompt(prompt)])
+    with torch.no_grad():
+        p, q = (model(ids)[0, -1].double().softmax(-1).numpy() for model in (gpt2(), reference))
+    expected = float((p * np.log(p / q)).sum())
+    one = dict(reference=reference, prompts=[prompt])
+    assert f"KL at step 0 is {expected:.2g} nats" in examine(**one, gen_len=1)[1]["reference"].detail
+    monkeypatch.setattr(run_checks, "TOKENS", 1)  # of 40 tokens the first is looked at and stands for all
+    status, findings = examine(**one, gen_len=40, target=39 * expected)
+    assert f"is {40 * expected:.2g} nats" in findings["reference"].detail and status["reference"] == "fail"
+    assert examine(**one, gen_len=40, target=41 * expected)[0]["reference"] == "warn"
+    for target, found in ((0.9 * expected, "fail"), (1.1 * expected, "warn")):
+        assert examine(**one, gen_len=40, kl_unit="token", target=target)[0]["reference"] == found
+
+
+class OtherInTraining(GPT2):
+    """A forward pass that is another one when gradients are on."""
+
+    def hidden_states(self, ids, attention_mask=None, cache=None):
+        hidden = super().hidden_states(ids, attention_mask, cache)
+        return hidden * 1.01 if torch.is_grad_enabled() else hidden
+
+
+class OtherInSampling(GPT2):
+    """A forward pass that is another one over a cache."""
+
+    def hidden_states(self, ids, attention_mask=None, cache=None):
+        hidden = super().hidden_states(ids, attention_mask, cache)
+        return hidden * 1.01 if cache is not None else hidden
+
+
+@pytest.mark.parametrize(("kind", "named"), [(OtherInTraining, "trained"), (OtherInSampling, "sampled")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_first_ratio_away_from_one_is_found(kind, named, precision):
+    status, findings = examine(gpt2(kind=kind), precision=precision)
+    assert status["ratio"] == "fail" and others(status, "ratio") == {"ok"}
+    parts = dict(part.split(" against scored ") for part in findings["ratio"].detail.split(": ")[1].split(", "))
+    assert max(parts, key=lambda name: float(parts[name])) == named
+
+
+def test_samples_that_are_scored_with_the_full_softmax_on_purpose_are_not_held_against_the_sampler():
+    status, findings = examine(score_full_softmax=True, top_p=0.5)
+    assert status["ratio"] == "ok" and "sampled" not in findings["ratio"].detail
+    assert "sampled" in examine(top_p=0.5)[1]["ratio"].detail
+
+
+def test_swapped_labels_are_found():
+    status, findings = examine(reward=sentiment(swapped=True))
+    assert status["labels"] == "fail" and others(status, "labels") == {"ok"}
+    assert CANARIES[0] in findings["labels"].detail and "id2label" in findings["labels"].remedy
+
+
+class IgnoresMask(GPT2):
+    def hidden_states(self, ids, attention_mask=None, cache=None):
+        return super().hidden_states(ids, None, cache)
+
+
+class Plus(torch.nn.Module):
+    def __init__(self, more):
+        super().__init__()
+        self.more = more
+        self.eval()
+
+    def forward(self, x):
+        return x + self.more
+
+
+class CountsPadding(GPT2):
+    """Attends by the mask, but numbers padding as well."""
+
+    def hidden_states(self, ids, attention_mask=None, cache=None):
+        start = 0 if cache is None else cache.length
+        place = torch.arange(start, start + ids.size(1))
+        real = torch.ones_like(place).expand(ids.shape) if attention_mask is None else attention_mask
+        counted = (real.cumsum(-1) - 1).clamp_min(0)[:, start:]
+        shifted = copy.copy(self)
+        shifted._modules = {**self._modules, "drop": Plus(self.wpe(place) - self.wpe(counted))}
+        return GPT2.hidden_states(shifted, ids, attention_mask, cache)
+
+
+@pytest.mark.parametrize("kind", [IgnoresMask, CountsPadding])
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_a_model_that_sees_its_padding_is_found(kind, who):
+    status, findings = examine(**{who: gpt2(kind=kind)}, prompts=["好", "酒店很好，非常满意"])
+    assert status["masks"] == "fail"
+    found = findings["masks"].detail
+    assert f"{who}, left padding" in found and {"policy", "reference"} - {who} != set(found.split())
+    # on the right a causal model sees no padding whatever it does
+    assert "right padding" not in found and "classifier" not in found
+    other = ({"policy", "reference"} - {who}).pop()
+    assert f"{other}," not in found
+
+
+def test_a_classifier_that_sees_its_padding_is_found():
+    reward = sentiment()
+    forward = type(reward.model).hidden_states
+    reward.model.__class__ = type(
+        "IgnoresMask", (type(reward.model),), {"hidden_states": lambda self, ids, mask=None: forward(self, ids)}
+    )
+    status, findings = examine(reward=reward)
+    assert status["masks"] == "fail" and others(status, "masks") == {"ok"}
+    assert "classifier, right padding" in findings["masks"].detail and "policy" not in findings["masks"].detail
+
+
+def test_outputs_that_are_not_a_number_fail():
+    policy = gpt2()
+    with torch.no_grad():
+        policy.ln_f.weight[0] = torch.nan
+    status, _ = examine(policy)
+    assert status["masks"] == status["dropout"] == status["rollout"] == "fail"
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_a_model_left_in_training_mode_is_found(who):
+    status, findings = examine(**{who: gpt2().train()})
+    assert status["dropout"] == "fail" and others(status, "dropout") == {"ok"}
+    assert f"{who}, in training mode" in findings["dropout"].detail and "eval()" in findings["dropout"].remedy
+
+
+def test_one_layer_left_in_training_mode_is_found_and_training_without_dropout_is_not_a_fault():
+    policy = gpt2()
+    policy.h[0].mlp.train()
+    assert not policy.training and examine(policy)[0]["dropout"] == "fail"
+    reward = sentiment()
+    reward.model.train()  # SentimentReward turns it off at each call
+    assert examine(reward=reward)[0]["dropout"] == "ok"
+    still = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+    assert examine(still)[0]["dropout"] == "ok"
+
+
+class AlwaysDrops(GPT2):
+    """Dropout that eval() cannot turn off."""
+
+    def hidden_states(self, ids, attention_mask=None, cache=None):
+        return F.dropout(super().hidden_states(ids, attention_mask, cache), 0.1, training=True)
+
+
+def test_dropout_that_eval_does_not_turn_off_is_found():
+    status, findings = examine(reference=gpt2(kind=AlwaysDrops))
+    assert status["dropout"] == "fail" and "reference, also in eval mode" in findings["dropout"].detail
+    assert "__init__" in findings["dropout"].remedy
+    reward = sentiment()
+    reward.model.dropout.forward = lambda x: F.dropout(x, 0.5)
+    assert "classifier, also in eval mode" in examine(reward=reward)[1]["dropout"].detail
+
+
+def test_shared_parameters_are_found():
+    policy = ActorCritic(gpt2()).eval()
+    status, findings = examine(policy, policy.gpt2)
+    assert status["weights"] == "fail" and others(status, "weights") == {"ok"}
+    assert "share gpt2.wte.weight, gpt2.wpe.weight, gpt2.h.0.ln_1.weight and 13 more" in findings["weights"].detail
+    assert len(list(policy.gpt2.parameters())) == 16
+    holder = ActorCritic(gpt2()).eval()
+    holder.leash = gpt2()  # the reference is inside the policy, so the policy's optimizer has it
+    assert "share leash.wte.weight" in examine(holder, holder.leash)[1]["weights"].detail
+    views = gpt2()
+    views.wpe.weight = nn.Parameter(policy.gpt2.wte.weight.data[1:65])  # another address in the same memory
+    assert "share gpt2.wte.weight:" in examine(policy, views)[1]["weights"].detail
+
+
+def test_a_step_that_also_moves_the_reference_is_found(monkeypatch):
+    update = PPOTrainer._update
+
+    def both(self, *args):
+        with torch.no_grad():
+            self.reference.h[0].mlp.c_fc.bias[3] += 1e-7
+        return update(self, *args)
+
+    monkeypatch.setattr(PPOTrainer, "_update", both)
+    status, findings = examine()
+    assert status["weights"] == "fail" and others(status, "weights") == {"ok"}
+    assert "the reference changed" in findings["weights"].detail
+
+
+def test_a_policy_that_cannot_move_is_found():
+    status, findings = examine(lr=1e-30)  # the value head starts from 0, where the smallest step is a change
+    assert status["weights"] == "fail" and "the policy did not move" in findings["weights"].detail
+    policy = ActorCritic(gpt2()).eval()
+    policy.gpt2.requires_grad_(False)
+    assert "the policy did not move" in examine(policy)[1]["weights"].detail
+
+
+class OwnHead(GPT2):
+    def lm_logits(self, hidden):
+        return F.linear(hidden, self.lm_head)
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_an_lm_head_of_its_own_is_found(who):
+    models = {"policy": gpt2(kind=OwnHead), "reference": gpt2(kind=OwnHead)}  # equal, so that KL is 0
+    for model in models.values():
+        model.lm_head = nn.Parameter(model.wte.weight.detach().clone())
+    with torch.no_grad():
+        models[who].lm_head[7] += 0.5
+    status, findings = examine(**models)
+    assert status["weights"] == "fail" and f"LM head of the {who} is not its embedding" in findings["weights"].detail
+
+
+def test_a_head_that_is_a_copy_of_the_embedding_parts_from_it_in_the_first_step():
+    policy = gpt2(kind=OwnHead)
+    policy.lm_head = nn.Parameter(policy.wte.weight.detach().clone())
+    status, findings = examine(policy)
+    assert status["weights"] == "fail" and "policy after a step is not" in findings["weights"].detail
+    assert "LM head of the policy is not" not in findings["weights"].detail
+
+
+def test_a_batch_that_does_not_fit_is_found():
+    status, findings = examine(batch_size=10**10)
+    assert status["memory"] == "fail" and others(status, "memory") == {"ok"}
+    assert "batch_size" in findings["memory"].remedy
+    assert "most of it for update" in examine(
+        batch_size=10**9, forward_batch_size=10**9, minibatch_size=10**9, gen_len=50
+    )[1]["memory"].detail  # fmt: skip
+
+
+def test_the_need_is_compared_with_what_is_free_and_what_the_models_hold(monkeypatch):
+    sizes = []
+    original = run_checks.extrapolate
+
+    def caught(*args):
+        sizes.append(max(args[2].total, original(*args).total))
+        return original(*args)
+
+    monkeypatch.setattr(run_checks, "extrapolate", caught)
+    assert examine()[0]["memory"] == "ok"
+    own = sum(p.numel() * 4 for model in (ActorCritic(gpt2()), gpt2()) for p in model.parameters())
+    for share, expected in ((0.7, "ok"), (0.9, "warn"), (1.1, "fail")):
+        free = int(sizes[0] / share) - own
+        monkeypatch.setattr("minirlhf.evaluation.doctor.doctor.available_memory", lambda device, free=free: free)
+        assert examine()[0]["memory"] == expected
+
+
+def test_where_the_system_does_not_say_what_is_free_the_need_is_still_said(monkeypatch):
+    monkeypatch.setattr("minirlhf.evaluation.doctor.doctor.available_memory", lambda device: None)
+    status, findings = examine()
+    assert status["memory"] == "skip" and "needed by the formula" in findings["memory"].detail
+
+
+def loud(factor):
+    """A policy whose hidden states become large: exact enough in fp32, not in less."""
+    policy = gpt2()
+    with torch.no_grad():
+        policy.h[0].mlp.c_fc.bias.fill_(factor)
+        policy.h[0].mlp.c_proj.weight.mul_(1e-3)
+    return policy
+
+
+def test_weights_that_overflow_in_fp16_are_found_and_are_no_fault_in_bf16():
+    status, findings = examine(loud(1e5), loud(1e5), precision="fp16")
+    assert status["precision"] == "fail" and "not finite" in findings["precision"].detail
+    assert "bf16" in findings["precision"].remedy
+    assert status["rollout"] == status["reference"] == "ok"  # these are in fp32
+    assert "not finite" not in examine(loud(1e5), loud(1e5), precision="bf16")[1]["precision"].detail
+
+
+def sharp():
+    return add_outlier(gpt2())
+
+
+def test_log_probabilities_that_bf16_cannot_hold_are_found():
+    status, findings = examine(sharp(), sharp(), precision="bf16")
+    assert status["precision"] == "fail" and "clip range" in findings["precision"].detail
+    status, findings = examine(sharp(), sharp())  # fp32 was chosen: a word for later
+    assert status["precision"] == "warn" and "this run is in fp32" in findings["precision"].detail
+    assert others(status, "precision") == {"ok"}
+
+
+@pytest.mark.parametrize(("mean", "worst", "expected"), [
+    (0.049, 0.19, "ok"), (0.051, 0.19, "fail"), (0.01, 0.21, "warn"), (float("nan"), 0.1, "fail"),
+    (0.01, float("nan"), "warn"),
+])  # fmt: skip
+def test_rounding_may_take_a_quarter_of_the_clip_range(mean, worst, expected):
+    assert run_checks._rounding(Rounding(mean, worst), 0.2, "", "").status == expected
+
+
+def test_what_auto_has_chosen_is_said(monkeypatch):
+    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
+    detail = examine()[1]["precision"].detail
+    assert "(this run is in fp32); precision auto: fp32 (the model has fewer than " in detail
+    assert "auto" not in examine(precision="fp32")[1]["precision"].detail
+    monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
+    status, findings = examine()
+    assert set(status.values()) <= {"ok", "skip"} and "; precision auto: bf16 (" in findings["precision"].detail
+    assert "before any update in bf16" in findings["ratio"].detail
+    status, findings = examine(sharp(), sharp())  # what the doctor would find in bf16 is why it is not taken
+    assert "; precision auto: fp32 (bf16 rounds too much: " in findings["precision"].detail
+    assert others(status, "precision") == {"ok"} and status["precision"] == "warn"
+
+
+# ---- rewards of one's own -------------------------------------------------------------------------------------------
+
+
+def test_a_reward_without_canaries_is_called_and_not_judged():
+    seen = []
+
+    def reward(texts):
+        seen.extend(texts)
+        return [float(len(set(text))) for text in texts]
+
+    status, findings = examine(reward=reward)
+    assert status["labels"] == status["reward vocabulary"] == "skip" and "canaries=" in findings["labels"].detail
+    assert len(seen) == 4 and all(text.startswith(prompt) for text, prompt in zip(seen, PROMPTS, strict=True))
+    assert others(status, "labels", "reward vocabulary") == {"ok"}
+
+
+def test_canaries_judge_any_reward():
+    def reward(prompts, responses):
+        return [response.count("早餐") for response in responses]
+
+    good, bad = ("早餐很好", "房间")
+    assert examine(reward=reward, canaries=(good, bad))[0]["labels"] == "ok"
+    assert examine(reward=reward, canaries=(bad, good))[0]["labels"] == "fail"
+    assert examine(reward=reward, canaries=(bad, bad))[0]["labels"] == "fail"
+
+
+def test_a_classifier_that_cannot_read_the_canaries_is_not_judged_by_them():
+    model = make_bert(scale=10.0, vocab_size=175)
+    reward = SentimentReward(model, Tokenizer(VOCAB[:175]), device="cpu")  # no Chinese
+    status, findings = examine(reward=reward)
+    assert status["labels"] == "skip" and "canaries=" in findings["labels"].detail
+
+
+@pytest.mark.parametrize(
+    "reward", [lambda texts: [0.0], lambda texts: [float("nan")] * len(texts), lambda texts: 1 / 0]
+)
+def test_a_broken_reward_is_a_finding_and_stops_nothing_else(reward):
+    status, findings = examine(reward=reward)
+    assert status["labels"] == "fail" and "Error: " in findings["labels"].detail
+    assert others(status, "labels", "reward vocabulary") == {"ok"}
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    gpt2().save_pretrained(tmp_path / "policy")
+    reward = sentiment()
+    reward.model.save_pretrained(tmp_path / "reward")
+    for name in ("policy", "reward"):
+        Tokenizer(VOCAB).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def by_folder(folders, reference=None, **settings):
+    findings = doctor(
+        folders / "policy", reference, reward=str(folders / "reward"), file=io.StringIO(), **{**DEFAULTS, **settings}
+    )
+    assert [finding.name for finding in findings] == NAMES
+    return {f.name: f.status for f in findings}, {f.name: f for f in findings}
+
+
+def files(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_folders_are_loaded_and_left_as_they_are(folders):
+    before = files(folders)
+    assert set(by_folder(folders)[0].values()) == {"ok"}
+    assert files(folders) == before and len(before) >= 6
+
+
+def test_an_untied_head_in_a_folder_is_found(folders):
+    path = folders / "policy" / "model.safetensors"
+    tensors = read_tensors(path)
+    write_tensors(path, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1})
+    status, findings = by_folder(folders)
+    assert status["folders"] == "fail" and "lm_head.weight differs" in findings["folders"].detail
+    assert status["labels"] == "ok" and status["masks"] == "ok"  # of the classifier
+    assert {status[name] for name in ("rollout", "weights", "memory", "precision")} == {"skip"}
+
+
+def test_a_missing_reference_and_a_foreign_reward_are_found_together(folders):
+    for name in ("vocab.txt", "tokenizer.json"):
+        (folders / "reward" / name).unlink()
+    status, findings = by_folder(folders, folders / "nowhere")
+    assert status["folders"] == "fail" and status["masks"] == status["dropout"] == "ok"
+    assert "reference: model folder" in findings["folders"].detail and "reward: " in findings["folders"].detail
+    assert others(status, "masks", "dropout") == {"skip"}
+
+
+def test_a_vocabulary_that_does_not_fit_its_folder_is_found(folders):
+    Tokenizer(VOCAB[:-1]).save_pretrained(folders / "reward")
+    status, findings = by_folder(folders)
+    assert status["folders"] == "fail" and f"vocabulary has {len(VOCAB) - 1} tokens" in findings["folders"].detail
+    assert others(status, "reward vocabulary", "labels") == {"ok"}
+    Tokenizer(VOCAB[:-1]).save_pretrained(folders / "policy")
+    assert by_folder(folders)[0]["vocabulary"] == "fail"
+
+
+def test_swapped_labels_in_a_folder_are_a_finding_and_no_python_warning(folders, recwarn):
+    path = folders / "reward" / "config.json"
+    content = json.loads(path.read_text())
+    content["id2label"] = {"0": content["id2label"]["1"], "1": content["id2label"]["0"]}
+    path.write_text(json.dumps(content))
+    assert by_folder(folders)[0]["labels"] == "fail" and not list(recwarn)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("network", [lambda: GPT2Scorer(gpt2()), lambda: make_bert(id2label={0: "reward"})])
+def test_a_reward_model_in_a_folder_is_examined_by_canaries(folders, network, normalised):
+    """One that we saved, or one with a single score of another tool."""
+    model = RewardModel(network(), Tokenizer(VOCAB), device="cpu")
+    model.save_pretrained(folders / "reward")
+    if not normalised:
+        path = folders / "reward" / "config.json"
+        content = json.loads(path.read_text())
+        del content["reward_normalisation"]
+        path.write_text(json.dumps(content))
+    status, findings = by_folder(folders)
+    assert status["labels"] == "skip" and "canaries=" in findings["labels"].detail
+    assert others(status, "labels", "reward vocabulary") == {"ok"} and status["folders"] == "ok"
+    canaries = sorted(["很好", "脏"], key=lambda text: model([text]).item())
+    assert by_folder(folders, canaries=(canaries[1], canaries[0]))[0]["labels"] == "ok"
+    assert by_folder(folders, canaries=(canaries[0], canaries[1]))[0]["labels"] == "fail"
+
+
+def test_labels_without_a_meaning_need_the_name_of_the_positive_one(folders):
+    path = folders / "reward" / "config.json"
+    content = json.loads(path.read_text())
+    positive = next(int(i) for i, label in content["id2label"].items() if label.startswith("positive"))
+    path.write_text(json.dumps({**content, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}))
+    status, findings = by_folder(folders)
+    assert status["folders"] == "fail" and "cannot tell the positive label" in findings["folders"].detail
+    assert set(by_folder(folders, positive_label=f"LABEL_{positive}")[0].values()) == {"ok"}
+    assert by_folder(folders, positive_label=f"LABEL_{1 - positive}")[0]["labels"] == "fail"
+
+
+def test_the_exit_code_of_the_command_line(folders, capsys):
+    given = ["--policy", str(folders / "policy"), "--reward", str(folders / "reward"), "--device", "cpu"]
+    given += ["--gen-len", "4", "--batch-size", "2"]
+    assert main(["doctor", *given]) == 0
+    capsys.readouterr()
+    canaries = ["很好\x1b[2J\n", "脏"]
+    scores = dict(
+        zip(canaries, SentimentReward.from_pretrained(folders / "reward", device="cpu")(canaries), strict=True)
+    )
+    reversed_ = sorted(canaries, key=scores.__getitem__)
+    assert main(["doctor", *given, "--canaries", *reversed_, "--prompts", "好"]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\\x1b[2J\\n" in out
+    assert len(out.splitlines()) == len(NAMES) + 2  # why and mend
+    (line,) = (i for i, line in enumerate(out.splitlines()) if line.startswith("fail"))
+    assert out.splitlines()[line + 1].split()[0] == "why:" and out.splitlines()[line + 2].split()[0] == "mend:"
+    gpt2(1).save_pretrained(folders / "tuned")
+    assert main(["doctor", *given, "--reference", str(folders / "tuned")]) == 0  # a warning is no failure
+    assert any(line.startswith("warn  reference") for line in capsys.readouterr().out.splitlines())
+
+
+# ---- nothing is changed ---------------------------------------------------------------------------------------------
+
+
+def condition(model):
+    """All that can be told of a module: weights and where they lie, gradients, flags, modes."""
+    tensors = [(name, t.dtype, t.device, t.data_ptr(), t.requires_grad, None if t.grad is None else t.grad.tolist())
+               for name, t in itertools.chain(model.named_parameters(), model.named_buffers())]  # fmt: skip
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+    return tensors, digest, [(name, module.training) for name, module in model.named_modules()], type(model)
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+
+
+@pytest.mark.parametrize("fault", ["vocabulary", "training"])
+def test_models_modes_and_random_states_are_as_before(fault):
+    policy, reference, reward = ActorCritic(gpt2()).train(), gpt2(), sentiment()
+    policy.gpt2.h[0].attn.eval()
+    policy.gpt2.wpe.weight.requires_grad_(False)
+    policy.gpt2.wte.weight.grad = torch.ones_like(policy.gpt2.wte.weight)
+    reward.model.train()
+    reward.model.bert.pooler.eval()
+    if fault == "training":
+        reference.train()
+    tokenizer = Tokenizer([*VOCAB, "extra"]) if fault == "vocabulary" else Tokenizer(VOCAB)
+    models = policy, reference, reward.model
+
+    def noisy(texts):  # a reward that draws from every global generator
+        return (torch.rand(len(texts)) + random.random() + np.random.rand()).tolist()  # noqa: NPY002
+
+    for function in (reward, noisy):
+        before, states = [condition(model) for model in models], random_states()
+        with torch.no_grad():
+            examine(policy, reference, function, tokenizer, precision="bf16")
+            assert not torch.is_grad_enabled()
+        assert [condition(model) for model in models] == before and random_states() == states
+        assert reward.model is models[2]
+
+
+# ---- the interface --------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_refused_before_any_check(capsys):
+    with pytest.raises(ValueError, match=r"batch_sise.*did you mean 'batch_size'"):
+        examine(batch_sise=3)
+    with pytest.raises(ValueError, match=r"PPOConfig\.precision"):
+        examine(precision="fp8")
+    for given in (dict(reference=gpt2()), dict(tokenizer=Tokenizer(VOCAB))):
+        with pytest.raises(ValueError, match="reference and tokenizer must be given"):
+            doctor(gpt2(), **given)
+    assert capsys.readouterr().out == ""
+
+
+def test_settings_replace_the_fields_of_a_config():
+    config = PPOConfig(**{**DEFAULTS, "precision": "fp16"})
+    findings = doctor(gpt2(), gpt2(), Tokenizer(VOCAB), config=config, precision="bf16", file=io.StringIO())
+    assert findings[-1].detail.startswith("bf16 against fp32") and "this run" not in findings[-1].detail
+    assert {f.name: f.status for f in findings}["labels"] == "skip"  # no reward was given
+
+
+def test_a_finding_reads_as_one_line_or_three():
+    good = Finding("masks", "ok", "fine\nly", "because")
+    assert str(good) == "ok    masks              fine\\nly"
+    bad = Finding("masks", "fail", "bad", "because", "do this")
+    assert str(bad).splitlines() == [
+        "fail  masks              bad",
+        "                         why:  because",
+        "                         mend: do this",
+    ]

@@ -1,0 +1,353 @@
+"""Policy against reference: identical models differ in nothing, figures are recomputed plainly, hacking is caught."""
+
+import collections
+import copy
+import dataclasses
+import functools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import CHINESE, make_gpt2
+from minirlhf import ActorCritic, NGramScorer, SamplingConfig, best_of_n, collect_rollout
+from minirlhf.evaluation.best_of import best_of_n_kl, expected_best_of_n
+from minirlhf.evaluation.bootstrap import Bootstrap, Estimate
+from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, Pair, before_after_table, compare, evaluate
+from minirlhf.evaluation.text_statistics import self_bleu
+
+PROMPTS = ["酒店", "服务很好", "w"]
+
+
+def reward(texts):
+    return [len(set(text)) / 8 for text in texts]
+
+
+@functools.cache
+def models(policy_seed):
+    return ActorCritic(make_gpt2(policy_seed, scale=4.0)).eval(), make_gpt2(0, scale=4.0)
+
+
+def run(tokenizer, policy_seed=0, prompts=PROMPTS, samples=7, **settings):
+    policy, reference = models(policy_seed)
+    return compare(policy, reference, tokenizer, prompts, reward, 5, samples=samples, **settings)
+
+
+@pytest.mark.parametrize("sampling", [None, SamplingConfig(0.8, 0, 0.9)])
+def test_identical_models_have_equal_figures_and_no_kl(tokenizer, sampling):
+    summary, pairs = run(tokenizer, sampling=sampling)
+    assert abs(summary["kl"]) < 1e-5 and abs(summary["kl_full_softmax"]) < 1e-5
+    for name in ("reward", "distinct_1", "distinct_2"):
+        assert summary[f"policy/{name}"] == summary[f"reference/{name}"]
+    assert all(pair.before == pair.after and pair.before_reward == pair.after_reward for pair in pairs)
+
+
+def test_different_models_differ(tokenizer):
+    summary, pairs = run(tokenizer, policy_seed=1)
+    assert summary["kl"] > 0.1
+    assert any(pair.before != pair.after for pair in pairs)
+
+
+def test_without_truncation_the_two_kl_are_one(tokenizer):
+    summary, _ = run(tokenizer, policy_seed=1)
+    assert summary["kl"] == pytest.approx(summary["kl_full_softmax"], rel=1e-5)
+
+
+def test_pairs_take_the_prompts_in_turn_with_their_rewards(tokenizer):
+    summary, pairs = run(tokenizer, policy_seed=1)
+    assert [pair.prompt for pair in pairs] == [PROMPTS[i % 3] for i in range(7)]
+    for pair in pairs:
+        assert pair.before_reward == reward([pair.prompt + pair.before])[0]
+        assert pair.after_reward == reward([pair.prompt + pair.after])[0]
+    assert summary["policy/reward"] == pytest.approx(sum(p.after_reward for p in pairs) / 7, rel=1e-6)
+    assert summary["reference/reward"] == pytest.approx(sum(p.before_reward for p in pairs) / 7, rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_figures(tokenizer):
+    assert run(tokenizer, 1, seed=3) == run(tokenizer, 1, seed=3) != run(tokenizer, 1, seed=4)
+
+
+def test_comparing_leaves_the_global_random_state_alone(tokenizer):
+    models(1)
+    state = torch.get_rng_state()
+    run(tokenizer, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_prompts_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="prompt"):
+        run(tokenizer, prompts=[])
+
+
+def cells(line):
+    """The cells of a row of a GitHub table: cut at the pipes that have no backslash before them."""
+    return re.split(r"(?<!\\)\|", line)[1:-1]
+
+
+@pytest.mark.parametrize("text", ["a|b", "||", "line\nbreak", "\x1b[31m", "back\\"])
+def test_a_table_keeps_its_columns_whatever_the_texts(text):
+    table = before_after_table([Pair(text, "x" + text, 0.5, text, 0.754)])
+    lines = table.splitlines()
+    assert len(lines) == 3 and table.endswith("\n")
+    assert all(len(cells(line)) == 5 for line in lines)
+    assert cells(lines[2])[2].strip() == "0.50" and cells(lines[2])[4].strip() == "0.75"
+    assert "\x1b" not in table
+
+
+def test_a_table_shows_the_first_rows_only():
+    pairs = [Pair("p", f"text {i}", 0.0, "c", 1.0) for i in range(5)]
+    table = before_after_table(pairs, rows=2)
+    assert "text 1" in table and "text 2" not in table
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------
+
+SMALL = dict(samples=8, gen_len=5, best_of=(2, 4), best_of_prompts=6, resamples=200)
+
+
+def full_evaluation(tokenizer, policy_seed=1, prompts=PROMPTS, **options):
+    settings = {**SMALL, **options.pop("settings", {})}
+    policy, reference = models(policy_seed)
+    reward_fn = options.pop("reward_fn", reward)
+    return evaluate(policy, reference, tokenizer, prompts, reward_fn, config=EvaluationConfig(**settings), **options)
+
+
+def length(texts):
+    return [float(len(text)) for text in texts]
+
+
+def test_identical_models_gain_nothing_and_pay_nothing(tokenizer):
+    found = full_evaluation(tokenizer, 0, second_scorer=length)
+    x = found.given
+    assert x.policy == x.reference and found.symptoms == () and found.held_out is None
+    zero = Estimate(0.0, 0.0, 0.0)
+    assert x.gain == zero and x.second_gain == zero
+    for kl in (x.kl_exact, x.kl_sampled, x.kl_full_softmax):
+        assert abs(kl.mean) < 1e-5
+    assert x.equal_kl.n == pytest.approx(1.0, abs=0.02) and x.equal_kl.kl == pytest.approx(x.kl, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.8, 0, 0.7)])
+def test_kl_and_perplexity_are_those_of_plain_forward_passes(tokenizer, sampling):
+    """Of the same samples, a row at a time in fp64, without caches, padding or replayed sampling sets."""
+    policy, reference = models(1)
+    x = full_evaluation(tokenizer, settings={"sampling": sampling}).given
+    drawn = {}
+    for name, model in (("policy", policy), ("reference", ActorCritic(reference).eval())):
+        generator = torch.Generator().manual_seed(0)
+        drawn[name] = collect_rollout(
+            model, reference, tokenizer, [PROMPTS[i % 3] for i in range(8)], reward, 5, sampling, generator=generator
+        )
+    assert drawn["policy"].responses == tuple(pair.after for pair in x.pairs)
+    double = {"policy": copy.deepcopy(policy.gpt2).double(), "reference": copy.deepcopy(reference).double()}
+
+    def logprobs(name, rollout, row):
+        tokens = rollout.tokens[row][rollout.mask[row].bool()]
+        with torch.no_grad():
+            return double[name](tokens[None])[0, -6:-1].log_softmax(-1), tokens[-5:]  # (R, V)
+
+    full, sampled = [], []
+    for row in range(8):
+        (p, tokens), (q, _) = logprobs("policy", drawn["policy"], row), logprobs("reference", drawn["policy"], row)
+        full.append((p.exp() * (p - q)).sum().item())
+        sampled.append((p - q)[range(5), tokens].sum().item())
+    assert x.kl_full_softmax.mean == pytest.approx(sum(full) / 8, rel=1e-4)
+    if not sampling.truncates:
+        assert x.kl_exact.mean == pytest.approx(sum(full) / 8, rel=1e-4)
+        assert x.kl_sampled.mean == pytest.approx(sum(sampled) / 8, rel=1e-3)
+    else:
+        assert x.kl_exact.mean == pytest.approx(drawn["policy"].exact_kl.sum(-1).mean().item(), rel=1e-5)
+        assert x.kl == max(x.kl_exact.mean, x.kl_full_softmax.mean)
+    for name, figures in (("policy", x.policy), ("reference", x.reference)):
+        nll = []
+        for row in range(8):
+            q, tokens = logprobs("reference", drawn[name], row)
+            nll += (-q[range(5), tokens]).tolist()
+        assert figures.perplexity == pytest.approx(math.exp(sum(nll) / 40), rel=1e-4)
+
+
+def test_figures_are_those_of_the_samples(tokenizer):
+    x = full_evaluation(tokenizer, second_scorer=length).given
+    for figures, texts, rewards in (
+        (x.policy, [p.after for p in x.pairs], [p.after_reward for p in x.pairs]),
+        (x.reference, [p.before for p in x.pairs], [p.before_reward for p in x.pairs]),
+    ):
+        assert figures.reward == Bootstrap(200).mean(rewards)
+        for n in (1, 2, 3):
+            grams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+            assert getattr(figures, f"distinct_{n}") == pytest.approx(len(set(grams)) / len(grams))
+        assert figures.self_bleu == pytest.approx(self_bleu(texts))
+        assert figures.characters == pytest.approx(sum(map(len, texts)) / 8)
+        assert figures.tokens == 5
+        assert figures.repeated == pytest.approx(sum(1 - len(set(text)) / len(text) for text in texts) / 8)
+        whole = [len(p.prompt + t) for p, t in zip(x.pairs, texts, strict=True)]
+        assert figures.second.mean == pytest.approx(sum(whole) / 8)
+    assert x.gain.mean == pytest.approx(x.policy.reward.mean - x.reference.reward.mean)
+    assert x.gain == Bootstrap(200).mean([p.after_reward - p.before_reward for p in x.pairs])
+    assert x.second_gain.mean == pytest.approx(x.policy.second.mean - x.reference.second.mean)
+
+
+def test_best_of_n_is_that_of_the_reference_at_every_n_and_at_equal_kl(tokenizer):
+    _, reference = models(1)
+    x = full_evaluation(tokenizer, second_scorer=length, settings={"best_of": (4, 2, 2)}).given
+    assert [point.n for point in x.best_of_n] == [2, 4]
+    n = x.equal_kl.n
+    assert x.equal_kl.kl == pytest.approx(x.kl, rel=1e-6) and best_of_n_kl(n) == pytest.approx(x.kl, rel=1e-6)
+    candidates = max(4, math.ceil(n))
+    best = best_of_n(
+        reference, [PROMPTS[i % 3] for i in range(6)], reward, candidates, tokenizer=tokenizer, gen_len=5,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    scores = best.candidate_scores.numpy()
+    lengths = [[len(p + text) for text in row] for p, row in zip(best.prompts, best.candidates, strict=True)]
+    for point in (*x.best_of_n, x.equal_kl):
+        assert point.reward.mean == pytest.approx(expected_best_of_n(scores, point.n).mean())
+        expected = expected_best_of_n(scores, point.n, np.array(lengths, dtype=float)).mean()
+        assert point.second.mean == pytest.approx(expected)
+    assert x.best_of_n[0].reward.mean < x.best_of_n[1].reward.mean
+    assert x.ahead.mean == pytest.approx(x.policy.reward.mean - x.equal_kl.reward.mean)
+
+
+def test_a_truncated_policy_is_charged_with_the_larger_kl(tokenizer):
+    x = full_evaluation(tokenizer, settings={"sampling": SamplingConfig(top_p=0.5)}).given
+    assert x.kl_exact.mean < 0.9 * x.kl_full_softmax.mean  # or this test would show nothing
+    assert x.equal_kl.kl == pytest.approx(x.kl_full_softmax.mean)
+
+
+def test_a_kl_that_no_best_of_n_reaches_is_said_to_be_so(tokenizer):
+    """A policy that writes one character for ever is further away than any choice among 64 samples."""
+    x = hacked(tokenizer).given
+    assert x.kl > best_of_n_kl(MAX_N) and x.equal_kl is None and x.ahead is None
+    assert any("is beyond" in line for line in hacked(tokenizer).lines())
+
+
+def test_eos_ends_responses(tokenizer):
+    """At an id that the policy writes often, lengths differ, and what follows is neither text nor KL."""
+    policy, reference = models(1)
+    often = collections.Counter(
+        collect_rollout(policy, reference, tokenizer, PROMPTS * 9, reward, 5,
+                        generator=torch.Generator().manual_seed(0)).tokens[:, -5:].flatten().tolist()
+    ).most_common(1)[0][0]  # fmt: skip
+    x = full_evaluation(tokenizer, settings={"eos_token_id": often}).given
+    assert 1 <= x.policy.tokens < 5
+    assert math.isfinite(x.policy.perplexity) and math.isfinite(x.kl)
+
+
+def test_held_out_prompts_are_looked_at_on_their_own(tokenizer):
+    both = full_evaluation(tokenizer, held_out_prompts=["房间", "早餐"])
+    assert both.held_out.prompts == ("房间", "早餐")
+    assert {pair.prompt for pair in both.held_out.pairs} == {"房间", "早餐"}
+    assert both.given == full_evaluation(tokenizer).given
+    assert both.held_out == full_evaluation(tokenizer, prompts=["房间", "早餐"]).given
+    assert list(both.comparisons) == ["given prompts", "held-out prompts"]
+
+
+def test_a_plain_gpt2_is_a_policy_and_the_seed_decides(tokenizer):
+    policy, reference = models(1)
+    config = EvaluationConfig(**SMALL)
+    found = evaluate(policy.gpt2, reference, tokenizer, PROMPTS, reward, config=config)
+    assert found == full_evaluation(tokenizer) != full_evaluation(tokenizer, settings={"seed": 3})
+
+
+def test_evaluating_leaves_models_and_random_states_alone(tokenizer):
+    policy, reference = models(1)
+    before = [p.clone() for p in (*policy.parameters(), *reference.parameters())]
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    full_evaluation(tokenizer)
+    assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()  # noqa: NPY002
+    assert all(map(torch.equal, before, (*policy.parameters(), *reference.parameters())))
+
+
+def test_as_json_it_is_whole(tokenizer):
+    found = full_evaluation(tokenizer, held_out_prompts=["房间"], second_scorer=length)
+    content = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert content["given"]["policy"]["reward"]["low"] == found.given.policy.reward.low
+    assert content["held_out"]["best_of_n"][1]["n"] == 4 and len(content["given"]["pairs"]) == 8
+    assert content["settings"]["samples"] == 8 and content["settings"]["sampling"]["top_p"] == 1.0
+
+
+# ---- hacking --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def hacked(tokenizer):
+    """The reward counts 好; the reference writes any Chinese character, and the policy little else than that one."""
+    reference = make_gpt2(0, n_embd=16, n_layer=1, n_head=2, scale=1.0)
+    with torch.no_grad():
+        reference.ln_f.weight[0], reference.ln_f.bias[0] = 0.0, 4.0
+        reference.wte.weight[:, 0] = torch.tensor([2.0 if token in CHINESE else -2.0 for token in tokenizer.vocab])
+    policy = copy.deepcopy(reference)
+    with torch.no_grad():
+        policy.wte.weight[tokenizer.vocab.index("好"), 0] = 4.0
+    second = NGramScorer({"好": 1.0, "好好": -3.0}, 0.0)
+    return evaluate(
+        policy, reference, tokenizer, ["酒店", "房间"], lambda texts: [text.count("好") / len(text) for text in texts],
+        ["早餐"], second, EvaluationConfig(samples=24, gen_len=8, best_of=(2,), best_of_prompts=4, resamples=200),
+    )  # fmt: skip
+
+
+def test_what_the_reference_finds_impossible_has_a_perplexity_that_json_can_hold(tokenizer):
+    """Logits that are thousands of nats apart."""
+    policy, reference = (make_gpt2(seed, n_embd=16, n_layer=1, n_head=2, scale=3000.0) for seed in (1, 0))
+    x = evaluate(policy, reference, tokenizer, PROMPTS, reward, config=EvaluationConfig(**SMALL)).given
+    assert 1e100 < x.policy.perplexity < math.inf and x.equal_kl is None
+    assert json.dumps(dataclasses.asdict(x), allow_nan=False)
+
+
+def test_a_policy_that_hacks_its_reward_is_caught(tokenizer):
+    found = hacked(tokenizer)
+    assert found.given.gain.low > 0.3
+    said = "\n".join(found.symptoms)
+    for part in ("the second scorer did not", "lost variety", "are alike", "repeat themselves", "on held-out prompts"):
+        assert part in said
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"prompts": []}, "prompts must be a list"), ({"prompts": "酒店"}, "prompts must be a list"),
+    ({"held_out_prompts": []}, "prompts must be a list"), ({"prompts": ["酒店", ""]}, "empty"),
+    ({"held_out_prompts": ["好" * 100]}, "has 101 tokens; with gen_len=5 there is room for 59"),
+    ({"held_out_prompts": ["房间", "酒店"]}, "must not be among the given ones, as is '酒店'"),
+    ({"reward_fn": lambda texts: [math.nan] * len(texts)}, "nan"),
+    ({"second_scorer": lambda texts: [1.0]}, "the second scorer: "),
+])  # fmt: skip
+def test_bad_input_to_evaluate_is_one_clear_error(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        full_evaluation(tokenizer, **options)
+
+
+def test_prompts_are_checked_before_anything_is_sampled(tokenizer):
+    def never(texts):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="empty"):
+        full_evaluation(tokenizer, held_out_prompts=[""], reward_fn=never)
+    with pytest.raises(ValueError, match="room for 3 in the model's context of 8"):
+        evaluate(make_gpt2(0, n_positions=8), make_gpt2(0), tokenizer, ["酒店"], never, ["房间干净服务"],
+                 config=EvaluationConfig(**SMALL))  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "reference", "message"), [
+    (dict(vocab_size=7), {}, "the policy was made for 7"), ({}, dict(vocab_size=7), "the reference was made for 7"),
+])  # fmt: skip
+def test_models_of_another_vocabulary_are_refused(tokenizer, policy, reference, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_gpt2(0, **policy), make_gpt2(0, **reference), tokenizer, PROMPTS, reward)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"samples": 1}, "EvaluationConfig.samples must be at least 2, got 1"), ({"gen_len": 0}, "gen_len"),
+    ({"best_of": ()}, "best_of must be a tuple of integers from 1 to 64, got \\(\\)"), ({"best_of": (65,)}, "best_of"),
+    ({"best_of": (2.0,)}, "best_of"), ({"best_of": 4}, "best_of"), ({"best_of_prompts": 0}, "best_of_prompts"),
+    ({"resamples": 1}, "resamples .* at least 2"), ({"confidence": 1.5}, "confidence"), ({"seed": -1}, "seed"),
+    ({"sampling": 0.9}, "sampling must be a SamplingConfig"), ({"eos_token_id": -1}, "eos_token_id"),
+    ({"batch_size": 0}, "batch_size"),
+])  # fmt: skip
+def test_bad_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**settings)

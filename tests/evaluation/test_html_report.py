@@ -1,0 +1,184 @@
+"""The HTML report: whole, self-contained, and no text of a run is more than a text in it."""
+
+import base64
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import pytest
+from test_hostile_text import HISTORY, TEXTS, every_text, steers
+from test_symptoms import EQUAL, FINE, after, sure
+
+from minirlhf.common.text import printable
+from minirlhf.evaluation.bootstrap import Estimate
+from minirlhf.evaluation.comparison import Evaluation, Pair
+from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
+from minirlhf.evaluation.report import report, write_report
+
+pytest.importorskip("matplotlib")
+
+VOID = {"meta", "img", "br"}
+PAIR = Pair("酒店", "房间不好", 0.1, "房间很好", 0.9)
+POINTS = tuple(dataclasses.replace(EQUAL, n=n, kl=kl) for n, kl in ((2, 0.19), (4, 0.64), (8, 1.2), (16, 1.84)))
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and texts; every tag that opens closes, in order."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.texts, self.stack = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.stack
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.stack:
+            self.texts.append(data)
+
+    def __contains__(self, text):
+        return any(text in found for found in self.texts)
+
+
+def evaluation(pairs=(PAIR,), held_out=True, found=(), settings=None):
+    x = dataclasses.replace(FINE, best_of_n=POINTS, pairs=tuple(pairs))
+    return Evaluation(settings or {"samples": 1}, x, x if held_out else None, tuple(found))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without the time that pictures take."""
+    monkeypatch.setattr("minirlhf.evaluation.report.draw_frontier", lambda *points: b"drawn")
+
+
+def test_it_has_the_figures_pictures_and_samples():
+    page = Page(report(evaluation(found=["the samples are alike"]), "A run", {"policy": "runs/a"}, HISTORY, 6.0))
+    for text in ("A run", "the samples are alike", "房间不好", "房间很好", "policy: "[:6], "runs/a", "self-BLEU",
+                 "On the given prompts", "On the held-out prompts", "best of 16", "0.600"):  # fmt: skip
+        assert text in page, text
+    images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+    assert len(images) == 5  # reward and second scorer on both lists of prompts, and the curves
+    for source in images:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,"))[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [tag for tag, _ in page.elements].count("table") == 4
+
+
+def test_without_second_scorer_held_out_prompts_and_run_it_has_less():
+    x = after(second=None)
+    x = dataclasses.replace(x, reference=dataclasses.replace(x.reference, second=None), second_gain=None,
+                            best_of_n=POINTS, equal_kl=None, ahead=None)  # fmt: skip
+    page = Page(
+        report(Evaluation({"eos_token_id": None, "sampling": {"top_p": 0.75}}, x, None, ()), "t", {"run": None})
+    )
+    assert "0.75" in page and "top_p" in page
+    assert "None" not in page and "eos_token_id" not in page and "sampling" not in page
+    assert "No symptom of reward hacking was found." in page and "On the held-out prompts" not in page
+    assert [tag for tag, _ in page.elements].count("img") == 1
+    assert "The policy's KL is beyond what best-of-n was drawn for." in page
+
+
+def test_it_is_self_contained_and_a_phone_can_show_it(undrawn):
+    text = report(evaluation(), history=HISTORY)
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "form", "base"} & {tag for tag, _ in page.elements}
+    for tag, attributes in page.elements:
+        assert not {"href", "srcset", "style", "onload", "onerror"} & attributes.keys(), tag
+        assert attributes.get("src", "data:").startswith("data:image/png;base64,") or "src" not in attributes
+    assert "url(" not in text and "@import" not in text and "http:" not in text and "https:" not in text
+    metas = [attributes for tag, attributes in page.elements if tag == "meta"]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
+    (policy,) = [m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert {"charset": "utf-8"} in metas and text.index("charset") < 200
+
+
+@every_text
+def test_a_hostile_text_is_shown_and_never_obeyed(text, tmp_path, undrawn):
+    """In every place that texts of a run can reach. (No picture is one: see below.)"""
+    text = text[:4000]
+    pair = Pair(text, text, 0.5, text, 0.75)
+    found = evaluation([pair], False, [text], {text: text})
+    found = dataclasses.replace(found, given=dataclasses.replace(found.given, prompts=(text,)))
+    write_report(tmp_path / "report.html", found, text, {"policy": text})
+    raw = (tmp_path / "report.html").read_bytes().decode("utf-8")  # lone surrogates could not be written
+    assert not steers(raw.replace("\n", ""))
+    page, plain = Page(raw), Page(report(evaluation([PAIR], False, ["x"], {"a": 1}), "t", {"policy": "x"}))
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]  # no element more
+    assert sum(printable(text) in found for found in page.texts) >= 8
+    assert all(a["alt"] in {p["alt"] for t, p in plain.elements if t == "img"} for t, a in page.elements if t == "img")
+
+
+def test_of_all_samples_the_first_are_shown(undrawn):
+    pairs = [dataclasses.replace(PAIR, after=f"text {i};") for i in range(5)]
+    page = Page(report(evaluation(pairs, held_out=False), rows=2))
+    assert "text 1;" in page and "text 2;" not in page
+    assert "Samples on the given prompts" not in Page(report(evaluation(held_out=False), rows=0))
+    with pytest.raises(ValueError, match="rows must be an integer of at least 0, got -1"):
+        report(evaluation(), rows=-1)
+
+
+def test_an_old_report_stays_if_the_new_one_cannot_be_made(tmp_path, undrawn):
+    write_report(tmp_path / "r.html", evaluation())
+    before = (tmp_path / "r.html").read_bytes()
+    with pytest.raises(ValueError, match="rows"):
+        write_report(tmp_path / "r.html", evaluation(), rows=-1)
+    assert (tmp_path / "r.html").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=re.escape("minirlhf[examples]")):
+        report(evaluation())
+
+
+# ---- the frontier ---------------------------------------------------------------------------------------------------
+
+
+def test_a_label_is_a_text_and_not_a_formula():
+    curve = [FrontierPoint("n = 1", 0.0, sure(0.5)), FrontierPoint("2", 0.19, sure(0.6))]
+    for label in ("$", TEXTS["formula"], TEXTS["markup"][:20]):
+        picture = draw_frontier(curve, [FrontierPoint(label, 1.0, sure(0.9))], label)
+        assert picture[:4] == b"\x89PNG"
+
+
+def test_what_is_drawn_depends_on_every_point():
+    curve = [FrontierPoint("n = 1", 0.0, sure(0.5)), FrontierPoint("2", 0.19, sure(0.6))]
+    policy = [FrontierPoint("beta 0.1", 1.0, sure(0.9))]
+    wide = [FrontierPoint("beta 0.1", 1.0, Estimate(0.9, 0.7, 0.95))]
+    pictures = [draw_frontier(curve, policy), draw_frontier(curve[:1], policy), draw_frontier(curve, wide),
+                draw_frontier(curve, []), draw_frontier(curve, policy, "second scorer")]  # fmt: skip
+    assert len(set(pictures)) == 5
+    with pytest.raises(ValueError, match="best_of_n is empty"):
+        draw_frontier([], policy)
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_a_terminal_have_the_same_figures():
+    x = dataclasses.replace(FINE, best_of_n=POINTS)
+    lines = list(Evaluation({}, x, None, ("odd",)).lines())
+    assert lines[0] == "given prompts" and lines[-1] == "! odd"
+    names = [line.split("  ")[1] for line in lines if line.startswith("  best of")]
+    assert [name.split(",")[0] for name in names] == [f"best of {n}" for n in ("2", "4", "8", "12.00", "16")]
+    (distinct,) = [line.split() for line in lines if "distinct-2" in line]
+    assert distinct == ["distinct-2", "0.480", "0.400"]
+    assert any("equal KL: -0.050 [-0.070, -0.030]" in line for line in lines)
+    assert list(Evaluation({}, x, None, ()).lines())[-1] == "no symptom of reward hacking"

@@ -1,0 +1,640 @@
+"""The examples, run as a user runs them, on models of a few kilobytes.
+
+Runs that must be undisturbed, killed or in another process are processes; bad input is tried in this one, by the
+script's own `__main__`, where `sys.exit("error: ...")` is an exit code of 1 and that line on stderr.
+"""
+
+import csv
+import errno
+import importlib.util
+import json
+import math
+import os
+import random
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lives import process, script, wait_for
+
+from conftest import VOCAB, make_bert, make_gpt2
+from folders import content, snapshot
+from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer
+from minirlhf.rewards.base import CANARIES
+from minirlhf.runs import training_state
+from minirlhf.runs.locks import FolderLock
+from minirlhf.runs.log import RunLog
+
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLES = REPO / "examples"
+SCRIPT = EXAMPLES / "positive_reviews.py"
+CHAPTER = dict(
+    batch_size=128, forward_batch_size=16, ppo_epochs=4, lr=2e-6, init_kl_coef=0.2, target=6, horizon=10000, gamma=1,
+    lam=0.95, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, gen_len=16, save_freq=5, minibatch_size=1,
+)  # fmt: skip
+PROMISED_KEYS = {
+    "reward/mean", "reward/std", "objective/kl", "objective/kl_coef", "objective/entropy", "ppo/loss/policy",
+    "ppo/loss/value", "ppo/policy/clipfrac", "ppo/policy/approxkl", "ppo/val/var_explained", "time/generation",
+    "time/scoring", "time/update", "time/tokens_per_second",
+}  # fmt: skip
+ITERATIONS, BATCH = 5, 4
+SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--gen-len", "5", "--save-freq", "2"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with policy/ and reward/ of small random models, whose labels are in the right order."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(VOCAB)
+    make_gpt2(0, n_embd=16, n_layer=1, n_head=2, n_positions=32).save_pretrained(folder / "policy")
+    bert = make_bert(0, id2label={0: "negative", 1: "positive"})
+    good, bad = SentimentReward(bert, tokenizer, device="cpu")(list(CANARIES)).tolist()
+    if good <= bad:
+        with torch.no_grad():
+            bert.classifier.weight.neg_()
+    bert.save_pretrained(folder / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def models(tiny):
+    return ["--policy", str(tiny / "policy"), "--reward", str(tiny / "reward")]
+
+
+def start(*command, fine=True):
+    """Run Python in a process of its own, in the repository."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error:::minirlhf"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=REPO, env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert not fine or done.returncode == 0, done.stderr
+    return done
+
+
+def lines(path, whole=False):
+    """Of a JSON-lines file; with `whole` those that end in a line feed, of a file that need not be there."""
+    text = path.read_text(encoding="utf-8") if path.exists() or not whole else ""
+    return [json.loads(line) for line in (text[: text.rfind("\n") + 1] if whole else text).splitlines()]
+
+
+def figures(run):
+    """metrics.jsonl without the times."""
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def runs(tiny, tmp_path_factory):
+    """name -> a run folder, each made once; `runs.output` has what it printed."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("runs")
+    made = {}
+
+    def get(name):
+        run = folder / name
+        if name not in made:
+            made[name] = None
+            arguments = [*models(tiny), "--output", run]
+            if name == "plain":
+                made[name] = start(SCRIPT, *arguments, *SMALL, "--seed", "3")
+            elif name == "killed":  # before the line of step 4
+                made[name] = process(script, folder / "output", run, "metrics.jsonl", 5, SCRIPT, *arguments, *SMALL,
+                                     "--seed", "3")  # fmt: skip
+                made[name].join()
+            elif name == "original":
+                made[name] = start(SCRIPT, *arguments, "--recipe", "original", "--steps", "1")
+            else:
+                raise KeyError(name)
+        return run
+
+    get.output = made
+    return get
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script of examples/ in this process. Returns what it said: the error it ended with or None, and stdout."""
+    pytest.importorskip("tqdm")
+    monkeypatch.chdir(REPO)
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        capsys.readouterr()
+        error = None
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as exit:
+            error = exit.code
+        captured = capsys.readouterr()
+        run.stderr = captured.err
+        return error, captured.out
+
+    return run
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_a_line_an_iteration_with_the_promised_keys(runs):
+    history = lines(runs("plain") / "metrics.jsonl")
+    assert [line["step"] for line in history] == list(range(1, ITERATIONS + 1))
+    for line in history:
+        assert line.keys() >= PROMISED_KEYS, PROMISED_KEYS - line.keys()
+        assert all(math.isfinite(value) for value in line.values())
+        assert 0 <= line["reward/mean"] <= 1
+    assert history[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert history[-1]["objective/kl"] != 0
+
+
+def test_samples_are_logged_where_it_saves(runs):
+    samples = lines(runs("plain") / "samples.jsonl")
+    assert [line["step"] for line in samples] == [2, 4, 5]  # every second one, and the last
+    for line in samples:
+        assert len(line["samples"]) == BATCH
+        for text, score in line["samples"]:
+            assert text.startswith(("酒店", "周围", "位置", "前台")) and 0 <= score <= 1
+
+
+def test_config_has_arguments_and_every_setting(runs, tiny):
+    config = json.loads((runs("plain") / "config.json").read_text(encoding="utf-8"))
+    assert config["arguments"]["policy"] == str(tiny / "policy")
+    expected = dict(steps=20, batch_size=4, gen_len=5, save_freq=2, seed=3, lr=2e-4, minibatch_size=32)
+    assert config["ppo"].items() >= expected.items()
+    PPOConfig(**config["ppo"])  # all names are known
+
+
+def test_summary_table_and_picture(runs):
+    run = runs("plain")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    names = {f"{model}/{name}" for model in ("policy", "reference") for name in ("reward", "distinct_1", "distinct_2")}
+    assert summary.keys() == names | {"kl", "kl_full_softmax"}
+    assert all(math.isfinite(value) for value in summary.values()) and summary["kl"] > 0
+    table = (run / "before_after.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 2 + 12 and all(row.startswith("| ") or row.startswith("|-") for row in table)
+    assert table[0] == "| prompt | before | reward | after | reward |" and table[2].startswith("| 酒店 | ")
+    picture = (run / "reward_curve.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
+    shown = runs.output["plain"].stdout
+    assert str(run) in shown and "policy/reward" in shown and table[2] in shown
+    assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
+
+
+def test_the_run_folder_holds_nothing_else(runs):
+    expected = {"metrics.jsonl", "samples.jsonl", "config.json", "summary.json", "before_after.md", "reward_curve.png"}
+    names = {path.name for path in runs("plain").iterdir()}
+    assert names == expected | {"checkpoints", "policy", "reference"}
+    saved = {path.name for path in (runs("plain") / "checkpoints").iterdir()}
+    assert saved >= {"step-000004", "step-000005", "best"} and len(saved) <= 4
+
+
+def test_the_reference_is_the_input_and_the_policy_is_not(runs, tiny):
+    given = GPT2.from_pretrained(tiny / "policy").state_dict()
+    kept = GPT2.from_pretrained(runs("plain") / "reference").state_dict()
+    tuned = ActorCritic.from_pretrained(runs("plain") / "policy")
+    assert all(torch.equal(given[name], kept[name]) for name in given)
+    assert not any(torch.equal(given[name], x) for name, x in tuned.gpt2.state_dict().items() if x.ndim == 2)
+    assert tuned.value_head.summary.weight.abs().max() > 0  # it started at zero and was saved with the policy
+    for name in ("policy", "reference"):
+        assert Tokenizer.from_pretrained(runs("plain") / name).vocab == VOCAB
+
+
+@pytest.mark.parametrize("name", ["policy", "reference"])
+def test_the_saved_models_load_with_transformers(runs, name):
+    transformers = pytest.importorskip("transformers")
+    folder = runs("plain") / name
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), GPT2.from_pretrained(folder)
+    ids = torch.tensor([Tokenizer(VOCAB).encode_prompt("酒店很好，wifi")])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_repeats_the_run_and_another_does_not(runs, tiny, tmp_path, call):
+    for seed in (3, 4):  # in this process: the plain run was another one
+        error, _ = call(SCRIPT, *models(tiny), *SMALL, "--seed", seed, "--output", tmp_path / str(seed))
+        assert error is None
+    plain, same, other = figures(runs("plain")), figures(tmp_path / "3"), figures(tmp_path / "4")
+    assert same == plain
+    assert all(a["reward/mean"] != b["reward/mean"] for a, b in zip(plain, other, strict=True))
+    for name in ("policy/model.safetensors", "policy/value_head.safetensors", "samples.jsonl", "summary.json"):
+        assert content(tmp_path / "3" / name) == content(runs("plain") / name), name
+
+
+def test_a_killed_run_resumes_to_the_same_end(runs, tmp_path):
+    """Killed by SIGKILL in step 4 with the last save at 2, and with half a line in metrics.jsonl."""
+    run, plain = runs("killed"), runs("plain")
+    assert runs.output["killed"].exitcode == -signal.SIGKILL
+    assert not (run / "summary.json").exists() and not (run / "policy").exists()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rewa')
+    assert [line["step"] for line in lines(run / "metrics.jsonl", whole=True)] == [1, 2, 3]
+    assert training_state.read(run / "checkpoints" / "best").counters["iteration"] == 2
+
+    resumed = process(script, tmp_path / "output", run, "", 0, SCRIPT, "--resume", run)
+    resumed.join()
+    assert resumed.exitcode == 0, (tmp_path / "output").read_text()
+    assert figures(run) == figures(plain)
+    mine, theirs = snapshot(run), snapshot(plain)
+    for each in (mine, theirs):  # times, and its own name
+        del each["metrics.jsonl"], each["config.json"]
+    assert mine == theirs
+
+
+def test_ctrl_c_and_sigterm_stop_a_run_and_print_the_command_that_goes_on(tiny, tmp_path):
+    """In a folder whose name the shell would take apart; the command is run as it was printed."""
+    pytest.importorskip("tqdm")
+    run, output = tmp_path / "my run's", tmp_path / "output"
+    command = [SCRIPT, *models(tiny), *SMALL, "--steps", "40000", "--output", run]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = len(lines(run / "metrics.jsonl", whole=True)) if run.exists() else 0
+        output.unlink(missing_ok=True)
+        child = process(script, output, run, "", 0, *command)
+        wait_for(lambda before=before: len(lines(run / "metrics.jsonl", whole=True)) > before + 1)
+        os.kill(child.pid, number)
+        child.join()
+        shown = output.read_text(encoding="utf-8")
+        assert child.exitcode == 0, shown
+        step = len(lines(run / "metrics.jsonl"))
+        assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, step + 1))
+        assert training_state.read(run / "checkpoints" / f"step-{step:06d}").counters["iteration"] == step
+        told, printed = shown.splitlines()[-1].split("; to go on: python ")
+        assert told == f"stopped after step {step} of 10000, which is saved"
+        command = [Path(shlex.split(printed)[0]), *shlex.split(printed)[1:]]
+        assert not (run / "summary.json").exists()
+
+
+def test_two_runs_in_one_folder_are_refused_in_one_line(runs, tiny, tmp_path, call):
+    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
+    lock, before = FolderLock(tmp_path / "run"), snapshot(tmp_path)
+    for arguments in (["--resume", tmp_path / "run"], [*models(tiny), *SMALL, "--output", tmp_path / "run"]):
+        error, _ = call(SCRIPT, *arguments)
+        assert isinstance(error, str) and error.startswith("error: ") and f"is in use by process {os.getpid()}" in error
+    assert snapshot(tmp_path) == before
+    lock.release()
+
+
+def test_a_run_that_fails_says_why_and_how_to_go_on_in_one_line(runs, tiny, tmp_path, call, monkeypatch):
+    """By a disk that is full from step 4 on. The command is run as it was printed, and ends as if nothing had been."""
+    run, plain = tmp_path / "run", runs("plain")
+    metrics = RunLog.metrics
+
+    def full(log, step, stats):
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        metrics(log, step, stats)
+
+    monkeypatch.setattr(RunLog, "metrics", full)
+    error, _ = call(SCRIPT, *models(tiny), *SMALL, "--seed", "3", "--output", run)
+    told, printed = error.split("; to go on: python ")
+    assert told.startswith("error: step 4 of 5 failed: OSError: ") and "No space left on device" in told
+    assert f"saved up to step 2, in {run}/checkpoints/step-000002" in told and "\n" not in error
+    monkeypatch.undo()
+    error, _ = call(*shlex.split(printed))
+    assert error is None and figures(run) == figures(plain)
+
+
+def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, call):
+    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
+    before = snapshot(tmp_path)
+    assert call(SCRIPT, "--resume", tmp_path / "run")[0] is None
+    assert snapshot(tmp_path) == before
+
+
+# ---- prompts and recipes --------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_with_a_text_a_line(tiny, tmp_path, call):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeff房间干净\r\n\n  \n早餐\n服务很好".encode())
+    run = tmp_path / "run"
+    error, _ = call(SCRIPT, *models(tiny), *SMALL, "--prompts", file, "--output", run)
+    assert error is None
+    table = (run / "before_after.md").read_text(encoding="utf-8").splitlines()[2:]
+    assert [row.split(" | ")[0] for row in table] == ["| 房间干净", "| 早餐", "| 服务很好"] * 4
+
+
+def test_a_long_prompt_is_a_prompt(call, tmp_path):
+    """Longer than a file's name may be, and within the starter model's 128 positions."""
+    prompts = load("positive_reviews").read_prompts(["很好" * 50])
+    assert prompts == ["很好" * 50]
+
+
+def test_the_original_recipe_is_the_chapter_s(runs):
+    config = json.loads((runs("original") / "config.json").read_text(encoding="utf-8"))["ppo"]
+    assert config["steps"] == 1
+    assert {name: config[name] for name in CHAPTER} == CHAPTER
+    assert config["max_grad_norm"] is None and config["score_full_softmax"] is True
+    assert config["top_p"] == 0.95 and config["temperature"] == 1
+    (line,) = lines(runs("original") / "metrics.jsonl")
+    assert line["ppo/updates"] == 4 * 128
+
+
+def test_the_original_recipe_runs_25000_steps():
+    config = PPOConfig.preset("original")
+    assert config.steps == 25000 and config.iterations == 196
+    assert {name: getattr(config, name) for name in CHAPTER} == CHAPTER
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def damaged(tiny, tmp_path, model, change):
+    """Arguments with a copy of one of the models, changed."""
+    folder = tmp_path / "bad"
+    shutil.copytree(tiny / model, folder)
+    change(folder)
+    return [*models(tiny), f"--{model}", folder]
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def shorten(folder):
+    Tokenizer(VOCAB[:-1]).save_pretrained(folder)
+
+
+def no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def prompt_file(tmp_path, content):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    return ["--prompts", tmp_path / "prompts.txt"]
+
+
+def full_folder(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("keep me")
+    return ["--output", tmp_path / "full"]
+
+
+def below_a_file(tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    return ["--output", tmp_path / "file" / "run"]
+
+
+BAD = {
+    "output exists": (lambda tiny, tmp: full_folder(tmp), "full"),
+    "output below a file": (lambda tiny, tmp: below_a_file(tmp), "file"),
+    "output is a file": (lambda tiny, tmp: [below_a_file(tmp)[0], tmp / "file"], "file"),
+    "no policy": (lambda tiny, tmp: ["--policy", tmp / "nowhere"], "nowhere"),
+    "no reward": (lambda tiny, tmp: ["--reward", tmp / "nowhere"], "nowhere"),
+    "policy is cut": (lambda tiny, tmp: damaged(tiny, tmp, "policy", cut), "model.safetensors"),
+    "reward is cut": (lambda tiny, tmp: damaged(tiny, tmp, "reward", cut), "model.safetensors"),
+    "policy's config": (lambda tiny, tmp: damaged(tiny, tmp, "policy", no_json), "config.json"),
+    "policy's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "policy", shorten), str(len(VOCAB) - 1)),
+    "reward's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "reward", shorten), str(len(VOCAB) - 1)),
+    "models swapped": (lambda tiny, tmp: ["--policy", tiny / "reward"], "bert"),
+    "empty prompt file": (lambda tiny, tmp: prompt_file(tmp, b""), "prompt"),
+    "prompt file of blanks": (lambda tiny, tmp: prompt_file(tmp, b" \n\n\t\n"), "prompt"),
+    "prompt file not UTF-8": (lambda tiny, tmp: prompt_file(tmp, "酒店".encode("gb18030")), "utf-8"),
+    "blank prompt": (lambda tiny, tmp: ["--prompts", "酒店", " "], "empty"),
+    "long prompt": (lambda tiny, tmp: ["--prompts", "很好" * 14], "28 tokens|29 tokens"),
+    "precision": (lambda tiny, tmp: ["--precision", "int4"], "fp32, tf32, bf16, fp16"),
+    "device": (lambda tiny, tmp: ["--device", "abacus"], "abacus"),
+    "batch size": (lambda tiny, tmp: ["--batch-size", "0"], "batch_size"),
+    "gen-len": (lambda tiny, tmp: ["--gen-len", "32"], "gen_len"),
+    "resume nothing": (lambda tiny, tmp: ["--resume", tmp / "nowhere"], "nowhere"),
+    "resume an empty folder": (lambda tiny, tmp: ["--resume", tmp], "config.json"),
+    "resume a model folder": (lambda tiny, tmp: ["--resume", tiny / "policy"], "policy"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, call, name):
+    make, named = BAD[name]
+    arguments = make(tiny, tmp_path)
+    if "--output" not in arguments:
+        arguments = ["--output", tmp_path / "new", *arguments]
+    before, before_tiny = snapshot(tmp_path), snapshot(tiny)
+    try:
+        error, shown = call(SCRIPT, *models(tiny), "--gen-len", "5", "--steps", "4", *arguments)
+    except Exception as exception:
+        pytest.fail(f"a traceback instead of one line: {exception!r}")
+    assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error
+    assert any(part in error for part in named.split("|")), error
+    assert (shown, call.stderr) == ("", "")
+    assert snapshot(tmp_path) == before and snapshot(tiny) == before_tiny
+
+
+def test_a_misspelled_prompt_file_is_not_a_prompt(tiny, tmp_path, call):
+    """Otherwise the run learns to continue the text "promts.txt", which nobody notices."""
+    error, _ = call(SCRIPT, *models(tiny), *SMALL, "--prompts", "promts.txt", "--output", tmp_path / "run")
+    assert error is not None and "promts.txt" in error
+
+
+def test_a_resumed_run_has_the_prompts_it_was_started_with(tiny, tmp_path, call):
+    """Whatever has become of their file since, and whatever the folder is in which it is resumed."""
+    file, run = tmp_path / "prompts.txt", tmp_path / "run"
+    file.write_text("房间\n", encoding="utf-8")
+    assert call(SCRIPT, *models(tiny), *SMALL, "--prompts", file, "--output", run)[0] is None
+    file.write_text("早餐\n", encoding="utf-8")
+    before = content(run / "before_after.md")
+    assert call(SCRIPT, "--resume", run)[0] is None
+    assert content(run / "before_after.md") == before
+
+
+def test_options_that_a_resumed_run_cannot_follow_are_not_ignored(runs, tmp_path, call):
+    """More steps: it goes on to the new end, or says that it will not."""
+    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
+    error, _ = call(SCRIPT, "--resume", tmp_path / "run", "--steps", (ITERATIONS + 1) * BATCH)
+    went_on = len(lines(tmp_path / "run" / "metrics.jsonl")) == ITERATIONS + 1
+    assert went_on if error is None else "steps" in error
+
+
+def test_a_missing_extra_is_noticed_before_the_run_not_after_it(tiny, tmp_path, call, monkeypatch):
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    try:
+        error, _ = call(SCRIPT, *models(tiny), *SMALL, "--output", tmp_path / "run")
+    except ImportError as exception:
+        pytest.fail(f"a traceback at the end instead of a line at the start: {exception}")
+    assert isinstance(error, str) and ".[examples]" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_error_of_a_process(tiny, tmp_path):
+    """The same in a process of its own: exit code 1, and nothing but the line."""
+    pytest.importorskip("tqdm")
+    output = full_folder(tmp_path)
+    done = start(SCRIPT, *models(tiny), *output, fine=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+# ---- the small scripts ----------------------------------------------------------------------------------------------
+
+
+def load(name):
+    """A script of examples/ as a module."""
+    if name in ("positive_reviews", "seed_table"):
+        pytest.importorskip("tqdm")
+        pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for it there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def test_explain_step_prints_a_row_a_token(tiny, call):
+    error, shown = call(EXAMPLES / "explain_step.py", *models(tiny), "--prompt", "房间", "--batch-size", 4)
+    assert error is None
+    first, best, worst = shown.rstrip("\n").split("\n\n")
+    assert first.startswith("mean score of the batch ")
+    scores = []
+    for block in (best, worst):
+        title, header, *rows = block.split("\n")
+        assert title.startswith("prompt '房间', score ")
+        scores.append(float(title.rsplit(" ", 1)[1]))
+        assert header.split() == (
+            ["token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "value", "returns", "advantage"]
+            + ["ratio", "clipped"]
+        )
+        assert len(rows) == PPOConfig().gen_len
+        for row in rows:
+            token, *numbers = row.split()
+            assert token in VOCAB and len(numbers) in (9, 10) and numbers[9:] in ([], ["yes"])
+            now, old, ref, kl, *_, ratio = map(float, numbers[:9])
+            assert kl == pytest.approx(old - ref, abs=2e-4)
+            assert ratio == pytest.approx(math.exp(now - old), rel=2e-3, abs=2e-4)
+        assert any(float(row.split()[4]) != 0 for row in rows)  # the second step has a KL to show
+    assert scores[0] > scores[1]
+
+
+def test_seed_table_reads_the_summary_of_a_run(runs):
+    module = load("seed_table")
+    summary = json.loads((runs("plain") / "summary.json").read_text(encoding="utf-8"))
+    rows = [module.row(seed, 90.0, {**summary, "policy/reward": seed / 4}) for seed in (1, 3)]
+    header, _, first, second, mean, std = module.markdown(rows).splitlines()
+    column = header.split(" | ").index("reward after")
+    cells = [line.split(" | ")[column] for line in (first, second, mean, std)]
+    assert cells == ["0.250", "0.750", "0.500", "0.354"]  # std with n - 1
+    assert rows[0]["minutes"] == 1.5
+
+
+# ---- the reviews ----------------------------------------------------------------------------------------------------
+
+HOTEL = [("1", "房间很好。"), ("0", "太差"), ("1", "一般"), ("0", "一般"), ("1", ""), ("0", "。。！")]
+SHOPPING = [
+    ("书籍", "1", "房间很好！！"),  # differs from the hotel review in punctuation alone
+    ("书籍", "0", "推荐，推荐"),
+    ("书籍", "1", "\ufeff推荐 推荐  。"),  # the same with the other label
+    ("平板", "1", "WiFi  很\n好"),
+    ("平板", "1", "wifi很好"),
+]
+
+
+def write_csv(path, header, rows, encoding="utf-8-sig"):
+    with open(path, "w", encoding=encoding, newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.fixture
+def reviews_data():
+    return load("reviews_data")
+
+
+@pytest.fixture
+def data(tmp_path, reviews_data):
+    write_csv(tmp_path / reviews_data.HOTEL_FILE, ["label", "review"], HOTEL)
+    write_csv(tmp_path / reviews_data.SHOPPING_FILE, ["cat", "label", "review"], SHOPPING)
+    return tmp_path
+
+
+def test_reviews_are_loaded_without_duplicates_contradictions_and_marks(reviews_data, data):
+    loaded = [(r.text, r.label, r.category) for r in reviews_data.load_reviews(data)]
+    assert loaded == [("房间很好。", 1, "酒店"), ("太差", 0, "酒店"), ("WiFi 很 好", 1, "平板")]
+
+
+def test_a_file_without_byte_order_mark_is_the_same(reviews_data, data):
+    before = reviews_data.load_reviews(data)
+    write_csv(data / reviews_data.HOTEL_FILE, ["label", "review"], HOTEL, encoding="utf-8")
+    assert reviews_data.load_reviews(data) == before
+
+
+def test_a_missing_file_is_named(reviews_data, data):
+    for name in (reviews_data.SHOPPING_FILE, reviews_data.HOTEL_FILE):
+        (data / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            reviews_data.load_reviews(data)
+
+
+@pytest.mark.parametrize("column", ["cat", "label", "review"])
+def test_a_missing_column_is_named_with_its_file(reviews_data, data, column):
+    header = [name if name != column else "other" for name in ("cat", "label", "review")]
+    write_csv(data / reviews_data.SHOPPING_FILE, header, SHOPPING)
+    with pytest.raises(ValueError, match=rf"{reviews_data.SHOPPING_FILE} has no column '{column}'"):
+        reviews_data.load_reviews(data)
+
+
+def test_bad_rows_and_damaged_files_are_named(reviews_data, data):
+    path = data / reviews_data.HOTEL_FILE
+    write_csv(path, ["label", "review"], [("1", "好"), ("2", "差")])
+    with pytest.raises(ValueError, match=rf"{path.name}, line 3: bad column 'label'"):
+        reviews_data.load_reviews(data)
+    path.write_text("label,review\n1,好\n1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{path.name}, line 3: bad column 'review'"):
+        reviews_data.load_reviews(data)
+    path.write_bytes("label,review\n1,好\n".encode("gb18030"))
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
+        reviews_data.load_reviews(data)
+
+
+def make_reviews(reviews_data, count=4000, seed=0):
+    """Distinct random texts, two of three positive."""
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("酒店房间干净服务很好非常满意脏太差", k=rng.randint(25, 40))) for _ in range(count)]
+    assert len(set(texts)) == count
+    return [reviews_data.Review(text, int(i % 3 > 0), "酒店") for i, text in enumerate(texts)]
+
+
+def test_the_split_is_balanced_disjoint_and_a_tenth(reviews_data):
+    reviews = make_reviews(reviews_data)
+    train, held_out = reviews_data.split_reviews(reviews)
+    assert not set(train) & set(held_out) and set(train) | set(held_out) <= set(reviews)
+    for side in (train, held_out):
+        assert sum(review.label for review in side) * 2 == len(side)
+    # All of the rarer label stay: 1334 negatives.
+    assert len(train) + len(held_out) == 2 * sum(review.label == 0 for review in reviews)
+    assert 0.08 < len(held_out) / (len(train) + len(held_out)) < 0.12
+    kept = set(train)
+    assert train == [review for review in reviews if review in kept]  # in the order given
+
+
+def test_the_split_depends_on_the_texts_alone(reviews_data):
+    reviews = make_reviews(reviews_data)
+    shuffled = random.Random(1).sample(reviews, len(reviews))
+    random.seed(5)  # nor on the global generator
+    for one, other in zip(reviews_data.split_reviews(reviews), reviews_data.split_reviews(shuffled), strict=True):
+        assert set(one) == set(other) and one != other
+
+
+def test_texts_with_the_same_beginning_fall_on_the_same_side(reviews_data):
+    reviews = make_reviews(reviews_data, 300)
+    copies = [reviews_data.Review(r.text[:22] + "，" + r.text[22:] + "推荐", r.label, r.category) for r in reviews]
+    train, held_out = ({r.text[:20] for r in side} for side in reviews_data.split_reviews([*reviews, *copies]))
+    assert train and held_out and not train & held_out
+
+
+def test_openings_are_prefixes_of_10_to_20_characters(reviews_data):
+    texts = [review.text for review in make_reviews(reviews_data, 500)]
+    openings = [reviews_data.opening(text) for text in texts]
+    assert all(text.startswith(part) for text, part in zip(texts, openings, strict=True))
+    assert {len(part) for part in openings} == set(range(10, 21))
+    assert openings == [reviews_data.opening(text) for text in texts]
+    assert {len(reviews_data.opening(text, 3, 5)) for text in texts} == {3, 4, 5}
+    assert reviews_data.opening("很好") == "很好"

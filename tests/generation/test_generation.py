@@ -1,0 +1,219 @@
+"""Batched generation: rows as if alone, stops that cost nothing, and probabilities that are those of the sampler."""
+
+import pytest
+import torch
+
+from conftest import make_gpt2
+from minirlhf import SamplingConfig, generate
+from minirlhf.generation.sampling import unpack_set
+from minirlhf.models.heads import score_tokens
+
+PROMPTS = [[5, 6, 7, 8], [9], [120, 30, 40], [7, 7], [150, 3, 160, 20, 11]]
+GREEDY = SamplingConfig(top_k=1)
+TRUNCATED = SamplingConfig(0.8, 20, 0.7)
+
+
+def varied_gpt2(scale=6.0):
+    """A model whose greedy text does not repeat one token: the positions count for more."""
+    model = make_gpt2(scale=scale)
+    with torch.no_grad():
+        model.wpe.weight.mul_(10)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return varied_gpt2()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def eos_of(model, column, prompts=PROMPTS, length=8):
+    """A token that the greedy continuation of the first prompt has at this column, and not before."""
+    row = generate(model, prompts, length, GREEDY).responses[0].tolist()
+    return next(token for token in row[column:] if token not in row[:column])
+
+
+def test_greedy_rows_of_a_ragged_batch_are_those_of_single_rows(model):
+    together = generate(model, PROMPTS, 10, GREEDY)
+    for row, prompt in zip(together.responses, PROMPTS, strict=True):
+        assert torch.equal(row, generate(model, [prompt], 10, GREEDY).responses[0])
+
+
+def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(model):
+    result = generate(model, PROMPTS, 6, GREEDY)
+    for prompt, row in zip(PROMPTS, result.responses, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + row.tolist()]))[0]
+        assert row.tolist() == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_shapes_masks_and_padding(model):
+    result = generate(model, PROMPTS, 7, generator=seeded(), pad_token_id=3)
+    assert result.tokens.shape == result.mask.shape == (5, 12)
+    assert result.response_mask.dtype == torch.bool and result.response_mask.all()
+    assert result.response_mask.shape == result.logprobs.shape == (5, 7)
+    assert result.sampling_sets is None
+    for row, mask, prompt in zip(result.tokens.tolist(), result.mask.tolist(), PROMPTS, strict=True):
+        padding = 5 - len(prompt)
+        assert row[:5] == [3] * padding + prompt
+        assert mask == [0] * padding + [1] * (len(prompt) + 7)
+
+
+def test_tensors_are_prompts_too(model):
+    tensors = [torch.tensor(p) for p in PROMPTS]
+    assert torch.equal(generate(model, tensors, 3, GREEDY).tokens, generate(model, PROMPTS, 3, GREEDY).tokens)
+
+
+def test_a_row_ends_with_its_end_of_text_and_is_padding_from_then_on(model):
+    eos = eos_of(model, 5)
+    result = generate(model, PROMPTS, 8, GREEDY, eos_token_id=eos, pad_token_id=1)
+    free = generate(model, PROMPTS, 8, GREEDY).responses
+    columns = result.tokens[:, -8:]
+    lengths = []
+    for row, mask, unstopped, logp in zip(columns, result.response_mask, free, result.logprobs, strict=True):
+        tokens = unstopped.tolist()
+        length = tokens.index(eos) + 1 if eos in tokens else 8
+        lengths.append(length)
+        assert row[:length].tolist() == tokens[:length]
+        assert row[length:].tolist() == [1] * (8 - length)
+        assert mask.tolist() == [True] * length + [False] * (8 - length)
+        assert logp[length:].tolist() == [0.0] * (8 - length)
+    assert torch.equal(result.mask[:, -8:].bool(), result.response_mask)
+    assert lengths[0] < 8 and max(lengths) == 8  # some row stopped, some went on
+
+
+def test_finished_rows_are_not_computed_again(model, monkeypatch):
+    eos = eos_of(model, 5)
+    rows = []
+    inner = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: rows.append(len(ids)) or inner(ids, *rest))
+    result = generate(model, PROMPTS, 8, GREEDY, eos_token_id=eos)
+    lengths = result.response_mask.sum(-1)
+    # Column t needs one forward of the rows that are longer than t; the first is the prompts themselves.
+    assert rows == [int((lengths > t).sum()) for t in range(8) if (lengths > t).any()]
+
+
+def test_generation_stops_when_all_rows_are_finished(model, monkeypatch):
+    prompts = [PROMPTS[0]] * 3
+    eos = eos_of(model, 3, prompts)
+    calls = []
+    inner = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: calls.append(len(ids)) or inner(ids, *rest))
+    result = generate(model, prompts, 30, GREEDY, eos_token_id=eos)
+    length = int(result.response_mask[0].sum())
+    assert length < 30 and calls == [1] + [3] * (length - 1)  # the prompt that all share is read once
+    assert result.tokens.shape[1] == 4 + 30
+
+
+def test_equal_prompts_are_read_once_and_each_row_goes_on_with_its_own(model, monkeypatch):
+    prompts = [PROMPTS[i] for i in (1, 0, 2, 1, 1, 0)]
+    calls = []
+    inner = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: calls.append(len(ids)) or inner(ids, *rest))
+    together = generate(model, prompts, 6, GREEDY).responses
+    assert calls == [3] + [6] * 5
+    for prompt, response in zip(prompts, together, strict=True):
+        assert generate(model, [prompt], 6, GREEDY).responses[0].tolist() == response.tolist()
+
+
+def test_an_end_of_text_at_the_first_position(model):
+    eos = eos_of(model, 0)
+    result = generate(model, PROMPTS, 5, GREEDY, eos_token_id=eos)
+    assert result.response_mask[0].tolist() == [True, False, False, False, False]
+    assert result.responses[0].tolist() == [eos]
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.7), TRUNCATED, SamplingConfig(1.0, 0, 0.9)])
+def test_logprobs_are_those_of_scoring(sampling):
+    model = varied_gpt2(scale=3.0)
+    eos = eos_of(model, 3)
+    result = generate(model, PROMPTS, 8, sampling, generator=seeded(1), eos_token_id=eos, keep_sampling_sets=True)
+    with torch.no_grad():
+        scored = score_tokens(model, result.tokens, result.mask, 8, sampling.temperature, result.sampling_sets)
+    torch.testing.assert_close(scored.logprobs, result.logprobs, atol=1e-5, rtol=0)
+    assert (result.logprobs[result.response_mask] < 0).any()
+
+
+@pytest.mark.parametrize("sampling", [TRUNCATED, SamplingConfig(1.0, 3, 1.0), SamplingConfig(1.0, 0, 0.5)])
+def test_every_token_also_the_first_is_inside_the_set_of_its_context(model, sampling):
+    prompts = PROMPTS * 8
+    result = generate(model, prompts, 4, sampling, generator=seeded(2), keep_sampling_sets=True)
+    sets = unpack_set(result.sampling_sets, model.config.vocab_size)
+    for prompt, row, kept in zip(prompts, result.responses, sets, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + row.tolist()]))[0, len(prompt) - 1 : -1]
+        for t in range(4):
+            assert kept[t, row[t]]
+            probs = (logits[t] / sampling.temperature).softmax(-1)
+            order = probs.argsort(descending=True)[: sampling.top_k or None]
+            share = probs[order] / probs[order].sum()
+            allowed = order[share.cumsum(-1) - share < sampling.top_p]
+            assert kept[t].nonzero().flatten().tolist() == sorted(allowed.tolist())
+
+
+def test_sets_are_kept_on_request_only(model):
+    assert generate(model, PROMPTS, 2, TRUNCATED, generator=seeded()).sampling_sets is None
+    whole = generate(model, PROMPTS, 2, SamplingConfig(), generator=seeded(), keep_sampling_sets=True)
+    assert whole.sampling_sets is None  # nothing was truncated
+    kept = generate(model, PROMPTS, 2, TRUNCATED, generator=seeded(), keep_sampling_sets=True)
+    assert kept.sampling_sets.shape == (5, 2, -(-model.config.vocab_size // 8))
+    assert torch.equal(kept.tokens, generate(model, PROMPTS, 2, TRUNCATED, generator=seeded()).tokens)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_states_are_those_of_a_pass_over_the_whole_row(model, stops):
+    eos = eos_of(model, 4) if stops else None
+    result = generate(model, PROMPTS, 8, GREEDY, eos_token_id=eos, keep_states=True)
+    assert generate(model, PROMPTS, 2, GREEDY).states is None
+    for i, (prompt, row) in enumerate(zip(PROMPTS, result.responses, strict=True)):
+        with torch.no_grad():
+            whole = model.hidden_states(torch.tensor([prompt + row.tolist()]))[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(result.states[i, : len(row)], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_draws_the_same_tokens_and_another_seed_others(model):
+    runs = [generate(model, PROMPTS, 6, generator=seeded(seed)) for seed in (4, 4, 5)]
+    assert torch.equal(runs[0].tokens, runs[1].tokens) and torch.equal(runs[0].logprobs, runs[1].logprobs)
+    assert not torch.equal(runs[0].tokens, runs[2].tokens)
+
+
+def test_the_global_random_state_is_not_touched(model):
+    state = torch.get_rng_state()
+    generate(model, PROMPTS, 5, TRUNCATED, generator=seeded(), eos_token_id=7)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_prompts_are_not_changed(model):
+    prompts = [torch.tensor(p) for p in PROMPTS]
+    generate(model, prompts, 3, generator=seeded())
+    assert [p.tolist() for p in prompts] == PROMPTS
+
+
+def test_a_response_may_fill_the_whole_context(model):
+    room = model.config.n_positions
+    result = generate(model, [[5]], room - 1, generator=seeded())
+    assert result.tokens.shape == (1, room)
+    with pytest.raises(ValueError, match=str(room)):
+        generate(model, [[5]], room)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length", "message"),
+    [([], 3, "no sequences"), ([[5], []], 3, "1 is empty"), ([[5]], 0, "max_new_tokens")],
+)
+def test_bad_arguments_are_refused(model, prompts, length, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, length)
+
+
+def test_a_model_in_training_mode_is_refused():
+    model = make_gpt2().train()
+    with pytest.raises(ValueError, match="eval"):
+        generate(model, PROMPTS, 2)
+
+
+def test_no_gradient_is_kept(model):
+    assert not generate(model, PROMPTS, 2, generator=seeded()).logprobs.requires_grad

@@ -1,0 +1,267 @@
+"""Pickles become safetensors once: the same tensors, tied ones once, and nothing that the pickle says is run."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.torch_version import TorchVersion
+
+from minirlhf.io import conversion
+from minirlhf.io.conversion import convert, untied
+
+LEGACY = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+
+
+def state_dict() -> dict[str, torch.Tensor]:
+    """Tensors as UER's conversion script leaves them: transposed views, a slice of a larger one, a tied head."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(5, 4, generator=generator)
+    segments = torch.randn(3, 4, generator=generator)
+    return {
+        "lm_head.weight": embedding,
+        "transformer.wte.weight": embedding,
+        "transformer.h.0.attn.c_attn.weight": torch.randn(12, 4, generator=generator).t(),
+        "bert.embeddings.token_type_embeddings.weight": segments[1:, :],
+        "all_segments": segments,
+        "half": torch.ones(3).half(),
+        "mask": torch.ones(2, 2).tril().bool(),
+        "step": torch.tensor(7),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def metadata(path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@LEGACY
+def test_a_pickle_is_converted_to_the_same_tensors(tmp_path, zipped):
+    expected = state_dict()
+    torch.save(expected, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert convert(tmp_path) == tmp_path / "model.safetensors"
+    assert names(tmp_path) == ["model.safetensors", "pytorch_model.bin"]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == expected.keys() - {"lm_head.weight"}
+    for name, tensor in stored.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+    assert metadata(tmp_path / "model.safetensors") == {
+        "format": "pt", "converted_from": "pytorch_model.bin", "lm_head.weight": "transformer.wte.weight",
+    }  # fmt: skip
+
+
+def test_a_sharded_pickle_becomes_one_file(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"b": torch.zeros(2)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    weight_map = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    stored = load_file(convert(tmp_path))
+    assert stored["a"].tolist() == [1, 1] and stored["b"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_existing_safetensors_are_left_alone(tmp_path, name):
+    (tmp_path / name).write_bytes(b"as it is")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert convert(str(tmp_path)) == tmp_path / name
+    assert names(tmp_path) == sorted([name, "pytorch_model.bin"]) and (tmp_path / name).read_bytes() == b"as it is"
+
+
+def test_the_second_time_nothing_is_done(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    before = convert(tmp_path).stat()
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert convert(tmp_path).stat() == before
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors does not exist, nor does .*pytorch_model.bin,"):
+        convert(tmp_path)
+
+
+def test_tensors_of_one_storage_part():
+    """Whatever views a storage has, what is stored is contiguous, and safetensors accepts it."""
+    base = torch.arange(12.0)
+    views = {"whole": base, "again": base, "square": base.view(3, 4), "transposed": base.view(3, 4).t(),
+             "head": base[:3], "tail": base[9:], "int": base.view(torch.int32), "empty": base[:0], "nothing": base[:0],
+             }  # fmt: skip
+    stored, aliases = untied(views)
+    assert aliases == {"again": "whole"}
+    assert stored.keys() == views.keys() - {"again"}
+    for name, tensor in stored.items():
+        assert tensor.is_contiguous() and torch.equal(tensor, views[name])
+    addresses = [t.untyped_storage().data_ptr() for t in stored.values() if t.numel()]
+    assert len(set(addresses)) == len(addresses)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """A pickle of this runs a shell command when it is loaded without care."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+class Foreign:
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["zip", "legacy", "protocol 2", "protocol 4", "shard"])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, kind):
+    proof, folder = tmp_path / "proof", tmp_path / "model"
+    folder.mkdir()
+    path = folder / ("pytorch_model-00001-of-00001.bin" if kind == "shard" else "pytorch_model.bin")
+    content = {"wte.weight": torch.ones(2), "bias": Command(proof)}
+    if kind.startswith("protocol"):
+        path.write_bytes(pickle.dumps(Command(proof), protocol=int(kind[-1])))
+        pickle.loads(path.read_bytes())
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
+        torch.load(path, weights_only=False)
+    assert proof.exists()  # the attack works on whoever loads it carelessly
+    proof.unlink()
+    if kind == "shard":
+        weight_map = {"weight_map": dict.fromkeys(content, path.name)}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(weight_map))
+    before = names(folder)
+    why = "is not a readable file of tensors" if kind == "protocol 4" else "is refused: it asks to load posix.system"
+    with pytest.raises(ValueError, match=f"{path.name} {why}") as caught:
+        convert(folder)
+    assert not proof.exists() and names(folder) == before
+    assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None  # no advice to switch it off
+
+
+@LEGACY
+def test_a_pickle_of_foreign_objects_is_refused(tmp_path, zipped):
+    torch.save({"a": Foreign()}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is refused: it asks to load .*Foreign"):
+        convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"model": {"a": torch.ones(2)}, "epoch": 3}, "plain tensors by name, but 'model' is a dict"),
+    ({"a": torch.ones(2), "epoch": 3}, "'epoch' is a int"), ([torch.ones(2)], "tensors by name, but holds a list"),
+    ({3: torch.ones(2)}, "but 3 is a"), ({"a": torch.ones(2).to_sparse()}, "'a' is a torch.sparse_coo tensor"),
+    ({"a": torch.empty(2, device="meta")}, "'a' is a"), (torch.ones(2), "holds a Tensor"),
+    ({"a": torch.zeros(1).expand(10**13)}, "'a' is a"),  # 40 TB, were it made contiguous
+    ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "'a' is a"),  # its memory has the other sign
+], ids=str)  # fmt: skip
+def test_a_pickle_of_anything_but_plain_tensors_by_name_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=rf"pytorch_model.bin must hold .*{message}"):
+        convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", ["\udc80", "__metadata__"])
+def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
+    torch.save({name: torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin names a tensor '.*', which safetensors cannot"):
+        convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+def test_a_tied_tensor_cannot_take_the_place_of_the_format(tmp_path):
+    tensor = torch.ones(2)
+    torch.save({"a": tensor, "format": tensor, "converted_from": tensor}, tmp_path / "pytorch_model.bin")
+    assert metadata(convert(tmp_path)) == {"format": "pt", "converted_from": "pytorch_model.bin"}
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    """Deflated zeros grow a thousandfold; `torch.load` would unpack them."""
+    path, bomb = tmp_path / "pytorch_model.bin", tmp_path / "bomb"
+    torch.save({"a": torch.zeros(2**20)}, path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    assert torch.load(bomb, weights_only=True)["a"].numel() == 2**20 and bomb.stat().st_size < 10_000
+    bomb.replace(path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is refused: .* would unpack to 419\d{4} bytes"):
+        convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+@LEGACY
+def test_views_that_would_grow_beyond_all_measure_are_refused(tmp_path, zipped):
+    """Each of them is a tensor of its own once it is converted."""
+    base = torch.zeros(2**16)
+    for count, refused in ((8, False), (200, True)):
+        views = {f"t{i}": base[i:] for i in range(count)}
+        torch.save(views, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        if refused:
+            with pytest.raises(ValueError, match=r"pytorch_model.bin is refused: its 200 tensors share memory and"):
+                convert(tmp_path)
+            assert names(tmp_path) == ["pytorch_model.bin"]
+        else:
+            convert(tmp_path).unlink()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@LEGACY
+@pytest.mark.parametrize("damage", [
+    lambda raw: b"", lambda raw: raw[:10], lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-1],
+    lambda raw: b"<html>" + raw, lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n",
+])  # fmt: skip
+def test_a_damaged_pickle_is_named(tmp_path, damage, zipped):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(20)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is (not a readable file of tensors: \w+|refused)"):
+        convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("version", ["2.4.0", "2.5.1+cu121"])
+def test_an_old_torch_does_not_read_pickles(tmp_path, monkeypatch, version):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(conversion.torch, "__version__", TorchVersion(version))
+    with pytest.raises(RuntimeError, match=rf"pytorch_model.bin is a pickle.*2\.6 on, not {version[:5]}"):
+        convert(tmp_path)
+    monkeypatch.setattr(conversion.torch, "__version__", TorchVersion("2.10.0"))
+    assert convert(tmp_path).is_file()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+    assert convert(tmp_path).is_file()
+
+
+def test_a_pickle_is_read_in_the_place_of_a_broken_link(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    convert(tmp_path)
+    assert (
+        not (tmp_path / "model.safetensors").is_symlink() and load_file(tmp_path / "model.safetensors")["a"].sum() == 2
+    )
+
+
+def test_safetensors_refuses_what_untied_takes_apart(tmp_path):
+    shared = torch.ones(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_file({"a": shared, "b": shared}, tmp_path / "x")
+    save_file(untied({"a": shared, "b": shared})[0], tmp_path / "x")

@@ -1,0 +1,271 @@
+"""Files and folders that are whole or not there."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from minirlhf.io import files
+from minirlhf.io.files import atomic_write, read_json, replaced_folder, write_json
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+# ---- atomic writes --------------------------------------------------------------------------------------------------
+
+
+def test_write_replaces_the_content(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"a longer first content", b"second", b""):
+        atomic_write(path, content)
+        assert path.read_bytes() == content
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync", "chmod"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, function, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, function, fail)
+        with pytest.raises(type(error)):
+            atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_target_never_holds_a_part(tmp_path, monkeypatch):
+    """Everything is on the disk before the rename, which is the last thing that happens."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recording_fsync(descriptor):
+        fsync(descriptor)
+        calls.append(("fsync", os.fstat(descriptor).st_size, path.read_bytes()))
+
+    def recording_replace(source, target):
+        calls.append(("replace", os.stat(source).st_size, path.read_bytes()))
+        assert os.path.dirname(source) == str(tmp_path)  # a rename within one file system
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", recording_fsync)
+    monkeypatch.setattr(files.os, "replace", recording_replace)
+    atomic_write(path, b"12345")
+    assert calls[:2] == [("fsync", 5, b"old"), ("replace", 5, b"old")]
+    assert path.read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_file_mode_respects_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        atomic_write(tmp_path / "file", b"x")
+        assert os.umask(umask) == umask  # and leaves it as it was
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+def test_a_folder_that_does_not_exist_is_an_os_error(tmp_path):
+    with pytest.raises(OSError):
+        atomic_write(tmp_path / "nowhere" / "file", b"x")
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def test_json_round_trip_in_readable_utf8(tmp_path):
+    content = {"z": "酒店", "a": [1, 2.5, None, True], "nested": {"0": "x"}}
+    write_json(tmp_path / "x.json", content)
+    assert read_json(tmp_path / "x.json") == content
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert "酒店" in text and text.endswith("}\n")
+    assert list(json.loads(text)) == ["z", "a", "nested"]
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b'{"a": 1,}', b"{'a': 1}", b'{"a": 1} x', b"\xff\xfe{}", b'{"a": "\xc0"}', b"[" * 100_000,
+])  # fmt: skip
+def test_invalid_json_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(("content", "kind"), [("[1]", "list"), ("null", "NoneType"), ('"a"', "str"), ("3", "int")])
+def test_json_that_is_no_object_is_named(tmp_path, content, kind):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json must hold a JSON object, but holds a {kind}"):
+        read_json(tmp_path / "config.json")
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_replaced_and_keeps_its_other_files(tmp_path):
+    folder = tmp_path / "deep" / "model"
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"1")
+        atomic_write(staged / "b", b"1")
+        assert not folder.exists()
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "b", b"2")
+        assert (folder / "b").read_bytes() == b"1"
+    assert {name: (folder / name).read_bytes() for name in names(folder)} == {"a": b"1", "b": b"2"}
+    assert names(folder.parent) == ["model"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_folder_whose_writing_fails_is_as_it_was(tmp_path, error):
+    folder = tmp_path / "model"
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"1")
+    with pytest.raises(type(error)), replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"2")
+        raise error
+    assert (folder / "a").read_bytes() == b"1"
+    assert names(tmp_path) == ["model"]
+
+
+def test_two_renames_where_folders_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: object())
+    folder = tmp_path / "model"
+    for content in (b"1", b"2"):
+        with replaced_folder(folder) as staged:
+            atomic_write(staged / "a", content)
+    assert (folder / "a").read_bytes() == b"2"
+    assert names(tmp_path) == ["model"]
+
+
+def test_files_are_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(files.os, "link", no_links)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "other").write_bytes(b"kept")
+    with replaced_folder(tmp_path / "model") as staged:
+        atomic_write(staged / "a", b"1")
+    assert names(tmp_path / "model") == ["a", "other"]
+
+
+def save_twice(folder):
+    """A save that writes, keeps and removes files, and one that fails; and what was there before the second."""
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a", "b", "kept", "sub/kept"):
+        (folder / name).write_bytes(b"old")
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"new")
+        (staged / "b").unlink()
+        atomic_write(staged / "c", b"new")
+        assert (folder / "a").read_bytes() == b"old" and (folder / "b").exists() and not (folder / "c").exists()
+    with pytest.raises(OSError, match="disk full"), replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"newest")
+        raise OSError("disk full")
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"a": b"new", "c": b"new", "kept": b"old", "sub/kept": b"old"}
+    assert names(folder) == ["a", "c", "kept", "sub"] and names(folder.parent) == [folder.name]
+
+
+def test_the_current_directory_stays_where_it_is(tmp_path, monkeypatch):
+    """Another folder in its place would leave this process, and the shell that it came from, in one that is gone."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    save_twice(tmp_path / "model")
+    assert sorted(os.listdir()) == ["a", "c", "kept", "sub"]
+
+
+def test_a_mount_point_is_filled(tmp_path):
+    """As a volume of a container is, in whose place no other folder can come."""
+    (tmp_path / "model").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path / "model")]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system: needs root")
+    try:
+        save_twice(tmp_path / "model")
+    finally:
+        subprocess.run(["umount", str(tmp_path / "model")], check=True)
+
+
+def test_a_folder_in_one_that_may_not_be_written_is_filled(tmp_path, monkeypatch):
+    parent = tmp_path / "parent"
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != parent)
+    save_twice(parent / "model")
+
+
+def test_what_a_killed_save_left_within_a_folder_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".{tmp_path.name}.{gone.pid}.xyz.partial").mkdir()
+    with replaced_folder(tmp_path) as staged:
+        atomic_write(staged / "a", b"1")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_killed_save_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path):
+    folder = tmp_path / "model"
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"1")
+    program = (
+        "import os, sys\nfrom minirlhf.files import *\n"
+        "with replaced_folder(sys.argv[1]) as staged:\n"
+        "    atomic_write(staged / 'a', b'2')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(folder)]).returncode == -signal.SIGKILL
+    assert (folder / "a").read_bytes() == b"1" and len(names(tmp_path)) == 2
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"3")
+    assert (folder / "a").read_bytes() == b"3" and names(tmp_path) == ["model"]
+
+
+def test_a_save_that_is_under_way_is_not_cleaned_up(tmp_path):
+    with replaced_folder(tmp_path / "model") as first:
+        with replaced_folder(tmp_path / "model") as second:
+            atomic_write(second / "a", b"1")
+        atomic_write(first / "b", b"2")
+    assert names(tmp_path / "model") == ["b"]  # the later one takes the place: it knew nothing of the other
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replaced_folder(tmp_path / "link") as staged:
+        atomic_write(staged / "a", b"1")
+    assert (tmp_path / "link").is_symlink() and names(tmp_path / "real") == ["a"]
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path):
+    (tmp_path / "model").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="is a file"), replaced_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model").read_bytes() == b"precious"
+
+
+def test_what_was_not_finished_is_removed_and_nothing_else(tmp_path):
+    inner = tmp_path / "inner"
+    for folder in (tmp_path, inner):
+        (folder / f".half{files.PARTIAL}").mkdir(parents=True)
+        (folder / f".half{files.PARTIAL}" / "file").touch()
+        (folder / f".file{files.PARTIAL}").touch()
+        (folder / f"visible{files.PARTIAL}").touch()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / f".link{files.PARTIAL}").symlink_to(tmp_path / "kept")
+    files.remove_partial(tmp_path, inner, tmp_path / "not there")
+    assert {path.name for path in tmp_path.iterdir()} == {"inner", "kept", f"visible{files.PARTIAL}"}
+    assert {path.name for path in inner.iterdir()} == {f"visible{files.PARTIAL}"}

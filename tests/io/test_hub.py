@@ -1,0 +1,686 @@
+"""Names, places and downloads, against a server on the loopback address that answers as the hub does."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from conftest import VOCAB, make_gpt2
+from minirlhf import GPT2, ActorCritic, Tokenizer
+from minirlhf.__main__ import main
+from minirlhf.io import hub
+from minirlhf.io.hub import download, is_name, locate, needed_files
+
+REPO = Path(__file__).resolve().parents[2]
+COMMIT, NEXT_COMMIT = "c0ffee" + "0" * 34, "c0ffee" + "1" * 34
+CDN = "/cdn/"
+
+
+class Hub:
+    """Repositories by name, each commit's files by name, and the requests that came.
+
+    Weights are answered as the hub answers for large files: HEAD and GET redirect to another address, and the ETag is
+    the SHA-256 of the content. `faults`: file -> what happens to its next transfers, one a transfer.
+    """
+
+    def __init__(self):
+        self.models, self.requests, self.faults, self.announced = {}, [], {}, {}
+        self.missing = set()  # files that are listed, and answered with 404
+        self.tokens = {}  # path -> Authorization header
+        self.commit = COMMIT
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                outer.answer(self)
+
+            def do_GET(self):
+                outer.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.cdn = f"http://localhost:{self.server.server_address[1]}{CDN}"  # another host, for the client
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def transfers(self):
+        """(file, Range header) of every GET for a file's content."""
+        return [(file, wanted) for method, file, wanted in self.requests if method == "GET"]
+
+    def answer(self, request):
+        path = unquote(urlsplit(request.path).path)
+        self.tokens[path] = request.headers.get("Authorization")
+        resolved = re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", path)
+        if path.startswith("/api/models/"):
+            self.list(request, path.removeprefix("/api/models/"))
+        elif path.startswith(CDN):
+            name, _, file = path.removeprefix(CDN).rpartition("/")
+            self.send(request, name, file)
+        elif resolved and resolved[1] == "owner/gated":
+            self.refuse(request, 401, "GatedRepo")
+        elif resolved and resolved[3] in self.models.get(resolved[1], {}).keys() - self.missing:
+            name, _, file = resolved.groups()
+            if hub._is_weights(file) and not file.endswith(".json"):
+                content = self.models[name][file]
+                etag, size = hashlib.sha256(content).hexdigest(), self.announced.get(file, len(content))
+                headers = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": size, "ETag": '"of-the-redirect"'}
+                headers |= {"Location": f"{self.cdn}{name}/{file}"}
+                self.head(request, 302, 0, {**headers, "X-Repo-Commit": self.commit})
+            else:
+                self.send(request, name, file)
+        else:
+            self.refuse(request, 404, "EntryNotFound")
+
+    def list(self, request, path):
+        name, _, revision = path.partition("/revision/")
+        if name == "owner/broken":
+            self.head(request, 200, 6, {})
+            request.wfile.write(b"<html>")
+        elif name not in self.models:
+            self.refuse(request, 401, "RepoNotFound")
+        elif revision not in ("main", "v1", self.commit):
+            self.refuse(request, 404, "RevisionNotFound")
+        else:
+            files = [{"rfilename": file} for file in self.models[name]]
+            body = json.dumps({"id": name, "modelId": name, "sha": self.commit, "siblings": files}).encode()
+            self.head(request, 200, len(body), {"Content-Type": "application/json"})
+            request.wfile.write(body)
+
+    def send(self, request, name, file):
+        content, wanted = self.models[name][file], request.headers.get("Range")
+        self.requests.append((request.command, file, wanted))
+        etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # git's
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
+        if start >= len(content) > 0:
+            self.head(request, 416, 0, {"Content-Range": f"bytes */{len(content)}"})
+            return
+        if wanted:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.head(request, 206 if wanted else 200, len(content) - start, headers)
+        if request.command == "HEAD":
+            return
+        fault, amount = self.faults[file].pop(0) if self.faults.get(file) else (None, None)
+        with contextlib.suppress(ConnectionError):
+            request.wfile.write(content[start:][:amount])
+            request.wfile.flush()
+        if fault == "cut":
+            request.connection.shutdown(socket.SHUT_RDWR)
+        elif fault == "reset":  # the error that is not tried again by the client
+            time.sleep(0.2)  # a reset overtakes what was sent just before
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            request.connection.close()
+        elif fault == "stall":
+            time.sleep(300)  # or until the client is gone
+        request.close_connection = fault is not None
+
+    def refuse(self, request, status, code):
+        self.head(request, status, 0, {"X-Error-Code": code, "X-Error-Message": code})
+
+    def head(self, request, status, length, headers):
+        request.send_response(status)
+        for key, value in {"Content-Length": length, **headers}.items():
+            request.send_header(key, str(value))
+        request.end_headers()
+
+
+@pytest.fixture
+def server():
+    running = Hub()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def client(server, tmp_path, monkeypatch):
+    """huggingface_hub in this process: at the server, with a cache of its own, without waits; in an empty folder."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return server
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The files of a repository with a small GPT-2, and files that nobody needs."""
+    folder = tmp_path_factory.mktemp("published")
+    make_gpt2(n_embd=16, n_layer=1, n_head=2).save_pretrained(folder)
+    files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    files["vocab.txt"] = "".join(f"{token}\n" for token in VOCAB).encode()
+    state = GPT2.from_pretrained(folder).state_dict()
+    torch.save({f"transformer.{name}": tensor for name, tensor in state.items()}, folder / "pytorch_model.bin")
+    extra = {name: b"not needed" for name in ("README.md", ".gitattributes", "tf_model.h5", "onnx/model.safetensors")}
+    return {**files, "pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes(), **extra}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+NEEDED = ["config.json", "model.safetensors", "vocab.txt"]
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "uer/gpt2-chinese-cluecorpussmall", "a/b", "A_1/b.c-d_e", "_a/b_", "a" * 96])
+def test_names_of_the_hub(name):
+    assert is_name(name)
+
+
+@pytest.mark.parametrize("name", [
+    "", ".", "..", "/gpt2", "gpt2/", "../gpt2", "uer/../gpt2", "uer/..", "a/b/c", "a//b", "~/gpt2", "a\\b", "C:gpt2",
+    "a b", "a\n", "a--b", "a..b", "-a", "a-", ".a", "a.", "a.git", "酒店", "a/b?c", "a/b#c", "a/%2e", "a" * 97, "a\0",
+])  # fmt: skip
+def test_what_is_no_name_is_refused_before_any_work(name, tmp_path, monkeypatch):
+    assert not is_name(name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not the name of a model on the hub"):
+        download(name, "weights")
+    assert names(tmp_path) == []
+
+
+@given(st.text("aZ0_-./é", max_size=12))
+@example("a.git/b")
+def test_names_follow_the_hub_s_own_rules(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not is_name(name)
+    else:
+        assert is_name(name)
+
+
+@pytest.mark.parametrize("revision", ["", "..", "../x", "a/../b", "/a", "a/", "a//b", "a b", "-x", "a\n", "~"])
+def test_a_bad_revision_is_refused_before_any_work(revision, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="revision must be the name of a branch or tag, or a commit"):
+        download("gpt2", "weights", revision)
+    assert names(tmp_path) == []
+
+
+# ---- which files ----------------------------------------------------------------------------------------------------
+
+SHARDS = ["-00001-of-00002", "-00002-of-00002"]
+SAFE, PICKLED = ["model.safetensors"], ["pytorch_model.bin"]
+SAFE_SHARDS = [*(f"model{n}.safetensors" for n in SHARDS), "model.safetensors.index.json"]
+PICKLED_SHARDS = [*(f"pytorch_model{n}.bin" for n in SHARDS), "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize(("present", "wanted"), [
+    (SAFE + PICKLED, SAFE), (PICKLED, PICKLED), (SAFE_SHARDS + PICKLED_SHARDS, SAFE_SHARDS),
+    (PICKLED_SHARDS, PICKLED_SHARDS), (SAFE_SHARDS + PICKLED, SAFE_SHARDS), (PICKLED_SHARDS + SAFE, SAFE),
+    (["model.fp16.safetensors", "onnx/model.safetensors", "adapter_model.safetensors", *PICKLED], PICKLED),
+])  # fmt: skip
+def test_weights_are_taken_in_the_best_form_alone(present, wanted):
+    others = ["README.md", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.old", "training_args.bin"]
+    assert needed_files("a/b", ["config.json", *others, *present]) == ["config.json", *wanted]
+
+
+def test_every_file_of_a_tokenizer_is_taken():
+    tokenizer = ["vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                 "special_tokens_map.json", "added_tokens.json"]  # fmt: skip
+    every = ["config.json", "generation_config.json", *tokenizer, *SAFE]
+    assert sorted(needed_files("a/b", [*every, "vocab.bpe", "tokenizer.model", "sub/vocab.txt"])) == sorted(every)
+
+
+@pytest.mark.parametrize("listing", [[], ["config.json"], SAFE, ["config.json", "tf_model.h5"]])
+def test_a_model_without_config_or_weights_is_refused_before_any_transfer(client, listing):
+    client.models["a/b"] = dict.fromkeys(listing, b"x")
+    with pytest.raises(ValueError, match=r"a/b cannot be loaded: it must have config.json and model.safetensors or"):
+        download("a/b", "weights")
+    assert client.transfers() == [] and names(Path()) == []
+
+
+# ---- where a model lies ---------------------------------------------------------------------------------------------
+
+
+def put(folder, *files):
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).write_text("{}")
+    return folder
+
+
+def test_a_folder_is_taken_as_it_is(client, tmp_path):
+    for folder in (Path("gpt2"), Path("runs/mine/policy"), tmp_path / "elsewhere"):
+        put(folder)
+        put(Path("weights") / folder.relative_to(folder.anchor))
+        assert locate(folder) == folder and locate(str(folder)) == folder
+
+
+def test_a_name_is_found_in_weights_and_then_in_the_cache(client, tmp_path):
+    snapshot = put(tmp_path / "cache/models--uer--small/snapshots" / COMMIT, "config.json", "model.safetensors")
+    assert locate("uer/small") == snapshot
+    put(Path("weights/uer/small"))
+    assert locate("uer/small") == Path("weights/uer/small")
+    one = put(tmp_path / "cache/models--gpt2/snapshots" / COMMIT, "config.json", "pytorch_model.bin")
+    assert locate("gpt2") == one
+
+
+def test_the_newest_whole_snapshot_counts(client, tmp_path):
+    snapshots = tmp_path / "cache/models--uer--small/snapshots"
+    folders = [
+        put(snapshots / (digit * 40), *files)
+        for digit, files in [
+            ("1", ["config.json", "model.safetensors"]), ("2", ["config.json", SAFE_SHARDS[0]]),
+            ("3", ["config.json", "vocab.txt"]), ("4", ["model.safetensors"]),  # of which a model cannot be loaded
+        ]
+    ]  # fmt: skip
+    put(snapshots / f".{COMMIT}.123.partial", "config.json", "model.safetensors")
+    for seconds, folder in enumerate(folders):
+        os.utime(folder, (seconds, seconds))
+    assert locate("uer/small") == folders[1]
+    os.utime(folders[0], (9, 9))
+    assert locate("uer/small") == folders[0]
+
+
+def test_what_is_nowhere_says_how_to_get_it(client, tmp_path):
+    put(tmp_path / "cache/models--uer--small/snapshots" / COMMIT, "config.json")  # a broken download of others
+    for name in ("uer/small", "gpt2"):
+        with pytest.raises(FileNotFoundError) as caught:
+            locate(name)
+        message = str(caught.value)
+        assert message.startswith(f"model folder {name} does not exist, and no model of that name was downloaded")
+        assert f"Run `python -m minirlhf download {name}`, or, if there is no network here" in message
+        assert f"copy its folder weights/{name} to weights/{name} here" in message
+        for file in ("config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt", "merges.txt"):
+            assert file in message
+    assert client.requests == []
+
+
+@pytest.mark.parametrize("folder", ["/nowhere/at/all", "runs/mine/policy", "../gpt2", "./gpt2", "", "uer/.."])
+def test_a_folder_that_is_missing_and_no_name_is_only_missing(client, folder):
+    put(Path("weights/gpt2"))
+    if folder == "uer/..":
+        assert not Path("uer").exists()
+    with pytest.raises(FileNotFoundError, match=r"model folder .*does not exist$"):
+        locate(folder)
+
+
+def test_a_file_is_no_model(client):
+    Path("gpt2").write_text("x")
+    with pytest.raises(FileNotFoundError, match="model folder gpt2 does not exist: that is a file"):
+        locate("gpt2")
+
+
+def test_without_huggingface_hub_names_are_found_and_downloads_say_what_is_missing(client, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    put(Path("weights/gpt2"))
+    assert locate("gpt2") == Path("weights/gpt2")
+    with pytest.raises(FileNotFoundError, match="download uer/small-xyz"):
+        locate("uer/small-xyz")
+    with pytest.raises(ImportError, match="downloads need huggingface_hub: pip install huggingface_hub"):
+        download("gpt2")
+
+
+# ---- a download to a folder -----------------------------------------------------------------------------------------
+
+
+def test_a_download_brings_the_needed_files_and_the_model_loads(client, published):
+    client.models["owner/model"] = published
+    assert download("owner/model", "weights/") == Path("weights/owner/model")
+    folder = locate("owner/model")
+    assert names(folder) == NEEDED and names(folder.parent) == ["model"]
+    assert all((folder / file).read_bytes() == published[file] for file in NEEDED)
+    assert not any((folder / file).is_symlink() for file in NEEDED)
+    assert sorted(client.transfers()) == [(file, None) for file in NEEDED]  # each once, and nothing else
+    loads_by_name("owner/model")
+
+
+def loads_by_name(name):
+    ids = torch.tensor([Tokenizer.from_pretrained(name).encode("酒店")])
+    expected = make_gpt2(n_embd=16, n_layer=1, n_head=2)(ids)
+    for model in (GPT2.from_pretrained(name), ActorCritic.from_pretrained(name).gpt2):
+        assert torch.equal(model(ids), expected) and model.origin.name == name
+
+
+def test_a_second_download_fetches_no_weights_and_keeps_other_files(client, published):
+    client.models["owner/model"] = dict(published)
+    folder = download("owner/model", "weights")
+    (folder / "notes.txt").write_text("mine")
+    client.requests.clear()
+    client.models["owner/model"]["vocab.txt"] += "新\n".encode()
+    assert download("owner/model", "weights") == folder
+    assert sorted(client.transfers()) == [("config.json", None), ("vocab.txt", None)]
+    assert (folder / "vocab.txt").read_text(encoding="utf-8").endswith("新\n")
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_new_weights_in_another_form_replace_the_old_ones(client, published):
+    client.models["owner/model"] = published
+    folder = download("owner/model", "weights")
+    client.models["owner/model"] = {"config.json": b"{}", **dict.fromkeys(SAFE_SHARDS, b"shard")}
+    download("owner/model", "weights")
+    assert names(folder) == sorted(["config.json", "vocab.txt", *SAFE_SHARDS])
+
+
+def test_a_broken_transfer_goes_on_in_the_next_run(client, published):
+    """What is there of a folder stays as it was until all files of the new one have come."""
+    client.models["owner/model"] = published
+    folder = put(Path("weights/owner/model"), "config.json", "old.txt")
+    client.faults["model.safetensors"] = [("reset", 5500), ("reset", 0)]
+    with pytest.raises(ConnectionError, match="Run the command again and it goes on where it stopped"):
+        download("owner/model", "weights")
+    assert names(folder) == ["config.json", "old.txt"] and (folder / "config.json").read_text() == "{}"
+    (partial,) = Path("weights/owner").glob(".model.download/*.partial")
+    assert partial.stat().st_size == 5000  # whole chunks
+
+    client.requests.clear()
+    download("owner/model", "weights")
+    assert client.transfers() == [("model.safetensors", "bytes=5000-")]  # the small files had come
+    assert (folder / "model.safetensors").read_bytes() == published["model.safetensors"]
+    assert names(folder) == sorted([*NEEDED, "old.txt"]) and names(folder.parent) == ["model"]
+
+
+@pytest.mark.parametrize("fault", ["cut", "reset"])
+def test_a_transfer_that_breaks_goes_on_in_the_same_run(client, published, monkeypatch, fault):
+    if fault == "cut":  # after which the client waits before it goes on by itself
+        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+    client.models["owner/model"] = published
+    client.faults["model.safetensors"] = [(fault, 3000), (fault, 4000)]
+    folder = download("owner/model", "weights")
+    assert [wanted for file, wanted in client.transfers() if file == "model.safetensors"] == [
+        None, "bytes=3000-", "bytes=7000-",
+    ]  # fmt: skip
+    assert (folder / "model.safetensors").read_bytes() == published["model.safetensors"]
+
+
+def test_parts_of_processes_that_are_gone_are_taken_over_and_others_left_alone(tmp_path):
+    blob = tmp_path / "abc"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f"abc.{gone.pid}.partial").write_bytes(b"12345")
+    (tmp_path / f"abc.{os.getppid()}.partial").write_bytes(b"123")  # it runs
+    assert hub._claim(blob) == tmp_path / f"abc.{os.getpid()}.partial"
+    assert hub._claim(blob).read_bytes() == b"12345"
+    assert len(names(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("announced", "problem"), [
+    (-7, "announced {} bytes and sent {}"), (7, "announced {} bytes and sent {}"),
+])  # fmt: skip
+def test_a_server_that_lies_about_the_size_is_named_and_nothing_of_it_stays(client, published, announced, problem):
+    client.models["owner/model"] = published
+    size = len(published["model.safetensors"])
+    client.announced["model.safetensors"] = size + announced
+    message = "model.safetensors of owner/model came damaged: the server " + problem.format(size + announced, size)
+    for _ in range(2):  # and the next run starts anew
+        with pytest.raises(ValueError, match=message):
+            download("owner/model", "weights")
+        assert not Path("weights/owner/model").exists() and not list(Path("weights").rglob("*.partial"))
+    del client.announced["model.safetensors"]
+    assert names(download("owner/model", "weights")) == NEEDED
+
+
+def test_a_content_of_another_hash_is_refused(client, published):
+    client.models["owner/model"] = published
+    store = put(Path("weights/owner/.model.download"))
+    etag = hashlib.sha256(published["model.safetensors"]).hexdigest()
+    (store / f"{etag}.{os.getpid()}.partial").write_bytes(b"x" * 100)  # of a disk that lost its power, say
+    with pytest.raises(ValueError, match=f"model.safetensors of owner/model came damaged: its SHA-256 is not {etag}"):
+        download("owner/model", "weights")
+    assert names(download("owner/model", "weights")) == NEEDED
+
+
+@pytest.mark.parametrize("etag", ["../../escaped", "..", "", "a/b"])
+def test_an_etag_that_would_be_a_path_is_refused(client, published, monkeypatch, etag):
+    client.models["owner/model"] = published
+    real = huggingface_hub.get_hf_file_metadata
+
+    def metadata(url):
+        answer = real(url)
+        object.__setattr__(answer, "etag", etag)
+        return answer
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    with pytest.raises(ValueError, match="which cannot name a file"):
+        download("owner/model", "weights")
+
+
+def test_a_token_goes_to_the_hub_and_to_nobody_else(client, published, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    client.models["owner/model"] = published
+    download("owner/model", "weights")
+    files = [f"/owner/model/resolve/{COMMIT}/{file}" for file in NEEDED]
+    for path in ["/api/models/owner/model/revision/main", *files]:
+        assert client.tokens.pop(path) == "Bearer hf_secret"
+    assert client.tokens == {f"{CDN}owner/model/model.safetensors": None}
+
+
+def test_a_file_in_the_way_is_named_before_any_request(client):
+    Path("weights/owner").mkdir(parents=True)
+    Path("weights/owner/model").write_text("x")
+    with pytest.raises(FileExistsError, match="weights/owner/model is a file, not a folder"):
+        download("owner/model", "weights")
+    assert client.requests == []
+
+
+# ---- a download to the cache ----------------------------------------------------------------------------------------
+
+
+def test_a_download_to_the_cache_is_found_by_name_and_by_huggingface_hub(client, published, tmp_path):
+    client.models["owner/model"] = published
+    snapshot = download("owner/model")
+    assert snapshot == locate("owner/model") == tmp_path / "cache/models--owner--model/snapshots" / COMMIT
+    assert names(snapshot) == NEEDED and names(Path()) == []
+    assert all((snapshot / file).read_bytes() == published[file] for file in NEEDED)
+    offline = huggingface_hub.snapshot_download("owner/model", local_files_only=True)
+    assert Path(offline) == snapshot
+    assert sorted(client.transfers()) == [(file, None) for file in NEEDED]
+    loads_by_name("owner/model")
+
+    client.requests.clear()
+    assert download("owner/model") == snapshot and client.transfers() == []
+
+
+def test_a_revision_is_asked_for_and_the_last_one_fetched_is_found(client, published):
+    client.models["owner/model"] = published
+    first = download("owner/model", revision="v1")
+    client.commit = NEXT_COMMIT
+    second = download("owner/model")
+    assert (first.name, second.name) == (COMMIT, NEXT_COMMIT) and locate("owner/model") == second
+    client.commit = COMMIT
+    assert download("owner/model", revision=COMMIT) == first == locate("owner/model")
+    assert names(first.parent.parent / "refs") == ["main", "v1"]
+    with pytest.raises(FileNotFoundError, match=f"owner/model has no revision 'v7' at {client.endpoint}"):
+        download("owner/model", revision="v7")
+
+
+# ---- a hub that refuses, or is not there ----------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and the one line of stderr."""
+    code = main(["download", *arguments])
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") <= 1 and "Traceback" not in shown.err
+    return code, shown.out, shown.err
+
+
+def test_a_model_that_is_not_there_is_one_clear_error(client, capsys):
+    code, out, err = run(capsys, "owner/missing", "--to", "weights")
+    assert code == 1 and out == "" and names(Path()) == []
+    assert err == (
+        f"error: {client.endpoint} has no model owner/missing, or shows it only to those who may see it: check the "
+        "name, or set HF_TOKEN to your access token\n"
+    )
+
+
+def test_a_file_that_is_listed_and_not_there_leaves_nothing_of_the_model(client, published, capsys):
+    client.models["owner/model"] = published
+    client.missing.add("vocab.txt")
+    code, out, err = run(capsys, "owner/model", "--to", "weights")
+    assert code == 1 and out == "" and not Path("weights/owner/model").exists()
+    assert err.startswith(f"error: owner/model did not come from {client.endpoint} (") and "404" in err
+    client.missing.clear()
+    assert run(capsys, "owner/model", "--to", "weights")[0] == 0
+
+
+def test_a_gated_model_says_where_to_ask(client, published, capsys):
+    client.models["owner/gated"] = published
+    code, _, err = run(capsys, "owner/gated")
+    assert code == 1
+    assert err == (
+        f"error: owner/gated is gated: ask for access at {client.endpoint}/owner/gated, then set HF_TOKEN to your "
+        "access token\n"
+    )
+
+
+ELSEWHERE = "run `python -m minirlhf download owner/model --revision v1 --to weights/` elsewhere and copy its folder "
+
+
+def check_elsewhere(message, target):
+    assert f"{ELSEWHERE}weights/owner/model to {target} here" in message
+    for file in ("config.json", "model.safetensors", "pytorch_model.bin", ".index.json", "vocab.txt", "vocab.json",
+                 "merges.txt", "tokenizer.json"):  # fmt: skip
+        assert file in message
+
+
+def test_a_server_that_is_down_says_what_to_do_elsewhere(client, capsys):
+    client.close()
+    code, _, err = run(capsys, "owner/model", "--revision", "v1", "--to", "models")
+    assert code == 1 and names(Path()) == []
+    assert err.startswith(f"error: owner/model did not come from {client.endpoint} (ConnectError: ")
+    check_elsewhere(err, "models/owner/model")
+
+
+def test_offline_mode_asks_nobody(client, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, _, err = run(capsys, "owner/model", "--revision", "v1")
+    assert code == 1 and client.requests == []
+    assert err.startswith("error: HF_HUB_OFFLINE is set, so owner/model is not fetched; unset it, or run ")
+    check_elsewhere(err, "weights/owner/model")
+
+
+def test_a_server_that_is_no_hub_is_named(client, capsys):
+    code, _, err = run(capsys, "owner/broken")
+    assert code == 1 and err.startswith(f"error: owner/broken did not come from {client.endpoint} (JSONDecodeError: ")
+
+
+def test_a_folder_that_cannot_be_written_is_named_as_such(client, published, capsys):
+    client.models["owner/model"] = published
+    Path("blocked").write_text("x")
+    code, _, err = run(capsys, "owner/model", "--to", "blocked")
+    assert code == 1 and "blocked" in err and "elsewhere" not in err
+
+
+def test_a_full_disk_is_no_fault_of_the_network(client, published, capsys, monkeypatch):
+    def full(url, file, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    client.models["owner/model"] = published
+    monkeypatch.setattr(file_download, "http_get", full)
+    assert run(capsys, "owner/model") == (1, "", f"error: [Errno {errno.ENOSPC}] No space left on device\n")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_pickled_weights_are_converted(client, published, capsys):
+    client.models["owner/model"] = {name: raw for name, raw in published.items() if name != "model.safetensors"}
+    for target in ([], ["--to", "weights"]):
+        code, out, _ = run(capsys, "owner/model", *target)
+        assert code == 0 and out == f"{locate('owner/model')}\n"
+        assert (locate("owner/model") / "model.safetensors").is_file()
+        for name, tensor in GPT2.from_pretrained(locate("owner/model")).state_dict().items():
+            assert torch.equal(tensor, make_gpt2(n_embd=16, n_layer=1, n_head=2).state_dict()[name])
+    client.requests.clear()
+    assert run(capsys, "owner/model", "--to", "weights")[0] == 0
+    assert "pytorch_model.bin" not in dict(client.transfers())
+
+
+# Downloads argv[2] by the modules in argv[1], without `minirlhf/__init__.py`, which would take seconds to load torch.
+LIGHT = """
+import sys, types
+package = types.ModuleType("minirlhf")
+package.__path__ = [sys.argv[1]]
+sys.modules["minirlhf"] = package
+from minirlhf.hub import download, locate
+try:
+    download(sys.argv[2])
+except ConnectionError as error:
+    print(error, locate(sys.argv[3]))
+"""
+
+
+def environment_for(server, tmp_path):
+    unset = ("HF_", "HUGGINGFACE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
+    environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "TQDM_POSITION": "-1"}
+    return environment | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+def test_offline_by_the_environment_nothing_is_asked_for_and_what_is_there_is_found(server, published, tmp_path):
+    server.models["owner/model"] = published
+    put(tmp_path / "home/hub/models--owner--there/snapshots" / COMMIT, "config.json", "model.safetensors")
+    environment = environment_for(server, tmp_path) | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LIGHT, str(REPO / "minirlhf"), "owner/model", "owner/there"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    said = "HF_HUB_OFFLINE is set, so owner/model is not fetched; unset it, or run "
+    assert done.stdout.startswith(said), done.stderr
+    assert done.stdout.endswith(f"models--owner--there/snapshots/{COMMIT}\n") and server.requests == []
+
+
+def test_a_process_that_is_killed_is_gone_on_from(server, published, tmp_path):
+    """By the environment alone: HF_ENDPOINT and HF_HOME; TQDM_POSITION=-1 shows progress outside of a terminal too."""
+    large = random.Random(0).randbytes(25_000_000)  # the client writes in pieces of 10 MiB
+    server.models["owner/large"] = {**published, "model.safetensors": large}
+    server.faults["model.safetensors"] = [("stall", 22_000_000)]
+    environment = environment_for(server, tmp_path)
+    killed = [sys.executable, "-c", LIGHT, str(REPO / "minirlhf"), "owner/large"]
+    command = [sys.executable, "-m", "minirlhf", "download", "owner/large"]
+
+    with subprocess.Popen(killed, env=environment, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        for _ in range(6000):  # however busy the machine is
+            left = [path for path in (tmp_path / "home").rglob("*.partial") if path.stat().st_size > 20_000_000]
+            if left or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    (partial,) = left
+    size = partial.stat().st_size
+
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    ranges = [wanted for file, wanted in server.transfers() if file == "model.safetensors"]
+    assert ranges == [None, f"bytes={size}-"]
+    assert "model.safetensors" in done.stderr and "100%" in done.stderr
+    snapshot = tmp_path / "home/hub/models--owner--large/snapshots" / COMMIT
+    assert done.stdout == f"{snapshot}\n" and names(snapshot) == NEEDED
+    assert (snapshot / "model.safetensors").read_bytes() == large
+    assert not list((tmp_path / "home").rglob("*.partial"))

@@ -1,0 +1,84 @@
+"""Compiled blocks compute what plain ones do; on a GPU: `test_gpu.py`."""
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+from test_trainer import batch, make_trainer, same, weights
+from torch import nn
+
+from conftest import make_gpt2
+from minirlhf import SamplingConfig, generate
+from minirlhf.models.compilation import compile_blocks
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+def ragged():
+    ids = torch.randint(5, 100, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return ids, mask
+
+
+def gradients(model, ids, mask):
+    model.zero_grad()
+    hidden = model.hidden_states(ids, mask) * mask.unsqueeze(-1)
+    hidden.square().sum().backward()
+    return hidden.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.fixture
+def quick_backend(monkeypatch):
+    """Tracing and the compiler's own backward pass, without its kernels, which take long to make."""
+    inner = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: inner(self, backend="aot_eager", **options))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_compiled_blocks_give_the_same_states_and_gradients():
+    model = make_gpt2()
+    names = list(model.state_dict())
+    expected, plain = gradients(model, *ragged())
+    compile_blocks(model)
+    assert list(model.state_dict()) == names
+    torch._dynamo.utils.counters.clear()
+    found, compiled = gradients(model, *ragged())
+    assert not torch.equal(found, expected)  # fused kernels round otherwise: it was compiled at all
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    with torch.no_grad():
+        model.hidden_states(ragged()[0])
+    assert not torch._dynamo.utils.counters["graph_break"]  # whole blocks, with padding and without
+    torch.compiler.reset()
+
+
+def test_a_step_of_a_compiled_policy_is_that_of_a_plain_one(quick_backend):
+    """With activations computed twice as well: the harder case, and one of them takes seconds to trace."""
+    trainers = [make_trainer(compile=on, checkpoint_activations=on) for on in (False, True)]
+    stats = [trainer.step(*batch()) for trainer in trainers]
+    for name, value in stats[0].items():
+        if not name.startswith("time/"):
+            assert stats[1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    same(*map(weights, trainers), atol=1e-5)
+
+
+def test_blocks_of_policy_and_reference_are_compiled_only_if_asked_for(quick_backend):
+    for on in (False, True):
+        trainer = make_trainer(compile=on)
+        blocks = [*trainer.policy.gpt2.h, *trainer.reference.h]
+        assert all((block._compiled_call_impl is not None) == on for block in blocks)
+        assert all(block._compiled_call_impl is None for block in copy.deepcopy(trainer.policy).gpt2.h)
+
+
+def test_decoding_with_a_cache_compiles_nothing(quick_backend):
+    model = make_gpt2()
+    compile_blocks(model)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    generate(model, [[5, 6], [7]], 4, SamplingConfig(top_k=1))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled

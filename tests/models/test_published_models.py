@@ -1,0 +1,703 @@
+"""Models as they are published: folders of every layout in, the numbers of transformers, folders for all tools out.
+
+The layouts are those of the uer models (GPT-2 and BERT, written by UER's conversion scripts as pickles), of OpenAI's
+GPT-2 and of transformers itself. Full-size models have random weights, larger than initial ones.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    pipeline,
+)
+from transformers import BertConfig as TheirBertConfig
+from transformers import GPT2Config as TheirGPT2Config
+
+from conftest import VOCAB, make_bert, make_gpt2
+from minirlhf import (
+    GPT2,
+    ActorCritic,
+    BertClassifier,
+    GPT2Config,
+    RewardModel,
+    SamplingConfig,
+    SentimentReward,
+    Tokenizer,
+    ValueHead,
+    generate,
+)
+from minirlhf.io.conversion import convert
+from minirlhf.io.model_folder import read_metadata, write_tensors
+from minirlhf.models.layers import shapes_only
+from minirlhf.rewards.reward_model import GPT2Scorer
+
+LABELS = {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}
+# config.json of uer/gpt2-chinese-cluecorpussmall, of uer/roberta-base-finetuned-jd-binary-chinese and of gpt2.
+UER_GPT2 = {
+    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+    "gradient_checkpointing": False, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
+    "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_inner": None, "n_layer": 12, "n_positions": 1024,
+    "output_past": True, "resid_pdrop": 0.1,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 320}},
+    "tokenizer_class": "BertTokenizer", "vocab_size": 21128,
+}  # fmt: skip
+UER_BERT = {
+    "architectures": ["BertForSequenceClassification"], "attention_probs_dropout_prob": 0.1, "directionality": "bidi",
+    "gradient_checkpointing": False, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768,
+    "id2label": LABELS, "initializer_range": 0.02, "intermediate_size": 3072,
+    "label2id": {name: int(i) for i, name in LABELS.items()}, "layer_norm_eps": 1e-12, "max_position_embeddings": 512,
+    "model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0,
+    "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3, "pooler_size_per_head": 128,
+    "pooler_type": "first_token_transform", "position_embedding_type": "absolute", "type_vocab_size": 2,
+    "vocab_size": 21128,
+}  # fmt: skip
+ENGLISH_GPT2 = {
+    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+    "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+    "summary_type": "cls_index", "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+}  # fmt: skip
+SMALL_GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=40, n_ctx=40)
+SMALL_BERT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+
+def random_state(kind, config, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights for a model of transformers: matrices of three times their initial spread, nothing neutral."""
+    with shapes_only():
+        shapes = {name: p.shape for name, p in kind(config).named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        spread = 3 * 3**0.5 * config.initializer_range if len(shape) > 1 else 0.3
+        state[name] = torch.empty(shape).uniform_(-spread, spread, generator=generator)
+        if re.search(r"(ln_\w|LayerNorm)\.weight$", name):
+            state[name] += 1
+    return state
+
+
+def theirs_with(kind, config, state):
+    return kind.from_pretrained(None, config=config, state_dict=state).eval()
+
+
+def assert_relatively_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- the same numbers, full size ------------------------------------------------------------------------------------
+
+
+def test_full_size_gpt2_equals_transformers(tmp_path):
+    config = TheirGPT2Config(**UER_GPT2)
+    theirs = theirs_with(GPT2LMHeadModel, config, random_state(GPT2LMHeadModel, config))
+    theirs.save_pretrained(tmp_path)
+    ours = GPT2.from_pretrained(tmp_path)
+    assert sum(p.numel() for p in ours.parameters()) == 102_068_736
+    short, long = torch.randint(1, 21128, (2, 9), generator=torch.Generator().manual_seed(1))
+    short = short[:5]
+    ids, mask = torch.stack([F.pad(short, (4, 0), value=7), long]), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)).logits
+        assert expected.std() > 1
+        assert_relatively_close(ours(ids, mask)[mask.bool()], expected[mask.bool()], 1e-5)
+        continued = theirs.generate(
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+    assert torch.equal(generate(ours, [short, long], 8, SamplingConfig(top_k=1)).tokens[:, 9:], continued[:, 9:])
+    assert len(set(continued[0, 9:].tolist())) > 2  # the model does not repeat one token
+
+    ours.double(), theirs.double()
+    for model in (ours, theirs):  # the gradient of the first block has come through all the others
+        for name, p in model.named_parameters():
+            p.requires_grad_(re.search(r"(^|\.)(h\.0\.|wpe|ln_f)", name) is not None)
+    logits, expected = ours(long[None]), theirs(long[None]).logits
+    assert_relatively_close(logits, expected, 1e-10)
+    for x in (logits, expected):
+        F.cross_entropy(x[0, :-1], long[1:]).backward()
+    gradients = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            assert_relatively_close(p.grad, gradients[name], 1e-10)
+    with torch.no_grad():
+        cache = ours.new_cache(1, 9)
+        pieces = [ours(long[None, i : i + 1], None, cache) for i in range(9)]
+        assert_relatively_close(torch.cat(pieces, 1), expected, 1e-10)
+        assert_relatively_close(ours(ids, mask)[0, 4:], ours(short[None])[0], 1e-10)
+
+
+def test_full_size_bert_equals_transformers(tmp_path):
+    config = TheirBertConfig(**UER_BERT)
+    theirs = theirs_with(BertForSequenceClassification, config, random_state(BertForSequenceClassification, config))
+    theirs.save_pretrained(tmp_path)
+    ours = BertClassifier.from_pretrained(tmp_path)
+    assert ours.config.labels == list(LABELS.values()) and sum(p.numel() for p in ours.parameters()) == 102_269_186
+    ids = torch.randint(1, 21128, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask).logits
+        assert (expected[0] - expected[1]).abs().max() > 0.01
+        assert_relatively_close(ours(ids, mask), expected, 1e-5)
+        ours.double(), theirs.double()
+        assert_relatively_close(ours(ids, mask)[:1], ours(ids[:1, :5]), 1e-10)
+    for model in (ours, theirs):  # the first layer's gradient has come through all the others
+        for name, p in model.named_parameters():
+            p.requires_grad_(re.search(r"embeddings\.LayerNorm|layer\.0\.|pooler|classifier", name) is not None)
+    for x in (logits := ours(ids, mask), expected := theirs(ids, attention_mask=mask).logits):
+        F.cross_entropy(x, torch.tensor([1, 0])).backward()
+    assert_relatively_close(logits, expected, 1e-10)
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())  # those of key biases are 0
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, gradients.pop(name), rtol=1e-10, atol=1e-12 * largest)
+    assert gradients == {}
+
+
+@pytest.mark.parametrize(("sizes", "parameters"), [
+    (dict(n_layer=6), 81_912_576), (dict(), 124_439_808), (dict(n_layer=24, n_embd=1024, n_head=16), 354_823_168),
+    (dict(n_layer=36, n_embd=1280, n_head=20), 774_030_080),
+    (dict(n_layer=48, n_embd=1600, n_head=25), 1_557_611_200),
+], ids=["distil", "base", "medium", "large", "xlarge"])  # fmt: skip
+def test_the_family_has_its_published_sizes(sizes, parameters):
+    with shapes_only():
+        model = GPT2(GPT2Config(vocab_size=50257, **sizes))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+# ---- layouts in the wild --------------------------------------------------------------------------------------------
+
+
+def write_config(folder, config) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def uer_gpt2(folder) -> None:
+    """As UER's convert_gpt2_from_uer_to_huggingface.py: transposed views, float masks, a head tied by its storage."""
+    config = {**UER_GPT2, **SMALL_GPT2}
+    write_config(folder, config)
+    state = {}
+    for name, tensor in random_state(GPT2LMHeadModel, TheirGPT2Config(**config)).items():
+        state[name] = tensor.t().contiguous().t() if re.search(r"(attn|mlp)\.c_\w+\.weight", name) else tensor
+        if name.endswith("ln_1.weight"):
+            state[name.replace("ln_1.weight", "attn.bias")] = torch.ones(1, 1, 40, 40).tril()
+    assert not state["transformer.h.0.attn.c_attn.weight"].is_contiguous()
+    torch.save({**state, "lm_head.weight": state["transformer.wte.weight"]}, folder / "pytorch_model.bin")
+
+
+def english_gpt2(folder) -> None:
+    """As OpenAI's GPT-2 on the hub: no prefix, the causal masks of an old version."""
+    config = {**ENGLISH_GPT2, **SMALL_GPT2}
+    write_config(folder, config)
+    state = random_state(GPT2LMHeadModel, TheirGPT2Config(**config))
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 40, 40).tril() for i in range(2)}
+    save_file({**state, **masks}, folder / "model.safetensors", {"format": "pt"})
+
+
+def sharded_gpt2(folder) -> None:
+    config = TheirGPT2Config(**{**UER_GPT2, **SMALL_GPT2, "vocab_size": 300})
+    model = theirs_with(GPT2LMHeadModel, config, random_state(GPT2LMHeadModel, config))
+    model.save_pretrained(folder, max_shard_size="15KB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+
+
+def sharded_pickle_gpt2(folder) -> None:
+    sharded_gpt2(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for path in folder.glob("*.safetensors"):
+        torch.save(load_file(path), path.with_name(pickled(path.name)))
+        path.unlink()
+    weight_map = {name: pickled(shard) for name, shard in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def pickled(name: str) -> str:
+    return "pytorch_" + name.replace(".safetensors", ".bin")
+
+
+def only_a_head_gpt2(folder) -> None:
+    """As `safetensors.torch.save_model` leaves tied weights: the first name in the alphabet stays."""
+    config = {**UER_GPT2, **SMALL_GPT2, "vocab_size": 300}
+    write_config(folder, config)
+    state = random_state(GPT2LMHeadModel, TheirGPT2Config(**config))
+    state["lm_head.weight"] = state.pop("transformer.wte.weight")
+    save_file(state, folder / "model.safetensors", {"format": "pt", "transformer.wte.weight": "lm_head.weight"})
+
+
+def hub_cache_gpt2(folder) -> None:
+    """A snapshot of a hub cache: every file is a link into the blobs."""
+    blobs = folder.parent / "blobs"
+    sharded_gpt2(blobs)
+    folder.mkdir()
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(Path("..") / "blobs" / path.name)
+
+
+@pytest.mark.parametrize(
+    "write", [uer_gpt2, english_gpt2, sharded_gpt2, sharded_pickle_gpt2, only_a_head_gpt2, hub_cache_gpt2]
+)
+@torch.no_grad()
+def test_gpt2_layouts_are_read_as_transformers_reads_them(tmp_path, write):
+    write(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval().double()
+    ours = GPT2.from_pretrained(tmp_path / "model")
+    ids = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids).logits
+    assert expected.std() > 0.1
+    assert_relatively_close(ours.double()(ids), expected, 1e-10)
+    again = GPT2.from_pretrained(tmp_path / "model")  # by now from what the pickle became
+    assert all(torch.equal(p, q) for p, q in zip(again.double().parameters(), ours.parameters(), strict=True))
+
+
+def uer_bert(folder) -> None:
+    """As UER's script for text classification: the segments are a slice of a larger tensor."""
+    config = {**UER_BERT, **SMALL_BERT}
+    write_config(folder, config)
+    state = random_state(BertForSequenceClassification, TheirBertConfig(**config))
+    segments = "bert.embeddings.token_type_embeddings.weight"
+    state[segments] = torch.cat([torch.zeros(1, 16), state[segments]])[1:, :]
+    positions = {"bert.embeddings.position_ids": torch.arange(512)[None]}
+    torch.save({**state, **positions}, folder / "pytorch_model.bin")
+
+
+def old_bert(folder) -> None:
+    """As converted from TensorFlow: gamma and beta, and the heads of pretraining still there."""
+    config = {**UER_BERT, **SMALL_BERT, "vocab_size": 300}
+    write_config(folder, config)
+    state = random_state(BertForSequenceClassification, TheirBertConfig(**config))
+    state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+             for name, t in state.items()}  # fmt: skip
+    state["cls.seq_relationship.weight"], state["cls.predictions.bias"] = torch.ones(2, 16), torch.ones(300)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("write", [uer_bert, old_bert])
+@torch.no_grad()
+def test_bert_layouts_are_read_as_transformers_reads_them(tmp_path, write):
+    write(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "copy").eval().double()
+    ours = BertClassifier.from_pretrained(tmp_path / "model").double()
+    ids = torch.randint(1, 300, (4, 12), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids).logits
+    assert expected.std(0).min() > 0.001
+    assert_relatively_close(ours(ids), expected, 1e-10)
+    assert ours.config.labels == list(LABELS.values())
+
+
+def test_classify_equals_the_pipeline_beyond_512_tokens(tmp_path):
+    make_bert(scale=12.0, max_position_embeddings=512, id2label={0: "negative", 1: "positive"}).save_pretrained(
+        tmp_path
+    )
+    Tokenizer(VOCAB).save_pretrained(tmp_path)
+    texts = ["很好" * 400, "房间太脏" * 127 + "差", "很好" * 255, "好" * 511 + "差" * 300, "很好"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random weights know no polarity
+        ours = SentimentReward.from_pretrained(tmp_path, device="cpu").classify(texts)
+    theirs = pipeline("sentiment-analysis", model=str(tmp_path), tokenizer=str(tmp_path), device="cpu")(
+        texts, truncation=True, max_length=512
+    )
+    assert [row["label"] for row in ours] == [row["label"] for row in theirs]
+    assert [row["score"] for row in ours] == pytest.approx([row["score"] for row in theirs], abs=1e-5)
+
+
+# ---- folders for other tools ----------------------------------------------------------------------------------------
+
+
+def make_actor_critic(gpt2: GPT2) -> ActorCritic:
+    return ActorCritic(gpt2, ValueHead(gpt2.config.n_embd, init_range=0.5))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "ActorCritic"])
+@torch.no_grad()
+def test_gpt2_goes_to_transformers_and_back_bit_equal(tmp_path, kind):
+    uer_gpt2(tmp_path / "uer")
+    model = GPT2.from_pretrained(tmp_path / "uer")
+    model.wte.weight.mul_(1.5)  # trained
+    saved = model if kind == "GPT2" else make_actor_critic(model)
+    saved.save_pretrained(tmp_path / "ours")
+    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(theirs) is GPT2LMHeadModel and not any(loading.values())  # no key missing, unexpected or misshapen
+    ids = torch.randint(1, 21128, (2, 12), generator=torch.Generator().manual_seed(1))
+    assert_relatively_close(model(ids), theirs.eval()(ids).logits, 1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = GPT2.from_pretrained(tmp_path / "theirs")
+    assert back.config == model.config
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
+
+
+@torch.no_grad()
+def test_bert_goes_to_transformers_and_back_bit_equal(tmp_path):
+    uer_bert(tmp_path / "uer")
+    model = BertClassifier.from_pretrained(tmp_path / "uer")
+    model.classifier.bias.add_(1)
+    model.save_pretrained(tmp_path / "ours")
+    theirs, loading = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(theirs) is BertForSequenceClassification and not any(loading.values())
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = BertClassifier.from_pretrained(tmp_path / "theirs")
+    assert back.config == model.config
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
+
+
+@pytest.mark.parametrize(("write", "kind", "published"), [
+    (uer_gpt2, GPT2, UER_GPT2 | SMALL_GPT2), (english_gpt2, GPT2, ENGLISH_GPT2 | SMALL_GPT2),
+    (uer_bert, BertClassifier, UER_BERT | SMALL_BERT),
+])  # fmt: skip
+def test_a_saved_model_keeps_the_config_it_came_with(tmp_path, write, kind, published):
+    write(tmp_path / "in")
+    kind.from_pretrained(tmp_path / "in").save_pretrained(tmp_path / "out")
+    kind.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    for folder in ("out", "again"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert {name: config[name] for name in published} == published
+
+
+def test_a_model_without_special_tokens_gets_none_from_transformers(tmp_path):
+    make_gpt2().save_pretrained(tmp_path / "small")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert theirs.config.eos_token_id is None and theirs.config.bos_token_id is None
+    english_gpt2(tmp_path / "english")
+    GPT2.from_pretrained(tmp_path / "english").save_pretrained(tmp_path / "saved")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.eos_token_id == 50256
+
+
+def test_the_value_head_is_in_no_other_tools_way(tmp_path):
+    make_actor_critic(make_gpt2()).save_pretrained(tmp_path)
+    # vLLM, filter_duplicate_safetensors_files: of all *.safetensors those that the index names, if there is one.
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    read = [path for path in tmp_path.glob("*.safetensors") if path.name in index.values()]
+    assert [path.name for path in read] == ["model.safetensors"]
+    assert index.keys() == load_file(read[0]).keys()
+    # llama.cpp, get_model_part_names: model*.safetensors, which must hold what the index names.
+    assert [path.name for path in tmp_path.glob("model*.safetensors")] == ["model.safetensors"]
+    assert all(name.startswith("transformer.") for name in index)  # vLLM puts that before every other name
+    # llama.cpp, GPT2Model.set_gguf_parameters.
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["n_ctx"], config["n_embd"], config["n_head"], config["n_layer"]) == (64, 32, 4, 2)
+
+
+@torch.no_grad()
+def test_model_and_value_head_are_saved_in_one_moment(tmp_path, monkeypatch):
+    """At every rename the folder holds the old model with its head, or the new one with its own."""
+    seen, replace = [], os.replace
+
+    def watched(*args):
+        replace(*args)
+        loaded = ActorCritic.from_pretrained(tmp_path / "model")
+        seen.append((loaded.gpt2.wte.weight[0, 0].item(), loaded.value_head.summary.bias.item()))
+
+    model = make_actor_critic(make_gpt2())
+    for value in (1.0, 2.0):
+        model.gpt2.wte.weight[0, 0] = model.value_head.summary.bias[0] = value
+        model.save_pretrained(tmp_path / "model")
+        monkeypatch.setattr(os, "replace", watched)
+    assert seen == [(1.0, 1.0)] * 5
+    loaded = ActorCritic.from_pretrained(tmp_path / "model")
+    assert (loaded.gpt2.wte.weight[0, 0], loaded.value_head.summary.bias) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "ActorCritic", "BertClassifier"])
+def test_the_card_tells_the_training_and_its_code_runs(tmp_path, kind):
+    write = uer_bert if kind == "BertClassifier" else uer_gpt2
+    write(tmp_path / "uer-small")
+    model = {"GPT2": GPT2, "ActorCritic": ActorCritic, "BertClassifier": BertClassifier}[kind]
+    folder = tmp_path / "saved"
+    model.from_pretrained(tmp_path / "uer-small").save_pretrained(folder, summary={"reward": 0.9, "a | b": "c"})
+    card = (folder / "README.md").read_text()
+    assert "made from uer-small" in card and str(tmp_path) not in card
+    assert "| reward | 0.9 |\n| a &#124; b | c |\n" in card
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        scope = {}
+        exec(block.replace("this/folder", str(folder)), scope)
+        assert isinstance(scope["model"], torch.nn.Module)
+    metadata = read_metadata(folder / "model.safetensors")
+    assert metadata["base_model"] == "uer-small" and json.loads(metadata["training"]) == {"reward": 0.9, "a | b": "c"}
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_bert, lambda: make_actor_critic(make_gpt2())])
+def test_a_bad_summary_or_weight_changes_nothing(tmp_path, make):
+    model = make()
+    model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="summary must map names"):
+        model.save_pretrained(tmp_path, summary={"policy": model})
+    for p in model.parameters():
+        with torch.no_grad():
+            p.view(-1)[0], kept = torch.nan, p.view(-1)[0].item()
+        with pytest.raises(ValueError, match="holds values that"):
+            model.save_pretrained(tmp_path)
+        with torch.no_grad():
+            p.view(-1)[0] = kept
+    assert contents(tmp_path) == before
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def rewrite_header(folder, change) -> None:
+    """Change the header of the safetensors file, and its length, and leave the data as they are."""
+    raw = (folder / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def rewrite_tensor(folder, name, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def rewrite_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cut(folder, keep) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+LN, WTE = "transformer.ln_f.bias", "transformer.wte.weight"
+DAMAGES = {
+    "truncated": (lambda folder: cut(folder, -100), r"model.safetensors is not a readable safetensors file"),
+    "truncated header": (lambda folder: cut(folder, 200), r"model.safetensors is not a readable"),
+    "length beyond the file": (
+        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{}"),
+        r"model.safetensors is not a readable",
+    ),
+    "offsets beyond the file": (
+        lambda folder: rewrite_header(folder, lambda h: h[LN]["data_offsets"].__setitem__(1, 10**9)),
+        r"model.safetensors is not a readable",
+    ),
+    "overlapping offsets": (
+        lambda folder: rewrite_header(folder, lambda h: h[LN].update(data_offsets=[0, 128])),
+        r"model.safetensors is not a readable",
+    ),
+    "shape beyond the data": (
+        lambda folder: rewrite_header(folder, lambda h: h[LN].update(shape=[2**60])),
+        r"model.safetensors is not a readable",
+    ),
+    "another type": (
+        lambda folder: rewrite_tensor(folder, LN, torch.Tensor.int), r"ln_f.bias has dtype torch.int32",
+    ),
+    "bits read as another type": (
+        lambda folder: rewrite_header(folder, lambda h: h[LN].update(dtype="I32")), r"ln_f.bias has dtype torch.int32",
+    ),
+    "NaN": (lambda folder: rewrite_tensor(folder, WTE, lambda t: t.index_fill(0, torch.tensor(3), torch.nan)),
+            r"wte.weight holds NaN or infinite values"),
+    "too large for fp32": (lambda folder: rewrite_tensor(folder, WTE, lambda t: t.double() + 1e300),
+                           r"wte.weight holds NaN or infinite values"),
+    "more layers": (lambda folder: rewrite_config(folder, n_layer=3), "n_layer must be at most 2"),
+    "fewer layers": (lambda folder: rewrite_config(folder, n_layer=1), r"unexpected h.1.attn.c_attn.bias \(96,\)"),
+    "another width": (lambda folder: rewrite_config(folder, n_embd=64),
+                      r"h.0.attn.c_proj.weight has shape \(32, 32\), the config asks for \(64, 64\)"),
+    "a vocabulary beyond all memory": (lambda folder: rewrite_config(folder, vocab_size=10**13),
+                                       r"wte.weight has shape .*, the config asks for \(10000000000000, 32\)"),
+    "nn.Linear's orientation": (
+        lambda folder: rewrite_tensor(folder, "transformer.h.0.attn.c_attn.weight", lambda t: t.t().contiguous()),
+        r"h.0.attn.c_attn.weight has shape \(96, 32\), the config asks for \(32, 96\) \(it is transposed\)",
+    ),
+    "an index that leads out of the folder": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder.parent / "outside.safetensors"),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}'),
+        ),
+        r"index.json places a in '../outside.safetensors', which is not the name of a file beside it",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"config.json does not exist"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors does not exist"),
+    "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config.json is not valid"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [GPT2, ActorCritic])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_folder_is_one_clear_error_and_stays_as_it_is(tmp_path, damage, kind):
+    folder = tmp_path / "model"
+    make_actor_critic(make_gpt2()).save_pretrained(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    change, message = DAMAGES[damage]
+    change(folder)
+    before = contents(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        kind.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("head", "message"), [
+    ({"summary.weight": torch.full((1, 32), torch.nan), "summary.bias": torch.zeros(1)}, "summary.weight holds NaN"),
+    ({"summary.weight": torch.zeros(1, 32)}, "missing summary.bias"),
+    ({"summary.weight": torch.zeros(1, 32), "summary.bias": torch.zeros(1, dtype=torch.int64)}, "bias has dtype"),
+])  # fmt: skip
+def test_a_bad_value_head_is_named(tmp_path, head, message):
+    make_actor_critic(make_gpt2()).save_pretrained(tmp_path)
+    write_tensors(tmp_path / "value_head.safetensors", head, {"kind": "linear"})
+    with pytest.raises(ValueError, match=rf"value_head.safetensors do not fit the model: .*{message}"):
+        ActorCritic.from_pretrained(tmp_path)
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """Within it permissions count, even where the tests run as root."""
+    if os.name != "posix":
+        pytest.skip("needs POSIX permissions")
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def public_folder():
+    """A folder that everybody can reach, unlike those of pytest."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(stat.S_IRWXU)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("locked", ["model", "model/config.json", "model/model.safetensors"])
+@pytest.mark.parametrize("kind", [GPT2, ActorCritic])
+def test_what_may_not_be_read_is_named(public_folder, locked, kind):
+    make_actor_critic(make_gpt2()).save_pretrained(public_folder / "model")
+    (public_folder / locked).chmod(0)
+    with without_privileges(), pytest.raises(OSError, match=re.escape(str(public_folder / locked))):
+        kind.from_pretrained(public_folder / "model")
+
+
+@pytest.mark.parametrize("locked", ["model", "model/vocab.txt", "model/tokenizer_config.json"])
+def test_a_tokenizer_that_may_not_be_read_is_named(public_folder, locked):
+    Tokenizer(VOCAB).save_pretrained(public_folder / "model")
+    (public_folder / "model" / "tokenizer.json").unlink()
+    (public_folder / locked).chmod(0)
+    with without_privileges(), pytest.raises(OSError, match=re.escape(str(public_folder / locked))):
+        Tokenizer.from_pretrained(public_folder / "model")
+
+
+def test_a_pickle_in_a_folder_that_may_not_be_written_is_an_os_error(public_folder):
+    uer_gpt2(public_folder / "model")
+    (public_folder / "model").chmod(0o555)
+    before = contents(public_folder)
+    with without_privileges(), pytest.raises(PermissionError, match=re.escape(str(public_folder / "model"))):
+        GPT2.from_pretrained(public_folder / "model")
+    assert contents(public_folder) == before
+
+
+@pytest.fixture(params=["full disk", "file size limit"])
+def little_space(request, tmp_path):
+    """A folder, and a context within which it has no room for another model."""
+    if request.param == "file size limit":
+
+        @contextlib.contextmanager
+        def limited():
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        yield tmp_path, limited
+        return
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system: needs root")
+
+    @contextlib.contextmanager
+    def filled():
+        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        yield
+        (disk / "filler").unlink()
+
+    yield disk, filled
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_bert, lambda: make_actor_critic(make_gpt2())])
+def test_a_full_disk_costs_nothing_that_is_saved(little_space, make):
+    place, full = little_space
+    model = make()
+    model.save_pretrained(place / "model")
+    before = contents(place)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with full(), pytest.raises(OSError):
+        model.save_pretrained(place / "model")
+    assert contents(place) == before
+    model.save_pretrained(place / "model")
+    assert contents(place).keys() == before.keys() and contents(place) != before
+
+
+def test_a_full_disk_costs_no_reward_model_and_no_tokenizer(little_space):
+    """Model, normalisation and vocabulary of the one are saved at one moment."""
+    place, full = little_space
+    model = RewardModel(GPT2Scorer(make_gpt2()), Tokenizer(VOCAB), device="cpu")
+    larger = Tokenizer([*VOCAB, *(chr(0x3400 + i) for i in range(2000))])
+    model.save_pretrained(place / "model")
+    before = contents(place)
+    model.mean = 5.0
+    with full():
+        for saved in (model, larger):
+            with pytest.raises(OSError):
+                saved.save_pretrained(place / "model")
+    assert contents(place) == before
+
+
+def test_a_full_disk_leaves_no_part_of_a_conversion(little_space):
+    place, full = little_space
+    make_gpt2().save_pretrained(place / "model")
+    weights = place / "model" / "model.safetensors"
+    torch.save(load_file(weights), place / "model" / "pytorch_model.bin")
+    weights.unlink()
+    before = contents(place)
+    with full(), pytest.raises(OSError):
+        convert(place / "model")
+    assert contents(place) == before
+    assert convert(place / "model") == weights

@@ -1,0 +1,219 @@
+"""Scores in a file: read again, by other processes too, whole after kills, and damaged lines skipped."""
+
+import json
+import random
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from minirlhf.rewards import score_cache
+from minirlhf.rewards.score_cache import ScoreCache
+
+# A process of its own that imports this one module alone: cache, path = ..., sys.argv[1]
+OTHER_PROCESS = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("score_cache", {score_cache.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+cache = module.ScoreCache(sys.argv[1])
+"""
+
+
+def process(code, *arguments):
+    command = [sys.executable, "-c", OTHER_PROCESS + code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+
+def load(path):
+    """A new cache on the file, and how many lines of it are damaged."""
+    cache = ScoreCache(path)
+    return cache, cache.refresh()
+
+
+def test_what_is_put_is_got_at_once_and_after_reading_the_file_again(tmp_path):
+    path = tmp_path / "new" / "folder" / "cache.jsonl"
+    cache = ScoreCache(path)
+    assert cache.get("a") is None
+    scores = {"a": 7.0, "b": -0.1, "钥": 1e-300, "": 0.30000000000000004}
+    for key, score in scores.items():
+        cache.put(key, score)
+        assert cache.get(key) == score
+    again, damaged = load(path)
+    assert damaged == 0 and {key: again.get(key) for key in scores} == scores
+    assert again.get("c") is None
+
+
+def test_a_later_entry_of_a_key_wins(tmp_path):
+    cache = ScoreCache(tmp_path / "cache")
+    cache.put("a", 1.0)
+    cache.put("a", 2.0)
+    assert cache.get("a") == 2.0 and load(tmp_path / "cache")[0].get("a") == 2.0
+
+
+def test_two_caches_on_one_file_see_each_other_after_a_refresh(tmp_path):
+    one, two = ScoreCache(tmp_path / "cache"), ScoreCache(tmp_path / "cache")
+    one.put("a", 1.0)
+    two.put("b", 2.0)
+    assert (two.get("a"), one.get("b")) == (None, None)
+    assert (one.refresh(), two.refresh()) == (0, 0)
+    assert (two.get("a"), one.get("b")) == (1.0, 2.0)
+
+
+def test_a_line_is_as_documented_and_holds_nothing_else(tmp_path):
+    ScoreCache(tmp_path / "cache").put("ab", 7.5)
+    content = (tmp_path / "cache").read_bytes()
+    assert content == b'{"key": "ab", "score": 7.5, "crc": %d}\n' % zlib.crc32(b'["ab", 7.5]')
+
+
+DAMAGED = [
+    b"not json", b"[]", b"7", b"null", b"{}", b'{"key": "a"}', b'{"key": "a", "score": 7.0}', b"\xff\xfe\x00",
+    b'{"key": "a", "score": 8.0, "crc": %d}' % zlib.crc32(b'["a", 7.0]'),  # a digit has changed
+    b'{"key": "b", "score": 7.0, "crc": %d}' % zlib.crc32(b'["a", 7.0]'),
+    b'{"key": "a", "score": "7.0", "crc": %d}' % zlib.crc32(b'["a", "7.0"]'),
+    b'{"key": "a", "score": 7, "crc": %d}' % zlib.crc32(b'["a", 7]'),
+    b'{"key": ["a"], "score": 7.0, "crc": %d}' % zlib.crc32(b'[["a"], 7.0]'),
+    b'{"key": "a", "sco{"key": "a", "score": 7.0, "crc": 1}', b"[" * 100000, b'{"key": "a", "score": ' + b"9" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_is_skipped_and_counted_once(tmp_path, line):
+    path = tmp_path / "cache"
+    ScoreCache(path).put("before", 1.0)
+    with open(path, "ab") as file:
+        file.write(line + b"\n")
+    ScoreCache(path).put("after", 2.0)
+    cache, damaged = load(path)
+    assert damaged == 1
+    assert (cache.get("before"), cache.get("after")) == (1.0, 2.0)
+    assert (cache.get("a"), cache.get("b")) == (None, None)
+    assert cache.refresh() == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flipped_bit_costs_no_more_than_the_lines_that_it_touches(tmp_path, seed):
+    path, draw = tmp_path / "cache", random.Random(seed)
+    first = ScoreCache(path)
+    for i in range(10):
+        first.put(f"key {i}", i / 2)
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    cache, damaged = load(path)
+    lost = [i for i in range(10) if cache.get(f"key {i}") != i / 2]
+    assert len(lost) in (1, 2) and damaged >= 1  # two lines if the line feed between them went
+    assert all(cache.get(f"key {i}") is None for i in lost), "a damaged score was taken for a good one"
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_last_line_that_was_cut_short_does_not_spoil_the_next_one(tmp_path, cut):
+    path = tmp_path / "cache"
+    first = ScoreCache(path)
+    first.put("a", 1.0)
+    first.put("b", 2.0)
+    path.write_bytes(path.read_bytes()[:-cut])
+    cache = ScoreCache(path)
+    whole = cut == 1  # all but the line feed was there
+    assert cache.refresh() == (0 if whole else 1)
+    cache.put("c", 3.0)
+    again, damaged = load(path)
+    assert damaged == (0 if whole else 1)
+    assert [again.get(key) for key in "abc"] == [1.0, 2.0 if whole else None, 3.0]
+
+
+def test_half_a_line_of_another_process_is_read_when_it_is_whole(tmp_path):
+    path = tmp_path / "cache"
+    cache = ScoreCache(path)
+    ScoreCache(tmp_path / "other").put("a", 1.0)
+    line = (tmp_path / "other").read_bytes()
+    for part in (line[:9], line[9:]):
+        with open(path, "ab") as file:
+            file.write(part)
+        assert cache.refresh() == 0
+    assert cache.get("a") == 1.0
+
+
+def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
+    code = """
+import os, time
+print("ready", flush=True)
+while not os.path.exists(sys.argv[3]):
+    time.sleep(0.001)
+for i in range(400):
+    cache.put(sys.argv[2] + ' ' + 'k' * (i % 50) + str(i), float(i))
+"""
+    started = [process(code, tmp_path / "cache", name, tmp_path / "go") for name in ("one", "two")]
+    assert [each.stdout.readline() for each in started] == ["ready\n"] * 2
+    (tmp_path / "go").touch()
+    for each in started:
+        assert each.communicate(timeout=600)[1] == "" and each.returncode == 0
+    cache, damaged = load(tmp_path / "cache")
+    assert damaged == 0
+    for name in ("one", "two"):
+        assert all(cache.get(f"{name} {'k' * (i % 50)}{i}") == i for i in range(400))
+
+
+def test_what_was_put_before_a_kill_is_there(tmp_path):
+    writer = process(
+        "i = 0\nwhile True:\n    cache.put(str(i), float(i))\n    print(i, flush=True)\n    i += 1", tmp_path / "cache"
+    )
+    for _ in range(50):
+        last = int(writer.stdout.readline())
+    writer.kill()
+    last = max([last, *map(int, writer.communicate()[0].split())])
+    cache, damaged = load(tmp_path / "cache")
+    assert damaged == 0 and all(cache.get(str(i)) == i for i in range(last + 1))
+
+
+def test_a_cache_that_cannot_be_written_says_so_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        ScoreCache(tmp_path / "file" / "cache")
+    with pytest.raises(IsADirectoryError):
+        ScoreCache(tmp_path)
+
+
+class Recording:
+    """A file that notes how it was opened and what was written, and takes `lost` bytes fewer than it is given."""
+
+    def __init__(self, lost=0):
+        self.lost, self.calls = lost, []
+
+    def __call__(self, path, mode, **options):
+        self.calls.append((mode, options))
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def write(self, line):
+        self.calls.append(line)
+        return len(line) - self.lost
+
+
+def test_an_entry_is_one_unbuffered_write_at_the_end_of_the_file(tmp_path, monkeypatch):
+    """That, and nothing less, is what processes do not interleave and a kill does not cut."""
+    cache, file = ScoreCache(tmp_path / "cache"), Recording()
+    monkeypatch.setattr(score_cache, "open", file, raising=False)
+    cache.put("a", 1.0)
+    opened, line = file.calls
+    assert opened == ("ab", {"buffering": 0}) and line.startswith(b"{") and line.endswith(b"}\n")
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    cache = ScoreCache(tmp_path / "cache")
+    monkeypatch.setattr(score_cache, "open", Recording(lost=1), raising=False)
+    with pytest.raises(OSError, match=r"cache took only a part of a line"):
+        cache.put("a", 1.0)
+
+
+def test_the_file_is_json_lines(tmp_path):
+    cache = ScoreCache(tmp_path / "cache")
+    cache.put('"\n\\', 1.0)
+    (line,) = (tmp_path / "cache").read_text().splitlines()
+    assert json.loads(line)["key"] == '"\n\\'

@@ -1,0 +1,382 @@
+"""Hostile files: a short run of the fuzzer, the fuzzer against loaders that are at fault, and what it has found."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import signal
+import sys
+import time
+
+import fuzz
+import pytest
+import torch
+
+from conftest import VOCAB, make_bert, make_gpt2
+from minirlhf import GPT2, ActorCritic, BertClassifier, PPOConfig, SentimentReward, Tokenizer
+from minirlhf.io.conversion import read_pickle
+from minirlhf.io.files import read_json, read_jsonl, write_json
+from minirlhf.io.model_folder import read_tensors, write_tensors
+from minirlhf.models import bert, gpt2
+from minirlhf.runs.log import RunLog
+from minirlhf.runs.run import _rewards as rewards_of
+
+# ---- the fuzzer ------------------------------------------------------------------------------------------------------
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, inotify and /proc")
+
+
+@on_linux
+@pytest.mark.parametrize("target", fuzz.targets(), ids=lambda target: target.name)
+def test_hostile_files_are_loaded_or_refused_by_name(target):
+    """As `python tests/fuzz.py`, which does it for longer."""
+    report = fuzz.fuzz(target, 60, seed=0)
+    assert report.failures == []
+    assert report.outcomes["loaded"] + report.outcomes["refused"] == 60
+    assert report.outcomes["refused"] > 5
+    assert report.outcomes["loaded"] > 5
+
+
+VALID = json.dumps({"name": "value", "number": 3, "list": [1, 2]})
+
+
+def fails(function):
+    """A target whose loader is at fault whenever the file is not the valid one."""
+
+    def load(folder):
+        if (folder / "config.json").is_file() and (folder / "config.json").read_text("latin-1") == VALID:
+            return None
+        return function(folder)
+
+    return fuzz.Target("x", lambda folder: (folder / "config.json").write_text(VALID), load, lambda thing: thing)
+
+
+def refuse(folder):
+    raise ValueError(f"{folder} is bad")
+
+
+def write_and_refuse(folder):
+    (folder / "new").write_text("x")
+    refuse(folder)
+
+
+def swallow(folder):
+    with contextlib.suppress(OSError):
+        (folder / "../secret").read_text()
+
+
+@on_linux
+@pytest.mark.parametrize(("function", "said"), [
+    (lambda folder: {}["x"], "KeyError"),
+    (lambda folder: sys.exit(1), "SystemExit"),
+    (lambda folder: int("x"), "ValueError: invalid literal"),  # no path in it
+    (lambda folder: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
+    (lambda folder: time.sleep(60), "more than 1 seconds"),
+    (lambda folder: bytearray(1 << 27), "MemoryError"),
+    (lambda folder: torch.ones(1 << 25), "RuntimeError.*memory"),
+    (lambda folder: (folder / "../outside/config.json").read_text(), "AssertionError: opened"),
+    (lambda folder: torch.from_file(str(folder / "../outside/config.json"), size=4), "AssertionError: opened"),
+    (swallow, "AssertionError: opened .*secret"),
+    (lambda folder: os.listdir("/etc"), "AssertionError: opened .*/etc"),
+    (lambda folder: pickle.loads(pickle.dumps(refuse)), "AssertionError: opened .*pickle.find_class"),
+    (write_and_refuse, "AssertionError: a refused load changed the folder"),
+])  # fmt: skip
+def test_the_fuzzer_sees_a_loader_at_fault(monkeypatch, function, said):
+    if "seconds" in said:
+        monkeypatch.setattr(fuzz, "SECONDS", 1)
+    report = fuzz.fuzz(fails(function), 3, seed=0)
+    assert report.outcomes["failed"] == len(report.failures) >= 1
+    assert all(re.search(said, failure) for failure in report.failures)
+
+
+@on_linux
+def test_the_fuzzer_has_nothing_against_a_loader_that_refuses():
+    report = fuzz.fuzz(fails(refuse), 20, seed=0)
+    assert report.failures == [] and report.outcomes["refused"] >= 15
+
+
+def test_an_input_depends_on_its_number_alone(tmp_path):
+    for target in fuzz.targets():
+        (tmp_path / target.name).mkdir()
+        target.write(tmp_path / target.name)
+        valid = fuzz.read_files(tmp_path / target.name)
+        inputs = [fuzz.mutated(valid, random.Random(i)) for i in range(30)]
+        assert inputs == [fuzz.mutated(valid, random.Random(i)) for i in range(30)]
+        assert all(inputs.count(x) < 10 for x in inputs) and sum(x != valid for x in inputs) > 20
+
+
+# ---- found by fuzzing: errors that did not say where ----------------------------------------------------------------
+
+
+def reward_folder(folder):
+    make_bert().save_pretrained(folder)
+    Tokenizer(VOCAB).save_pretrained(folder)
+
+
+def change(folder, **fields):
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **fields})
+
+
+@pytest.mark.parametrize(("model", "field", "value"), [
+    (GPT2, "n_embd", -4), (GPT2, "attn_pdrop", "nan"), (GPT2, "n_head", 5),
+    (BertClassifier, "hidden_size", 4.0), (BertClassifier, "id2label", {"0": "a", "2": "b"}),
+])  # fmt: skip
+def test_a_bad_config_field_is_named_with_its_folder(tmp_path, model, field, value):
+    (make_gpt2() if model is GPT2 else make_bert()).save_pretrained(tmp_path)
+    change(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: .*{field}"):
+        model.from_pretrained(tmp_path)
+
+
+def test_an_unknown_kind_of_value_head_is_named_with_its_file(tmp_path):
+    model = ActorCritic(make_gpt2())
+    model.save_pretrained(tmp_path)
+    write_tensors(tmp_path / "value_head.safetensors", model.value_head.state_dict(), {"kind": "cubic"})
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/value_head.safetensors holds a 'cubic' value head"):
+        ActorCritic.from_pretrained(tmp_path)
+
+
+def test_a_reward_whose_files_do_not_fit_each_other_names_its_folder(tmp_path):
+    reward_folder(tmp_path)
+    Tokenizer(VOCAB[:-1]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: the vocabulary has"):
+        SentimentReward.from_pretrained(tmp_path, device="cpu")
+    reward_folder(tmp_path)
+    change(tmp_path, id2label={"0": "A", "1": "B"})
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: cannot tell the positive label"):
+        SentimentReward.from_pretrained(tmp_path, device="cpu")
+
+
+def test_a_reward_that_scores_nan_warns(tmp_path):
+    reward_folder(tmp_path)
+    model = make_bert()
+    with torch.no_grad():
+        model.classifier.weight.fill_(3e38)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="nan"):
+        SentimentReward.from_pretrained(tmp_path, device="cpu")
+
+
+# ---- found by fuzzing: models built before their files were known to be of that size --------------------------------
+
+GPT2_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_inner")
+BERT_SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "num_hidden_layers",
+              "intermediate_size")  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [10**9, 2**62, 10**400])
+@pytest.mark.parametrize(
+    ("model", "field"), [*((GPT2, f) for f in GPT2_SIZES), *((BertClassifier, f) for f in BERT_SIZES)]
+)
+def test_a_config_of_another_size_is_refused_before_memory_is_taken(tmp_path, model, field, size):
+    (make_gpt2() if model is GPT2 else make_bert()).save_pretrained(tmp_path)
+    change(tmp_path, **{field: size, "n_head": 1, "num_attention_heads": 1})
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*(\b{field} must be|the config asks for)"):
+        model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model", [GPT2, BertClassifier])
+def test_the_stored_tensors_bound_the_number_of_layers(tmp_path, model):
+    """Without the bound 1,000 layers would be built, of 40 kB each, to say what is missing."""
+    made, module = (make_gpt2(), gpt2) if model is GPT2 else (make_bert(), bert)
+    layers = [name for name in made.state_dict() if re.search(r"\b(h|layer)\.0\.", name)]
+    assert len(layers) == module.LAYER_TENSORS
+    made.save_pretrained(tmp_path)
+    tensors = read_tensors(tmp_path / "model.safetensors")
+    write_tensors(tmp_path / "model.safetensors", tensors | {f"x{i}": torch.zeros(1) for i in range(1200)})
+    change(tmp_path, n_layer=1000, num_hidden_layers=1000)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: .*layers? must be at most \d\d\d?, the layers that are stored"):
+        model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("count", [3, 10**9, "2", -1, [2], 2.5])
+def test_a_number_of_nameless_labels_is_that_of_the_weights(tmp_path, count):
+    model = make_bert()
+    model.save_pretrained(tmp_path)
+    change(tmp_path, id2label=None, num_labels=2)
+    assert BertClassifier.from_pretrained(tmp_path).config.labels == ["LABEL_0", "LABEL_1"]
+    change(tmp_path, num_labels=count)
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        BertClassifier.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("model", "field"), [(GPT2, "layer_norm_epsilon"), (GPT2, "initializer_range"),
+                                              (BertClassifier, "layer_norm_eps"), (GPT2, "n_layer")])  # fmt: skip
+def test_a_number_beyond_every_float_is_refused(tmp_path, model, field):
+    (make_gpt2() if model is GPT2 else make_bert()).save_pretrained(tmp_path)
+    change(tmp_path, **{field: 10**400})
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{field} must be"):
+        model.from_pretrained(tmp_path)
+
+
+def test_a_setting_beyond_every_float_is_refused():
+    with pytest.raises(ValueError, match=r"PPOConfig.score_scale must be"):
+        PPOConfig(score_scale=10**400)
+
+
+# ---- found by fuzzing: checkpoints that we did not write, whose check sums are right --------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    fuzz.write_checkpoint(tmp_path / "checkpoint")
+    assert fuzz.resume_trainer(tmp_path / "checkpoint").iteration == 0
+    return tmp_path / "checkpoint"
+
+
+def refused_checkpoint(folder, said):
+    files = fuzz.with_sums(fuzz.read_files(folder))
+    fuzz.write_files(folder, files)
+    with pytest.raises(ValueError, match=rf"{folder}.*{said}"):
+        fuzz.resume_trainer(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("format", None), ("iteration", -1), ("optimizer_steps", 10**400), ("bad_steps", "0"), ("micro_batch_size", 0),
+    ("kl_coef", math.nan), ("score_moments", {"count": 0}), ("scaler", {"scale": 1.0}), ("origin", {"name": 1}),
+    ("frozen", [[]]), ("reference", {"sha256": 1, "source": None}), ("config", {"base": 1}), ("config", []),
+    ("log", {"../metrics.jsonl": 0}), ("log", {"metrics.jsonl": 0, "samples.jsonl": 0.5}),
+])  # fmt: skip
+def test_a_counter_of_a_checkpoint_that_is_none_is_named(checkpoint, field, value):
+    content = read_json(checkpoint / "training.json")
+    (checkpoint / "training.json").write_text(json.dumps({**content, field: value}))
+    refused_checkpoint(checkpoint, field)
+    del content[field]
+    (checkpoint / "training.json").write_text(json.dumps(content))
+    refused_checkpoint(checkpoint, field)
+
+
+def test_a_checkpoint_that_leaves_nothing_to_train_is_refused(checkpoint):
+    names = [name for name, _ in ActorCritic.from_pretrained(checkpoint).named_parameters()]
+    content = read_json(checkpoint / "training.json")
+    write_json(checkpoint / "training.json", {**content, "frozen": names})
+    refused_checkpoint(checkpoint, "every parameter is frozen")
+
+
+@pytest.mark.parametrize(("name", "tensor", "said"), [
+    ("generator.sampling", None, "generator.sampling is missing"),
+    ("generator.sampling", torch.zeros(4), "another kind of device"),
+    ("optimizer.exp_avg.gpt2.ln_f.bias", None, "exp_avg.gpt2.ln_f.bias is missing"),
+    ("optimizer.exp_avg.gpt2.ln_f.bias", torch.zeros(3), r"exp_avg.gpt2.ln_f.bias has shape \(3,\)"),
+    ("optimizer.step.gpt2.ln_f.bias", torch.zeros(1), r"step.gpt2.ln_f.bias has shape \(1,\)"),
+    ("optimizer.exp_avg_sq.gpt2.ln_f.bias", torch.zeros(4).double(), "dtype torch.float64, where the policy needs"),
+])  # fmt: skip
+def test_a_tensor_of_a_checkpoint_that_does_not_fit_is_named(checkpoint, name, tensor, said):
+    tensors = read_tensors(checkpoint / "training.safetensors")
+    moments = {"step": torch.zeros(()), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+    tensors |= {f"optimizer.{key}.gpt2.ln_f.bias": value for key, value in moments.items()}
+    write_tensors(checkpoint / "training.safetensors", tensors)
+    fuzz.write_files(checkpoint, fuzz.with_sums(fuzz.read_files(checkpoint)))
+    assert fuzz.resume_trainer(checkpoint).iteration == 0
+    tensors = {**tensors, name: tensor} if tensor is not None else {k: v for k, v in tensors.items() if k != name}
+    write_tensors(checkpoint / "training.safetensors", tensors)
+    refused_checkpoint(checkpoint, said)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/passwd", "a\0b", "."])
+def test_a_manifest_leads_nowhere_else(checkpoint, name):
+    sums = read_json(checkpoint / "manifest.json")["sha256"]
+    (checkpoint.parent / "outside.json").write_text("{}")
+    sums[name] = hashlib.sha256(b"{}").hexdigest()
+    write_json(checkpoint / "manifest.json", {"sha256": sums})
+    with pytest.raises(ValueError, match=rf"{checkpoint} is damaged: .* is missing"):
+        fuzz.resume_trainer(checkpoint)
+
+
+def test_no_file_but_a_log_is_ever_cut(tmp_path):
+    log = RunLog(tmp_path / "run", {})
+    log.metrics(1, {"x": 1.0})
+    (tmp_path / "thesis.txt").write_text("mine")
+    for name, length in (("../thesis.txt", 0), ("config.json", 0), ("metrics.jsonl", -1), ("metrics.jsonl", True)):
+        with pytest.raises(ValueError, match=rf"{log.folder} has no log .*{length}"):
+            RunLog.resume(log.folder, {name: length})
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and len(log.history()) == 1
+
+
+def test_a_log_that_is_not_of_a_run_is_said_before_anything_is_cut(tmp_path):
+    fuzz.write_whole_run(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().replace(b'"step": 1', b'"stop": 1') + b'{"step": 3}\n'
+    path.write_bytes(lines)
+    with pytest.raises(ValueError, match=rf"{path}, line 1 has no step number"):
+        fuzz.Run.resume(tmp_path / "run", fuzz.a_gpt2(1))
+    assert path.read_bytes() == lines
+
+
+def test_a_pipe_is_no_pickle(tmp_path):
+    os.mkfifo(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin does not exist, or is no file"):
+        read_pickle(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(("model", "said"), [
+    ({"type": {"a": 1}}, "of the type"), ({"type": ["BPE"]}, "of the type"), ({"vocab": None}, "vocabulary must be"),
+    ({}, "vocabulary must be"),
+])  # fmt: skip
+def test_a_tokenizer_file_without_its_parts_is_named(tmp_path, model, said):
+    Tokenizer(VOCAB).save_pretrained(tmp_path)
+    content = read_json(tmp_path / "tokenizer.json")
+    del content["model"]["vocab"]
+    write_json(tmp_path / "tokenizer.json", {**content, "model": {**content["model"], **model}})
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/tokenizer.json.*{said}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+# ---- found by fuzzing: types without arithmetic ---------------------------------------------------------------------
+
+ODD_TYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int32, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", ODD_TYPES, ids=str)
+def test_a_type_that_no_weights_have_is_named(tmp_path, dtype):
+    model = make_gpt2()
+    model.save_pretrained(tmp_path)
+    tensors = read_tensors(tmp_path / "model.safetensors")
+    tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"].to(dtype)
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*ln_f.bias has dtype {dtype}"):
+        GPT2.from_pretrained(tmp_path)
+
+
+def test_a_value_that_fp32_cannot_hold_is_refused(tmp_path):
+    model = make_gpt2()
+    model.save_pretrained(tmp_path)
+    tensors = read_tensors(tmp_path / "model.safetensors")
+    tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"].double() + 1e300
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"ln_f.bias holds NaN or infinite values"):
+        GPT2.from_pretrained(tmp_path)
+
+
+# ---- found by fuzzing: lines of a run that are JSON, but not of a run -----------------------------------------------
+
+
+@pytest.mark.parametrize("line", [b"3", b"null", b'"text"', b"[1]", b"[" * 100_000, b"9" * 5000])
+def test_a_line_that_is_no_json_object_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"^{path}, line 2 (must hold a JSON object|is not valid JSON)"):
+        read_jsonl(path)
+
+
+def test_what_stands_in_the_place_of_a_log_stops_a_resumption_before_anything_is_cut(tmp_path):
+    log = RunLog(tmp_path / "run", {})
+    log.metrics(1, {"x": 1.0})
+    os.mkfifo(log.folder / "samples.jsonl")
+    with pytest.raises(ValueError, match=r"samples.jsonl is not a file"):
+        RunLog.resume(log.folder, {"metrics.jsonl": 0, "samples.jsonl": 0})
+    assert len(log.history()) == 1
+
+
+@pytest.mark.parametrize("line", [{}, {"step": "2"}, {"step": None}, {"step": [2]}, {"step": 2.0}, {"step": 2}])
+def test_a_line_that_is_not_of_a_run_stops_a_resumption(tmp_path, line):
+    log = RunLog(tmp_path / "run", {})
+    log.metrics(1, {"reward/mean": 1.0})
+    with open(log.folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=rf"{log.folder / 'metrics.jsonl'}, line 2 has no step number or no reward"):
+        rewards_of(log.folder / "metrics.jsonl")

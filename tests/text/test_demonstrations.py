@@ -1,0 +1,97 @@
+"""Reading demonstrations: texts and pairs, every kind of bad line by file and number, and the split."""
+
+import json
+
+import pytest
+
+from minirlhf.text.demonstrations import Demonstration, read_demonstrations, split_demonstrations
+
+ONE, TWO = Demonstration("", "服务很好"), Demonstration("酒店", "a\u2028b\x85c")
+
+
+def write(tmp_path, content, name):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows() -> list[str]:
+    pair = {"prompt": TWO.prompt, "response": TWO.response, "annotator": 7}
+    return [json.dumps({"text": ONE.response}, ensure_ascii=False), json.dumps(pair, ensure_ascii=False)]
+
+
+CHANGES = [
+    lambda text: text, lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n"),
+    lambda text: text.removesuffix("\n"), lambda text: "\n\n" + text.replace("\n", "\n \n\n"),
+]  # fmt: skip
+NAMES = ["plain", "byte-order mark", "CRLF", "no end", "empty lines"]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=NAMES)
+def test_marks_line_ends_and_empty_lines_change_nothing(tmp_path, change):
+    path = write(tmp_path, change("\n".join(rows()) + "\n"), "d.jsonl")
+    assert read_demonstrations(path) == [ONE, TWO]
+    path = write(tmp_path, change("服务很好\n a\u2028b {\n"), "d.TXT")
+    assert read_demonstrations(path) == [ONE, Demonstration("", " a\u2028b {")]
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
+def test_another_encoding_is_offered_by_line_and_taken(tmp_path, name):
+    lines = ["hello", "酒店很好"] if name == "d.txt" else ['{"text": "hello"}', '{"text": "酒店很好"}']
+    path = write(tmp_path, "\r\n".join(lines).encode("gbk"), name)
+    with pytest.raises(ValueError, match=r"d\.\w+, line 2 is not utf-8 .* --encoding, for instance gbk"):
+        read_demonstrations(path)
+    assert read_demonstrations(path, "gbk") == [Demonstration("", "hello"), Demonstration("", "酒店很好")]
+    mixed = write(tmp_path, lines[1].encode() + b"\n" + lines[0].encode() + b"\n" + lines[1].encode("gbk"), name)
+    with pytest.raises(ValueError, match="line 3 is not utf-8"):
+        read_demonstrations(mixed)
+    with pytest.raises(ValueError, match="encoding must be the name of a text encoding, got 'klingon'"):
+        read_demonstrations(path, "klingon")
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
+def test_a_line_of_100000_characters_is_a_line(tmp_path, name):
+    long = "好" * 100_000
+    line = long if name == "d.txt" else json.dumps({"text": long})
+    assert read_demonstrations(write(tmp_path, line, name)) == [Demonstration("", long)]
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", "not valid JSON"), ('{"text": "a"} b', "not valid JSON"), ("[" * 100_000, "not valid JSON"),
+    ("[1]", "expected a JSON object, got a list"), ("{}", "prompt and response missing"),
+    ('{"prompt": "a"}', "line 3: response missing"), ('{"response": "a"}', "line 3: prompt missing"),
+    ('{"text": "a", "response": "b"}', "not both"), ('{"text": 5}', "text must be a text, got a int"),
+    ('{"prompt": null, "response": "a"}', "prompt must be a text, got a NoneType"),
+    ('{"prompt": "a", "response": ["b"]}', "response must be a text, got a list"),
+    ('{"prompt": "a", "response": " \\u3000"}', "the response is empty"), ('{"text": ""}', "the text is empty"),
+])  # fmt: skip
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    path = write(tmp_path, f"{rows()[0]}\n\n{line}\n", "d.jsonl")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_demonstrations(path)
+    assert str(caught.value).startswith(f"{path}, line 3: ") and len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_demonstrations(tmp_path / "d.txt")
+    with pytest.raises(ValueError, match=r"must be named \.txt .* or \.jsonl"):
+        read_demonstrations(write(tmp_path, "a", "d.csv"))
+    for content in ("", "\n \r\n", "\u3000\n"):
+        with pytest.raises(ValueError, match="holds no texts"):
+            read_demonstrations(write(tmp_path, content, "d.txt"))
+
+
+def test_a_prompt_or_a_text_falls_on_one_side_and_the_split_never_changes():
+    pairs = [Demonstration(f"问{i % 100}", f"答{i}") for i in range(500)] + [Demonstration("", f"文{i % 200}")
+                                                                       for i in range(600)]  # fmt: skip
+    train, held_out = split_demonstrations(pairs, 0.2)
+    assert sorted(train + held_out, key=pairs.index) == sorted(pairs, key=pairs.index)
+    sides = [{one.prompt or one.response for one in side} for side in (train, held_out)]
+    assert not sides[0] & sides[1] and 0.1 < len(sides[1]) / 300 < 0.3
+    assert split_demonstrations(pairs[::-1], 0.2)[1] == held_out[::-1]
+    for share in (0.0, 1.0, -1, 2):
+        with pytest.raises(ValueError, match="share must be between 0 and 1"):
+            split_demonstrations(pairs, share)
+    with pytest.raises(ValueError, match=r"leaves . texts to train on and . held out"):
+        split_demonstrations(pairs[:1])
