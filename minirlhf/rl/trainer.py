@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 from torch import Tensor
@@ -29,7 +29,20 @@ from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
 from minirlhf.evaluation.explanation import Explanation, TokenExplanation
 from minirlhf.generation.static_decode import GraphedDecoder
-from minirlhf.io.files import naming
+from minirlhf.io.training_state import (
+    Check,
+    State,
+    check_counters,
+    is_amount,
+    is_count,
+    is_number,
+    is_record,
+    is_scaler,
+    is_text,
+    load_moments,
+    module_hash,
+    moments,
+)
 from minirlhf.models.compilation import compile_blocks
 from minirlhf.models.gpt2 import GPT2, share_frozen_layers
 from minirlhf.models.heads import ActorCritic, ValueHead, language_model
@@ -39,7 +52,6 @@ from minirlhf.rl import ppo
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
-from minirlhf.runs import training_state
 from minirlhf.text.tokenizer import Tokenizer
 
 
@@ -48,7 +60,7 @@ class PPOTrainer:
 
     policy: an ActorCritic; a plain GPT2 gets a new value head, as the config has it. It is trained in place.
     ref_policy: the frozen reference, usually a second copy of the same checkpoint; or the folder to load it from, which
-        `resume` then finds by itself.
+        `runs.load_checkpoint` then finds by itself.
     tokenizer: of both; needed for texts only.
     config: a PPOConfig; **overrides replace its fields by name, so the whole dict of the original recipe may be given.
         In the trainer's own config precision "auto" has become a name; `precision_choice` says why that one.
@@ -107,7 +119,7 @@ class PPOTrainer:
         self.optimizer_steps = 0  # those that were skipped as well
         self.bad_steps = 0  # skipped in a row
         self.micro_batch_size = min(c.forward_batch_size, c.minibatch_size)  # less once a GPU had no room for them
-        self.within_step = False  # what is in between two steps is no state to save
+        self.interrupted = False  # True inside `step`, where the state is inconsistent and must not be saved
 
     @property
     def reference(self) -> GPT2:
@@ -116,7 +128,7 @@ class PPOTrainer:
     @functools.cached_property
     def reference_hash(self) -> str:
         """SHA-256 of the reference's tensors, which never change."""
-        return training_state.module_hash(self.reference)
+        return module_hash(self.reference)
 
     @property
     def score_temperature(self) -> float:
@@ -148,7 +160,7 @@ class PPOTrainer:
         start = time.perf_counter()
         self.policy.eval()  # whatever was done to it between steps
         rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
-        self.within_step = True
+        self.interrupted = True
 
         # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)
         rewards, scores = self._token_rewards(rollout)
@@ -167,7 +179,7 @@ class PPOTrainer:
         stats = rollout_statistics(rollout, scores, rewards, returns) | stats
         self._update_kl_coef(stats, len(rollout))
         self.iteration += 1
-        self.within_step = False
+        self.interrupted = False
         return stats | time_statistics(stats, {**rollout.seconds, "update": time.perf_counter() - start}, len(rollout))
 
     def _token_kl(self, rollout: Rollout) -> Tensor:
@@ -494,44 +506,96 @@ class PPOTrainer:
         c = self.config
         return min(self.optimizer_steps / (c.iterations * c.ppo_epochs * -(-c.batch_size // c.minibatch_size)), 1.0)
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
+    # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------
 
-    def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Write everything that the next step depends on into a folder, which is replaced as one.
+    kind: ClassVar[str] = "ppo"
 
-        Policy, value head, tokenizer, optimizer state, loss scale, KL coefficient, running moments, random generators,
-        counters and config; of the reference, which never changes, the hash and the source. The folder is also a model
-        folder. Raises RuntimeError after an error within `step`, FileExistsError for a folder that holds something
-        else, OSError if it cannot be written.
+    @property
+    def steps_done(self) -> int:
+        """Batches trained on."""
+        return self.iteration
+
+    @property
+    def steps_total(self) -> int:
+        """Batches of the whole run."""
+        return self.config.iterations
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write policy, value head and tokenizer as a model folder. Raises OSError if it cannot be written."""
+        self.policy.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def state_dict(self) -> State:
+        """Everything besides the weights that the next step depends on; of the reference, the hash and the source.
+
+        Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
+        ValueError for weights that are not fp32.
         """
-        training_state.save(self, folder)
+        if self.interrupted:
+            raise RuntimeError(
+                f"the trainer stopped within step {self.iteration + 1}, so its state is inconsistent; "
+                "go back to its last checkpoint"
+            )
+        if self.config.reference == "shared" and module_hash(self.reference) != self.reference_hash:
+            raise RuntimeError("the reference is not what it was: layers that it shares with the policy were changed")
+        if any(p.dtype != torch.float32 for p in self.policy.parameters()):
+            raise ValueError("a checkpoint holds fp32 weights, but the policy has others")
+        tensors = {f"generator.{name}": generator.get_state() for name, generator in self.generators.items()}
+        origin = self.policy.gpt2.origin
+        counters = {
+            "iteration": self.iteration,
+            "optimizer_steps": self.optimizer_steps,
+            "bad_steps": self.bad_steps,
+            "micro_batch_size": self.micro_batch_size,
+            "kl_coef": self.kl_controller.coef,
+            "score_moments": dict(vars(self.score_moments)),
+            "scaler": self.precision.scaler.state_dict(),
+            "reference": {"sha256": self.reference_hash, "source": self.reference_source},
+            "frozen": [name for name, p in self.policy.named_parameters() if not p.requires_grad],
+            "origin": None if origin is None else dataclasses.asdict(origin),
+            "config": dataclasses.asdict(self.config),
+        }
+        return {"tensors": tensors | moments(self.optimizer, self.policy.named_parameters()), "counters": counters}
 
-    @classmethod
-    def resume(
-        cls,
-        folder: str | os.PathLike[str],
-        ref_policy: ActorCritic | GPT2 | str | os.PathLike[str] | None = None,
-        **overrides: Any,
-    ) -> PPOTrainer:
-        """The trainer that `save_checkpoint` wrote: on the CPU it goes on bit for bit as if it had not been cut.
+    def load_state_dict(self, state: State) -> None:
+        """Go on where `state_dict` was called; on the CPU bit for bit. The weights are those of the constructor's policy.
 
-        ref_policy: the reference, or its folder; None: the folder that it was loaded from at first.
-        overrides: of `steps` and other fields that do not change what is computed (`training_state.FREE_FIELDS`).
-        Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint, another reference than the
-        run began with, or an override that is not allowed.
+        Raises ValueError for another reference, a device whose random generators differ, or a state that does not fit;
+        the trainer must not be used then.
         """
-        state = training_state.read(folder)
-        config = state.config(**overrides)
-        source = state.reference_source if ref_policy is None else ref_policy
-        if source is None:
-            raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
-        try:
-            with naming(folder):
-                trainer = cls(state.policy(), source, Tokenizer.from_pretrained(folder), config)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; it is the reference of {folder}: pass ref_policy") from error
-        state.restore(trainer)
-        return trainer
+        tensors, c = state["tensors"], state["counters"]
+        check_counters(c, COUNTERS)
+        if self.reference_hash != c["reference"]["sha256"]:
+            raise ValueError(
+                "the run began with another reference: its tensors had the SHA-256 "
+                f"{c['reference']['sha256'][:12]}..., those given have {self.reference_hash[:12]}..."
+            )
+        for name, generator in self.generators.items():
+            try:
+                generator.set_state(tensors[f"generator.{name}"])
+            except (KeyError, RuntimeError, TypeError) as error:
+                raise ValueError(f"the state of the generator {name!r} does not fit {self.device}: {error}") from error
+        load_moments(self.optimizer, self.policy.named_parameters(), tensors)
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(c["scaler"])
+        self.iteration, self.optimizer_steps = c["iteration"], c["optimizer_steps"]
+        self.bad_steps, self.kl_controller.coef = c["bad_steps"], c["kl_coef"]
+        if self.config.forward_batch_size == c["config"]["forward_batch_size"]:
+            self.micro_batch_size = c["micro_batch_size"]
+        vars(self.score_moments).update(c["score_moments"])
+
+
+# What `PPOTrainer.state_dict` has among its counters; config, frozen and origin are checked by who makes the trainer.
+COUNTERS: dict[str, Check] = {
+    "iteration": is_count,
+    "optimizer_steps": is_count,
+    "bad_steps": is_count,
+    "micro_batch_size": lambda value: is_count(value) and value > 0,
+    "kl_coef": is_amount,
+    "score_moments": lambda value: is_record(value, count=is_count, mean=is_number, squares=is_amount),
+    "scaler": is_scaler,
+    "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
+}
 
 
 def _with_value_head(policy: ActorCritic | GPT2, config: PPOConfig) -> ActorCritic:
