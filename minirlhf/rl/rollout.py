@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.device.gpu import to_device
+from minirlhf.device.gpu import PhaseClock, to_device
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.generation.generate import generate
 from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, reward_by_token, within
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
-from minirlhf.text.batching import Ids, left_pad, length_sorted_batches, right_pad
+from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig
@@ -137,7 +136,7 @@ def collect_rollout(
     if the reward function takes longer than `reward_timeout`.
     """
     c, tokenizer = config, models.tokenizer
-    clock = _Clock(models.policy.decoder.device)
+    clock = PhaseClock(models.policy.decoder.device)
     if len(prompts) == 0:
         raise ValueError("prompts is empty: there is nothing to continue")
     prompts = [prompt for prompt in prompts for _ in range(c.group_size)]
@@ -195,7 +194,7 @@ def rollout_from_tokens(
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
     for name, sequences in (("query", queries), ("response", responses)):
         for i, ids in enumerate(sequences):
-            _check_ids(f"{name} {i}", torch.as_tensor(ids), model.vocab_size)
+            check_ids(f"{name} {i}", torch.as_tensor(ids), model.vocab_size)
     checked = checked_token_scores(scores, [len(ids) for ids in responses])
     longest = max((len(q) + len(r) for q, r in zip(queries, responses, strict=True)), default=0)
     if longest - 1 > model.n_positions:
@@ -258,28 +257,3 @@ def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:
     totals = checked_scores(scores.sum(-1), len(scores))  # a sum of finite numbers may not be finite
     fields = {"scores": totals, "score_shares": F.pad(scores, (0, like.size(1) - scores.size(1)))}
     return {name: to_device(x.to(like.dtype), like.device) for name, x in fields.items()}
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
-        raise ValueError(f"{name} must be 1-D with at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")
-
-
-class _Clock:
-    """Seconds between stops; a GPU finishes its queued work at each stop, so that a phase is charged with its own."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}  # type: tuple[torch.device, dict[str, float]]
-        self._last = self._now()
-
-    def stop(self, phase: str) -> None:
-        now = self._now()
-        self.seconds[phase] = now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

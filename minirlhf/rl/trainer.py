@@ -8,11 +8,12 @@ Left out: several GPUs, and a value model apart from the policy.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
+from minirlhf.io.training_state import State, module_hash
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
@@ -32,6 +34,7 @@ from minirlhf.rl.masked import masked_sum
 from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.rl.setup import prepare
 from minirlhf.rl.shaping import with_token_rewards
+from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -285,3 +288,43 @@ class PPOTrainer:
         if responses is None or scores is None:
             raise ValueError("step takes a Rollout, or queries, responses and scores")
         return rollout_from_tokens(self.models, queries, responses, scores, self.config)
+
+    # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------
+
+    kind: ClassVar[str] = "ppo"
+
+    @property
+    def steps_done(self) -> int:
+        """Batches trained on."""
+        return self.iteration
+
+    @property
+    def steps_total(self) -> int:
+        """Batches of the whole run."""
+        return self.config.iterations
+
+    @functools.cached_property
+    def reference_hash(self) -> str:
+        """SHA-256 of the reference's tensors, which never change."""
+        return module_hash(self.reference)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write policy, value head and tokenizer as a model folder. Raises OSError if it cannot be written."""
+        self.policy.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def state_dict(self) -> State:
+        """Everything besides the weights that the next step depends on; of the reference, the hash and the source.
+
+        Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
+        ValueError for weights that are not fp32.
+        """
+        return trainer_state(self)
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on where `state_dict` was called, on the CPU bit for bit, with the policy of that moment.
+
+        Raises ValueError for another reference, a device whose random generators differ, or a state that does not
+        fit; the trainer must not be used then.
+        """
+        load_trainer_state(self, state)
