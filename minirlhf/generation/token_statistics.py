@@ -41,25 +41,13 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 # ---- the same in fewer passes ---------------------------------------------------------------------------------------
 
 
-def logprobs_and_entropy(
-    logits: Tensor, tokens: Tensor, temperature: float = 1.0, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probability (N,) of each token, -inf for one outside `keep`, and entropy (N,), in nats, with gradients.
-
-    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled
-    from, as in `sampling.restrict`. Autograd of the definitions keeps half a dozen tensors of the logits' shape for the
-    backward pass; this keeps one.
-    """
-    return _LogprobsAndEntropy.apply(logits, tokens, temperature, keep)
-
-
 @torch.no_grad()
 def compare(
     logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float = 1.0, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, entropy, the reference's log-probability, and KL(policy || reference), each (N,), in nats.
 
-    logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `logprobs_and_entropy`.
+    logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `LogprobsAndEntropy`.
     """
 
     def normalised(z: Tensor) -> Tensor:  # (N, V), finite also where it is not kept
@@ -80,10 +68,14 @@ def compare(
     return logprobs, entropy, ref_logprobs, kl
 
 
-class _LogprobsAndEntropy(torch.autograd.Function):
-    """With p = softmax(x), x = logits / temperature, and H the entropy of p:
+class LogprobsAndEntropy(torch.autograd.Function):
+    """`apply`: log-probability (N,) of each token, -inf for one outside `keep`, and entropy (N,), in nats.
 
-    d log p_i / dx_j = [i = j] - p_j        dH / dx_j = -p_j (log p_j + H)
+    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled
+    from, as in `sampling.restrict`. Autograd of the definitions keeps half a dozen tensors of the logits' shape for the
+    backward pass; this keeps one. With p = softmax(x), x = logits / temperature, and H the entropy of p:
+
+        d log p_i / dx_j = [i = j] - p_j        dH / dx_j = -p_j (log p_j + H)
     """
 
     @staticmethod

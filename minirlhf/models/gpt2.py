@@ -201,7 +201,7 @@ class GPT2(Decoder):
         if attention_mask is not None and attention_mask.shape != (len(ids), past + T):
             expected = (len(ids), past + T)
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {expected}")
-        packing = None
+        packing, allowed = None, None  # type: Packing | None, Tensor | None
         if isinstance(cache, StaticKVCache):
             positions, allowed = cache.positions, cache.allowed
         elif segments is not None:

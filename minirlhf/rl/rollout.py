@@ -180,7 +180,7 @@ def collect_rollout(
 
 
 def rollout_from_tokens(
-    models: Models, queries: Sequence[Ids], responses: Sequence[Ids], scores: Any, config: PPOConfig
+    models: Models, queries: Sequence[Ids], responses: Sequence[Ids] | None, scores: Any, config: PPOConfig
 ) -> Rollout:
     """A Rollout of B queries and responses that were sampled elsewhere, with log-probabilities of the full softmax.
 
@@ -190,6 +190,8 @@ def rollout_from_tokens(
     model's context, or bad scores.
     """
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
+    if responses is None or scores is None:
+        raise ValueError("step takes a Rollout, or queries, responses and scores")
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
     for name, sequences in (("query", queries), ("response", responses)):

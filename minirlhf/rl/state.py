@@ -1,7 +1,4 @@
-"""The state of a PPOTrainer between two steps: what the next step depends on besides the weights.
-
-`runs` writes it to disk and reads it. Of the reference, which never changes, it has the hash and the source.
-"""
+"""The state of a PPOTrainer between two steps, which `runs` writes to disk; of the reference its hash and source."""
 
 from __future__ import annotations
 
@@ -17,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def trainer_state(trainer: PPOTrainer) -> State:
-    """See `PPOTrainer.state_dict`."""
+    """Everything besides the weights that the next step depends on.
+
+    Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
+    ValueError for weights that are not fp32.
+    """
     if trainer.interrupted:
         raise RuntimeError(
             f"the trainer stopped within step {trainer.iteration + 1}, so its state is inconsistent; "
@@ -47,7 +48,11 @@ def trainer_state(trainer: PPOTrainer) -> State:
 
 
 def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
-    """See `PPOTrainer.load_state_dict`."""
+    """Go on where `trainer_state` was called, on the CPU bit for bit, with the policy of that moment.
+
+    Raises ValueError for another reference, a device whose random generators differ, or a state that does not fit;
+    the trainer must not be used then.
+    """
     tensors, c = state["tensors"], state["counters"]
     if trainer.reference_hash != c["reference"]["sha256"]:
         raise ValueError(

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,7 +102,9 @@ class PPOTrainer:
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
         """
         start = time.perf_counter()
-        rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
+        rollout = queries
+        if not isinstance(rollout, Rollout):
+            rollout = rollout_from_tokens(self.models, queries, responses, scores, self.config)
         self.policy.eval()
         self.interrupted = True
 
@@ -112,7 +114,9 @@ class PPOTrainer:
 
         updates: list[TensorStats] = []
         for _ in range(self.config.ppo_epochs):
-            epoch = [self._update(batch.rows(rows)) for rows in self._minibatches(len(batch))]
+            epoch: list[TensorStats] = []
+            for rows in self._minibatches(len(batch)):
+                epoch.append(self._update(batch.rows(rows)))
             updates += epoch
             if self._moved_too_far(epoch):
                 break
@@ -283,12 +287,6 @@ class PPOTrainer:
                     f"gen_len={self.config.gen_len} leave room for {positions - self.config.gen_len}"
                 )
 
-    def _rollout(self, queries: Sequence[Tensor], responses: Sequence[Tensor] | None, scores: Any) -> Rollout:
-        """A Rollout of token lists."""
-        if responses is None or scores is None:
-            raise ValueError("step takes a Rollout, or queries, responses and scores")
-        return rollout_from_tokens(self.models, queries, responses, scores, self.config)
-
     # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------
 
     kind: ClassVar[str] = "ppo"
@@ -314,17 +312,9 @@ class PPOTrainer:
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:
-        """Everything besides the weights that the next step depends on; of the reference, the hash and the source.
-
-        Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
-        ValueError for weights that are not fp32.
-        """
+        """See `state.trainer_state`."""
         return trainer_state(self)
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state_dict` was called, on the CPU bit for bit, with the policy of that moment.
-
-        Raises ValueError for another reference, a device whose random generators differ, or a state that does not
-        fit; the trainer must not be used then.
-        """
+        """See `state.load_trainer_state`."""
         load_trainer_state(self, state)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from minirlhf.generation.sampling import restrict
-from minirlhf.generation.token_statistics import compare, entropy, exact_kl, gather_logprobs, logprobs_and_entropy
+from minirlhf.generation.token_statistics import LogprobsAndEntropy, compare, entropy, exact_kl, gather_logprobs
+
+logprobs_and_entropy = LogprobsAndEntropy.apply
 
 
 def make(dtype=torch.float64, rows=7, vocab=13, seed=0):
