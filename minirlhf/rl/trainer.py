@@ -21,18 +21,18 @@ from torch import Tensor
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
+from minirlhf.generation.models import prepare
 from minirlhf.io.training_state import State, module_hash
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
-from minirlhf.rl.advantages import with_advantages
+from minirlhf.rl.advantages import USES_VALUES, with_advantages
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.losses import log_ratio, policy_loss, token_weights, value_loss
 from minirlhf.rl.masked import masked_sum
 from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
-from minirlhf.rl.setup import prepare
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
@@ -65,7 +65,7 @@ class PPOTrainer:
         **overrides: Unpack[PPOOverrides],
     ):
         config = PPOConfig.with_overrides(config, **overrides)
-        prepared = prepare(policy, ref_policy, tokenizer, config)
+        prepared = prepare(policy, ref_policy, tokenizer, config, config.advantages in USES_VALUES)
         self.models, self.config, self.precision_choice, self.reference_source = prepared
         self.policy, self.reference, self.tokenizer = self.models.policy, self.models.reference, tokenizer
         self.precision, self.device = self.models.precision, self.policy.decoder.device
@@ -102,9 +102,9 @@ class PPOTrainer:
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
         """
         start = time.perf_counter()
+        if not isinstance(queries, Rollout):
+            queries = rollout_from_tokens(self.models, queries, responses, scores, self.config)
         rollout = queries
-        if not isinstance(rollout, Rollout):
-            rollout = rollout_from_tokens(self.models, queries, responses, scores, self.config)
         self.policy.eval()
         self.interrupted = True
 
