@@ -71,8 +71,8 @@ def prepare(
     reference = language_model(ref_policy)
     check_models(actor.decoder, reference, tokenizer)
     positions = actor.decoder.n_positions
-    if config.gen_len >= positions:
-        raise ValueError(f"PPOConfig.gen_len must be below the model's {positions} positions, got {config.gen_len}")
+    if config.gen_len > positions:  # the last token needs no position: nothing follows it
+        raise ValueError(f"PPOConfig.gen_len must be at most the model's {positions} positions, got {config.gen_len}")
     if config.eos_token_id is not None and config.eos_token_id >= len(tokenizer):
         raise ValueError(f"PPOConfig.eos_token_id must be in [0, {len(tokenizer)}), got {config.eos_token_id}")
     device = resolve_device(config.device)

@@ -38,7 +38,7 @@ from minirlhf.io.model_folder import (
 )
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.gpt2 import FIXED_FIELDS, GPT2, own_name, read_config
-from minirlhf.models.layers import fill, global_rng_kept, shapes_only
+from minirlhf.models.layers import check_vocabulary, fill, global_rng_kept, shapes_only
 from minirlhf.text.batching import length_sorted_batches, right_pad
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -124,10 +124,7 @@ class RewardModel(nn.Module):
         super().__init__()
         if isinstance(network, BertClassifier) and len(network.config.labels) != 1:
             raise ValueError(f"a reward model has one label, this classifier has {network.config.labels}")
-        if len(tokenizer) != network.config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {network.config.vocab_size}"
-            )
+        check_vocabulary(network.config.vocab_size, len(tokenizer))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network = network
