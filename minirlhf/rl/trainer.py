@@ -33,15 +33,18 @@ from minirlhf.io.training_state import (
     Check,
     State,
     check_counters,
+    frozen,
     is_amount,
     is_count,
     is_number,
     is_record,
     is_scaler,
     is_text,
+    load_generator,
     load_moments,
     module_hash,
     moments,
+    require_fp32,
 )
 from minirlhf.models.compilation import compile_blocks
 from minirlhf.models.gpt2 import GPT2, share_frozen_layers
@@ -538,8 +541,7 @@ class PPOTrainer:
             )
         if self.config.reference == "shared" and module_hash(self.reference) != self.reference_hash:
             raise RuntimeError("the reference is not what it was: layers that it shares with the policy were changed")
-        if any(p.dtype != torch.float32 for p in self.policy.parameters()):
-            raise ValueError("a checkpoint holds fp32 weights, but the policy has others")
+        require_fp32(self.policy)
         tensors = {f"generator.{name}": generator.get_state() for name, generator in self.generators.items()}
         origin = self.policy.gpt2.origin
         counters = {
@@ -551,14 +553,14 @@ class PPOTrainer:
             "score_moments": dict(vars(self.score_moments)),
             "scaler": self.precision.scaler.state_dict(),
             "reference": {"sha256": self.reference_hash, "source": self.reference_source},
-            "frozen": [name for name, p in self.policy.named_parameters() if not p.requires_grad],
+            "frozen": frozen(self.policy),
             "origin": None if origin is None else dataclasses.asdict(origin),
             "config": dataclasses.asdict(self.config),
         }
         return {"tensors": tensors | moments(self.optimizer, self.policy.named_parameters()), "counters": counters}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state_dict` was called; on the CPU bit for bit. The weights are those of the constructor's policy.
+        """Go on where `state_dict` was called; on the CPU bit for bit. The constructor's policy must have the weights.
 
         Raises ValueError for another reference, a device whose random generators differ, or a state that does not fit;
         the trainer must not be used then.
@@ -571,10 +573,7 @@ class PPOTrainer:
                 f"{c['reference']['sha256'][:12]}..., those given have {self.reference_hash[:12]}..."
             )
         for name, generator in self.generators.items():
-            try:
-                generator.set_state(tensors[f"generator.{name}"])
-            except (KeyError, RuntimeError, TypeError) as error:
-                raise ValueError(f"the state of the generator {name!r} does not fit {self.device}: {error}") from error
+            load_generator(generator, f"generator.{name}", tensors)
         load_moments(self.optimizer, self.policy.named_parameters(), tensors)
         if self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(c["scaler"])
