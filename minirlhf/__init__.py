@@ -17,6 +17,7 @@ from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.ppo import AdaptiveKL, FixedKL
 from minirlhf.rl.rollout import Rollout, collect_rollout
 from minirlhf.rl.trainer import PPOTrainer
+from minirlhf.runs.run import Run
 from minirlhf.text.tokenizer import Tokenizer
 from minirlhf.version import __version__ as __version__
 
@@ -38,6 +39,7 @@ __all__ = [
     "PPOTrainer",
     "RewardModel",
     "Rollout",
+    "Run",
     "SamplingConfig",
     "SentimentReward",
     "Tokenizer",

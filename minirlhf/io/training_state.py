@@ -52,7 +52,10 @@ def load_moments(
 
 
 def load_generator(generator: torch.Generator, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Set a generator to the state saved as `name`. Raises ValueError if it is missing, or of another kind of device."""
+    """Set a generator to the state saved as `name`.
+
+    Raises ValueError if it is missing or of another kind of device.
+    """
     if name not in tensors:
         raise ValueError(f"{name} is missing")
     try:

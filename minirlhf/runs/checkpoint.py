@@ -15,25 +15,45 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
+
+from torch import nn
 
 from minirlhf.io.files import naming, read_json, replaced_folder, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.io.training_state import Check, State, check_counters, is_record, is_text
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.io.training_state import (
+    Check,
+    State,
+    check_counters,
+    is_amount,
+    is_count,
+    is_record,
+    is_scaler,
+    is_text,
+)
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
+from minirlhf.models.loading import load_decoder
+from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.trainer import PPOTrainer
+from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig
+from minirlhf.supervised.sft import SFTConfig, SFTTrainer
 from minirlhf.text.tokenizer import Tokenizer
 
 FORMAT = 2
 STATE_TENSORS, COUNTERS_FILE, MANIFEST_FILE = "training.safetensors", "training.json", "manifest.json"
 # Settings that may change between two parts of a run: they say how long and how it runs, not what is computed.
-PPO_FREE_FIELDS = {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
-                   "checkpoint_activations", "compile", "cuda_graphs"}  # fmt: skip
+FREE_FIELDS: dict[str, set[str]] = {
+    "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
+            "checkpoint_activations", "compile", "cuda_graphs"},
+    "sft": {"save_freq", "device"},
+    "reward_model": {"save_freq", "device"},
+}  # fmt: skip
 
 
 class DamagedCheckpoint(ValueError):
@@ -122,42 +142,61 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     if found != FORMAT:
         raise ValueError(f"{folder} has the checkpoint format {found!r:.20}, this version reads {FORMAT}")
     with naming(folder / COUNTERS_FILE):
-        check_counters(counters, {"kind": is_text, "config": lambda value: isinstance(value, dict)})
+        check_counters(counters, {"config": lambda value: isinstance(value, dict)})
     counters["config"] = {name: math.inf if x == "inf" else x for name, x in counters["config"].items()}
     return {"tensors": read_tensors(folder / STATE_TENSORS), "counters": counters}
 
 
 def load_checkpoint(
     folder: str | os.PathLike[str],
-    ref_policy: ActorCritic | GPT2 | str | os.PathLike[str] | None = None,
+    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None = None,
+    data: Sequence[Any] | None = None,
     **overrides: Any,
-) -> PPOTrainer:
+) -> Any:
     """The trainer that `save_checkpoint` wrote; on the CPU it goes on bit for bit as if it had not been interrupted.
 
-    ref_policy: the reference, or its folder; None: the folder that it was loaded from at first.
-    overrides: of `steps` and other fields that do not change what is computed (`PPO_FREE_FIELDS`).
-    Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint, another reference than the
-    run began with, or an override that is not allowed.
+    ref_policy: for PPO, the reference or its folder; None: the folder that it was loaded from at first.
+    data: for supervised training, the demonstrations or rankings that it began with.
+    overrides: of `save_freq`, `device` and other fields that do not change what is computed (`FREE_FIELDS`).
+    Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint, another reference or other data
+    than the run began with, or an override that is not allowed.
     """
     folder = Path(folder)
     state = read_checkpoint(folder)
-    counters = state["counters"]
+    kind, counters = state["counters"]["kind"], state["counters"]
+    checks = COUNTERS | (PPO_COUNTERS if kind == "ppo" else SUPERVISED_COUNTERS)
     with naming(folder / COUNTERS_FILE):
-        check_counters(counters, PPO_COUNTERS)
-        base = PPOConfig.with_overrides(None, **counters["config"])
+        check_counters(counters, checks)
+    if kind == "ppo":
+        return _load_ppo(folder, state, ref_policy, overrides)
+    if data is None:
+        raise ValueError(f"{folder} is a checkpoint of kind {kind!r}; pass the demonstrations or rankings as data")
+    config = _config(folder, SFTConfig if kind == "sft" else RewardTrainingConfig, counters, overrides)
+    trainer: SFTTrainer | RewardModelTrainer
+    with naming(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the beginning of the run warned about its data
+        if isinstance(config, SFTConfig):
+            model = load_decoder(folder)
+            model.origin = _origin(counters)
+            _freeze(folder, model, counters)
+            trainer = SFTTrainer(model, Tokenizer.from_pretrained(folder), data, config)
+        else:
+            reward = RewardModel.from_pretrained(folder, device=config.device)
+            reward.network.origin = _origin(counters)
+            _freeze(folder, reward, counters)
+            trainer = RewardModelTrainer(reward, data, config)
+        trainer.load_state_dict(state)
+    return trainer
+
+
+def _load_ppo(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> PPOTrainer:
+    counters = state["counters"]
     if overrides.get("precision") == "auto":  # what it was resolved to stays
         del overrides["precision"]
-    config = PPOConfig.with_overrides(base, **overrides)
-    # Where losses are averaged over micro-batches, the cut into forward passes is part of the loss.
-    free = PPO_FREE_FIELDS - ({"forward_batch_size"} if base.loss_averaging == "micro_batches" else set())
-    _check_overrides(folder, base, config, free)
+    config = _config(folder, PPOConfig, counters, overrides)
     policy = ActorCritic.from_pretrained(folder)
-    policy.gpt2.origin = _origin(counters)
-    frozen = set(counters["frozen"])
-    for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    if not any(parameter.requires_grad for parameter in policy.parameters()):
-        raise ValueError(f"{folder / COUNTERS_FILE} leaves nothing to train: every parameter is frozen")
+    policy.decoder.origin = _origin(counters)
+    _freeze(folder, policy, counters)
     source = counters["reference"]["source"] if ref_policy is None else ref_policy
     if source is None:
         raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
@@ -170,22 +209,67 @@ def load_checkpoint(
     return trainer
 
 
-PPO_COUNTERS: dict[str, Check] = {
+# What training.json must hold, by kind.
+COUNTERS: dict[str, Check] = {
+    "kind": lambda value: value in FREE_FIELDS,
+    "scaler": is_scaler,
     "frozen": lambda value: isinstance(value, list) and all(map(is_text, value)),
     "origin": lambda value: value is None or is_record(value, name=is_text, config=lambda x: isinstance(x, dict)),
+}
+PPO_COUNTERS: dict[str, Check] = {
+    "iteration": is_count,
+    "optimizer_steps": is_count,
+    "bad_steps": is_count,
+    "micro_batch_size": lambda value: is_count(value) and value > 0,
+    "kl_coef": is_amount,
     "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
+}
+SUPERVISED_COUNTERS: dict[str, Check] = {
+    "steps": is_count,
+    "data": lambda value: is_record(value, sha256=is_text, count=is_count),
 }
 
 
-def _check_overrides(folder: Path, base: Any, config: Any, free: set[str]) -> None:
-    """Raise ValueError if a field differs that a resumed run may not change."""
+def _config(folder: Path, kind: type[Any], counters: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    """The settings of a run with some replaced. Raises ValueError for one that a resumed run may not change."""
+    saved = dict(counters["config"])
+    if isinstance(saved.get("betas"), list):  # JSON has no tuples
+        saved["betas"] = tuple(saved["betas"])
+    with naming(folder / COUNTERS_FILE):
+        base = _made(kind, {}, saved)
+    free = FREE_FIELDS[counters["kind"]]
+    if (
+        getattr(base, "loss_averaging", None) == "micro_batches"
+    ):  # there the cut into forward passes is part of the loss
+        free = free - {"forward_batch_size"}
+    config = _made(kind, {**saved}, overrides)
     for field in dataclasses.fields(base):
         old, new = getattr(base, field.name), getattr(config, field.name)
         if old != new and field.name not in free:
             raise ValueError(
-                f"{type(base).__name__}.{field.name} was {old!r} in {folder} and cannot become {new!r}; a resumed run "
-                f"may change {', '.join(sorted(free))}"
+                f"{kind.__name__}.{field.name} was {old!r} in {folder} and cannot become {new!r}; a resumed run may "
+                f"change {', '.join(sorted(free))}"
             )
+    return config
+
+
+def _made(kind: type[Any], base: dict[str, Any], fields: Mapping[str, Any]) -> Any:
+    """A config of these fields. Raises ValueError for an unknown name."""
+    if kind is PPOConfig:
+        return PPOConfig.with_overrides(PPOConfig(**base), **fields)  # with its help for misspelt names
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has no field {name!r}; it has {', '.join(known)}")
+    return kind(**{**base, **fields})
+
+
+def _freeze(folder: Path, model: nn.Module, counters: Mapping[str, Any]) -> None:
+    """Freeze what was frozen. Raises ValueError if nothing is left to train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in counters["frozen"])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{folder / COUNTERS_FILE} leaves nothing to train: every parameter is frozen")
 
 
 def _origin(counters: Mapping[str, Any]) -> Origin | None:

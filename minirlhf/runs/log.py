@@ -61,8 +61,8 @@ class RunLog:
             lines, restored = _salvage(content, step, rewards if name == METRICS_FILE else {})
             repaired, aside = b"".join(lines), path.with_name(f"{name}.damaged")
             warnings.warn(
-                f"{path} is damaged: its content is not what it was when step {step} was saved; {len(lines) - restored} "
-                f"lines can be read, and {restored} are restored from what the checkpoint knows"
+                f"{path} is damaged: it is not what it was when step {step} was saved; {len(lines) - restored} lines "
+                f"can be read, and {restored} are restored from what the checkpoint knows"
                 + (f"; the damaged file is kept as {aside.name}" if repaired != content else ""),
                 stacklevel=3,
             )
@@ -115,7 +115,7 @@ def _read(path: Path) -> bytes:
 
 
 def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> tuple[list[bytes], int]:
-    """The readable lines of steps up to `step`, in order, and how many were made from `rewards` because theirs is lost."""
+    """The readable lines up to a step, in order, and how many of them were made from `rewards`, theirs being lost."""
     found = []
     for line in content.split(b"\n"):
         try:
@@ -124,10 +124,11 @@ def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> 
             continue
         if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] <= step:
             found.append((entry["step"], line + b"\n"))
-    lost = {number: reward for number, reward in rewards.items() if number <= step} if rewards else {}
+    lost = {number: reward for number, reward in rewards.items() if number <= step}
     for number, _ in found:
         lost.pop(number, None)
     found += [
-        (number, (json_line({"step": number, "reward/mean": reward}) + "\n").encode()) for number, reward in lost.items()
+        (number, (json_line({"step": number, "reward/mean": reward}) + "\n").encode())
+        for number, reward in lost.items()
     ]
     return [line for _, line in sorted(found, key=lambda pair: pair[0])], len(lost)

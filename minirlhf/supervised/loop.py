@@ -1,4 +1,4 @@
-"""The loop that supervised fine-tuning and reward models share: AdamW over epochs of batches, saved between two steps."""
+"""The loop of supervised fine-tuning and reward models: AdamW over epochs of batches, saved between two steps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ from minirlhf.device.schedules import SCHEDULES, lr_factor
 from minirlhf.io.model_card import Origin
 from minirlhf.io.training_state import (
     State,
-    check_counters,
     frozen,
-    is_count,
-    is_record,
-    is_scaler,
-    is_text,
     load_moments,
     moments,
     require_fp32,
@@ -137,7 +132,7 @@ class SupervisedTrainer(Generic[Batch]):
         gradient that overflows is skipped, and the loss scale lowered); RuntimeError after an error within a step.
         """
         if self.interrupted:
-            raise RuntimeError("training stopped within a step, so its state is inconsistent; resume its last checkpoint")
+            raise RuntimeError("training stopped within a step, so its state is inconsistent; go back to a checkpoint")
         try:
             for epoch, i, count, batch in self._remaining():
                 # At the middle of the step, so that neither the first nor the last one has a learning rate of 0.
@@ -219,8 +214,6 @@ class SupervisedTrainer(Generic[Batch]):
         used then.
         """
         tensors, c = state["tensors"], state["counters"]
-        is_data = {"data": lambda value: is_record(value, sha256=is_text, count=is_count)}
-        check_counters(c, {"steps": is_count, "scaler": is_scaler, **is_data})
         if self.data != c["data"]:
             raise ValueError(
                 f"the run began with other data: with {c['data']['count']} texts or rankings, {self.data['count']} are "

@@ -27,7 +27,7 @@ from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.random import eval_mode
 from minirlhf.io.model_card import Origin
-from minirlhf.models.gpt2 import GPT2, Pass
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches, length_sorted_batches, packed_rows, right_pad
@@ -67,7 +67,7 @@ class LMSequence:
 
 
 class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
-    """Fine-tuning of a GPT-2 in place; `runs.Run` saves it and goes on with it.
+    """Fine-tuning of a decoder in place; `runs.Run` saves it and goes on with it.
 
     demonstrations: texts, or Demonstrations. The loss is the mean negative log-likelihood in nats of all tokens of a
         text but the first, or of all tokens of a response, the end included where the text was not cut.
@@ -77,27 +77,27 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
     """
 
     kind = "sft"
-    model: GPT2
+    model: Decoder
     config: SFTConfig
 
     def __init__(
         self,
-        model: GPT2,
+        model: Decoder,
         tokenizer: Tokenizer,
         demonstrations: Sequence[Demonstration | str],
         config: SFTConfig | None = None,
     ):
         config = config or SFTConfig()
-        if len(tokenizer) > model.config.vocab_size:
+        if len(tokenizer) > model.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
+                f"the tokenizer has {len(tokenizer)} tokens, but the model was made for {model.vocab_size}"
             )
         encoded = encode_demonstrations(tokenizer, demonstrations)
         self.sequences = cut(encoded, config.max_length)
         _warn_of_losses(encoded, self.sequences, config.max_length)
         if not self.sequences:
             raise ValueError(f"no response has a token within max_length={config.max_length}: nothing to learn")
-        positions = model.config.n_positions
+        positions = model.n_positions
         check_positions(max(len(s.ids) for s in self.sequences), positions, config.max_length)
         model.to(resolve_device(config.device))
         self.tokenizer = tokenizer
@@ -106,10 +106,10 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         config = dataclasses.replace(config, precision=self.precision_choice.name)  # so checkpoints have it
         super().__init__(model, config, self._epochs(config), _hash(self.sequences), len(self.sequences))
 
-    def _epochs(self, config: SFTConfig) -> list[list[list[MicroBatch]]]:
+    def _epochs(self, config: SFTConfig) -> list[list[Sequence[MicroBatch]]]:
         """The micro-batches of each optimizer step of each epoch."""
         generator, lengths = torch.Generator().manual_seed(config.seed), [len(s.ids) for s in self.sequences]
-        epochs = []
+        epochs: list[list[Sequence[MicroBatch]]] = []
         for _ in range(config.epochs):
             micro_batches: list[list[Row]]
             if config.packing:
@@ -180,7 +180,7 @@ def cut(sequences: Sequence[LMSequence], max_length: int) -> list[LMSequence]:
 
 
 def token_nll(
-    model: GPT2, rows: Sequence[Sequence[LMSequence]], pad_id: int, width: int | None = None
+    model: Decoder, rows: Sequence[Sequence[LMSequence]], pad_id: int, width: int | None = None
 ) -> tuple[Tensor, int]:
     """Negative log-likelihoods (N,) in nats, fp32, of all tokens that are predicted, row after row, and their number.
 
@@ -188,7 +188,7 @@ def token_nll(
         from 0, so that it has the same likelihoods as in a row of its own.
     width: tokens a row is padded to; None: as many as the longest has.
     """
-    device = model.wte.weight.device
+    device = model.device
     ids, mask = right_pad([[token for s in row for token in s.ids] for row in rows], pad_id)
     if width is not None and ids.size(1) < width:
         ids, mask = (F.pad(x, (0, width - ids.size(1)), value=v) for x, v in ((ids, pad_id), (mask, 0)))
@@ -202,35 +202,21 @@ def token_nll(
     if all(len(row) == 1 for row in rows):
         hidden = model.hidden_states(ids)  # right padding: causal attention never reads it
     else:
-        hidden = _packed_states(model, ids, [[len(s.ids) for s in row] for row in rows])
+        segments = _segments([[len(s.ids) for s in row] for row in rows], ids.size(1))
+        hidden = model.hidden_states(ids, segments=segments.to(device))
     logits = model.lm_logits(hidden[:, :-1][predicted]).float()  # (N, V)
     return F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none"), int(predicted.sum())
 
 
-def _packed_states(model: GPT2, ids: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
-    """Hidden states (B, T, C) of rows of several sequences, of these lengths, as if each had a row of its own.
-
-    Attention is block-diagonal (Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination").
-    """
-    B, T = ids.shape
-    owner = torch.zeros(B, T, dtype=torch.int64)  # which sequence of its row a token is of; padding is one more
-    positions = torch.zeros(B, T, dtype=torch.int64)
-    for n, row in enumerate(lengths):
-        parts = [*row, T - sum(row)]
-        owner[n] = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
-        positions[n] = torch.cat([torch.arange(part) for part in parts])
-    owner, positions = owner.to(ids.device), positions.to(ids.device)
-    causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-    allowed = (causal & (owner[:, :, None] == owner[:, None, :]))[:, None]  # (B, 1, T, T)
-    x = model.drop(model.wte(ids) + model.wpe(positions))
-    for layer, block in enumerate(model.h):
-        x = block(x, Pass(allowed), layer)
-    return model.ln_f(x)
+def _segments(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Which sequence of its row each token belongs to, (B, width) int64; the padding of a row is one more sequence."""
+    rows = [torch.tensor([*row, width - sum(row)]) for row in lengths]
+    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), row) for row in rows])
 
 
 @torch.no_grad()
 def perplexity(
-    model: GPT2,
+    model: Decoder,
     tokenizer: Tokenizer,
     texts: Sequence[Demonstration | str],
     max_length: int = 128,
