@@ -66,7 +66,7 @@ def token_rewards(
 
 
 def with_token_rewards(rollout: Rollout, kl_coef: float, config: PPOConfig) -> tuple[Rollout, Tensor]:
-    """The rollout with its token rewards, r_t = score at the last token - kl_coef * KL_t; and the shaped scores (B,)."""
+    """The rollout with its token rewards, score at the last token - kl_coef * KL_t; and the shaped scores (B,)."""
     scores = shaped_scores(rollout, config)
     shares = None if rollout.score_shares is None else rollout.score_shares * config.score_scale
     coef = kl_coef if config.kl_placement == "reward" else 0.0
