@@ -9,9 +9,9 @@ from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
-from minirlhf.rewards.base import SentimentReward
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl import ppo
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.ppo import AdaptiveKL, FixedKL

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from conftest import VOCAB, make_bert
 from minirlhf import BertClassifier, BertConfig
-from minirlhf.rewards.classifier import predict
+from minirlhf.rewards.sentiment import predict
 from minirlhf.supervised.classification import (
     ClassifierTrainingConfig,
     fit_temperature,
