@@ -27,7 +27,7 @@ from minirlhf.evaluation.doctor.patient import FAIL
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
 from minirlhf.generation import generate as generation
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io import conversion, hub
+from minirlhf.io import hub, model_folder
 from minirlhf.io.files import naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.gpt2 import GPT2
@@ -106,14 +106,14 @@ DEVICE = argument("--device", default="auto", help="auto, cpu or cuda[:index]; d
 def download(name: str, to: str | None, revision: str) -> None:
     """Fetch a model from the hub, convert its weights to safetensors if need be, and print its folder."""
     folder = hub.download(name, to, revision)
-    conversion.convert(folder)
+    model_folder.convert(folder)
     print(folder)
 
 
 @command(argument("folder", metavar="FOLDER", help="folder with pytorch_model.bin, single or sharded"))
 def convert(folder: str) -> None:
     """Convert the pickled weights of a model folder to safetensors, and print their path."""
-    print(conversion.convert(folder))
+    print(model_folder.convert(folder))
 
 
 @command(
