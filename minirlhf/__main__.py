@@ -145,9 +145,8 @@ def generate(
     """Print continuations of prompts."""
     sampling, where = SamplingConfig(temperature, top_k, top_p), resolve_device(device)
     tokenizer, gpt2 = Tokenizer.from_pretrained(model), GPT2.from_pretrained(model).to(where)
-    if len(tokenizer) != gpt2.config.vocab_size:
-        made_for = f"the model was made for {gpt2.config.vocab_size}"
-        raise ValueError(f"{model}: the vocabulary has {len(tokenizer)} tokens, but {made_for}")
+    with naming(model):
+        gpt2.fit_vocabulary(len(tokenizer))
     generator = torch.Generator(where).manual_seed(seed)
     # A prompt at a time: what is sampled does not depend on how the prompts come in.
     for (text,) in batches(prompt, 1):

@@ -89,7 +89,7 @@ def generate(
     tokens = torch.cat([ids, ids.new_full((B, max_new_tokens), pad_token_id)], 1)
     mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_new_tokens)], 1)
     logprobs = torch.zeros(B, max_new_tokens, device=device, dtype=full_precision(model.wte.weight).dtype)
-    packed_width = -(-model.config.vocab_size // 8)
+    packed_width = -(-model.vocab_size // 8)
     keep_sets = keep_sampling_sets and sampling.truncates
     sets = tokens.new_zeros((B, max_new_tokens, packed_width), dtype=torch.uint8) if keep_sets else None
 

@@ -76,9 +76,12 @@ class DecodeStep:
         self.cache = StaticCache(model, batch_size, columns)
         dtype = self.cache.layers[0].dtype
         self.reduced = dtype if torch.is_autocast_enabled(device.type) else None
-        self.blocks, self.head = model.h, weight
+        self.blocks, self.head = model.h, model.head_weight
         if self.reduced is not None:
-            self.blocks, self.head = copy.deepcopy(model.h).requires_grad_(False), weight.detach().to(dtype, copy=True)
+            self.blocks, self.head = (
+                copy.deepcopy(model.h).requires_grad_(False),
+                self.head.detach().to(dtype, copy=True),
+            )
             for module in self.blocks.modules():
                 if isinstance(module, Conv1D):
                     module.to(dtype)
@@ -113,7 +116,7 @@ class DecodeStep:
         if self.reduced is not None:
             for mine, theirs in zip(self.blocks.parameters(), self.model.h.parameters(), strict=True):
                 mine.copy_(theirs)
-            self.head.copy_(self.model.wte.weight)
+            self.head.copy_(self.model.head_weight)
 
     def __call__(self, new: Tensor) -> tuple[Tensor, Tensor]:
         """Feed one token a row (B,); return hidden states (B, C) and logits (B, V) after it.

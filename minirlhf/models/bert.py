@@ -42,6 +42,7 @@ from minirlhf.io.model_folder import (
 from minirlhf.models.layers import (
     ACTIVATIONS,
     attention,
+    check_vocabulary,
     config_from_json,
     fill,
     global_rng_kept,
@@ -235,6 +236,10 @@ class BertClassifier(nn.Module):
         """Class logits (B, L) of hidden states (B, T, C), from the pooled state of [CLS]."""
         pooled = torch.tanh(self.bert.pooler["dense"](hidden[:, 0]))  # (B, C)
         return self.classifier(self.dropout(pooled))
+
+    def fit_vocabulary(self, n_tokens: int) -> None:
+        """Raise ValueError unless a tokenizer of `n_tokens` tokens fits (see `check_vocabulary`)."""
+        check_vocabulary(self.config.vocab_size, n_tokens)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of hidden states (..., C) by the word embedding, for masked-token training."""

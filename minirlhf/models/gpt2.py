@@ -41,6 +41,7 @@ from minirlhf.models.layers import (
     ACTIVATIONS,
     Conv1D,
     attention,
+    check_vocabulary,
     config_from_json,
     fill,
     global_rng_kept,
@@ -224,15 +225,13 @@ class GPT2(nn.Module):
         weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
         return weight if self.n_tokens is None else weight[: self.n_tokens]
 
-    def fit_vocabulary(self, n_tokens: int) -> None:
-        """Leave the rows of a padded embedding that are no token without logits, so that they are never sampled.
+    def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
+        """Give logits to the tokenizer's tokens only: rows that pad the embedding are then never sampled.
 
-        n_tokens: tokens of the tokenizer. Raises ValueError if the model has fewer.
+        n_tokens: tokens of the tokenizer. name: of the model in the error.
+        Raises ValueError as `check_vocabulary`.
         """
-        if n_tokens > self.config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {n_tokens} tokens, but the model was made for {self.config.vocab_size}"
-            )
+        check_vocabulary(self.config.vocab_size, n_tokens, name)
         self.n_tokens = None if n_tokens == self.config.vocab_size else n_tokens
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -331,7 +330,9 @@ class GPT2(nn.Module):
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
         content, named = read_published(folder)
-        return cls._of(folder, content, {name: t for name, t in named.items() if not name.startswith("v_head.")})
+        return cls.from_tensors(
+            folder, content, {name: t for name, t in named.items() if not name.startswith("v_head.")}
+        )
 
     @classmethod
     def from_trunk(cls, folder: str | os.PathLike[str]) -> GPT2:
@@ -341,11 +342,11 @@ class GPT2(nn.Module):
         """
         content, named = read_published(folder)
         trunk = {name: tensor for name, tensor in named.items() if name.split(".")[0] in TRUNK}
-        return cls._of(folder, {**content, "tie_word_embeddings": True}, trunk)
+        return cls.from_tensors(folder, {**content, "tie_word_embeddings": True}, trunk)
 
     @classmethod
-    def _of(cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]) -> GPT2:
-        """A model of the content of `config.json` and of tensors under its own names."""
+    def from_tensors(cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]) -> GPT2:
+        """A model of what `read_published` read from a folder, less what the model does not hold."""
         with naming(folder), shapes_only():
             model = cls(read_config(content, len(named)))
         head = None
@@ -356,7 +357,7 @@ class GPT2(nn.Module):
         fill(model, named, folder)
         if head is not None and not torch.equal(model.wte.weight, head.float()):
             raise ValueError(
-                f"{folder}: lm_head.weight differs from wte.weight, which tie_word_embeddings=false in config.json allows"
+                f"{folder}: lm_head.weight differs from wte.weight; config.json must say tie_word_embeddings=false then"
             )
         model.origin = Origin.of(folder, content)
         return model.eval()

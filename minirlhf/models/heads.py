@@ -23,7 +23,7 @@ from minirlhf.generation.sampling import restrict, unpack_set
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard
 from minirlhf.io.model_folder import cast, check_tensors, read_metadata, read_tensors, write_folder
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.gpt2 import GPT2, read_published
 from minirlhf.models.layers import global_rng_kept
 from minirlhf.rl import ppo
 from minirlhf.rl.token_statistics import compare, logprobs_and_entropy
@@ -115,21 +115,27 @@ class ActorCritic(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], value_head: str | None = None) -> ActorCritic:
-        """Load a GPT-2 folder, and its `value_head.safetensors` if it has one, in eval mode.
+        """Load a GPT-2 folder with its value head, `value_head.safetensors` or TRL's `v_head.*`, in eval mode.
 
         value_head: the kind of head; None: the one in the folder, or a linear one.
         Raises as `GPT2.from_pretrained`, and ValueError for a head that does not fit.
         """
-        gpt2 = GPT2.from_pretrained(folder)
+        content, named = read_published(folder)
+        of_trl = {name.removeprefix("v_head."): named.pop(name) for name in list(named) if name.startswith("v_head.")}
+        gpt2 = GPT2.from_tensors(folder, content, named)
         path = locate(folder) / VALUE_HEAD_FILE
         stored = read_metadata(path).get("kind", "linear") if path.is_file() else None
+        if of_trl:
+            if stored is not None:
+                raise ValueError(f"{folder} holds two value heads, {VALUE_HEAD_FILE} and v_head.* among the weights")
+            stored = "linear"  # as TRL's is
         if stored is not None and stored not in VALUE_HEAD_KINDS:
             raise ValueError(f"{path} holds a {stored!r} value head, known are {', '.join(VALUE_HEAD_KINDS)}")
         if stored is not None and value_head not in (None, stored):
             raise ValueError(f"{path} holds a {stored!r} value head, but a {value_head!r} one was asked for")
         head = ValueHead(gpt2.config.n_embd, value_head or stored or "linear")
         if stored is not None:
-            tensors = read_tensors(path)
+            tensors = of_trl or read_tensors(path)
             check_tensors(tensors, {name: p.shape for name, p in head.state_dict().items()}, path)
             head.load_state_dict(tensors)
         return cls(gpt2, head).eval()
@@ -221,7 +227,7 @@ def _in_chunks(
     names = ["logprobs", "entropy"] + (["ref_logprobs", "exact_kl"] if reference is not None else [])
 
     def head(hidden: Tensor, compared: Tensor | None, picked: Tensor, sets: Tensor | None) -> tuple[Tensor, ...]:
-        keep = None if sets is None else unpack_set(sets, model.config.vocab_size)
+        keep = None if sets is None else unpack_set(sets, model.vocab_size)
         logits = model.lm_logits(hidden)  # (chunk, V)
         if reference is not None and compared is not None and not torch.is_grad_enabled():
             return compare(logits, reference.lm_logits(compared), picked, temperature, keep)
@@ -234,7 +240,7 @@ def _in_chunks(
         return *result, ppo.gather_logprobs(ref_logits, picked), ppo.exact_kl(logits, ref_logits)
 
     per_chunk = LOGITS_PER_CHUNK if torch.is_grad_enabled() or hidden.device.type != "cpu" else LOGITS_IN_CACHE
-    rows = max(1, per_chunk // model.config.vocab_size)
+    rows = max(1, per_chunk // model.vocab_size)
     parts = []
     for start in range(0, max(len(picked), 1), rows):
         cut = slice(start, start + rows)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from minirlhf.io.model_folder import check_tensors
 
 Config = TypeVar("Config")
+MOST_PADDING = 1024  # rows by which an embedding may exceed the vocabulary
 SHORT_SEQUENCE = 128  # keys up to which the plain formula of attention is faster on a CPU
 
 
@@ -79,6 +80,12 @@ def attention(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def check_vocabulary(rows: int, n_tokens: int, name: str = "model") -> None:
+    """Raise ValueError unless an embedding has one row a token, or is padded to a multiple of 8 by few rows."""
+    if rows != n_tokens and not (0 < rows - n_tokens < MOST_PADDING and rows % 8 == 0):
+        raise ValueError(f"the vocabulary has {n_tokens} tokens, but the {name} was made for {rows}")
 
 
 def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:

@@ -23,12 +23,12 @@ def language_model_probe(model: GPT2, temperature: float = 1.0) -> Callable[[], 
 
     def probe() -> Tensor:
         generator, c = torch.Generator().manual_seed(0), model.config
-        ids = torch.randint(c.vocab_size, (ROWS, min(TOKENS, c.n_positions)), generator=generator)
+        ids = torch.randint(model.vocab_size, (ROWS, min(TOKENS, c.n_positions)), generator=generator)
         hidden = model.hidden_states(ids.to(model.wte.weight.device)).flatten(0, 1)
         logprobs = (full_precision(model.lm_logits(hidden)) / temperature).log_softmax(-1)  # (64, V)
         if not drawn:  # in fp32: the token where the sum of probabilities passes a uniform number
             uniform = torch.rand(len(logprobs), 1, generator=generator).to(logprobs)
-            drawn.append((logprobs.exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(c.vocab_size - 1))
+            drawn.append((logprobs.exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(model.vocab_size - 1))
         return logprobs.gather(-1, drawn[0])
 
     return probe

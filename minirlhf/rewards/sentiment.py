@@ -68,10 +68,7 @@ class SentimentReward:
         precision: str = "fp32",
         scale: str = "expected",
     ):
-        if len(tokenizer) != model.config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
-            )
+        model.fit_vocabulary(len(tokenizer))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         labels = model.config.labels

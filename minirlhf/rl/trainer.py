@@ -549,12 +549,8 @@ def _with_value_head(policy: ActorCritic | GPT2, config: PPOConfig) -> ActorCrit
 
 def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer: Tokenizer, config: PPOConfig) -> None:
     reference = language_model(ref_policy)
-    sizes = policy.gpt2.config.vocab_size, reference.config.vocab_size, len(tokenizer)
-    if len(set(sizes)) != 1:
-        raise ValueError(
-            f"policy, reference and tokenizer must share one vocabulary, but have {sizes[0]}, {sizes[1]} and "
-            f"{sizes[2]} tokens"
-        )
+    policy.gpt2.fit_vocabulary(len(tokenizer), "policy")
+    reference.fit_vocabulary(len(tokenizer), "reference")
     if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
         raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
     if reference.config.n_positions < policy.gpt2.config.n_positions:
@@ -562,10 +558,10 @@ def _check_models(policy: ActorCritic, ref_policy: ActorCritic | GPT2, tokenizer
             f"the reference has {reference.config.n_positions} positions, fewer than the policy's "
             f"{policy.gpt2.config.n_positions}: it could not score what the policy writes"
         )
-    if config.gen_len >= policy.gpt2.config.n_positions:
+    if config.gen_len > policy.gpt2.config.n_positions:  # the last token needs no position: nothing follows it
         raise ValueError(
-            f"PPOConfig.gen_len must be below the model's {policy.gpt2.config.n_positions} positions, "
+            f"PPOConfig.gen_len must be at most the model's {policy.gpt2.config.n_positions} positions, "
             f"got {config.gen_len}"
         )
-    if config.eos_token_id is not None and not 0 <= config.eos_token_id < sizes[0]:
-        raise ValueError(f"PPOConfig.eos_token_id must be in [0, {sizes[0]}), got {config.eos_token_id}")
+    if config.eos_token_id is not None and not 0 <= config.eos_token_id < len(tokenizer):
+        raise ValueError(f"PPOConfig.eos_token_id must be in [0, {len(tokenizer)}), got {config.eos_token_id}")

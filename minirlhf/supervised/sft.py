@@ -93,10 +93,7 @@ class SFTTrainer:
     ):
         self.config = config or SFTConfig()
         _check_length(model, self.config.max_length)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
-            )
+        model.fit_vocabulary(len(tokenizer))
         encoded = encode_demonstrations(tokenizer, demonstrations)
         self.sequences = cut(encoded, self.config.max_length)
         _warn_of_losses(encoded, self.sequences, self.config.max_length)
