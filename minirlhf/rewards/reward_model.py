@@ -70,6 +70,7 @@ class GPT2Scorer(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2Scorer:
         """Load a folder in the published layout, in fp32 and in eval mode. Raises as `GPT2.from_pretrained`."""
         content, tensors = read_published(folder)
+        content["tie_word_embeddings"] = True  # there is no LM head to be untied
         named = {name if name.startswith("score.") else f"transformer.{name}": x for name, x in tensors.items()}
         with naming(folder), shapes_only():
             model = cls(GPT2(read_config(content, len(tensors))))
