@@ -12,9 +12,9 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.models.loading import load_decoder
-from minirlhf.rewards.base import SentimentReward
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.kl import AdaptiveKL, FixedKL
 from minirlhf.rl.rollout import Rollout, collect_rollout
