@@ -102,8 +102,8 @@ class PPOTrainer:
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
         """
         start = time.perf_counter()
-        rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
         self.policy.eval()
+        rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
         self.interrupted = True
 
         # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)
