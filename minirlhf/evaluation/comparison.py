@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minirlhf.evaluation.bootstrap import Estimate
+from minirlhf.evaluation.statistics import Estimate
 
 
 @dataclass(frozen=True)

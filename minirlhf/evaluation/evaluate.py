@@ -21,11 +21,11 @@ from torch import Tensor
 from minirlhf.common.text import printable
 from minirlhf.common.validation import require, require_counts, require_positive_ints
 from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, encode_prompts, expected_best_of_n, n_of_kl
-from minirlhf.evaluation.bootstrap import Bootstrap, Estimate
+from minirlhf.evaluation.statistics import Bootstrap, Estimate
 from minirlhf.evaluation.comparison import BestOfNPoint, Comparison, Evaluation, Figures
 from minirlhf.evaluation.comparison import Pair as Pair
 from minirlhf.evaluation.symptoms import symptoms
-from minirlhf.evaluation.text_statistics import distinct_n, repeated_share, self_bleu
+from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic

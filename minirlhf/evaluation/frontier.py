@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minirlhf.evaluation.bootstrap import Estimate
+    from minirlhf.evaluation.statistics import Estimate
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.common.validation import require, require_bools, require_positive_ints
-from minirlhf.evaluation.text_statistics import distinct_n
+from minirlhf.text.statistics import distinct_n
 from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
 from minirlhf.text.tokenizer import Tokenizer
 

@@ -6,10 +6,10 @@ Apart from the trainer for its length alone: each field is read in `trainer.py`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from minirlhf.common.suggestions import suggest
 from minirlhf.common.validation import (
     require,
     require_above,
@@ -27,6 +27,7 @@ from minirlhf.device.schedules import SCHEDULES
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.heads import VALUE_HEAD_KINDS
 from minirlhf.rl import ppo
+from minirlhf.rl.field_names import FIELD_NAMES
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,12 @@ class PPOConfig:
     def with_overrides(cls, base: PPOConfig | None = None, **overrides: Any) -> PPOConfig:
         """`base`, or the defaults, with some fields replaced.
 
-        Raises ValueError for an unknown name, with the nearest known one.
+        Raises ValueError for an unknown name, with the field that is meant (see `field_names`).
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in overrides:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-                raise ValueError(f"PPOConfig has no field {name!r}; {hint}")
+                raise ValueError(f"PPOConfig has no field {name!r}; {suggest(name, known, FIELD_NAMES)}")
         return dataclasses.replace(base or cls(), **overrides)
 
 

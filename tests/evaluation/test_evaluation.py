@@ -15,9 +15,9 @@ import torch
 from conftest import CHINESE, make_gpt2
 from minirlhf import ActorCritic, NGramScorer, SamplingConfig, best_of_n, collect_rollout
 from minirlhf.evaluation.best_of import best_of_n_kl, expected_best_of_n
-from minirlhf.evaluation.bootstrap import Bootstrap, Estimate
+from minirlhf.evaluation.statistics import Bootstrap, Estimate
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, Pair, before_after_table, compare, evaluate
-from minirlhf.evaluation.text_statistics import self_bleu
+from minirlhf.text.statistics import self_bleu
 
 PROMPTS = ["酒店", "服务很好", "w"]
 

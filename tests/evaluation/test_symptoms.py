@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from minirlhf.evaluation.bootstrap import Estimate
+from minirlhf.evaluation.statistics import Estimate
 from minirlhf.evaluation.comparison import BestOfNPoint, Comparison, Figures
 from minirlhf.evaluation.symptoms import symptoms
 

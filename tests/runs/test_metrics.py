@@ -7,7 +7,7 @@ import pytest
 
 from minirlhf.common.text import printable
 from minirlhf.evaluation.plots import plot_run
-from minirlhf.evaluation.text_statistics import distinct_n
+from minirlhf.text.statistics import distinct_n
 from minirlhf.io.files import read_jsonl
 from minirlhf.runs.log import RunLog
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from minirlhf.evaluation.text_statistics import repeated_share, self_bleu
+from minirlhf.text.statistics import repeated_share, self_bleu
 
 
 def bleu(text, references, order):
