@@ -3,6 +3,8 @@
 from minirlhf.evaluation.best_of import BestOfN, best_of_n
 from minirlhf.evaluation.doctor.doctor import Finding, doctor
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
+from minirlhf.evaluation.explanation import explain
+from minirlhf.evaluation.optimum import Optimum, optimum
 from minirlhf.generation.generate import Generation, generate
 from minirlhf.generation.sampling import SamplingConfig, sample_top_p
 from minirlhf.generation.static_decode import GraphedDecoder
@@ -34,6 +36,7 @@ __all__ = [
     "Generation",
     "GraphedDecoder",
     "NGramScorer",
+    "Optimum",
     "PPOConfig",
     "PPOTrainer",
     "RewardModel",
@@ -46,7 +49,9 @@ __all__ = [
     "collect_rollout",
     "doctor",
     "evaluate",
+    "explain",
     "generate",
+    "optimum",
     "ppo",
     "sample_top_p",
 ]

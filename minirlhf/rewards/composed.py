@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from minirlhf.common.validation import require, require_bools, require_positive_ints
-from minirlhf.text.statistics import distinct_n
 from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
+from minirlhf.text.statistics import distinct_n
 from minirlhf.text.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""How much memory PPO needs: a formula, a measurement on a few sequences, and what the device has.
+"""The memory that PPO needs: a formula, a measurement on a few sequences, and what the device has.
 
 Shapes: B sequences an iteration, F a micro-batch, S a scoring pass, P longest prompt, R new tokens, T = P + R,
 L layers, C width, nh heads, V vocabulary.
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minirlhf.device.precision import SIXTEEN_BITS
+from minirlhf.evaluation.doctor.setup import score
 from minirlhf.generation.generate import generate
 from minirlhf.generation.static_decode import COLUMNS
 from minirlhf.models.gpt2 import GPT2
@@ -41,7 +42,7 @@ class MemoryNeed:
 
     weights: of policy and reference, with the policy's gradients and the two moments of Adam.
     rollout: the record of one batch.
-    generation, scoring, update: what each phase has alive besides; one follows the other, so the largest counts.
+    generation, scoring, update: what each phase has alive besides; they follow each other, so the largest counts.
     """
 
     weights: int
@@ -119,10 +120,6 @@ def measure(trainer: PPOTrainer, rollout: Rollout) -> dict[str, int]:
     R, precision = rollout.response_mask.size(1), trainer.precision
     prompts = [trainer.tokenizer.encode_prompt(prompt) for prompt in rollout.prompts]
 
-    def score(reference: GPT2 | None) -> Any:
-        sets, temperature = rollout.sampling_sets, trainer.score_temperature
-        return trainer.policy.score(rollout.tokens, rollout.mask, R, temperature, sets, reference)
-
     def generation() -> None:
         generator = torch.Generator(trainer.device).manual_seed(0)
         with precision.autocast():
@@ -132,12 +129,13 @@ def measure(trainer: PPOTrainer, rollout: Rollout) -> dict[str, int]:
 
     def scoring() -> None:
         with torch.no_grad(), precision.autocast():
-            score(trainer.reference)
+            score(trainer, rollout, trainer.reference)
 
     def update() -> None:
         with torch.enable_grad(), precision.autocast():
-            scored = score(None)
-            loss = (scored.logprobs + scored.entropy + scored.values).sum()
+            scored = score(trainer, rollout)
+            values = 0.0 if scored.values is None else scored.values
+            loss = (scored.logprobs + scored.entropy + values).sum()
         loss.backward()
 
     update()  # now the gradients are there, as for every micro-batch but the first

@@ -1,4 +1,4 @@
-"""What a single model does under padding, when it is run twice, and in its LM head: measurements without a verdict.
+"""What a single model does under padding, when it is run twice, and in its LM head: plain measurements.
 
 Outputs are compared relative to the largest of them; NaN anywhere gives NaN. Shapes: B batch, T tokens, V vocabulary,
 L labels.
@@ -16,13 +16,13 @@ from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.text.batching import left_pad, right_pad
 
-SAME_OUTPUT = 1e-4  # outputs closer than this are the same; rounding in fp32 stays a hundred times below it
-FILLER = 1  # at padding positions stands a token like others: whatever it is must not matter
+SAME_OUTPUT = 1e-4  # closer outputs are equal; rounding in fp32 stays a hundred times below
+FILLER = 1  # the token at padding positions, which must not matter
 
 
 @torch.no_grad()
 def padding_errors(model: nn.Module) -> dict[str, float]:
-    """By side of the padding: how far the outputs of a padded batch are from those of each row alone.
+    """Side of the padding -> the distance of the outputs of a padded batch from those of each row alone.
 
     A classifier is padded on the right only, as BERT is. model: in eval mode.
     """
@@ -39,7 +39,7 @@ def padding_errors(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def repetition_error(model: nn.Module) -> float:
-    """How far the outputs of two forward passes over the same batch are apart, in the mode that the model is in."""
+    """The distance of the outputs of two forward passes over the same batch, in the mode that the model is in."""
     rows = _random_rows(model)
     ids, mask = (x.to(rows[0].device) for x in right_pad(rows, FILLER))
     return _difference(_outputs(model, ids, mask), _outputs(model, ids, mask))
@@ -47,7 +47,7 @@ def repetition_error(model: nn.Module) -> float:
 
 @torch.no_grad()
 def untied_error(model: ActorCritic | GPT2) -> float:
-    """How far the logits of random hidden states are from their product with the token embedding."""
+    """The distance of the logits of random hidden states from their product with the token embedding."""
     gpt2 = language_model(model)
     weight = gpt2.wte.weight
     hidden = torch.randn(3, weight.size(1), generator=torch.Generator().manual_seed(0)).to(weight)
