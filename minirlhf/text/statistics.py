@@ -13,15 +13,20 @@ from statistics import fmean
 
 SMOOTHING = 0.1  # counted for an n-gram order without a match (Chen & Cherry 2014, method 1)
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts without spaces between words
+LONGEST_WORD = 15
 
 Units = Sequence[Hashable]
 
 
 def unit_of(texts: Iterable[str]) -> str:
-    """The unit in which these texts vary: "word" if most letters are of scripts that space words, else "character"."""
-    letters = [char for text in texts for char in text if char.isalpha()]
+    """The unit in which texts vary: "word" if most letters are of a script that spaces words, else "character".
+
+    Pieces between spaces that are longer than LONGEST_WORD letters on average are not words.
+    """
+    pieces = [piece for text in texts for piece in text.split()]
+    letters = [char for piece in pieces for char in piece if char.isalpha()]
     spaced = sum(not unicodedata.name(char, "CJK").startswith(UNSPACED) for char in letters)
-    return "word" if 2 * spaced > len(letters) else "character"
+    return "word" if 2 * spaced > len(letters) and len(letters) <= LONGEST_WORD * len(pieces) else "character"
 
 
 def units(text: str, unit: str) -> Units:
