@@ -17,7 +17,8 @@ from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import before_after_table, compare
+from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import write_json
 from minirlhf.rewards.composed import (
     TARGETS,
@@ -86,7 +87,8 @@ def main() -> None:
     for target in TARGETS:
         prompts = [target.tag + prompt for prompt in PROMPTS]
         settings = config.gen_len, config.sampling, args.samples
-        figures, pairs = compare(trainer.policy, reference, tokenizer, prompts, sentiment, *settings, seed=config.seed)
+        found = summarise(trainer.policy, reference, tokenizer, prompts, sentiment, *settings, seed=config.seed)
+        figures, pairs = found.figures, found.pairs
         for model, side in (("reference", "before"), ("policy", "after")):
             p = classifier([pair.prompt.removeprefix(target.tag) + getattr(pair, side) for pair in pairs])
             figures |= {f"{model}/p_positive": p.mean().item(), f"{model}/from_half": (p - 0.5).abs().mean().item()}

@@ -6,7 +6,7 @@ python examples/explain_step.py [--policy FOLDER --reward FOLDER --prompt 酒店
 import argparse
 from pathlib import Path
 
-from minirlhf import GPT2, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf import GPT2, PPOTrainer, SentimentReward, Tokenizer, explain
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
@@ -32,7 +32,7 @@ def main() -> None:
     trainer.step(rollout)
     for row in (int(rollout.scores.argmax()), int(rollout.scores.argmin())):
         print()
-        trainer.explain(rollout, row)
+        explain(trainer, rollout, row)
 
 
 if __name__ == "__main__":
