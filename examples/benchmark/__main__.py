@@ -1,10 +1,10 @@
 """How long PPO takes here, how much memory, and how near that is to what the machine can do.
 
-    python examples/benchmark.py                                  # one iteration by phases, against its floor
-    python examples/benchmark.py --precision fp32 bf16 --against transformers
-    python examples/benchmark.py --peer-command "python x.py"      # in turns with a command, see benchmark_trl.py
-    python examples/benchmark.py scaling ragged overhead          # the other tables
-    python examples/benchmark.py --size tiny --quick              # does it run? seconds
+    python examples/benchmark                                  # one iteration by phases, against its floor
+    python examples/benchmark --precision fp32 bf16 --against transformers
+    python examples/benchmark --peer-command "python x.py"      # in turns with a command, see peer_trl.py
+    python examples/benchmark scaling ragged overhead          # the other tables
+    python examples/benchmark --size tiny --quick              # does it run? seconds
 
 The work: a GPT-2 base and a BERT base with random weights (or --policy and --reward), 128 prompts of 3 tokens, 16 new
 tokens, top-p .95, 4 epochs. Prints tables, and writes results.json, report.md and pictures to --output. A peer command
@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 
-import benchmark_report as report
-import benchmark_studies as studies
-from benchmark_floor import DTYPES, Rates, measure_rates, phase_costs, with_best
-from benchmark_peers import TransformersPeer, in_turns, run_command
-from benchmark_work import SIZES, Sample, Work, iteration
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a folder, Python finds the folder's own files only
+from benchmark import report, studies
+from benchmark.floor import DTYPES, Rates, measure_rates, phase_costs, with_best
+from benchmark.peers import TransformersPeer, in_turns, run_command
+from benchmark.work import SIZES, Sample, Work, iteration
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.io.files import atomic_write, write_json
@@ -51,7 +53,7 @@ def main() -> None:
         return
     report.figure()  # better to know now that it cannot be drawn
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "examples/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "examples/benchmark", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": report.machine(torch.device(args.device)),
         "work": {n: v for n, v in vars(works[0]).items() if n != "precision" and v not in (None, {})},
@@ -135,7 +137,8 @@ class Ours:
 
 def own_command(work: Work, args: argparse.Namespace) -> list[str]:
     """This script as a process that times `work` once."""
-    command = [sys.executable, __file__, "--json-lines", "--repeats", "1", "--size", work.size, "--batch", work.batch,
+    script = str(Path(__file__).parent)
+    command = [sys.executable, script, "--json-lines", "--repeats", "1", "--size", work.size, "--batch", work.batch,
                "--new-tokens", work.new_tokens, "--minibatch", work.minibatch, "--precision", work.precision,
                "--device", work.device, "--threads", args.threads or torch.get_num_threads()]  # fmt: skip
     for name, folder in (("--policy", work.policy), ("--reward", work.reward)):

@@ -1,4 +1,4 @@
-"""What a benchmark says: the machine, medians and spread, tables in Markdown, pictures. For `benchmark.py`."""
+"""What a benchmark says: the machine, medians and spread, tables in Markdown, pictures. For `examples/benchmark`."""
 
 import importlib.metadata
 import io
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmark_floor import Cost, Rates
-from benchmark_studies import exponent
-from benchmark_work import Sample
+from benchmark.floor import Cost, Rates
+from benchmark.studies import exponent
+from benchmark.work import Sample
 from minirlhf.io.files import atomic_write
 
 Row = dict[str, Any]
@@ -131,7 +131,7 @@ def exponents(rows: Sequence[Row]) -> list[Row]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The tables of a result, as `benchmark.py` writes it to results.json."""
+    """The tables of a result, as the benchmark writes it to results.json."""
     facts = ", ".join(f"{name} {_shown(value)}" for name, value in result["machine"].items() if value not in ([], None))
     parts = [f"`{result['command']}`, {result['date']}", facts]
     if "work" in result:

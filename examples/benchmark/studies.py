@@ -1,4 +1,4 @@
-"""Three questions besides how long an iteration takes, each a list of table rows. For `benchmark.py`.
+"""Three questions besides how long an iteration takes, each a list of table rows. For `examples/benchmark`.
 
 scaling: does the cost grow with batch and new tokens, or faster? ragged: what does padding waste, and do rows that
 ended still cost? overhead: how much of a step of the default example is not forward, backward or decode?
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmark_floor import now
-from benchmark_work import PROMPTS, Work, autocast, iteration
+from benchmark.floor import now
+from benchmark.work import PROMPTS, Work, autocast, iteration
 from minirlhf import GPT2, BertClassifier, Generation, GraphedDecoder, PPOTrainer, SentimentReward, Tokenizer, generate
 from minirlhf.runs.run import Run
 

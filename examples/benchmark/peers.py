@@ -1,5 +1,5 @@
 """Others doing the same work: transformers with PPO as TRL writes it, and commands that time themselves. For
-`benchmark.py`."""
+`examples/benchmark`."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark_floor import now
-from benchmark_work import Sample, Work, autocast
+from benchmark.floor import now
+from benchmark.work import Sample, Work, autocast
 from minirlhf.device.gpu import tf32_matmul
 from minirlhf.rl import ppo
 

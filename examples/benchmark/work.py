@@ -1,4 +1,4 @@
-"""The work that is timed: models, prompts, one iteration of PPO by phases, and a clock. For `benchmark.py`."""
+"""The work that is timed: models, prompts, one iteration of PPO by phases, and a clock. For `examples/benchmark`."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmark_floor import Batch, now
+from benchmark.floor import Batch, now
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.device.precision import Precision
 
