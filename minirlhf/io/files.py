@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PARTIAL = ".partial"  # ends the names of what a save has not finished
 
@@ -51,6 +53,27 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     """Write a JSON object, atomically, in UTF-8, its keys in the order given."""
     text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     atomic_write(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate's escape is JSON's own
+
+
+def open_for_writing(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
+    """`open` for files of our own that are written in place: logs, locks, partial downloads.
+
+    mode: as in `open`; text is UTF-8. Missing files are created where the mode creates them.
+    Raises OSError if the path is a symbolic link (what it points to may belong to someone else) or not a regular file.
+    """
+    path = os.fspath(path)
+
+    def opener(_: str, flags: int) -> int:
+        if os.path.islink(path):  # also where O_NOFOLLOW does not exist
+            raise OSError(errno.ELOOP, "is a symbolic link, and files are not written through links", path)
+        # O_NONBLOCK: opening a pipe must not wait for a reader.
+        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", path)
+
+    return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:

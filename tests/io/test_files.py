@@ -11,11 +11,62 @@ import sys
 import pytest
 
 from minirlhf.io import files
-from minirlhf.io.files import atomic_write, read_json, replaced_folder, write_json
+from minirlhf.io.files import atomic_write, open_for_writing, read_json, replaced_folder, write_json
 
 
 def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+# ---- files written in place -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["w", "wb", "a", "ab", "ab+", "a+", "x"])
+def test_nothing_is_written_through_a_symbolic_link(tmp_path, mode):
+    victim, link = tmp_path / "victim", tmp_path / "link"
+    victim.write_text("precious")
+    for target in (victim, tmp_path / "missing"):
+        link.symlink_to(target)
+        with pytest.raises(OSError, match="link"):
+            open_for_writing(link, mode)
+        link.unlink()
+    assert victim.read_text() == "precious" and names(tmp_path) == ["victim"]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs O_NOFOLLOW")
+def test_a_link_that_appears_after_the_check_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(files.os.path, "islink", lambda path: False)
+    with pytest.raises(OSError):
+        open_for_writing(tmp_path / "link", "w")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_only_regular_files_are_opened_for_writing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/null"):
+        for mode in ("ab", "ab+"):
+            with pytest.raises(OSError):
+                open_for_writing(path, mode)
+
+
+def test_files_written_in_place_have_the_modes_and_the_text_of_open(tmp_path):
+    path = tmp_path / "log"
+    umask = os.umask(0o027)
+    try:
+        with open_for_writing(path, "a+") as file:
+            file.write("评")
+    finally:
+        os.umask(umask)
+    with open_for_writing(path, "ab") as file:
+        file.write(b"!")
+    assert path.read_bytes() == "评!".encode() and stat.S_IMODE(path.stat().st_mode) == 0o640
+    with open_for_writing(path, "w"):
+        pass
+    assert path.read_bytes() == b""
+    with pytest.raises(FileExistsError):
+        open_for_writing(path, "x")
 
 
 # ---- atomic writes --------------------------------------------------------------------------------------------------
@@ -221,7 +272,7 @@ def test_a_killed_save_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path
     with replaced_folder(folder) as staged:
         atomic_write(staged / "a", b"1")
     program = (
-        "import os, sys\nfrom minirlhf.files import *\n"
+        "import os, sys\nfrom minirlhf.io.files import *\n"
         "with replaced_folder(sys.argv[1]) as staged:\n"
         "    atomic_write(staged / 'a', b'2')\n"
         "    os.kill(os.getpid(), 9)\n"

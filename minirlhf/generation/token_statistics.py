@@ -1,8 +1,8 @@
-"""Log-probability and entropy of tokens straight from logits, with their gradients in closed form.
+"""What a softmax over logits says of tokens: log-probability, entropy, KL divergence.
 
-`ppo.gather_logprobs` and `ppo.entropy` say what is computed, and are the oracles of the tests. Written out like that,
-autograd keeps half a dozen tensors of the logits' shape for the backward pass; here it keeps one, and passes over it
-about a third as often.
+First as they are defined, then in fewer passes over the logits; the tests compare the two.
+
+Shapes: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,14 +18,37 @@ from minirlhf.generation.sampling import restrict
 LOWEST = -1e30  # in the place of -inf: times a probability of 0 it is 0
 
 
+def gather_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability (...) of each token (...) under logits (..., V), in nats."""
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy (...) in nats of the distributions softmax(logits (..., V)); logits of -inf have probability 0."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # 0 * -inf would be NaN
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(p || q) (...) in nats over the vocabulary, with p = softmax(logits (..., V)) and q of `ref_logits`.
+
+    Where p is 0 (a logit of -inf) the term is 0.
+    """
+    logp, logq = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logp.exp() * torch.where(logits == -torch.inf, 0.0, logp - logq)).sum(-1)
+
+
+# ---- the same in fewer passes ---------------------------------------------------------------------------------------
+
+
 def logprobs_and_entropy(
     logits: Tensor, tokens: Tensor, temperature: float = 1.0, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What a softmax says of the tokens, in nats, fp32 (fp64 for logits in fp64).
+    """Log-probability (N,) of each token, -inf for one outside `keep`, and entropy (N,), in nats, with gradients.
 
     logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled
-    from, as in `sampling.restrict`.
-    Returns the log-probability (N,) of each token, -inf for one that is not kept, and the entropy (N,) of each row.
+    from, as in `sampling.restrict`. Autograd of the definitions keeps half a dozen tensors of the logits' shape for the
+    backward pass; this keeps one.
     """
     return _LogprobsAndEntropy.apply(logits, tokens, temperature, keep)
 
@@ -34,11 +57,9 @@ def logprobs_and_entropy(
 def compare(
     logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float = 1.0, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What two softmaxes say of the tokens, without gradients and in half the passes over the logits.
+    """Log-probability, entropy, the reference's log-probability, and KL(policy || reference), each (N,), in nats.
 
     logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `logprobs_and_entropy`.
-    Returns four times (N,), in nats: the log-probability of each token, the entropy of each row, the reference's
-    log-probability, and KL(policy || reference).
     """
 
     def normalised(z: Tensor) -> Tensor:  # (N, V), finite also where it is not kept
@@ -52,7 +73,7 @@ def compare(
     at, logp, logq = tokens.unsqueeze(-1), normalised(logits), normalised(ref_logits)
     logprobs, ref_logprobs = of_tokens(logp), of_tokens(logq)
     p = logp.exp() if keep is None else logp.exp().masked_fill_(~keep, 0.0)
-    # Logarithms are subtracted before they are summed, so that no digits are lost; by no matrix product, which autocast
+    # Logarithms are subtracted before they are summed, so that no digits are lost; no matrix product, which autocast
     # would round.
     entropy = -(p * logp).sum(-1)
     kl = p.mul_(logp.sub_(logq)).sum(-1)
