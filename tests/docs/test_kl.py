@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirlhf.rl.ppo import exact_kl, kl_estimate
+from minirlhf.generation.token_statistics import exact_kl
+from minirlhf.rl.config import KL_PLACEMENTS
+from minirlhf.rl.kl import kl_estimate
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/kl.md"
 BETA = 0.3
@@ -22,15 +24,18 @@ def estimate(logits, kind):
     return kl_estimate(logits.log_softmax(-1), REFERENCE, kind)
 
 
-def loss(logits, kind, placement, scores=SCORES, whiten=False):
-    """Its gradient is the expectation of what PPO follows on samples of the policy itself."""
+def loss(logits, kind, placement, scores=SCORES, whiten=False, rescale=False):
+    """Its gradient is the expectation of what PPO follows on samples of the policy itself.
+
+    whiten: divide the advantages by their standard deviation; rescale: and the KL in the loss as well.
+    """
     logp = logits.log_softmax(-1)
     p, kl = logp.detach().exp(), estimate(logits, kind)
     rewards = scores - BETA * kl.detach() if placement == "reward" else scores
     advantages = rewards - (p * rewards).sum()
-    if whiten:
-        advantages = advantages / ((p * advantages.square()).sum() + 1e-8).sqrt()
-    return BETA * (p * kl).sum() * (placement == "loss") - (p * advantages * logp).sum()
+    scale = ((p * advantages.square()).sum() + 1e-8).rsqrt() if whiten else 1.0
+    kl_loss = BETA * (p * kl).sum() * (placement == "loss") * (scale if rescale else 1.0)
+    return kl_loss - (p * scale * advantages * logp).sum()
 
 
 def gradient(function, logits=ELSEWHERE):
@@ -44,29 +49,38 @@ def share_of_the_pull(kind, placement):
     return (pull @ true / (true @ true)).item()
 
 
-def kl_after_training(kind, placement, whiten, steps=800):
+def kl_after_training(kind, placement, steps=800, **how):
     logits = REFERENCE.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(logits, kind, placement, whiten=whiten).backward()
+        loss(logits, kind, placement, **how).backward()
         optimizer.step()
     return exact_kl(logits.detach(), REFERENCE).item()
 
 
+TEXT = PAGE.read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in re.findall(r"^\| (?:reward|loss) .*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)]  # fmt: skip
+        for line in re.findall(r"^\| (?:reward|loss) .*$", TEXT, re.MULTILINE)]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[1]} in the {row[0]}")
 def test_a_row_of_the_table(row):
-    placement, kind, _, *written = row
-    measured = share_of_the_pull(kind, placement), *(kl_after_training(kind, placement, w) for w in (False, True))
-    assert [float(cell) for cell in written] == pytest.approx(measured, abs=0.006)
+    placement, kind, _, share, end, word = row
+    measured = share_of_the_pull(kind, placement), kl_after_training(kind, placement)
+    assert (float(share), float(end)) == pytest.approx(measured, abs=0.006)
+    assert word.startswith("accepted" if (kind, placement) in KL_PLACEMENTS else "refused")
 
 
-def test_the_table_has_every_combination_and_the_optimum():
+def test_the_table_has_every_combination():
     combinations = [(place, kind) for place in ("reward", "loss") for kind in ("k1", "k2", "k3", "exact")]
     assert [(row[0], row[1]) for row in ROWS] == combinations
+
+
+def test_the_optimum_and_what_whitening_does_to_a_kl_in_the_loss():
     optimum = exact_kl(REFERENCE + SCORES / BETA, REFERENCE).item()
-    assert f"has a KL of **{optimum:.2f}**" in PAGE.read_text(encoding="utf-8")
+    slack = kl_after_training("k2", "loss", whiten=True)
+    held = kl_after_training("k2", "loss", whiten=True, rescale=True)
+    assert [float(x) for x in re.findall(r"\*\*(\d\.\d\d)\*\*", TEXT)] == pytest.approx(
+        [optimum, slack, held], abs=0.006
+    )
