@@ -12,11 +12,12 @@ import torch
 import minirlhf
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.rl import advantages
 from test_architecture import WINGS
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))
-PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", *DOCS]
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "weights/README.md", *DOCS]
 KEY = r"(?:ppo|objective|reward|tokens|time)/[\w/]+"
 
 
@@ -76,6 +77,23 @@ def test_the_python_block_runs_as_it_stands_and_its_run_resumes(tmp_path, monkey
     (resume,) = re.findall(r"Run\.resume\(.*?\)", code)
     with eval(resume, names) as run:
         assert run.trainer.iteration == 3
+
+
+def test_the_estimator_of_the_contributor_s_guide_trains_without_a_value_head(monkeypatch):
+    (code,) = blocks(read("CONTRIBUTING.md"), "python")
+    names = vars(advantages).copy()
+    exec(compile("from __future__ import annotations\n" + code, "CONTRIBUTING.md", "exec"), names)
+    assert names["ADVANTAGES"].keys() == {*advantages.ADVANTAGES, "reinforce"}
+    monkeypatch.setitem(advantages.ADVANTAGES, "reinforce", names["reinforce"])
+    sizes = dict(n_embd=16, n_layer=1, n_head=2)
+    trainer = PPOTrainer(
+        make_gpt2(0, **sizes), make_gpt2(0, **sizes), Tokenizer(VOCAB), advantages="reinforce", group_size=2,
+        batch_size=4, minibatch_size=4, steps=4, gen_len=4, device="cpu",
+    )  # fmt: skip
+    before = trainer.policy.decoder.wte.weight.clone()
+    trainer.train(["酒店"], lambda texts: [float(len(set(text))) for text in texts])
+    assert trainer.policy.value_head is None
+    assert not torch.equal(trainer.policy.decoder.wte.weight, before)
 
 
 def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
