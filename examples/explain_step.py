@@ -4,6 +4,7 @@ python examples/explain_step.py [--policy FOLDER --reward FOLDER --prompt 酒店
 """
 
 from minirlhf import GPT2, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.evaluation.explanation import explain
 from shared import POLICY, REWARD, command_line, run_script, say
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     trainer.step(rollout)
     for row in (int(rollout.scores.argmax()), int(rollout.scores.argmin())):
         say()
-        trainer.explain(rollout, row)
+        explain(trainer, rollout, row)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
 """Stages 2 and 3 of RLHF: a reward model learns from ranked answers, and a policy learns from the reward model.
 
     python examples/reward_model.py --rankings FILE [--held-out FILE]     # .jsonl pairs or .tsv lists
-    python examples/reward_model.py --resume runs/NAME                    # continue a run that was stopped
+    python examples/reward_model.py --resume runs/NAME/STAGE              # continue a run that was stopped
 
 `minirlhf/text/preferences.py` describes the formats, and `weights/train/reviews_data.py` makes such files of published
-reviews. The sentiment classifier judges the policy at the end: it has no part in the training of either model. A run
-leaves config.json, metrics.jsonl, samples.jsonl, summary.json, before_after.md, checkpoints/, reward/ and policy/ under
---output.
+reviews. The sentiment classifier judges the policy at the end: it has no part in the training of either model. Under
+--output each stage is a run, stage2/ and stage3/, and there are the models, reward/ and policy/, summary.json and
+before_after.md.
 """
 
 import argparse
-import dataclasses
+from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
 from minirlhf.evaluation.evaluate import before_after_table, compare
-from minirlhf.io.files import atomic_write, read_json, write_json
+from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
-from minirlhf.supervised.reward_modelling import RewardTrainingConfig, train_reward_model
-from minirlhf.text.preferences import contradictions, read_rankings, split_rankings
+from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
+from minirlhf.text.preferences import Ranking, contradictions, read_rankings, split_rankings
 from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script, say
 
 
@@ -32,40 +32,41 @@ def main() -> None:
     train = train[: args.limit or None]
 
     # 2. The reward model is the language model itself, with a scalar head in place of the vocabulary; or a BERT.
-    common = dict(device=args.device, seed=args.seed)
-    reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
-    limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
-    settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
+    common, output = dict(device=args.device, seed=args.seed), Path(args.output)
     judge = SentimentReward.from_pretrained(args.judge, device=args.device)
-    if args.resume:
-        run = Run.resume(args.resume)
+    trainer = ppo_trainer(args)
+    if not args.resume and output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a stage of it")
+    if (output / "stage2" / "config.json").exists():
+        run = Run.resume(output / "stage2", data=train)
     else:
-        sizes = dict(steps=args.steps, batch_size=args.batch_size)
-        config = PPOConfig.with_overrides(**STARTER, entropy_coef=0.01, **sizes, **common)
-        policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
-        trainer = PPOTrainer(policy, args.policy, tokenizer, config)
-        trainer.check_prompts(args.prompts)
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
-    output, trainer = run.folder, run.trainer
+        reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
+        limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
+        settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
+        run = Run.start(output / "stage2", RewardModelTrainer(reward, train, settings), {"arguments": vars(args)})
+    disputed = len(contradictions(train))
+    say(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
     with run:
-        if not (output / "reward" / "figures.json").exists():
-            disputed = len(contradictions(train))
-            say(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
-            on_epoch = lambda epoch, figures: say(f"after epoch {epoch} {figures}")  # noqa: E731
-            history = train_reward_model(reward, train, settings, held_out, on_epoch=on_epoch)
-            # 3. Rewards get mean 0 and standard deviation 1 on what the policy writes before it learns.
-            reward.normalise(trainer.collect((args.prompts * 512)[:512], reward).texts)
+        history = train_reward_model(run, held_out)
+        reward = run.trainer.model
+        # 3. Rewards get mean 0 and standard deviation 1 on what the policy writes before it learns.
+        if not (output / "reward").exists():
+            reward.normalise(trainer.collect((args.prompts * 512)[:512], lambda texts: [0.0] * len(texts)).texts)
             reward.save_pretrained(output / "reward")
-            write_json(output / "reward" / "figures.json", {"held_out": [dataclasses.asdict(x) for x in history]})
 
-        # 4. PPO against the learned reward, loaded as any project would load it.
-        reward = RewardModel.from_pretrained(output / "reward", device=args.device)
+    # 4. PPO against the learned reward, loaded as any project would load it.
+    reward = RewardModel.from_pretrained(output / "reward", device=args.device)
+    if (output / "stage3" / "config.json").exists():
+        run = Run.resume(output / "stage3")
+    else:
+        run = Run.start(output / "stage3", trainer, {"arguments": vars(args)})
+    trainer = run.trainer
 
-        def on_step(rollout, stats) -> None:
-            run.record(rollout, stats)
-            learned, kl = stats["reward/mean"], stats["objective/kl"]
-            say(f"step {trainer.iteration}: learned reward {learned:.2f}, KL {kl:.1f}")
+    def on_step(rollout, stats) -> None:
+        run.record(rollout, stats)
+        say(f"step {trainer.iteration}: learned reward {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}")
 
+    with run:
         trainer.train(args.prompts, reward, on_step)
         trainer.policy.save_pretrained(output / "policy")
         trainer.tokenizer.save_pretrained(output / "policy")
@@ -79,12 +80,42 @@ def main() -> None:
             "distinct_2": {"before": judged["reference/distinct_2"], "after": judged["policy/distinct_2"]},
             "kl": {"before": 0.0, "after": judged["kl"]},
         }
-        write_json(output / "summary.json", {**summary, **read_json(output / "reward" / "figures.json")})
+        reliability = evaluate_rankings(reward, held_out).reliability
+        write_json(output / "summary.json", {**summary, "held_out": history, "reliability": reliability})
         table = before_after_table(samples)
         atomic_write(output / "before_after.md", table.encode())
     say(table)
     for name, value in summary.items():
         say(f"{name:14} before {value['before']:6.3f}, after {value['after']:6.3f}")
+
+
+def train_reward_model(run: Run[RewardModelTrainer], held_out: list[Ranking]) -> list[dict[str, float]]:
+    """Train to the end; return the figures on held-out rankings, before the first epoch and after each."""
+    trainer, names = run.trainer, ("accuracy", "loss", "calibration_error")
+
+    def measure(epoch: int) -> dict[str, float]:
+        figures = evaluate_rankings(trainer.model, held_out)
+        say(f"after epoch {epoch} {figures}")
+        return {f"held_out/{name}": getattr(figures, name) for name in names}
+
+    def on_step(batch, stats) -> None:
+        epoch = round(stats["reward_model/progress"] * trainer.config.epochs, 6)
+        run.record(batch, {**stats, **(measure(int(epoch)) if epoch.is_integer() else {})})
+
+    if trainer.steps_done == 0:
+        run.log(measure(0))
+    trainer.train(on_step)
+    measured = [line for line in run.history() if "held_out/loss" in line]
+    return [{name: line[f"held_out/{name}"] for name in names} for line in measured]
+
+
+def ppo_trainer(args: argparse.Namespace) -> PPOTrainer:
+    config = PPOConfig.with_overrides(**STARTER, entropy_coef=0.01, steps=args.steps, batch_size=args.batch_size,
+                                      device=args.device, seed=args.seed)  # fmt: skip
+    policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+    trainer = PPOTrainer(policy, args.policy, tokenizer, config)
+    trainer.check_prompts(args.prompts)
+    return trainer
 
 
 def read_arguments() -> argparse.Namespace:
@@ -105,7 +136,7 @@ def read_arguments() -> argparse.Namespace:
         seed=(0, "of everything"),
         prompts=(PROMPTS, "texts to continue"),
         output=(new_folder("reward-"), "folder of the run"),
-        resume=(str, "continue the run in this folder, with its own settings"),
+        resume=(str, "continue the run in this folder, stage2/ or stage3/ of --output, with its own settings"),
     )
     args = parse(parser)
     if args.rankings is None:

@@ -4,7 +4,7 @@
     python examples/sft_reviews.py --resume runs/NAME   # continue a run that was stopped
 
 `weights/train/reviews_data.py` makes such files of published reviews. A run leaves config.json, metrics.jsonl,
-samples.jsonl, summary.json, checkpoint/ and the tuned model in policy/ under --output. It may be killed at any moment,
+samples.jsonl, summary.json, checkpoints/ and the tuned model in policy/ under --output. It may be killed at any moment,
 and resumed.
 """
 
@@ -22,7 +22,7 @@ from minirlhf import GPT2, SamplingConfig, Tokenizer, generate
 from minirlhf.common.text import printable
 from minirlhf.device.random import eval_mode
 from minirlhf.io.files import write_json
-from minirlhf.runs.sft_run import SFTRun
+from minirlhf.runs.run import Run
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.demonstrations import read_demonstrations, split_demonstrations
 from shared import POLICY, PROMPTS, command_line, new_folder, parse, run_script, say
@@ -43,42 +43,44 @@ def main() -> None:
 
     # 2. The model, the run and its folder, or the ones that were stopped.
     if args.resume:
-        run = SFTRun.resume(args.resume, train)
+        run = Run.resume(args.resume, data=train)
     else:
         model, tokenizer = GPT2.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
         trainer = SFTTrainer(model, tokenizer, train, SFTConfig(**{name: getattr(args, name) for name in FIELDS}))
         samples(trainer, args.prompts, args.gen_len)  # a bad prompt is found before anything is written
-        run = SFTRun.start(args.output, trainer, {"arguments": vars(args)})
-    trainer, model, tokenizer = run.trainer, run.trainer.model, run.trainer.tokenizer
+        run = Run.start(args.output, trainer, {"arguments": vars(args)})
+    trainer = run.trainer
     say(f"{run.folder}: {len(train)} demonstrations, {len(held_out)} held out; {trainer.precision_choice}")
-
-    # 3. Before the first step and at every save: perplexity on the held-out texts, and some samples.
-    def measure():
-        figures = perplexity(model, tokenizer, held_out, trainer.config.max_length)
-        shown = samples(trainer, args.prompts, args.gen_len)
-        return {f"perplexity/{name}": value for name, value in figures.items()}, shown
-
-    # 4. The loop: forward, backward, step, with a line in metrics.jsonl for each.
     bar = tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
 
-    def on_step(progress: float, loss: float) -> None:
-        bar.update(progress - bar.n)
-        bar.set_postfix_str(f"step {trainer.steps}, loss {loss:.3f}")
-
-    def on_measure(figures, texts) -> None:
-        shown = ", ".join(f"{value:.2f} a {name.split('/')[1]}" for name, value in figures.items())
-        bar.write(f"step {trainer.steps}: held-out perplexity {shown}", file=sys.stdout)
+    # 3. Before the first step and at every save: perplexity on the held-out texts, and some samples.
+    def measure() -> tuple[dict[str, float], list[str]]:
+        figures = perplexity(trainer.model, trainer.tokenizer, held_out, trainer.config.max_length)
+        texts = samples(trainer, args.prompts, args.gen_len)
+        shown = ", ".join(f"{value:.2f} a {name}" for name, value in figures.items())
+        bar.write(f"step {trainer.steps_done}: held-out perplexity {shown}", file=sys.stdout)
         bar.write("\n".join(f"    {printable(text)}" for text in texts), file=sys.stdout)
+        return {f"perplexity/{name}": value for name, value in figures.items()}, texts
 
+    def on_step(batch, stats) -> None:
+        bar.update(stats["sft/progress"] - bar.n)
+        bar.set_postfix_str(f"step {trainer.steps_done}, loss {stats['sft/loss']:.3f}")
+        figures, texts = measure() if run.due else ({}, [])
+        run.record(batch, {**stats, **figures}, texts)
+
+    # 4. The loop: forward, backward, step, with a line in metrics.jsonl for each.
     with run, bar:
-        run.train(measure, on_step, on_measure)
-        measured = [line for line in run.history() if "perplexity/token" in line]
-        before, after = measured[0]["perplexity/character"], measured[-1]["perplexity/character"]
-        summary = {"perplexity a character": {"before": before, "after": after}, "demonstrations": len(train)}
-        model.save_pretrained(run.folder / "policy", summary={"algorithm": "SFT", **summary})
-        tokenizer.save_pretrained(run.folder / "policy")
+        if trainer.steps_done == 0:
+            figures, texts = measure()
+            run.log(figures, [(text, None) for text in texts])
+        trainer.train(on_step)
+        measured = [line["perplexity/character"] for line in run.history() if "perplexity/character" in line]
+        summary = {"perplexity a character": {"before": measured[0], "after": measured[-1]},
+                   "demonstrations": len(train)}  # fmt: skip
+        trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "SFT", **summary})
+        trainer.tokenizer.save_pretrained(run.folder / "policy")
         write_json(run.folder / "summary.json", summary)
-    say(f"held-out perplexity a character {before:.2f} -> {after:.2f}, saved in {run.folder}")
+    say(f"held-out perplexity a character {measured[0]:.2f} -> {measured[-1]:.2f}, saved in {run.folder}")
 
 
 def samples(trainer: SFTTrainer, prompts: list[str], gen_len: int) -> list[str]:
@@ -86,7 +88,7 @@ def samples(trainer: SFTTrainer, prompts: list[str], gen_len: int) -> list[str]:
     model, tokenizer, seed = trainer.model, trainer.tokenizer, trainer.config.seed
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     ends = dict(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     with eval_mode(model):
         drawn = generate(model, ids, gen_len, SamplingConfig(top_p=0.95), **ends, generator=generator)
     return [p + tokenizer.decode(r) for p, r in zip(prompts, drawn.responses, strict=True)]

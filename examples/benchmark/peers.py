@@ -14,7 +14,10 @@ from torch import Tensor
 from benchmark.floor import now
 from benchmark.work import Sample, Work, autocast
 from minirlhf.device.gpu import tf32_matmul
-from minirlhf.rl import ppo
+from minirlhf.rl.advantages import gae
+from minirlhf.rl.losses import policy_loss, value_loss
+from minirlhf.rl.masked import whiten
+from minirlhf.rl.shaping import token_rewards
 
 
 class TransformersPeer:
@@ -66,18 +69,18 @@ class TransformersPeer:
             old, values = self._score(self.policy, tokens, mask)
             reference, _ = self._score(self.reference, tokens, mask)
         response = mask[:, -new:].bool()
-        rewards = ppo.token_rewards(scores, old - reference, c.init_kl_coef, response)
-        advantages, returns = ppo.gae(rewards, values, response, c.gamma, c.lam)
-        advantages = ppo.whiten(advantages, response)
+        rewards = token_rewards(scores, old - reference, c.init_kl_coef, response)
+        advantages, returns = gae(rewards, values, response, c.gamma, c.lam)
+        advantages = whiten(advantages, response)
         for _ in range(c.ppo_epochs):
             for rows in torch.randperm(len(tokens), generator=self.order).split(c.minibatch_size):
                 rows = rows.to(self.device)
                 logprobs, now_values = self._score(self.policy, tokens[rows], mask[rows])
-                policy_loss = ppo.policy_loss(logprobs - old[rows], advantages[rows], c.cliprange).mean()
-                value_loss = ppo.value_loss(now_values, values[rows], returns[rows], c.cliprange_value).mean()
+                loss = policy_loss(logprobs - old[rows], advantages[rows], c.cliprange).mean()
+                of_values = value_loss(now_values, values[rows], returns[rows], c.cliprange_value).mean()
                 self.optimizer.zero_grad()
                 with tf32_matmul() if self.work.precision == "tf32" else contextlib.nullcontext():
-                    (policy_loss + c.vf_coef * value_loss).backward()
+                    (loss + c.vf_coef * of_values).backward()
                 self.optimizer.step()
 
     def iteration(self, prompts: Sequence[str]) -> list[Sample]:

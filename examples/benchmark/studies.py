@@ -56,7 +56,7 @@ def timed(trainer: PPOTrainer, batch: int, repeats: int) -> dict[str, float]:
         kept = {s.phase: s for s in samples if s.phase in ("generate", "passes", "update")}
         return {f"{name} s": s.seconds for name, s in kept.items()} | {"peak MB": samples[-1].peak_mb or 0.0}
 
-    measure(max(1, batch // 8) if trainer.decoder is None else batch)
+    measure(max(1, batch // 8) if trainer.models.decoder is None else batch)
     runs = [measure(batch) for _ in range(repeats)]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
@@ -97,7 +97,7 @@ def ragged(work: Work, repeats: int, shortest: int = 2, longest: int = 60) -> li
         return {"step": now(trainer.device) - start}
 
     new = work.new_tokens
-    if trainer.decoder is not None:
+    if trainer.models.decoder is not None:
         prompts(full)  # captures the graph for so many rows
     table = compared("prompts", prompts, lengths, full, [n + new for n in lengths], [n + new for n in full], repeats)
     table += compared("responses", responses, lengths, full, [n + 3 for n in lengths], [n + 3 for n in full], repeats)
@@ -224,7 +224,7 @@ class Bare:
 
     def __init__(self, trainer: PPOTrainer, classifier: BertClassifier, prompts: Sequence[str]):
         self.config, self.device, self.classifier = trainer.config, trainer.device, classifier
-        self.policy = GPT2(trainer.policy.gpt2.config).to(self.device).eval()
+        self.policy = GPT2(trainer.policy.decoder.config).to(self.device).eval()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         width = len(trainer.tokenizer.encode_prompt(prompts[0]))
         self.shape = len(prompts), width + self.config.gen_len

@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from conftest import VOCAB, make_bert
-from minirlhf import BertClassifier, BertConfig
-from minirlhf.rewards.classifier import predict
 from minirlhf.supervised.classification import (
     ClassifierTrainingConfig,
     fit_temperature,
     reliability_table,
     train_classifier,
 )
+
+from conftest import VOCAB, make_bert
+from minirlhf import BertClassifier, BertConfig
+from minirlhf.rewards.classifier import predict
 
 SIZES = dict(vocab_size=len(VOCAB), max_position_embeddings=16, hidden_size=32, num_hidden_layers=1,
              num_attention_heads=2, intermediate_size=32)  # fmt: skip
