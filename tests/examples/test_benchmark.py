@@ -163,14 +163,14 @@ def test_the_work_is_what_it_says():
 
 def test_an_iteration_is_timed_by_phases():
     trainer, reward = TINY.trainer(), TINY.reward_function()
-    before = trainer.policy.gpt2.wte.weight.clone()
+    before = trainer.policy.decoder.wte.weight.clone()
     samples = {s.phase: s for s in iteration(trainer, TINY.prompts, reward, "us")}
     assert tuple(samples) == report.PHASES and {s.peer for s in samples.values()} == {"us"}
     seconds = {name: s.seconds for name, s in samples.items()}
     assert min(seconds.values()) > 0 and seconds["step"] == seconds["passes"] + seconds["update"]
     parts = sum(seconds[name] for name in ("generate", "score", "step"))
     assert parts <= seconds["iteration"] + 1e-3  # clocks are read one after the other
-    assert trainer.iteration == 1 and not torch.equal(trainer.policy.gpt2.wte.weight, before)
+    assert trainer.iteration == 1 and not torch.equal(trainer.policy.decoder.wte.weight, before)
     assert samples["iteration"].peak_mb == max(s.peak_mb for s in samples.values())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import VOCAB
-from minirlhf import ActorCritic, RewardModel, Tokenizer
+from minirlhf import ActorCritic, PPOTrainer, RewardModel, Tokenizer
 from minirlhf.runs.run import Run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "reward_model.py"
@@ -37,11 +37,13 @@ def rankings_file(tmp_path, encoding="utf-8"):
 
 
 def check_run(run) -> dict:
-    names = {"config.json", "metrics.jsonl", "summary.json", "before_after.md", "reward", "policy", "samples.jsonl",
-             "checkpoints"}  # fmt: skip
-    assert {path.name for path in run.iterdir()} == names
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics] == [1, 2]
+    assert {path.name for path in run.iterdir()} == {
+        "stage2", "stage3", "reward", "policy", "summary.json", "before_after.md"}  # fmt: skip
+    learned, tuned = ([json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+                      for stage in ("stage2", "stage3"))  # fmt: skip
+    assert [line["step"] for line in tuned] == [1, 2]
+    losses = [line["reward_model/loss"] for line in learned if "reward_model/loss" in line]
+    assert losses[-1] < losses[0]
     summary = json.loads((run / "summary.json").read_text())
     for name in ("judge", "learned_reward", "distinct_2", "kl"):
         assert summary[name].keys() == {"before", "after"} and all(map(math.isfinite, summary[name].values()))
@@ -53,7 +55,7 @@ def check_run(run) -> dict:
     reward = RewardModel.from_pretrained(run / "reward", device="cpu")
     good, bad = texts(50, "好", 9), texts(50, "差", 10)
     assert (reward(good) > reward(bad)).float().mean() > 0.9
-    assert ActorCritic.from_pretrained(run / "policy").gpt2.config.n_positions == 32
+    assert ActorCritic.from_pretrained(run / "policy").decoder.config.n_positions == 32
     assert Tokenizer.from_pretrained(run / "policy").vocab == VOCAB
     return summary
 
@@ -63,12 +65,12 @@ def test_rankings_of_one_s_own(given, tmp_path, call):
     error, shown = call(SCRIPT, *given, "--rankings", rankings_file(tmp_path), "--epochs", "3", "--output", run)
     assert error is None
     summary = check_run(run)
-    pairs = summary["held_out"][0]["pairs"]
+    pairs = sum(row["count"] for row in summary["reliability"]) // 2  # in both directions
     assert pairs % 3 == 0 and 0 < pairs / 3 < 40  # all pairs of each list
     assert f"{150 - pairs // 3} rankings, 0 disputed, {pairs // 3} held out" in shown
     assert "after epoch 0 accuracy" in shown and "after epoch 3 accuracy" in shown and "step 2: learned" in shown
     assert (run / "before_after.md").read_text(encoding="utf-8") in shown
-    assert json.loads((run / "config.json").read_text())["arguments"]["steps"] == 8
+    assert json.loads((run / "stage2" / "config.json").read_text())["arguments"]["steps"] == 8
 
 
 def test_a_bert_as_the_trunk(given, tmp_path, call):
@@ -90,17 +92,18 @@ def test_held_out_rankings_of_one_s_own_and_a_run_that_goes_on(given, tmp_path, 
         (tmp_path / name).write_text("".join(f"{good}\t{bad}\n" for good, bad in pairs), encoding="utf-8")
     files = ["--rankings", tmp_path / "lists.tsv", "--held-out", tmp_path / "other.tsv", "--limit", "100"]
 
-    def interrupted(self, rollout, stats):
-        signal.raise_signal(signal.SIGINT)
-        return record(self, rollout, stats)
+    def interrupted(self, *step):
+        if isinstance(self.trainer, PPOTrainer):
+            signal.raise_signal(signal.SIGINT)
+        return record(self, *step)
 
     record = Run.record
     with monkeypatch.context() as patched:
         patched.setattr(Run, "record", interrupted)
         error, shown = call(SCRIPT, *given, *files, "--epochs", "3", "--output", run)
     assert error is None and "100 rankings, 0 disputed, 120 held out" in shown
-    assert f"stopped after step 1 of 2, which is saved; to go on: python {SCRIPT} --resume {run}" in shown
-    error, shown = call(SCRIPT, "--resume", run)
+    assert f"stopped after step 1 of 2, which is saved; to go on: python {SCRIPT} --resume {run}/stage3" in shown
+    error, shown = call(SCRIPT, "--resume", run / "stage3")
     assert error is None and "after epoch" not in shown and "step 2: learned" in shown
     check_run(run)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from conftest import VOCAB
 from folders import snapshot
 from minirlhf import GPT2, Tokenizer
 from minirlhf.runs.locks import FolderLock
+from minirlhf.runs.run import Run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sft_reviews.py"
 LETTERS = list("酒店周围位置前台房间")
-RUN_FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoint", "policy"}
+RUN_FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "policy"}
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +66,8 @@ def test_pairs_of_one_s_own(given, data, tmp_path, call, more):
     assert error is None
     check_run(run, shown)
     assert ("; precision: bf16\n" if more else "; precision auto: fp32 (the model has fewer than ") in shown
-    assert json.loads((run / "checkpoint" / "training.json").read_text())["config"]["packing"] == bool(more)
+    (last, *_) = sorted((run / "checkpoints").iterdir(), reverse=True)
+    assert json.loads((last / "training.json").read_text())["config"]["packing"] == bool(more)
 
 
 def test_held_out_texts_of_one_s_own(given, tmp_path, call):
@@ -87,7 +90,7 @@ def undisturbed(given, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("mention", "number"), [
-    ("metrics.jsonl", 9), ("checkpoint", 60), ("checkpoint", 200), ("summary.json", 1),
+    ("metrics.jsonl", 9), ("checkpoints", 60), ("checkpoints", 200), ("summary.json", 1),
 ])  # fmt: skip
 def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(given, data, undisturbed, tmp_path, mention, number):
     run, output = tmp_path / "run", tmp_path / "output"
@@ -106,21 +109,17 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(given, data, undistur
 
 
 def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(given, data, tmp_path, call, monkeypatch):
-    import signal
+    record, run, output = Run.record, tmp_path / "run", tmp_path / "other"
 
-    from minirlhf.supervised.sft import SFTTrainer
-
-    save, run, output = SFTTrainer.save_checkpoint, tmp_path / "run", tmp_path / "other"
-
-    def interrupted(self, *arguments):
-        save(self, *arguments)
-        if self.steps == 3:
+    def interrupted(self, *step):
+        if self.trainer.steps_done == 3:
             signal.raise_signal(signal.SIGINT)
+        return record(self, *step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SFTTrainer, "save_checkpoint", interrupted)
+        patched.setattr(Run, "record", interrupted)
         error, shown = call(SCRIPT, *given, "--texts", data, "--output", run)
-    assert error is None and "stopped after step 3, " in shown and f"--resume {run}" in shown
+    assert error is None and "stopped after step 3 of " in shown and f"--resume {run}" in shown
     assert lines(run / "metrics.jsonl")[-1]["step"] == 3 and not (run / "lock").exists()
     error, shown = call(SCRIPT, "--resume", run)
     assert error is None and "step 0:" not in shown
@@ -145,7 +144,7 @@ def test_bad_data_is_one_line_and_writes_nothing(given, tmp_path, call, content,
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--texts", "nowhere.txt"], "nowhere.txt"), (["--held-out", "nowhere.txt"], "nowhere.txt"),
     (["--resume", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--epochs", "0"], "epochs"),
-    (["--max-length", "33"], "max_length"), (["--precision", "fp8"], "precision"), (["--save-freq", "0"], "save_freq"),
+    (["--precision", "fp8"], "precision"), (["--save-freq", "0"], "save_freq"),
     (["--accumulation", "0"], "accumulation"), (["--prompts", ""], "empty"), (["--gen-len", "32"], "leaves no room"),
     (["--encoding", "klingon"], "klingon"), (["--output", "full"], "full exists and is not empty"),
 ])  # fmt: skip
