@@ -29,11 +29,13 @@ sys.path.insert(
 )  # run as a folder, Python finds the folder's own files only
 from benchmark import report, studies
 from benchmark.floor import DTYPES, Rates, measure_rates, phase_costs, with_best
-from benchmark.peers import TransformersPeer, in_turns, run_command
+from benchmark.peers import TransformersPeer, Turn, in_turns, run_command
 from benchmark.work import SIZES, Sample, Work, iteration
+from minirlhf.common.text import printable
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.io.files import atomic_write, write_json
+from shared import run_script, say
 
 TABLES = ("iteration", "scaling", "ragged", "overhead")
 
@@ -98,15 +100,19 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
         width, duration = (128, 0.0) if args.quick else (768, 1.0)
         return [measure_rates(device, work.precision, duration, width) for work in works]
 
-    def tell(turn: int, name: str, samples: list[Sample]) -> None:
-        shown = ", ".join(f"{s.phase} {s.seconds:.2f} s" for s in samples)
-        print(f"turn {turn + 1} of {args.repeats}: {name}: {shown}", file=sys.stderr, flush=True)
+    def tell(number: int, turn: Turn) -> None:
+        shown = ", ".join(f"{s.phase} {s.seconds:.2f} s" for s in turn.samples)
+        print(printable(f"turn {number + 1}: {turn.name}: {shown}; {turn.load}"), file=sys.stderr, flush=True)
 
     before = measured()
-    samples = in_turns(sides, args.repeats, tell)
+    turns, dropped = in_turns(sides, args.repeats, tell)
     both = zip(before, measured(), strict=True)
+    samples = [sample for turn in turns for sample in turn.samples]
     if args.against:  # two peers in one process share its memory
         samples = [dataclasses.replace(sample, peak_mb=None) for sample in samples]
+    load = [{"turn": turn.name, "s": turn.seconds, "own cores": turn.load.own_cores,
+             "other cores": turn.load.other_cores, "shared": turn.load.shared, "dropped": turn in dropped}
+            for turn in turns + dropped]  # fmt: skip
     rates, bounds, floors = {}, {}, {}
     for work, found in zip(works, both, strict=True):
         precision, best = work.precision, with_best(found)
@@ -115,7 +121,7 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
         floors[work.name] = {row["phase"]: row["floor s"] for row in bounds[precision]}
     rows = report.summarise(samples, floors, new_tokens=works[0].batch * works[0].new_tokens)
     names = [work.name for work in works]
-    return {"rates": rates, "bounds": bounds, "iteration": rows, "ratios": report.ratios(rows, names),
+    return {"load": load, "rates": rates, "bounds": bounds, "iteration": rows, "ratios": report.ratios(rows, names),
             "samples": [dataclasses.asdict(sample) for sample in samples]}  # fmt: skip
 
 
@@ -150,7 +156,7 @@ def own_command(work: Work, args: argparse.Namespace) -> list[str]:
 def write(result: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     text = report.markdown(result)
-    print(text)
+    say(text)
     write_json(output / "results.json", result)
     atomic_write(output / "report.md", text.encode())
     if "iteration" in result:
@@ -213,7 +219,4 @@ def read_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:  # bad input: one line, no traceback
-        sys.exit(f"error: {error}")
+    run_script(main)

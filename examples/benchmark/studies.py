@@ -56,7 +56,7 @@ def timed(trainer: PPOTrainer, batch: int, repeats: int) -> dict[str, float]:
         kept = {s.phase: s for s in samples if s.phase in ("generate", "passes", "update")}
         return {f"{name} s": s.seconds for name, s in kept.items()} | {"peak MB": samples[-1].peak_mb or 0.0}
 
-    measure(max(1, batch // 8) if trainer.models.decoder is None else batch)
+    measure(max(1, batch // 8) if trainer.models.graphed is None else batch)
     runs = [measure(batch) for _ in range(repeats)]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
@@ -97,7 +97,7 @@ def ragged(work: Work, repeats: int, shortest: int = 2, longest: int = 60) -> li
         return {"step": now(trainer.device) - start}
 
     new = work.new_tokens
-    if trainer.models.decoder is not None:
+    if trainer.models.graphed is not None:
         prompts(full)  # captures the graph for so many rows
     table = compared("prompts", prompts, lengths, full, [n + new for n in lengths], [n + new for n in full], repeats)
     table += compared("responses", responses, lengths, full, [n + 3 for n in lengths], [n + 3 for n in full], repeats)
@@ -134,14 +134,14 @@ def ended(work: Work, longest: int, repeats: int) -> Row:
     prompts = [tokenizer.encode_prompt(prompt) for prompt in work.prompts]
     times: dict[int | None, list[float]] = {END: [], None: []}
     real: list[int] = []
-    decoder = GraphedDecoder() if device.type == "cuda" and work.ppo().cuda_graphs else None
+    graphed = GraphedDecoder() if device.type == "cuda" and work.ppo().cuda_graphs else None
 
     def sampled_with(end: int | None, seed: int) -> Generation:
         generator, sampling = torch.Generator(device).manual_seed(seed), work.ppo().sampling
         with autocast(device, work.precision):
-            return generate(policy, prompts, longest, sampling, eos_token_id=end, generator=generator, decoder=decoder)
+            return generate(policy, prompts, longest, sampling, eos_token_id=end, generator=generator, graphed=graphed)
 
-    if decoder is not None:
+    if graphed is not None:
         sampled_with(None, 0)  # captures the graph
     for i in range(repeats):
         for end in times:

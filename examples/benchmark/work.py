@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -171,5 +170,7 @@ def resident_peak_mb() -> float:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
