@@ -1,6 +1,6 @@
 """Classical baselines on the review data, to judge the starter models by.
 
-    python examples/starter_baselines.py --data FOLDER [--json FILE]
+    python weights/train/starter_baselines.py --data FOLDER [--json FILE]
 
 Classifier: logistic regression on character 1-3-grams. Language model: interpolated modified Kneser-Ney character
 5-grams (Chen & Goodman, 1999). Perplexities are comparable under this convention: lower-cased text; characters that

@@ -1,4 +1,4 @@
-"""Three questions besides how long an iteration takes, each a list of table rows. For `benchmark.py`.
+"""Three questions besides how long an iteration takes, each a list of table rows. For `examples/benchmark`.
 
 scaling: does the cost grow with batch and new tokens, or faster? ragged: what does padding waste, and do rows that
 ended still cost? overhead: how much of a step of the default example is not forward, backward or decode?
@@ -6,7 +6,6 @@ ended still cost? overhead: how much of a step of the default example is not for
 
 import gc
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmark_floor import now
-from benchmark_work import PROMPTS, Work, autocast, iteration
+from benchmark.floor import now
+from benchmark.work import PROMPTS, Work, autocast, iteration
 from minirlhf import GPT2, BertClassifier, Generation, GraphedDecoder, PPOTrainer, SentimentReward, Tokenizer, generate
 from minirlhf.runs.run import Run
 
@@ -57,7 +56,7 @@ def timed(trainer: PPOTrainer, batch: int, repeats: int) -> dict[str, float]:
         kept = {s.phase: s for s in samples if s.phase in ("generate", "passes", "update")}
         return {f"{name} s": s.seconds for name, s in kept.items()} | {"peak MB": samples[-1].peak_mb or 0.0}
 
-    measure(max(1, batch // 8) if trainer.decoder is None else batch)
+    measure(max(1, batch // 8) if trainer.models.graphed is None else batch)
     runs = [measure(batch) for _ in range(repeats)]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
@@ -98,7 +97,7 @@ def ragged(work: Work, repeats: int, shortest: int = 2, longest: int = 60) -> li
         return {"step": now(trainer.device) - start}
 
     new = work.new_tokens
-    if trainer.decoder is not None:
+    if trainer.models.graphed is not None:
         prompts(full)  # captures the graph for so many rows
     table = compared("prompts", prompts, lengths, full, [n + new for n in lengths], [n + new for n in full], repeats)
     table += compared("responses", responses, lengths, full, [n + 3 for n in lengths], [n + 3 for n in full], repeats)
@@ -135,14 +134,14 @@ def ended(work: Work, longest: int, repeats: int) -> Row:
     prompts = [tokenizer.encode_prompt(prompt) for prompt in work.prompts]
     times: dict[int | None, list[float]] = {END: [], None: []}
     real: list[int] = []
-    decoder = GraphedDecoder() if device.type == "cuda" and work.ppo().cuda_graphs else None
+    graphed = GraphedDecoder() if device.type == "cuda" and work.ppo().cuda_graphs else None
 
     def sampled_with(end: int | None, seed: int) -> Generation:
         generator, sampling = torch.Generator(device).manual_seed(seed), work.ppo().sampling
         with autocast(device, work.precision):
-            return generate(policy, prompts, longest, sampling, eos_token_id=end, generator=generator, decoder=decoder)
+            return generate(policy, prompts, longest, sampling, eos_token_id=end, generator=generator, graphed=graphed)
 
-    if decoder is not None:
+    if graphed is not None:
         sampled_with(None, 0)  # captures the graph
     for i in range(repeats):
         for end in times:
@@ -178,12 +177,11 @@ def overhead(repeats: int, device: str = "cpu", iterations: int = 5, **changes: 
 
     Each repeat is so many iterations with their records and saves. changes: of the example's settings.
     """
-    from positive_reviews import STARTER, WEIGHTS  # here: it needs the extra
+    from positive_reviews import DEFAULT, POLICY, REWARD  # here: it needs the extra
 
-    folder = WEIGHTS / "gpt2-chinese-reviews-small"
-    reward = SentimentReward.from_pretrained(WEIGHTS / "bert-chinese-reviews-sentiment-small", device=device)
-    settings = {**STARTER, "device": device, **changes}
-    trainer = PPOTrainer(GPT2.from_pretrained(folder), os.fspath(folder), Tokenizer.from_pretrained(folder), **settings)
+    reward = SentimentReward.from_pretrained(REWARD, device=device)
+    settings = {**DEFAULT, "device": device, **changes}
+    trainer = PPOTrainer(GPT2.from_pretrained(POLICY), POLICY, Tokenizer.from_pretrained(POLICY), **settings)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(trainer.config.batch_size)]
     bare = Bare(trainer, reward.model, prompts)
     whole: dict[str, list[float]] = {}
@@ -226,7 +224,7 @@ class Bare:
 
     def __init__(self, trainer: PPOTrainer, classifier: BertClassifier, prompts: Sequence[str]):
         self.config, self.device, self.classifier = trainer.config, trainer.device, classifier
-        self.policy = GPT2(trainer.policy.gpt2.config).to(self.device).eval()
+        self.policy = GPT2(trainer.policy.decoder.config).to(self.device).eval()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         width = len(trainer.tokenizer.encode_prompt(prompts[0]))
         self.shape = len(prompts), width + self.config.gen_len

@@ -1,6 +1,6 @@
 """Fit the second scorer in `weights/`, character n-grams, on reviews that the other weights have never seen.
 
-    python examples/train_ngram_scorer.py --data FOLDER [--output runs/weights/ngrams-chinese-reviews-sentiment]
+    python weights/train/train_ngram_scorer.py --data FOLDER [--output runs/weights/ngrams-chinese-reviews-sentiment]
 
 FOLDER holds ChnSentiCorp_htl_all.csv and online_shopping_10_cats.csv as ChineseNlpCorpus publishes them. It learns from
 the tenth of them that is held out from the language model and the classifier, so that it shares none of their texts.

@@ -1,6 +1,6 @@
 """Unpicked samples of a language model for each prompt, with their P(positive), as Markdown.
 
-python examples/starter_samples.py [--policy FOLDER --reward FOLDER --count 20 --seed 0]
+python weights/train/starter_samples.py [--policy FOLDER --reward FOLDER --count 20 --seed 0]
 """
 
 import argparse

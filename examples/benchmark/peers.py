@@ -1,20 +1,26 @@
 """Others doing the same work: transformers with PPO as TRL writes it, and commands that time themselves. For
-`benchmark.py`."""
+`examples/benchmark`."""
 
 import contextlib
 import json
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmark_floor import now
-from benchmark_work import Sample, Work, autocast
+from benchmark.floor import now
+from benchmark.load import Load, Meter
+from benchmark.report import OUTLIER
+from benchmark.work import Sample, Work, autocast
 from minirlhf.device.gpu import tf32_matmul
-from minirlhf.rl import ppo
+from minirlhf.rl.advantages import gae
+from minirlhf.rl.losses import policy_loss, value_loss
+from minirlhf.rl.masked import whiten
+from minirlhf.rl.shaping import token_rewards
 
 
 class TransformersPeer:
@@ -66,18 +72,18 @@ class TransformersPeer:
             old, values = self._score(self.policy, tokens, mask)
             reference, _ = self._score(self.reference, tokens, mask)
         response = mask[:, -new:].bool()
-        rewards = ppo.token_rewards(scores, old - reference, c.init_kl_coef, response)
-        advantages, returns = ppo.gae(rewards, values, response, c.gamma, c.lam)
-        advantages = ppo.whiten(advantages, response)
+        rewards = token_rewards(scores, old - reference, c.init_kl_coef, response)
+        advantages, returns = gae(rewards, values, response, c.gamma, c.lam)
+        advantages = whiten(advantages, response)
         for _ in range(c.ppo_epochs):
             for rows in torch.randperm(len(tokens), generator=self.order).split(c.minibatch_size):
                 rows = rows.to(self.device)
                 logprobs, now_values = self._score(self.policy, tokens[rows], mask[rows])
-                policy_loss = ppo.policy_loss(logprobs - old[rows], advantages[rows], c.cliprange).mean()
-                value_loss = ppo.value_loss(now_values, values[rows], returns[rows], c.cliprange_value).mean()
+                loss = policy_loss(logprobs - old[rows], advantages[rows], c.cliprange).mean()
+                of_values = value_loss(now_values, values[rows], returns[rows], c.cliprange_value).mean()
                 self.optimizer.zero_grad()
                 with tf32_matmul() if self.work.precision == "tf32" else contextlib.nullcontext():
-                    (policy_loss + c.vf_coef * value_loss).backward()
+                    (loss + c.vf_coef * of_values).backward()
                 self.optimizer.step()
 
     def iteration(self, prompts: Sequence[str]) -> list[Sample]:
@@ -148,16 +154,53 @@ def read_lines(text: str) -> list[Sample]:
     return samples
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One side's timings of one iteration, with the load of the machine meanwhile. name: of the side."""
+
+    name: str
+    samples: list[Sample]
+    load: Load
+
+    @property
+    def seconds(self) -> float:
+        """Of the iteration."""
+        return max(sample.seconds for sample in self.samples)
+
+
 def in_turns(
     sides: Sequence[tuple[str, Callable[[], list[Sample]]]],
     rounds: int,
-    on_samples: Callable[[int, str, list[Sample]], object],
-) -> list[Sample]:
-    """Every side once, and again: A B A B. sides: names, and what times them. on_samples: told turn, name, timings."""
-    samples: list[Sample] = []
-    for i in range(rounds):
+    on_turn: Callable[[int, Turn], object],
+) -> tuple[list[Turn], list[Turn]]:
+    """Every side once, and again: A B A B; then turns that cannot be trusted once more, at most `rounds` a side.
+
+    A turn is not trusted if other work shared the machine, or if it took more than OUTLIER times the side's shortest.
+    A longer turn gives way to the one that repeats it.
+    sides: names, and what times them. on_turn: called with the number of each turn, from 0, and the turn.
+    Returns the turns that count, and those that gave way.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name, _ in sides}
+    dropped: list[Turn] = []
+
+    def take(name: str, run: Callable[[], list[Sample]]) -> Turn:
+        meter, number = Meter(), len(turns[name]) + sum(turn.name == name for turn in dropped)
+        turn = Turn(name, run(), meter.load())
+        on_turn(number, turn)
+        turns[name].append(turn)
+        return turn
+
+    for _ in range(rounds):
         for name, run in sides:
-            found = run()
-            on_samples(i, name, found)
-            samples += found
-    return samples
+            take(name, run)
+    for _ in range(rounds):
+        for name, run in sides:
+            shortest = min(turn.seconds for turn in turns[name])
+            doubtful = [turn for turn in turns[name] if turn.load.shared or turn.seconds > OUTLIER * shortest]
+            if doubtful:
+                worst = max(doubtful, key=lambda turn: turn.seconds)
+                again = take(name, run)
+                gone = max(worst, again, key=lambda turn: turn.seconds)
+                turns[name].remove(gone)
+                dropped.append(gone)
+    return [turn for found in turns.values() for turn in found], dropped

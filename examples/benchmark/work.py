@@ -1,8 +1,7 @@
-"""The work that is timed: models, prompts, one iteration of PPO by phases, and a clock. For `benchmark.py`."""
+"""The work that is timed: models, prompts, one iteration of PPO by phases, and a clock. For `examples/benchmark`."""
 
 import contextlib
 import dataclasses
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 
-from benchmark_floor import Batch, now
+from benchmark.floor import Batch, now
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.device.precision import Precision
+from shared import PROMPTS  # 3 tokens each, with [CLS]
 
-PROMPTS = ["酒店", "周围", "位置", "前台"]  # 3 tokens each, with [CLS]
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
     "tiny": (
@@ -171,5 +170,7 @@ def resident_peak_mb() -> float:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024

@@ -14,14 +14,10 @@ import time
 
 import torch
 
+from classification import ClassifierTrainingConfig, fit_temperature, train_classifier
 from minirlhf import GPT2, BertClassifier, BertConfig, Tokenizer
 from minirlhf.rewards.sentiment import predict
-from minirlhf.supervised.classification import (
-    ClassifierTrainingConfig,
-    fit_temperature,
-    reliability_table,
-    train_classifier,
-)
+from minirlhf.supervised.reward_modelling import reliability_table
 from reviews_data import Review, excerpt, opening
 from starter_teachers import Teachers
 
@@ -124,7 +120,7 @@ def start_from(language_model: GPT2, model: BertClassifier, seed: int) -> None:
     them so, and whose key does not, attends to the token d places on. Only a starting point, which a small model
     would take thousands of steps to find.
     """
-    words = language_model.wte.weight
+    words = language_model.embeddings[0].weight
     width = words.size(1)
     layer = model.bert.encoder["layer"][0]
     attention, dense = layer.attention["self"], layer.attention["output"].dense

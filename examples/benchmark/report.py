@@ -1,4 +1,4 @@
-"""What a benchmark says: the machine, medians and spread, tables in Markdown, pictures. For `benchmark.py`."""
+"""What a benchmark says: the machine, medians and spread, tables in Markdown, pictures. For `examples/benchmark`."""
 
 import importlib.metadata
 import io
@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from benchmark_floor import Cost, Rates
-from benchmark_studies import exponent
-from benchmark_work import Sample
+from benchmark.floor import Cost, Rates
+from benchmark.studies import exponent
+from benchmark.work import Sample
 from minirlhf.io.files import atomic_write
 
 Row = dict[str, Any]
 PHASES = ("generate", "score", "passes", "update", "step", "iteration")
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
-OUTLIER = 1.5  # times the median
+OUTLIER = 1.2  # times the shortest
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ def summarise(
 ) -> list[Row]:
     """A row for each peer and phase: median, least, most, spread (most less least, over the median) and outliers.
 
-    floors: seconds by peer and phase, at least. new_tokens: sampled an iteration, for tokens a second. Outliers are
-    those of more than 1.5 times the median; memory is the most of all repeats.
+    floors: the least seconds by peer and phase. new_tokens: sampled an iteration, for tokens a second. Outliers took
+    more than OUTLIER times the shortest; memory is the most of all repeats.
     """
     rows = []
     for peer in dict.fromkeys(sample.peer for sample in samples):
@@ -73,7 +73,7 @@ def summarise(
                     "max s": max(seconds),
                     "spread": (max(seconds) - min(seconds)) / median,
                     "repeats": len(seconds),
-                    "outliers": sum(s > OUTLIER * median for s in seconds),
+                    "outliers": sum(s > OUTLIER * min(seconds) for s in seconds),
                     "new tokens/s": new_tokens / median if phase in ("generate", "iteration") and new_tokens else None,
                     "peak MB": max(peaks, default=None),
                     "floor s": floor,
@@ -99,8 +99,11 @@ def bounds(costs: Mapping[str, Sequence[Cost]], rates: Rates) -> list[Row]:
 
 
 def ratios(rows: Sequence[Row], ours: Sequence[str]) -> list[Row]:
-    """For each of our peers' names and every other: our median over theirs by phase, and the same of memory."""
-    medians = {(row["peer"], row["phase"]): row["median s"] for row in rows}
+    """For each of our names and every other peer: our median over theirs by phase, and the same of memory.
+
+    The shortest iterations are compared as well: other work on the machine lengthens them least.
+    """
+    medians, least = ({(row["peer"], row["phase"]): row[name] for row in rows} for name in ("median s", "min s"))
     peaks: dict[str, float] = {}
     for row in rows:
         peaks[row["peer"]] = max(peaks.get(row["peer"], 0.0), row["peak MB"] or 0.0)
@@ -109,8 +112,9 @@ def ratios(rows: Sequence[Row], ours: Sequence[str]) -> list[Row]:
         for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] not in ours):
             shared = [p for p in PHASES if (own, p) in medians and (peer, p) in medians]
             memory = peaks[own] / peaks[peer] if peaks.get(own) and peaks[peer] else None
+            whole = (least[own, "iteration"] / least[peer, "iteration"]) if "iteration" in shared else None
             table.append({"ours": own, "over": peer} | {p: medians[own, p] / medians[peer, p] for p in shared}
-                         | {"peak memory": memory})  # fmt: skip
+                         | {"shortest iteration": whole, "peak memory": memory})  # fmt: skip
     return table
 
 
@@ -131,11 +135,13 @@ def exponents(rows: Sequence[Row]) -> list[Row]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The tables of a result, as `benchmark.py` writes it to results.json."""
+    """The tables of a result, as the benchmark writes it to results.json."""
     facts = ", ".join(f"{name} {_shown(value)}" for name, value in result["machine"].items() if value not in ([], None))
     parts = [f"`{result['command']}`, {result['date']}", facts]
     if "work" in result:
         parts.append("Work: " + ", ".join(f"{name} {_shown(value)}" for name, value in result["work"].items()))
+    if "load" in result:
+        parts.append(load_line(result["load"]))
     for precision, rates in result.get("rates", {}).items():
         parts.append(f"Measured rates, {precision}: matrix products {rates['flop'] / 1e9:.0f} GFLOP/s, memory "
                      f"{rates['bytes'] / 1e9:.1f} GB/s")  # fmt: skip
@@ -153,6 +159,17 @@ def markdown(result: Mapping[str, Any]) -> str:
         if result.get(name):
             parts += [title, table(result[name])]
     return "\n\n".join(parts) + "\n"
+
+
+def load_line(turns: Sequence[Row]) -> str:
+    """A sentence on whose load the machine had; turns: rows of `load`, as in results.json."""
+    shared = [turn for turn in turns if turn["shared"]]
+    gone = sum(turn["dropped"] for turn in turns)
+    told = [turn["other cores"] for turn in turns if turn["other cores"] is not None]
+    if not told:
+        return "Load: the system does not say whether other work ran."
+    verdict = f"**not its own in {len(shared)} of {len(turns)} turns**" if shared else "its own in all turns"
+    return f"Load: {verdict}; other work took up to {max(told):.2f} cores. Turns that were repeated: {gone}."
 
 
 def table(rows: Sequence[Row]) -> str:

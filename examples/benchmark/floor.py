@@ -1,4 +1,4 @@
-"""The least that an iteration of PPO costs: operations, bytes, and the rates of this machine. For `benchmark.py`.
+"""The least that an iteration of PPO costs: operations, bytes, and the rates of this machine. For `examples/benchmark`.
 
 Counted are the matrix products, 2 m k n operations for (m, k) @ (k, n), of an implementation that computes nothing
 twice: a key/value cache, a prompt that occurs n times computed once, attention over the tokens before only, the LM head

@@ -1,6 +1,6 @@
 """Train the two small models in `weights/` from labelled Chinese reviews, with this library's own code.
 
-    python examples/train_starter_weights.py --data FOLDER [--output runs/weights] [--only gpt2|bert]
+    python weights/train/train_starter_weights.py --data FOLDER [--output runs/weights] [--only gpt2|bert]
 
 FOLDER holds ChnSentiCorp_htl_all.csv and online_shopping_10_cats.csv as ChineseNlpCorpus publishes them. One tenth of
 the reviews is held out by hash. The language model sees texts only; the classifier learns from whole reviews,
@@ -33,7 +33,7 @@ def main() -> None:
     if args.only in (None, "bert"):
         from starter_classifier import train_sentiment_classifier
 
-        train_sentiment_classifier(args, tokenizer, train, held_out, Progress("bert", time.time()))
+        train_sentiment_classifier(args, tokenizer, train, held_out, Progress("bert", "classifier"))
 
 
 def train_language_model(
@@ -53,7 +53,7 @@ def train_language_model(
         seed=args.seed,
     )
     start = time.time()
-    SFTTrainer(model, tokenizer, [review.text for review in train], config).train(Progress("gpt2", start))
+    SFTTrainer(model, tokenizer, [review.text for review in train], config).train(Progress("gpt2", "sft"))
     minutes = (time.time() - start) / 60
     figures = {"minutes": minutes, "held_out": perplexity(model, tokenizer, [r.text for r in held_out], CONTEXT)}
     figures["train"] = perplexity(model, tokenizer, [r.text for r in train[: len(held_out)]], CONTEXT)
@@ -65,13 +65,14 @@ def train_language_model(
 
 
 class Progress:
-    """Prints the mean training loss twenty times a run."""
+    """Prints the mean training loss twenty times a run; the `on_step` of a trainer of this kind."""
 
-    def __init__(self, name: str, start: float):
-        self.name, self.start, self.losses, self.shown = name, start, [], 0
+    def __init__(self, name: str, kind: str):
+        self.name, self.kind, self.start, self.losses, self.shown = name, kind, time.time(), [], 0
 
-    def __call__(self, progress: float, loss: float) -> None:
-        self.losses.append(loss)
+    def __call__(self, batch: object, stats: dict[str, float]) -> None:
+        progress = stats[f"{self.kind}/progress"]
+        self.losses.append(stats[f"{self.kind}/loss"])
         if progress * 20 >= self.shown + 1 or progress * 20 < self.shown:
             self.shown = int(progress * 20)
             mean = sum(self.losses) / len(self.losses)

@@ -1,9 +1,9 @@
-"""The work of `benchmark.py` done by TRL 0.11.4, the last with `PPOTrainer.step`, or the way of the original recipe.
+"""The benchmark's work done by TRL 0.11.4, the last with `PPOTrainer.step`, or the way of the original recipe.
 
     python3 -m venv trl && trl/bin/pip install torch "numpy<2" transformers==4.45.2 accelerate==0.34.2 \\
         datasets==2.21.0 "pyarrow<18" rich trl==0.11.4
-    python examples/benchmark.py --peer-command "trl/bin/python examples/benchmark_trl.py"
-    python examples/benchmark.py --peer-command "trl/bin/python examples/benchmark_trl.py --way recipe"
+    python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py"
+    python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py --way recipe"
 
 Nothing of ours is imported. Random models of the same sizes, the same batch; a JSON line a phase. TRL generates and
 scores in one batch. `--fused-adam` gives it the faster optimizer; jemalloc comes by LD_PRELOAD. "recipe": one prompt at

@@ -96,9 +96,9 @@ class TextFeatures:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         sequences = self.tokenizer.encode_batch(texts, MAX_TOKENS)
-        features = torch.empty(len(texts), 3 * self.model.config.n_embd)
+        features = torch.empty(len(texts), 3 * self.model.width)
         inner: list[Tensor] = []
-        hook = self.model.h[-2].register_forward_hook(lambda module, args, output: inner.append(output))
+        hook = self.model.blocks[-2].register_forward_hook(lambda module, args, output: inner.append(output))
         for batch in length_sorted_batches([len(s) for s in sequences], 64):
             ids, mask = right_pad([sequences[i] for i in batch], self.tokenizer.pad_id)
             hidden = self.model.hidden_states(ids)  # (B, T, C); right padding: causal attention never reads it

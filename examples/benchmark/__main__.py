@@ -1,10 +1,10 @@
 """How long PPO takes here, how much memory, and how near that is to what the machine can do.
 
-    python examples/benchmark.py                                  # one iteration by phases, against its floor
-    python examples/benchmark.py --precision fp32 bf16 --against transformers
-    python examples/benchmark.py --peer-command "python x.py"      # in turns with a command, see benchmark_trl.py
-    python examples/benchmark.py scaling ragged overhead          # the other tables
-    python examples/benchmark.py --size tiny --quick              # does it run? seconds
+    python examples/benchmark                                  # one iteration by phases, against its floor
+    python examples/benchmark --precision fp32 bf16 --against transformers
+    python examples/benchmark --peer-command "python x.py"      # in turns with a command, see peer_trl.py
+    python examples/benchmark scaling ragged overhead          # the other tables
+    python examples/benchmark --size tiny --quick              # does it run? seconds
 
 The work: a GPT-2 base and a BERT base with random weights (or --policy and --reward), 128 prompts of 3 tokens, 16 new
 tokens, top-p .95, 4 epochs. Prints tables, and writes results.json, report.md and pictures to --output. A peer command
@@ -24,14 +24,18 @@ from typing import Any
 
 import torch
 
-import benchmark_report as report
-import benchmark_studies as studies
-from benchmark_floor import DTYPES, Rates, measure_rates, phase_costs, with_best
-from benchmark_peers import TransformersPeer, in_turns, run_command
-from benchmark_work import SIZES, Sample, Work, iteration
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a folder, Python finds the folder's own files only
+from benchmark import report, studies
+from benchmark.floor import DTYPES, Rates, measure_rates, phase_costs, with_best
+from benchmark.peers import TransformersPeer, Turn, in_turns, run_command
+from benchmark.work import SIZES, Sample, Work, iteration
+from minirlhf.common.text import printable
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.io.files import atomic_write, write_json
+from shared import run_script, say
 
 TABLES = ("iteration", "scaling", "ragged", "overhead")
 
@@ -51,7 +55,7 @@ def main() -> None:
         return
     report.figure()  # better to know now that it cannot be drawn
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "examples/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "examples/benchmark", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": report.machine(torch.device(args.device)),
         "work": {n: v for n, v in vars(works[0]).items() if n != "precision" and v not in (None, {})},
@@ -96,15 +100,19 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
         width, duration = (128, 0.0) if args.quick else (768, 1.0)
         return [measure_rates(device, work.precision, duration, width) for work in works]
 
-    def tell(turn: int, name: str, samples: list[Sample]) -> None:
-        shown = ", ".join(f"{s.phase} {s.seconds:.2f} s" for s in samples)
-        print(f"turn {turn + 1} of {args.repeats}: {name}: {shown}", file=sys.stderr, flush=True)
+    def tell(number: int, turn: Turn) -> None:
+        shown = ", ".join(f"{s.phase} {s.seconds:.2f} s" for s in turn.samples)
+        print(printable(f"turn {number + 1}: {turn.name}: {shown}; {turn.load}"), file=sys.stderr, flush=True)
 
     before = measured()
-    samples = in_turns(sides, args.repeats, tell)
+    turns, dropped = in_turns(sides, args.repeats, tell)
     both = zip(before, measured(), strict=True)
+    samples = [sample for turn in turns for sample in turn.samples]
     if args.against:  # two peers in one process share its memory
         samples = [dataclasses.replace(sample, peak_mb=None) for sample in samples]
+    load = [{"turn": turn.name, "s": turn.seconds, "own cores": turn.load.own_cores,
+             "other cores": turn.load.other_cores, "shared": turn.load.shared, "dropped": turn in dropped}
+            for turn in turns + dropped]  # fmt: skip
     rates, bounds, floors = {}, {}, {}
     for work, found in zip(works, both, strict=True):
         precision, best = work.precision, with_best(found)
@@ -113,7 +121,7 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
         floors[work.name] = {row["phase"]: row["floor s"] for row in bounds[precision]}
     rows = report.summarise(samples, floors, new_tokens=works[0].batch * works[0].new_tokens)
     names = [work.name for work in works]
-    return {"rates": rates, "bounds": bounds, "iteration": rows, "ratios": report.ratios(rows, names),
+    return {"load": load, "rates": rates, "bounds": bounds, "iteration": rows, "ratios": report.ratios(rows, names),
             "samples": [dataclasses.asdict(sample) for sample in samples]}  # fmt: skip
 
 
@@ -135,7 +143,8 @@ class Ours:
 
 def own_command(work: Work, args: argparse.Namespace) -> list[str]:
     """This script as a process that times `work` once."""
-    command = [sys.executable, __file__, "--json-lines", "--repeats", "1", "--size", work.size, "--batch", work.batch,
+    script = str(Path(__file__).parent)
+    command = [sys.executable, script, "--json-lines", "--repeats", "1", "--size", work.size, "--batch", work.batch,
                "--new-tokens", work.new_tokens, "--minibatch", work.minibatch, "--precision", work.precision,
                "--device", work.device, "--threads", args.threads or torch.get_num_threads()]  # fmt: skip
     for name, folder in (("--policy", work.policy), ("--reward", work.reward)):
@@ -147,7 +156,7 @@ def own_command(work: Work, args: argparse.Namespace) -> list[str]:
 def write(result: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     text = report.markdown(result)
-    print(text)
+    say(text)
     write_json(output / "results.json", result)
     atomic_write(output / "report.md", text.encode())
     if "iteration" in result:
@@ -210,7 +219,4 @@ def read_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:  # bad input: one line, no traceback
-        sys.exit(f"error: {error}")
+    run_script(main)
