@@ -19,6 +19,7 @@ from minirlhf.rl.kl import AdaptiveKL, FixedKL
 from minirlhf.rl.rollout import Rollout, collect_rollout
 from minirlhf.rl.setup import Models
 from minirlhf.rl.trainer import PPOTrainer
+from minirlhf.runs.run import Run
 from minirlhf.text.tokenizer import Tokenizer
 from minirlhf.version import __version__ as __version__
 
@@ -42,6 +43,7 @@ __all__ = [
     "PPOTrainer",
     "RewardModel",
     "Rollout",
+    "Run",
     "SamplingConfig",
     "SentimentReward",
     "Tokenizer",
