@@ -6,7 +6,6 @@ ended still cost? overhead: how much of a step of the default example is not for
 
 import gc
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -178,12 +177,11 @@ def overhead(repeats: int, device: str = "cpu", iterations: int = 5, **changes: 
 
     Each repeat is so many iterations with their records and saves. changes: of the example's settings.
     """
-    from positive_reviews import STARTER, WEIGHTS  # here: it needs the extra
+    from positive_reviews import DEFAULT, POLICY, REWARD  # here: it needs the extra
 
-    folder = WEIGHTS / "gpt2-chinese-reviews-small"
-    reward = SentimentReward.from_pretrained(WEIGHTS / "bert-chinese-reviews-sentiment-small", device=device)
-    settings = {**STARTER, "device": device, **changes}
-    trainer = PPOTrainer(GPT2.from_pretrained(folder), os.fspath(folder), Tokenizer.from_pretrained(folder), **settings)
+    reward = SentimentReward.from_pretrained(REWARD, device=device)
+    settings = {**DEFAULT, "device": device, **changes}
+    trainer = PPOTrainer(GPT2.from_pretrained(POLICY), POLICY, Tokenizer.from_pretrained(POLICY), **settings)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(trainer.config.batch_size)]
     bare = Bare(trainer, reward.model, prompts)
     whole: dict[str, list[float]] = {}

@@ -14,8 +14,8 @@ import torch
 from benchmark.floor import Batch, now
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.device.precision import Precision
+from shared import PROMPTS  # 3 tokens each, with [CLS]
 
-PROMPTS = ["酒店", "周围", "位置", "前台"]  # 3 tokens each, with [CLS]
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
     "tiny": (

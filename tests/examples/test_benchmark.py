@@ -1,12 +1,12 @@
-"""examples/benchmark.py: its counting against hand-worked numbers and torch's own counter, its tables, whole runs."""
+"""examples/benchmark: its counting against hand-worked numbers and torch's own counter, its tables, whole runs."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import mmap
 import os
-import runpy
 import shlex
 import statistics
 import sys
@@ -16,16 +16,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmark import __main__ as benchmark
+from benchmark import floor, peer_trl, peers, report, studies
+from benchmark.work import PROMPTS, Sample, Work, characters, iteration, peak_memory
 from conftest import make_bert, make_gpt2
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config
 
 REPO = Path(__file__).resolve().parents[2]
-EXAMPLES = REPO / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import benchmark_floor as floor  # noqa: E402
-import benchmark_peers as peers  # noqa: E402
-import benchmark_report as report  # noqa: E402
-from benchmark_work import PROMPTS, Sample, Work, iteration, peak_memory  # noqa: E402
+SCRIPT = REPO / "examples" / "benchmark"
 
 TINY = Work(size="tiny", batch=3, new_tokens=2, minibatch=2)
 CPU = torch.device("cpu")
@@ -288,30 +286,18 @@ def test_tables_in_markdown():
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run the script in this process. Returns the error it ended with or None, and what it printed."""
-    for package in ("tqdm", "matplotlib"):
-        pytest.importorskip(package)
+def timed(call, monkeypatch, tmp_path):
+    """Run the benchmark in an empty folder: the error that it ended with or None, and what it printed."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
-        except SystemExit as exit:
-            return exit.code, capsys.readouterr().out
-        return None, capsys.readouterr().out
-
-    return run
+    return functools.partial(call, SCRIPT)
 
 
 SMALL = ["--size", "tiny", "--quick", "--batch", 3, "--new-tokens", 2]
 
 
-def test_everything_at_once(call, tmp_path):
+def test_everything_at_once(timed, tmp_path):
     tables = ["iteration", "scaling", "ragged", "overhead"]
-    error, shown = call(*tables, *SMALL, "--precision", "bf16", "--output", "out")
+    error, shown = timed(*tables, *SMALL, "--precision", "bf16", "--output", "out")
     assert error is None
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["phases.png", "report.md", "results.json", "scaling.png"]
@@ -331,9 +317,9 @@ def test_everything_at_once(call, tmp_path):
     assert total["phase"] == "step of the default run" and total["times bare"] == total["s"] / total["bare s"]
 
 
-def test_in_turns_with_a_command(call, tmp_path):
+def test_in_turns_with_a_command(timed, tmp_path):
     """Both are processes, so that each has its own memory."""
-    error, _ = call(*SMALL, "--threads", 1, "--config", "cliprange=0.1", "--output", "out",
+    error, _ = timed(*SMALL, "--threads", 1, "--config", "cliprange=0.1", "--output", "out",
                     "--peer-command", printing(*map(json.dumps, LINES)))  # fmt: skip
     assert error is None
     result = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
@@ -344,8 +330,8 @@ def test_in_turns_with_a_command(call, tmp_path):
     assert (ratio["ours"], ratio["over"]) == (ours, "x") and ratio["iteration"] > 0 and ratio["peak memory"] > 1
 
 
-def test_our_timings_as_json_lines(call, tmp_path):
-    error, shown = call(*SMALL, "--json-lines", "--repeats", 2)
+def test_our_timings_as_json_lines(timed, tmp_path):
+    error, shown = timed(*SMALL, "--json-lines", "--repeats", 2)
     assert error is None and list(tmp_path.iterdir()) == []
     samples = peers.read_lines(shown)
     assert len(samples) == len(shown.splitlines()) == 2 * len(report.PHASES)
@@ -353,10 +339,8 @@ def test_our_timings_as_json_lines(call, tmp_path):
 
 
 def test_the_commands_of_the_readme_are_commands(monkeypatch):
-    import benchmark
-
-    text = (EXAMPLES / "README.md").read_text(encoding="utf-8").split("\n## Benchmark\n")[1]
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python examples/benchmark.py")]
+    text = (REPO / "examples/README.md").read_text(encoding="utf-8").split("\n## Benchmark\n")[1]
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python examples/benchmark")]
     assert len(commands) >= 8
     for command in commands:
         monkeypatch.setattr(sys, "argv", command[1:])
@@ -369,23 +353,20 @@ def test_the_commands_of_the_readme_are_commands(monkeypatch):
 def test_the_other_side_has_the_same_work():
     """128 prompts of four kinds and 3 tokens, 16 new tokens, texts of 20: what its own tokenizer says."""
     pytest.importorskip("transformers")
-    import benchmark_trl as other
-    from benchmark_work import characters
-
     batch = Work(size="tiny").lengths()
-    assert [len(query) for query in other.QUERIES] == [len(ids) for ids in batch.prompts]
-    assert len({tuple(query.tolist()) for query in other.QUERIES}) == len(set(map(tuple, batch.prompts)))
-    assert [len(response) for response in other.RESPONSES] == batch.responses
-    tokenizer = other.characters()
-    assert [len(ids) for ids in tokenizer(other.TEXTS)["input_ids"]] == batch.texts
+    assert [len(query) for query in peer_trl.QUERIES] == [len(ids) for ids in batch.prompts]
+    assert len({tuple(query.tolist()) for query in peer_trl.QUERIES}) == len(set(map(tuple, batch.prompts)))
+    assert [len(response) for response in peer_trl.RESPONSES] == batch.responses
+    tokenizer = peer_trl.characters()
+    assert [len(ids) for ids in tokenizer(peer_trl.TEXTS)["input_ids"]] == batch.texts
     assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get) == characters(21128)
-    assert other.RESPONSES[5].tolist() == tokenizer(other.TEXTS[5])["input_ids"][3:-1]
+    assert peer_trl.RESPONSES[5].tolist() == tokenizer(peer_trl.TEXTS[5])["input_ids"][3:-1]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_same_tables_on_a_gpu(call, tmp_path):
-    error, _ = call("iteration", "scaling", "ragged", "overhead", *SMALL, "--device", "cuda", "--precision", "bf16",
+def test_the_same_tables_on_a_gpu(timed, tmp_path):
+    error, _ = timed("iteration", "scaling", "ragged", "overhead", *SMALL, "--device", "cuda", "--precision", "bf16",
                     "tf32", "--output", "out", "--against", "transformers")  # fmt: skip
     assert error is None
     result = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
@@ -403,8 +384,8 @@ def test_the_same_tables_on_a_gpu(call, tmp_path):
     (["--batch", "0"], 2),
     (["--config", "lr"], 2),
 ])  # fmt: skip
-def test_bad_input_is_one_line(call, arguments, message, tmp_path):
-    error, _ = call(*SMALL, *arguments, "--output", "out")
+def test_bad_input_is_one_line(timed, arguments, message, tmp_path):
+    error, _ = timed(*SMALL, *arguments, "--output", "out")
     if message == 2:  # of argparse, which has said why
         assert error == 2
     else:
@@ -413,8 +394,6 @@ def test_bad_input_is_one_line(call, arguments, message, tmp_path):
 
 
 def test_a_policy_that_ends_its_texts(monkeypatch):
-    import benchmark_studies as studies
-
     policy = studies.ending_policy(GPT2(TINY.gpt2().config).eval(), chance=0.1)
     ids = torch.randint(100, 20000, (4, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -4,10 +4,10 @@ import ast
 import dataclasses
 import sys
 
-import ppo_in_one_file as one
 import pytest
 import torch
 
+import ppo_in_one_file as one
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
 

@@ -1,15 +1,22 @@
-"""Labelled Chinese reviews for the examples: loading, a fixed balanced split, and short openings used as prompts.
+"""Labelled Chinese reviews: loading, a fixed balanced split, short openings, and files for the examples.
 
-The two CSV files are published by ChineseNlpCorpus on GitHub. The split and every draw depend on the texts alone
-(through SHA-256), never on a random seed; of several copies of a review the first one is kept.
+    python weights/train/reviews_data.py --data FOLDER [--output runs/reviews --seed 0]
+
+FOLDER holds the two CSV files that ChineseNlpCorpus publishes on GitHub. The split and every draw depend on the texts
+alone (through SHA-256), never on a random seed; of several copies of a review the first one is kept. As a script it
+writes positive hotel reviews (demonstrations.txt, for examples/sft_reviews.py) and pairs of openings (rankings.jsonl,
+for examples/reward_model.py), each with a file of held-out ones, which the starter weights have not seen either.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
+import json
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,3 +121,48 @@ def _letters(text: str) -> str:
 def _fraction(text: str, purpose: str = "") -> float:
     """Map a text to [0, 1) by SHA-256; `purpose` makes draws for different uses independent."""
     return int.from_bytes(hashlib.sha256((purpose + text).encode()).digest()[:6], "big") / 2**48
+
+
+# ---- files for the examples -----------------------------------------------------------------------------------------
+
+
+def positive_hotel_reviews(reviews: Iterable[Review]) -> list[str]:
+    """The texts of the positive reviews of hotels."""
+    return [review.text for review in reviews if review.label == 1 and review.category == "酒店"]
+
+
+def make_pairs(reviews: Iterable[Review], seed: int) -> list[tuple[str, str]]:
+    """Pairs (better, worse): the openings of a positive and of a negative review about the same kind of goods."""
+    openings: dict[str, tuple[list[str], list[str]]] = {}
+    for review in reviews:
+        openings.setdefault(review.category, ([], []))[review.label].append(opening(review.text).strip())
+    rng, found = random.Random(seed), []
+    for negative, positive in openings.values():
+        rng.shuffle(positive)
+        found += [pair for pair in zip(positive, negative, strict=False) if pair[0] != pair[1]]
+    return rng.sample(found, len(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with the two CSV files")
+    parser.add_argument("--output", type=Path, default=Path("runs/reviews"), help="folder of the files (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs (%(default)s)")
+    args = parser.parse_args()
+    sides = split_reviews(load_reviews(args.data))
+    args.output.mkdir(parents=True, exist_ok=True)
+    for side, suffix in zip(sides, ("", "_held_out"), strict=True):
+        pairs = [{"prompt": "", "chosen": a, "rejected": b} for a, b in make_pairs(side, args.seed)]
+        lines = {"demonstrations{}.txt": positive_hotel_reviews(side),
+                 "rankings{}.jsonl": [json.dumps(pair, ensure_ascii=False) for pair in pairs]}  # fmt: skip
+        for name, content in lines.items():
+            path = args.output / name.format(suffix)
+            path.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
+            print(f"{path}: {len(content)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
