@@ -91,17 +91,20 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x = restrict(logits, temperature, keep)
-        p = x.softmax(-1)
-        largest, where = p.max(-1, keepdim=True)
-        logsumexp = x.gather(-1, where) - largest.log()  # (N, 1)
-        logprobs = x.gather(-1, tokens.unsqueeze(-1)) - logsumexp
-        if keep is not None:  # then x is a copy of our own
+        # Less the maximum, so that logits around 100 do not cost the entropy three digits.
+        maximum = x.amax(-1, keepdim=True)
+        x = x - maximum if x is logits else x.sub_(maximum)
+        picked = x.gather(-1, tokens.unsqueeze(-1))
+        if keep is not None:
             x.clamp_min_(LOWEST)
-        entropy = logsumexp - p.mul_(x).sum(-1, keepdim=True)  # no matrix product, which autocast would round
+        p = x.exp()
+        total = p.sum(-1, keepdim=True)
+        logsumexp = total.log()  # (N, 1)
+        entropy = logsumexp - p.mul_(x).sum(-1, keepdim=True) / total  # no matrix product, which autocast would round
         ctx.save_for_backward(x, tokens, logsumexp, entropy)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.set_materialize_grads(False)
-        return logprobs.squeeze(-1), entropy.squeeze(-1)
+        return (picked - logsumexp).squeeze(-1), entropy.squeeze(-1)
 
     @staticmethod
     @once_differentiable

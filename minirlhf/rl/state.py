@@ -34,6 +34,7 @@ def trainer_state(trainer: PPOTrainer) -> State:
         "micro_batch_size": trainer.micro_batch_size,
         "kl_coef": trainer.kl_controller.coef,
         "scaler": trainer.precision.scaler.state_dict(),
+        "matmul": trainer.precision.matmul,
         "reference": {"sha256": trainer.reference_hash, "source": trainer.reference_source},
         "frozen": frozen(trainer.policy),
         "origin": None if origin is None else dataclasses.asdict(origin),
@@ -55,6 +56,7 @@ def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
     load_moments(trainer.optimizer, trainer.policy.named_parameters(), tensors)
     if trainer.precision.scaler.is_enabled():
         trainer.precision.scaler.load_state_dict(c["scaler"])
+    trainer.precision.matmul = c["matmul"]
     trainer.iteration, trainer.optimizer_steps = c["iteration"], c["optimizer_steps"]
     trainer.bad_steps, trainer.kl_controller.coef = c["bad_steps"], c["kl_coef"]
     if trainer.config.forward_batch_size == c["config"]["forward_batch_size"]:
