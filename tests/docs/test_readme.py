@@ -195,6 +195,14 @@ def test_the_changes_begin_with_the_version():
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_tables_are_whole(page):
+    """All rows of a table have as many cells as its head; `\\Vert` stands for a bar inside a formula."""
+    for table in re.findall(r"(?:^\|.*\n)+", read(page), re.MULTILINE):
+        rows = [re.sub(r"\$[^$]*\$|`[^`]*`", "", row).rstrip() for row in table.splitlines()]
+        assert all(row.endswith("|") for row in rows) and len({row.count("|") for row in rows}) == 1, table
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_no_placeholder_is_left(page):
     assert re.findall(r"\w*PLACEHOLDER\w*|TODO|XXX", read(page)) == []
 
