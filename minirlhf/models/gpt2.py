@@ -330,7 +330,9 @@ class GPT2(nn.Module):
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
         content, named = read_published(folder)
-        return cls.from_tensors(folder, content, {name: t for name, t in named.items() if not name.startswith("v_head.")})
+        return cls.from_tensors(
+            folder, content, {name: t for name, t in named.items() if not name.startswith("v_head.")}
+        )
 
     @classmethod
     def from_trunk(cls, folder: str | os.PathLike[str]) -> GPT2:
