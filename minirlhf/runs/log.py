@@ -30,14 +30,6 @@ if TYPE_CHECKING:
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
 
 
-
-
-
-
-
-
-
-
 class RunLog:
     """The files of a run in a folder of its own.
 
@@ -104,15 +96,3 @@ class RunLog:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError(f"{path} is not a file")
         return path.stat().st_size if path.exists() else 0
-
-
-
-
-
-
-
-
-
-
-
-

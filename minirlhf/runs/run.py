@@ -24,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from minirlhf.runs import training_state
 from minirlhf.io.files import PARTIAL, flush_folder, read_json, remove_partial, write_json
 from minirlhf.runs.locks import FolderLock, LOCK_FILE
 from minirlhf.io.files import read_jsonl
@@ -36,7 +35,7 @@ from minirlhf.rl.rollout import Rollout
 from minirlhf.runs.stopping import Stopped as Stopped
 from minirlhf.runs.stopping import StopRequest
 from minirlhf.rl.trainer import PPOTrainer
-from minirlhf.runs.training_state import DamagedCheckpoint
+from minirlhf.runs.checkpoint import COUNTERS_FILE, DamagedCheckpoint, load_checkpoint, save_checkpoint
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 SHOWN = 5  # samples that are logged at a save
@@ -100,7 +99,7 @@ class Run:
             remove_partial(folder, folder / CHECKPOINTS)
             nothing = {METRICS_FILE: 0, SAMPLES_FILE: 0}
             try:
-                training_state.save(trainer, _checkpoint(folder, trainer.iteration), nothing)
+                save_checkpoint(trainer, _checkpoint(folder, trainer.iteration), nothing)
                 write_json(folder / CONFIG_FILE, config)
             except BaseException:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -134,14 +133,14 @@ class Run:
             for step in sorted(_steps(folder), reverse=True):
                 checkpoint = _checkpoint(folder, step)
                 try:
-                    trainer = PPOTrainer.resume(checkpoint, ref_policy, **overrides)
+                    trainer = load_checkpoint(checkpoint, ref_policy, **overrides)
                     break
                 except DamagedCheckpoint as error:
                     warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
                     damaged.append(checkpoint)
             else:
                 raise ValueError(f"{folder} has no checkpoint that can be read")
-            lengths = read_json(checkpoint / training_state.COUNTERS_FILE)["log"]
+            lengths = read_json(checkpoint / COUNTERS_FILE)["run"]
             if lengths is None:
                 raise ValueError(f"{checkpoint} does not say how long the log was: no run saved it")
             _rewards(folder / METRICS_FILE, lengths[METRICS_FILE])  # what is wrong there is said before anything is cut
@@ -195,7 +194,7 @@ class Run:
         try:
             if isinstance(error, Exception) and not isinstance(error, Stopped):
                 failed = self._doing()
-                whole = not self.trainer.within_step and self.trainer.iteration == self._recorded
+                whole = not self.trainer.interrupted and self.trainer.iteration == self._recorded
                 if whole and self._recorded > self._saved and not self._saving:
                     with contextlib.suppress(Exception):  # the first error is the one to tell of
                         self._save()
@@ -217,7 +216,7 @@ class Run:
     def _save(self) -> None:
         self._saving = True
         lengths = self._log.flush()
-        training_state.save(self.trainer, _checkpoint(self.folder, self._recorded), lengths)
+        save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), lengths)
         self._saved = self._recorded
         self._rotate()
         self._saving = False

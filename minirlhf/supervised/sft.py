@@ -28,7 +28,7 @@ from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.random import eval_mode
 from minirlhf.io.model_card import Origin
-from minirlhf.models.gpt2 import GPT2, Pass
+from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.probes import language_model_probe
 from minirlhf.runs.checkpoint_folder import read_checkpoint, write_checkpoint
 from minirlhf.supervised.fit_state import FitState
@@ -252,7 +252,7 @@ def token_nll(
         from 0, so that it has the same likelihoods as in a row of its own.
     width: tokens a row is padded to; None: as many as the longest has.
     """
-    device = model.wte.weight.device
+    device = model.device
     ids, mask = right_pad([[token for s in row for token in s.ids] for row in rows], pad_id)
     if width is not None and ids.size(1) < width:
         ids, mask = (F.pad(x, (0, width - ids.size(1)), value=v) for x, v in ((ids, pad_id), (mask, 0)))
@@ -266,30 +266,16 @@ def token_nll(
     if all(len(row) == 1 for row in rows):
         hidden = model.hidden_states(ids)  # right padding: causal attention never reads it
     else:
-        hidden = _packed_states(model, ids, [[len(s.ids) for s in row] for row in rows])
+        segments = _segments([[len(s.ids) for s in row] for row in rows], ids.size(1))
+        hidden = model.hidden_states(ids, segments=segments.to(device))
     logits = model.lm_logits(hidden[:, :-1][predicted]).float()  # (N, V)
     return F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none"), int(predicted.sum())
 
 
-def _packed_states(model: GPT2, ids: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
-    """Hidden states (B, T, C) of rows of several sequences, of these lengths, as if each had a row of its own.
-
-    Attention is block-diagonal (Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination").
-    """
-    B, T = ids.shape
-    owner = torch.zeros(B, T, dtype=torch.int64)  # which sequence of its row a token is of; padding is one more
-    positions = torch.zeros(B, T, dtype=torch.int64)
-    for n, row in enumerate(lengths):
-        parts = [*row, T - sum(row)]
-        owner[n] = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
-        positions[n] = torch.cat([torch.arange(part) for part in parts])
-    owner, positions = owner.to(ids.device), positions.to(ids.device)
-    causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-    allowed = (causal & (owner[:, :, None] == owner[:, None, :]))[:, None]  # (B, 1, T, T)
-    x = model.drop(model.wte(ids) + model.wpe(positions))
-    for layer, block in enumerate(model.h):
-        x = block(x, Pass(allowed), layer)
-    return model.ln_f(x)
+def _segments(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Which sequence of its row each token belongs to, (B, width) int64; the padding of a row is one more sequence."""
+    rows = [torch.tensor([*row, width - sum(row)]) for row in lengths]
+    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), row) for row in rows])
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from test_generation import GREEDY, PROMPTS, TRUNCATED, varied_gpt2
 from test_trainer import DEFAULTS, batch, reward, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -354,9 +355,9 @@ def test_no_memory_of_the_size_of_batch_times_length_times_vocabulary():
 def test_a_resumed_run_goes_on_as_one_that_was_not_cut(tmp_path):
     trainer = make_trainer()
     trainer.step(trainer.collect(EVEN_PROMPTS, reward))
-    trainer.save_checkpoint(tmp_path / "saved")
+    save_checkpoint(trainer, tmp_path / "saved")
     reference = copy.deepcopy(trainer.reference)
-    resumed = PPOTrainer.resume(tmp_path / "saved", reference)
+    resumed = load_checkpoint(tmp_path / "saved", reference)
     assert resumed.device.type == "cuda"
     rollouts = [t.collect(EVEN_PROMPTS, reward) for t in (trainer, resumed)]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)

@@ -22,12 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 from lives import process, script, wait_for
+from minirlhf.runs.checkpoint import read_checkpoint
 
 from conftest import VOCAB, make_bert, make_gpt2
 from folders import content, snapshot
 from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer
 from minirlhf.rewards.base import CANARIES
-from minirlhf.runs import training_state
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
 
@@ -235,7 +235,7 @@ def test_a_killed_run_resumes_to_the_same_end(runs, tmp_path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "rewa')
     assert [line["step"] for line in lines(run / "metrics.jsonl", whole=True)] == [1, 2, 3]
-    assert training_state.read(run / "checkpoints" / "best").counters["iteration"] == 2
+    assert read_checkpoint(run / "checkpoints" / "best")["counters"]["iteration"] == 2
 
     resumed = process(script, tmp_path / "output", run, "", 0, SCRIPT, "--resume", run)
     resumed.join()
@@ -263,7 +263,7 @@ def test_ctrl_c_and_sigterm_stop_a_run_and_print_the_command_that_goes_on(tiny, 
         assert child.exitcode == 0, shown
         step = len(lines(run / "metrics.jsonl"))
         assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, step + 1))
-        assert training_state.read(run / "checkpoints" / f"step-{step:06d}").counters["iteration"] == step
+        assert read_checkpoint(run / "checkpoints" / f"step-{step:06d}")["counters"]["iteration"] == step
         told, printed = shown.splitlines()[-1].split("; to go on: python ")
         assert told == f"stopped after step {step} of 10000, which is saved"
         command = [Path(shlex.split(printed)[0]), *shlex.split(printed)[1:]]

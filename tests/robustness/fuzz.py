@@ -40,6 +40,7 @@ from random import Random
 from typing import Any
 
 import torch
+from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from tokenizers.pre_tokenizers import ByteLevel
 
 import minirlhf
@@ -164,11 +165,11 @@ def write_pickle(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path) -> None:
-    PPOTrainer(a_gpt2(), a_gpt2(1), Tokenizer(VOCAB), device="cpu", gen_len=2).save_checkpoint(folder)
+    save_checkpoint(PPOTrainer(a_gpt2(), a_gpt2(1), Tokenizer(VOCAB), device="cpu", gen_len=2), folder)
 
 
 def resume_trainer(folder: Path) -> PPOTrainer:
-    return PPOTrainer.resume(folder, a_gpt2(1))
+    return load_checkpoint(folder, a_gpt2(1))
 
 
 def use_trainer(trainer: PPOTrainer) -> None:

@@ -6,8 +6,8 @@ import time
 import warnings
 
 import pytest
-
 from lives import hold_lock, process, wait_for
+
 from minirlhf.runs import locks
 from minirlhf.runs.locks import LOCK_FILE, FolderLock
 

@@ -11,11 +11,11 @@ import threading
 import time
 
 import pytest
+from lives import PROMPTS, STEPS, go_on, hang, live, new_trainer, process, reference, reward, wait_for
 
 from folders import snapshot
-from lives import PROMPTS, STEPS, go_on, hang, live, new_trainer, process, reference, reward, wait_for
 from minirlhf.io.files import read_jsonl
-from minirlhf.runs import training_state
+from minirlhf.runs.checkpoint import read_checkpoint, save_checkpoint
 from minirlhf.runs.run import Run, RunFailed, Stopped
 
 KILLS = int(os.environ.get("MINIRLHF_KILLS", "4"))  # 50 in the run that is documented
@@ -51,7 +51,7 @@ def whole(folder):
     """What must hold whenever a process has died: every checkpoint can be read, no line is missing or doubled."""
     if not (folder / "config.json").exists():
         return
-    steps = [training_state.read(path).counters["iteration"] for path in (folder / "checkpoints").glob("step-*")]
+    steps = [read_checkpoint(path)["counters"]["iteration"] for path in (folder / "checkpoints").glob("step-*")]
     lines = [line["step"] for line in read_jsonl(folder / "metrics.jsonl")]
     assert steps and lines == list(range(1, len(lines) + 1)) and len(lines) >= max(steps)
 
@@ -101,7 +101,7 @@ def test_the_newest_checkpoints_stay_and_the_first_of_the_best(tmp_path, keep_la
     shown = run_of_rewards(tmp_path / "run", rewards, keep_last=keep_last)
     assert shown == [["best", *(f"step-{step:06d}" for step in steps)] for steps in expected]
     assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == f"step-{best[-1]:06d}"
-    assert training_state.read(tmp_path / "run" / "checkpoints" / "best").counters["iteration"] == 6
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "best")["counters"]["iteration"] == 6
 
 
 @pytest.mark.parametrize("keep_last", [0, -1, 1.5, "2", None, True])
@@ -261,7 +261,7 @@ def test_lines_that_are_lost_are_an_error_and_not_made_up(tmp_path, undisturbed)
 
 def test_a_checkpoint_that_no_run_saved_is_refused(tmp_path):
     run = finish(tmp_path / "run")
-    run.trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "step-000099")
+    save_checkpoint(run.trainer, tmp_path / "run" / "checkpoints" / "step-000099")
     with pytest.raises(ValueError, match="step-000099 does not say how long the log was"):
         Run.resume(tmp_path / "run", reference())
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == STEPS
@@ -341,7 +341,7 @@ def test_asked_to_stop_a_run_ends_its_step_and_saves_it(tmp_path, undisturbed, n
     assert stopped.value.folder == folder
     assert f"{number.name}: finishing the step, then saving; once more" in capfd.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-    assert training_state.read(folder / "checkpoints" / f"step-{step:06d}").counters["iteration"] == step
+    assert read_checkpoint(folder / "checkpoints" / f"step-{step:06d}")["counters"]["iteration"] == step
     assert not (folder / "lock").exists()
     finish(folder)
     assert figures(folder) == figures(undisturbed)
@@ -408,7 +408,7 @@ def test_a_reward_that_fails_ends_the_run_saved_up_to_the_step_before(tmp_path, 
     with pytest.raises(RunFailed, match=told), go_on(folder, reward_timeout=limit) as run:
         run.trainer.train(PROMPTS, lambda t: (fault if run.trainer.iteration + 1 == step else reward)(t), run.record)
     whole(folder)
-    assert training_state.read(folder / saved).counters["iteration"] == step - 1
+    assert read_checkpoint(folder / saved)["counters"]["iteration"] == step - 1
     finish(folder)
     assert figures(folder) == figures(undisturbed)
     last = f"checkpoints/step-{STEPS:06d}"
