@@ -31,8 +31,8 @@ from minirlhf.io import hub, model_folder
 from minirlhf.io.files import naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.rewards.base import SentimentReward
 from minirlhf.rewards.scorers import load_scorer
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.text.tokenizer import Tokenizer
 
 BATCH = 16  # texts a forward pass; their output appears together

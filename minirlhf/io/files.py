@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
+LOCKED_BYTE = 2**30  # of a file on Windows, where nobody else can read it: far behind the text
 PARTIAL = ".partial"  # ends the names of what a save has not finished
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 JSON_TYPES = {str: "a text", int: "an integer", float: "a number", bool: "true or false", list: "a list",
@@ -131,6 +133,34 @@ def open_for_writing(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
         raise OSError(errno.EINVAL, "is not a regular file", path)
 
     return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
+
+
+def lock_descriptor(descriptor: int) -> None:
+    """Lock an open file for this process, without waiting; the lock ends with the file or the process.
+
+    Raises BlockingIOError if another process has it, OSError if files cannot be locked here.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        pass
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has neither fcntl nor msvcrt") from None
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(error.errno, "locked by another process") from error
+        raise
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)
 
 
 def atomic_write(path: str | os.PathLike[str], *content: bytes | memoryview) -> None:

@@ -58,7 +58,6 @@ NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars
 FIXED_FIELDS = {
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
-    "problem_type": (None, "single_label_classification"),
 }
 LAYER_TENSORS = 16  # of one layer
 # Prefix of tensors -> a model that is not this one (other positions, no segments, shared layers, ...).

@@ -194,6 +194,8 @@ def rollout_from_tokens(
         raise ValueError("step takes a Rollout, or queries, responses and scores")
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
+    if len(queries) % config.group_size:
+        raise ValueError(f"{len(queries)} responses cannot be cut into groups of group_size={config.group_size}")
     for name, sequences in (("query", queries), ("response", responses)):
         for i, ids in enumerate(sequences):
             check_ids(f"{name} {i}", torch.as_tensor(ids), model.vocab_size)

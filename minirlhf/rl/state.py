@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import torch
-
-from minirlhf.io.training_state import State, load_moments, module_hash, moments
+from minirlhf.io.training_state import State, frozen, load_generator, load_moments, module_hash, moments, require_fp32
 
 if TYPE_CHECKING:
     from minirlhf.rl.trainer import PPOTrainer
@@ -26,8 +24,7 @@ def trainer_state(trainer: PPOTrainer) -> State:
         )
     if trainer.config.reference == "shared" and module_hash(trainer.reference) != trainer.reference_hash:
         raise RuntimeError("the reference is not what it was: layers that it shares with the policy were changed")
-    if any(p.dtype != torch.float32 for p in trainer.policy.parameters()):
-        raise ValueError("a checkpoint holds fp32 weights, but the policy has others")
+    require_fp32(trainer.policy)
     tensors = {f"generator.{name}": generator.get_state() for name, generator in trainer.generators.items()}
     tensors |= moments(trainer.optimizer, trainer.policy.named_parameters())
     origin = trainer.policy.decoder.origin
@@ -40,7 +37,7 @@ def trainer_state(trainer: PPOTrainer) -> State:
         "scaler": trainer.precision.scaler.state_dict(),
         "matmul": trainer.precision.matmul,
         "reference": {"sha256": trainer.reference_hash, "source": trainer.reference_source},
-        "frozen": [name for name, p in trainer.policy.named_parameters() if not p.requires_grad],
+        "frozen": frozen(trainer.policy),
         "origin": None if origin is None else dataclasses.asdict(origin),
         "config": dataclasses.asdict(trainer.config),
     }
@@ -60,10 +57,7 @@ def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
             f"{c['reference']['sha256'][:12]}..., those given have {trainer.reference_hash[:12]}..."
         )
     for name, generator in trainer.generators.items():
-        try:
-            generator.set_state(tensors[f"generator.{name}"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"the state of the generator {name!r} does not fit {trainer.device}: {error}") from error
+        load_generator(generator, f"generator.{name}", tensors)
     load_moments(trainer.optimizer, trainer.policy.named_parameters(), tensors)
     if trainer.precision.scaler.is_enabled():
         trainer.precision.scaler.load_state_dict(c["scaler"])

@@ -102,10 +102,10 @@ class PPOTrainer:
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
         """
         start = time.perf_counter()
+        self.policy.eval()  # whatever mode it was put into between steps
         if not isinstance(queries, Rollout):
             queries = rollout_from_tokens(self.models, queries, responses, scores, self.config)
         rollout = queries
-        self.policy.eval()
         self.interrupted = True
 
         # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)

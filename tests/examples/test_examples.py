@@ -27,7 +27,7 @@ from minirlhf.runs.checkpoint import read_checkpoint
 from conftest import VOCAB, make_bert, make_gpt2
 from folders import content, snapshot
 from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer
-from minirlhf.rewards.base import CANARIES
+from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
 
