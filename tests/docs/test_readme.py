@@ -175,6 +175,12 @@ def test_the_examples_readme_lists_the_scripts_and_no_others():
     assert len(rows) == len(set(rows)) <= 10 and set(rows) == there
 
 
+def test_the_commands_of_make_are_all_of_the_makefile():
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", read("Makefile"), re.MULTILINE)
+    (commands,) = (block for block in blocks(read("CONTRIBUTING.md"), "sh") if "make setup" in block)
+    assert set(re.findall(r"^make (\w+)", commands, re.MULTILINE)) == set(targets.split())
+
+
 def test_the_wings_are_listed_in_their_order():
     for page in ("README.md", "README.zh-CN.md"):
         assert tuple(re.findall(r"^(\w+)/ +\S", "\n".join(blocks(read(page), "text")), re.MULTILINE)) == WINGS
