@@ -14,7 +14,8 @@ import dataclasses
 import random
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
-from minirlhf.evaluation.evaluate import before_after_table, compare
+from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.rewards.composed import (
     TARGETS,
@@ -84,7 +85,8 @@ def main() -> None:
         for target in TARGETS:
             prompts = [target.tag + prompt for prompt in PROMPTS]
             models, settings = (trainer.policy, trainer.reference, tokenizer), (config.gen_len, config.sampling)
-            figures, pairs = compare(*models, prompts, sentiment, *settings, args.samples, seed=config.seed)
+            found = summarise(*models, prompts, sentiment, *settings, args.samples, seed=config.seed)
+            figures, pairs = found.figures, found.pairs
             for model, side in (("reference", "before"), ("policy", "after")):
                 p = classifier([pair.prompt.removeprefix(target.tag) + getattr(pair, side) for pair in pairs])
                 figures |= {f"{model}/p_positive": p.mean().item(), f"{model}/from_half": (p - 0.5).abs().mean().item()}

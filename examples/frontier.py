@@ -18,9 +18,9 @@ except ImportError:
     sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
 
 from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SamplingConfig, SentimentReward, Tokenizer
-from minirlhf.evaluation.comparison import Comparison
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
-from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
+from minirlhf.evaluation.findings import Comparison
+from minirlhf.evaluation.plots import FrontierPoint, draw_frontier
 from minirlhf.io.files import atomic_write
 from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, STARTER, command_line, new_folder, run_script, say
 

@@ -13,7 +13,7 @@ import dataclasses
 import random
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
-from minirlhf.rewards.base import ChatJudge, ChatJudgeConfig
+from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.run import Run
 from shared import POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script, say
 
@@ -55,8 +55,8 @@ def main() -> None:
             samples = run.record(rollout, {**stats, **judged})
             say(
                 f"step {iteration + 1}: score {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}, "
-                f"{judged['judge/requests']:.0f} requests of {judged['judge/latency']:.2f} s, "
-                f"{judged['judge/unparsed']:.0f} without a score, spent {spent:.4f}"
+                f"{judged['judge/requests']:.0f} requests, {judged['judge/unparsed']:.0f} texts without a score, "
+                f"spent {spent:.4f}"
             )
             # 5. Read them: a policy that has found words which fool the judge has a fine reward too.
             for text, score in samples:

@@ -21,7 +21,8 @@ except ImportError:
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import before_after_table, compare
+from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
@@ -65,18 +66,22 @@ def main() -> None:
 
 def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
     trainer, config, output = run.trainer, run.trainer.config, run.folder
-    plot_run(run.history(), output / "reward_curve.png", config.target)
-    models = trainer.policy, trainer.reference, trainer.tokenizer
-    summary, pairs = compare(*models, pool, reward, config.gen_len, config.sampling, seed=config.seed)
-    trainer.policy.save_pretrained(output / "policy", summary={"algorithm": "PPO", "episodes": config.steps, **summary})
+    found = summarise(
+        trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config.gen_len, config.sampling,
+        seed=config.seed, kl_coef=trainer.kl_controller.coef,
+    )  # fmt: skip
+    plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
+    summary = {"algorithm": "PPO", "episodes": config.steps, **found.as_dict()}
+    trainer.policy.save_pretrained(output / "policy", summary=summary)
     trainer.reference.save_pretrained(output / "reference")
     for name in ("policy", "reference"):
         trainer.tokenizer.save_pretrained(output / name)
-    write_json(output / "summary.json", summary)
-    table = before_after_table(pairs, rows=12)
+    write_json(output / "summary.json", found.as_dict())
+    table = before_after_table(found.pairs)
     atomic_write(output / "before_after.md", table.encode())
     say(table)
-    say("\n".join(f"{name:28} {value:.3f}" for name, value in summary.items()))
+    say("\n".join(f"{name:28} {value:.3f}" for name, value in found.figures.items()))
+    say(found.optimum)
     say(f"saved in {output}")
 
 

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
-from minirlhf.evaluation.evaluate import before_after_table, compare
+from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
@@ -72,7 +73,8 @@ def main() -> None:
         trainer.tokenizer.save_pretrained(output / "policy")
 
         # 5. The judge that neither model saw, and the learned reward of the same samples.
-        judged, samples = compare(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, judge)
+        found = summarise(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, judge)
+        judged, samples = found.figures, found.pairs
         before, after = (reward([s.prompt + getattr(s, side) for s in samples]) for side in ("before", "after"))
         summary = {
             "judge": {"before": judged["reference/reward"], "after": judged["policy/reward"]},

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minirlhf.common.printing import error_line
 from minirlhf.common.text import printable
 from minirlhf.io.files import read_json
 from minirlhf.runs.run import RunFailed, Stopped
@@ -68,11 +69,6 @@ def read_prompts(prompts: list[str], encoding: str = "utf-8") -> list[str]:
     return [line for _, line in numbered_lines(prompts[0], encoding) if line.strip()]
 
 
-def say(text: object = "") -> None:
-    """Print lines. What could steer the terminal is shown as its escape, as the command line does."""
-    print("\n".join(map(printable, str(text).split("\n"))), flush=True)
-
-
 def run_script(main: Callable[[], object], again: str = "--resume") -> None:
     """Run a script's `main`. Bad input, a stopped run and a failed run end it with one line and no traceback.
 
@@ -85,4 +81,4 @@ def run_script(main: Callable[[], object], again: str = "--resume") -> None:
         told = printable(f"{' '.join(str(end).split())}; to go on: python {command}")
         print(told) if isinstance(end, Stopped) else sys.exit(f"error: {told}")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {printable(' '.join(str(error).split()))}")
+        sys.exit(error_line(error))

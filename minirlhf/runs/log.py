@@ -117,7 +117,7 @@ def _read(path: Path) -> bytes:
 def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> tuple[list[bytes], int]:
     """The readable lines up to a step, in order, and how many of them were made from `rewards`, theirs being lost."""
     found = []
-    for line in content.split(b"\n"):
+    for line in (line.strip(b"\0") for line in content.split(b"\n")):  # what a power failure leaves unwritten
         try:
             entry = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):

@@ -8,7 +8,7 @@
 
 The order of writing is the promise. The lines of a step are on the disk before its checkpoint takes its name, and the
 checkpoint records what the log was then. So whenever a process is killed, the newest checkpoint and the log cut back
-to that record are the run as it was after that step. What the log says decides nothing: mean rewards of saved steps
+to that record are the run as it was after that step. What the log says decides nothing: the mean rewards of all steps
 are in the checkpoint as well.
 """
 
@@ -85,7 +85,7 @@ class Run(Generic[Trainer]):
     ):
         self.folder, self.trainer = folder, trainer
         self._log, self._lock, self._keep_last = log, lock, keep_last
-        self._rewards = rewards  # mean reward of each saved step; None: not finite
+        self._rewards = rewards  # mean reward of each step; None: not finite
         self._recorded = self._saved = trainer.steps_done  # steps whose lines are written; that are in a checkpoint
         self._saving = False
         self._stop = StopRequest()
@@ -255,8 +255,6 @@ class Run(Generic[Trainer]):
 
     def _save(self) -> None:
         self._saving = True
-        saved = {*_steps(self.folder), self._recorded}
-        self._rewards = {step: reward for step, reward in self._rewards.items() if step in saved}
         record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
         save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
         self._saved = self._recorded
@@ -276,7 +274,7 @@ class Run(Generic[Trainer]):
 
 
 def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[int, float | None]]:
-    """What `Run._save` recorded in a checkpoint: the marks of the log, and mean rewards of saved steps."""
+    """What `Run._save` recorded in a checkpoint: the marks of the log, and the mean reward of each step."""
     record = read_json(checkpoint / COUNTERS_FILE).get("run")
     if record is None:
         raise ValueError(f"{checkpoint} was saved by no run: it does not say what the log was")
@@ -346,9 +344,7 @@ def _clear(best: Path) -> None:
         _remove(best)
         return
     aside = best.with_name(f"{best.name}.copy")
-    warnings.warn(
-        f"{best} is a folder and no copy of a checkpoint beside it; it is kept as {aside.name}", stacklevel=2
-    )
+    warnings.warn(f"{best} is a folder and no copy of a checkpoint beside it; it is kept as {aside.name}", stacklevel=2)
     shutil.rmtree(aside, ignore_errors=True)
     best.rename(aside)
 

@@ -17,7 +17,15 @@ from test_architecture import WINGS
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))
-PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "weights/README.md", *DOCS]
+PAGES = [
+    "README.md",
+    "README.zh-CN.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    "weights/README.md",
+    *DOCS,
+]
 KEY = r"(?:ppo|objective|reward|tokens|time)/[\w/]+"
 
 
@@ -98,6 +106,7 @@ def test_the_estimator_of_the_contributor_s_guide_trains_without_a_value_head(mo
 
 def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
     pytest.importorskip("tqdm")
+    monkeypatch.syspath_prepend(str(REPO / "examples"))
     import positive_reviews
 
     commands = [line for block in blocks(read("README.md"), "sh") for line in block.splitlines()]
@@ -191,6 +200,14 @@ def test_the_changes_say_where_each_module_is():
 
 def test_the_changes_begin_with_the_version():
     assert re.findall(r"^## (\S+)$", read("CHANGELOG.md"), re.MULTILINE)[0] == minirlhf.__version__
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_whole(page):
+    """All rows of a table have as many cells as its head; `\\Vert` stands for a bar inside a formula."""
+    for table in re.findall(r"(?:^\|.*\n)+", read(page), re.MULTILINE):
+        rows = [re.sub(r"\$[^$]*\$|`[^`]*`", "", row).rstrip() for row in table.splitlines()]
+        assert all(row.endswith("|") for row in rows) and len({row.count("|") for row in rows}) == 1, table
 
 
 @pytest.mark.parametrize("page", PAGES)

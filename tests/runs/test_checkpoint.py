@@ -52,7 +52,7 @@ def batch(lengths=((3, 4), (1, 1), (6, 2), (2, 7), (4, 5))):
 def plant_nan(trainer, updates):
     """Put NaN into the gradient of one weight, in the updates of these numbers (of a step in whole minibatches)."""
     count = itertools.count()
-    weight = trainer.policy.gpt2.h[0].mlp.c_fc.weight
+    weight = trainer.policy.decoder.h[0].mlp.c_fc.weight
     weight.register_hook(lambda gradient: gradient * (math.nan if next(count) in updates else 1))
 
 
@@ -85,7 +85,7 @@ def favourable(monkeypatch):
 
 
 RUN = dict(
-    steps=20, eos_token_id=EOS, lr_schedule="linear", lr_warmup=0.1, horizon=50.0, init_kl_coef=0.3, top_p=0.9,
+    steps=20, eos_token_id=EOS, lr_schedule="linear", horizon=50.0, init_kl_coef=0.3, top_p=0.9,
 )  # fmt: skip
 
 
@@ -148,14 +148,14 @@ def test_bad_steps_and_small_micro_batches_are_remembered(tmp_path):
 
 def test_what_was_frozen_stays_frozen(tmp_path):
     policy = ActorCritic(make_gpt2(0, **SMALL))
-    policy.gpt2.wte.requires_grad_(False)
+    policy.decoder.wte.requires_grad_(False)
     trainer = PPOTrainer(policy, make_reference(), Tokenizer(VOCAB), **DEFAULTS)
     trainer.step(*batch())
     save_checkpoint(trainer, tmp_path / "state")
     resumed = resume(tmp_path / "state")
     for each in (trainer, resumed):
         each.step(*batch())
-    assert not resumed.policy.gpt2.wte.weight.requires_grad
+    assert not resumed.policy.decoder.wte.weight.requires_grad
     same(weights(resumed), weights(trainer))
 
 
@@ -384,7 +384,7 @@ def test_a_run_keeps_the_precision_that_auto_gave_it(favourable, monkeypatch, tm
 
 def make_frozen_trainer(**settings):
     policy = ActorCritic(make_gpt2(0, n_layer=3)).eval()
-    for module in (policy.gpt2.wte, policy.gpt2.wpe, policy.gpt2.h[0], policy.gpt2.h[1]):
+    for module in (policy.decoder.wte, policy.decoder.wpe, policy.decoder.h[0], policy.decoder.h[1]):
         module.requires_grad_(False)
     settings = {"seed": 3, "batch_size": 8, "minibatch_size": 4, "gen_len": 5, "lr": 1e-3, "device": "cpu", **settings}
     return PPOTrainer(policy, make_gpt2(0, n_layer=3), Tokenizer(VOCAB), **settings)
@@ -394,9 +394,11 @@ def test_a_shared_reference_is_resumed_and_guarded_by_its_hash(tmp_path):
     trainer = make_frozen_trainer(reference="shared")
     save_checkpoint(trainer, tmp_path / "state")
     resumed = load_checkpoint(tmp_path / "state", make_gpt2(0, n_layer=3))
-    assert resumed.policy.gpt2.layers_shared_with(resumed.reference) == 2
+    shared, own = resumed.policy.decoder.h[1].attn.c_attn.weight, resumed.policy.decoder.h[2].attn.c_attn.weight
+    assert shared.data_ptr() == resumed.reference.h[1].attn.c_attn.weight.data_ptr()
+    assert own.data_ptr() != resumed.reference.h[2].attn.c_attn.weight.data_ptr()
     with torch.no_grad():
-        trainer.policy.gpt2.h[0].ln_1.bias += 1  # behind the trainer's back
+        trainer.policy.decoder.h[0].ln_1.bias += 1  # behind the trainer's back
     with pytest.raises(RuntimeError, match="the reference is not what it was"):
         save_checkpoint(trainer, tmp_path / "later")
     assert not (tmp_path / "later").exists()

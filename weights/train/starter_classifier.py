@@ -16,7 +16,7 @@ import torch
 
 from classification import ClassifierTrainingConfig, fit_temperature, train_classifier
 from minirlhf import GPT2, BertClassifier, BertConfig, Tokenizer
-from minirlhf.rewards.classifier import predict
+from minirlhf.rewards.sentiment import predict
 from minirlhf.supervised.reward_modelling import reliability_table
 from reviews_data import Review, excerpt, opening
 from starter_teachers import Teachers

@@ -5,9 +5,8 @@ import re
 
 import pytest
 
-from minirlhf.evaluation.bootstrap import Estimate
-from minirlhf.evaluation.comparison import BestOfNPoint, Comparison, Figures
-from minirlhf.evaluation.symptoms import symptoms
+from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Figures, symptoms
+from minirlhf.evaluation.statistics import Estimate
 
 
 def sure(mean):
@@ -63,6 +62,18 @@ def test_a_gain_that_does_not_carry_over_is_a_symptom():
     (found,) = symptoms(FINE, changed(gain=sure(0.05)))
     assert "on the given prompts, and by 0.050" in found
     assert symptoms(FINE, changed(gain=sure(0.2))) == ()  # less, but most of it
+
+
+def test_where_the_reference_is_good_already_a_smaller_gain_is_no_symptom():
+    """Of the 0.35 and 0.16 that best-of-n has above the reference 0.3 and 0.13 were gained: 86% and 81%."""
+    good = dataclasses.replace(BEFORE, reward=sure(0.79))
+    held_out = changed(reference=good, gain=sure(0.13))
+    assert symptoms(FINE, held_out) == ()
+    (found,) = symptoms(FINE, changed(reference=good, gain=sure(0.04)))
+    assert "86% and 25% of what best-of-n has above the reference" in found
+    without = {"equal_kl": None, "best_of_n": ()}
+    (found,) = symptoms(changed(**without), changed(gain=sure(0.05), **without))
+    assert found.endswith("on held-out ones")
 
 
 def test_texts_on_held_out_prompts_are_looked_at_too():

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from minirlhf.evaluation.text_statistics import repeated_share, self_bleu
+from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu, unit_of, units
 
 
 def bleu(text, references, order):
@@ -78,3 +78,20 @@ def test_bad_input_is_refused(texts, order, message):
 @pytest.mark.parametrize(("text", "share"), [("", 0), ("a", 0), ("好好好好", 3 / 4), ("abab", 1 / 2), ("abc", 0)])
 def test_repeated_share(text, share):
     assert repeated_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("texts", "unit"), [
+    (["房间很干净，wifi 很好"], "character"), (["the room was clean", "très bien"], "word"), (["номер чистый"], "word"),
+    (["ห้องสะอาด มาก"], "character"), (["部屋はきれい です"], "character"),
+    (["방이 깨끗하고 좋아요"], "word"), ([], "character"), (["x" * 40], "character"), (["12 34"], "character"),
+])  # fmt: skip
+def test_languages_with_spaces_between_words_vary_in_words(texts, unit):
+    assert unit_of(texts) == unit
+
+
+def test_words_and_characters_by_hand():
+    assert units("a bb  a", "word") == ["a", "bb", "a"] and units("a b", "character") == "a b"
+    assert distinct_n([["a", "bb", "a"], ["a", "bb"]], 2) == pytest.approx(2 / 3)  # (a, bb), (bb, a), (a, bb)
+    assert distinct_n(["aba", "ab"], 2) == pytest.approx(2 / 3) and distinct_n(["a"], 2) == 0.0
+    assert repeated_share(["a", "bb", "a"]) == pytest.approx(1 / 3)
+    assert self_bleu([["a", "b"], ["a", "c"]], 1) == pytest.approx(1 / 2)

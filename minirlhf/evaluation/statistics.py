@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CHUNK = 2**22  # indices drawn at a time
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Draws samples with replacement, `resamples` times, and takes the middle `confidence` of their means.
+    """Resamples with replacement, `resamples` times, and takes the middle `confidence` of the resampled figures.
 
-    Every estimate starts from the same seed, so that a figure does not depend on which others were asked for.
+    Every estimate starts from the same seed, so a figure does not depend on which others were asked for.
     Raises ValueError for a confidence outside (0, 1), fewer than 2 resamples, or a negative seed.
     """
 
@@ -44,28 +44,29 @@ class Bootstrap:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def mean(self, values: ArrayLike) -> Estimate:
-        """Of independent values (N,)."""
+        """The mean of independent values (N,)."""
         x = _checked(values)
-        return self._interval(float(x.mean()), self._means(x, np.random.default_rng(self.seed)))
+        return self.interval(float(x.mean()), self._means(x, np.random.default_rng(self.seed)))
 
     def difference(self, after: ArrayLike, before: ArrayLike) -> Estimate:
-        """Of the mean of `after` (N,) less the mean of `before` (M,), of samples drawn independently of each other."""
+        """Mean of `after` (N,) less mean of `before` (M,), for samples drawn independently of each other."""
         x, y = _checked(after), _checked(before)
         generator = np.random.default_rng(self.seed)
         means = self._means(x, generator) - self._means(y, generator)
-        return self._interval(float(x.mean() - y.mean()), means)
+        return self.interval(float(x.mean() - y.mean()), means)
 
-    def _means(self, x: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
+    def interval(self, figure: float, replicates: Array) -> Estimate:
+        """A figure with the middle of its replicates (resamples,)."""
+        low, high = np.quantile(replicates, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        return Estimate(figure, float(low), float(high))
+
+    def _means(self, x: Array, generator: np.random.Generator) -> Array:
         rows = max(1, CHUNK // len(x))
         counts = [min(rows, self.resamples - done) for done in range(0, self.resamples, rows)]
         return np.concatenate([x[generator.integers(len(x), size=(n, len(x)))].mean(1) for n in counts])
 
-    def _interval(self, mean: float, means: NDArray[np.float64]) -> Estimate:
-        low, high = np.quantile(means, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
-        return Estimate(mean, float(low), float(high))
 
-
-def _checked(values: ArrayLike | Sequence[float]) -> NDArray[np.float64]:
+def _checked(values: ArrayLike) -> Array:
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"expected a list of at least one value, got an array of shape {x.shape}")
