@@ -15,8 +15,9 @@ import torch
 from benchmark import report
 from benchmark.work import Work, autocast
 from minirlhf import GPT2, GraphedDecoder, SamplingConfig, generate
+from minirlhf.common.printing import show
 from minirlhf.io.files import atomic_write
-from shared import command_line, run_script, say
+from shared import command_line, run_script
 
 REPO = Path(__file__).resolve().parents[2]
 PRECISIONS = ("fp32", "bf16")
@@ -29,7 +30,7 @@ def main() -> None:
         raise ValueError("PyTorch finds no GPU on this machine")
     device = torch.device("cuda")
     tests = outcome([sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-o", "addopts=", "-q", "tests"])
-    say(tests[1])
+    show(tests[1])
     model = Work().gpt2().to(device)
     rows = [{"precision": precision, **parity(model, Work().lengths().prompts, precision)} for precision in PRECISIONS]
     output = REPO / "runs" / "gpu-benchmark"
@@ -39,7 +40,7 @@ def main() -> None:
     text = record(report.machine(device), tests, rows, table)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(args.output, text.encode())
-    say(f"{text}\nwritten to {args.output}")
+    show(f"{text}\nwritten to {args.output}")
     if not tests[0] or not timed[0]:
         raise ValueError("a test or the benchmark failed; the record has its last lines")
 
