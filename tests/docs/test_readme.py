@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 import minirlhf
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.commands.main import build_parser
+from minirlhf.commands.table import COMMANDS
 from minirlhf.rl import advantages
 from test_architecture import WINGS
 
@@ -124,6 +127,13 @@ def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
     assert own.iterations == 40 and Path(plain.policy).parent == REPO / "weights"
     assert mine.prompts == ["房间", "早餐", "服务员"] and (config.steps, config.seed) == (6400, 3)
     assert original.policy == "GPT2_FOLDER" and recipe.precision == "bf16" and recipe.minibatch_size == 1
+
+
+def test_the_commands_of_the_command_line_are_understood():
+    commands = [line.split("-m minirlhf ")[1] for page in PAGES for line in read(page).splitlines()
+                if re.match(r"(?: {4})?[\w./= ]*python -m minirlhf [a-z]", line)]  # fmt: skip
+    parsed = {build_parser().parse_args(shlex.split(command)).command for command in commands}
+    assert parsed == COMMANDS.keys()
 
 
 # ---- files and names ------------------------------------------------------------------------------------------------
