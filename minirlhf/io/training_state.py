@@ -51,6 +51,33 @@ def load_moments(
         optimizer.state[parameter] = loaded
 
 
+def load_generator(generator: torch.Generator, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Set a generator to the state saved as `name`.
+
+    Raises ValueError if it is missing or of another kind of device.
+    """
+    if name not in tensors:
+        raise ValueError(f"{name} is missing")
+    try:
+        generator.set_state(tensors[name])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} was saved on another kind of device than {generator.device}, and random generators of the two "
+            f"differ: {error}"
+        ) from error
+
+
+def frozen(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not trained."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def require_fp32(model: nn.Module) -> None:
+    """Raise ValueError for weights that a checkpoint, which holds fp32, would round."""
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise ValueError("a checkpoint holds fp32 weights, but the model has others; call float() on it first")
+
+
 def check_counters(counters: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     """Raise ValueError with name and value for a counter that is missing or fails its check.
 

@@ -1,23 +1,22 @@
-"""The state of a PPOTrainer between two steps: what the next step depends on besides the weights.
-
-`runs` writes it to disk and reads it. Of the reference, which never changes, it has the hash and the source.
-"""
+"""The state of a PPOTrainer between two steps, which `runs` writes to disk; of the reference its hash and source."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-import torch
-
-from minirlhf.io.training_state import State, load_moments, module_hash, moments
+from minirlhf.io.training_state import State, frozen, load_generator, load_moments, module_hash, moments, require_fp32
 
 if TYPE_CHECKING:
     from minirlhf.rl.trainer import PPOTrainer
 
 
 def trainer_state(trainer: PPOTrainer) -> State:
-    """See `PPOTrainer.state_dict`."""
+    """Everything besides the weights that the next step depends on.
+
+    Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
+    ValueError for weights that are not fp32.
+    """
     if trainer.interrupted:
         raise RuntimeError(
             f"the trainer stopped within step {trainer.iteration + 1}, so its state is inconsistent; "
@@ -25,8 +24,7 @@ def trainer_state(trainer: PPOTrainer) -> State:
         )
     if trainer.config.reference == "shared" and module_hash(trainer.reference) != trainer.reference_hash:
         raise RuntimeError("the reference is not what it was: layers that it shares with the policy were changed")
-    if any(p.dtype != torch.float32 for p in trainer.policy.parameters()):
-        raise ValueError("a checkpoint holds fp32 weights, but the policy has others")
+    require_fp32(trainer.policy)
     tensors = {f"generator.{name}": generator.get_state() for name, generator in trainer.generators.items()}
     tensors |= moments(trainer.optimizer, trainer.policy.named_parameters())
     origin = trainer.policy.decoder.origin
@@ -37,8 +35,9 @@ def trainer_state(trainer: PPOTrainer) -> State:
         "micro_batch_size": trainer.micro_batch_size,
         "kl_coef": trainer.kl_controller.coef,
         "scaler": trainer.precision.scaler.state_dict(),
+        "matmul": trainer.precision.matmul,
         "reference": {"sha256": trainer.reference_hash, "source": trainer.reference_source},
-        "frozen": [name for name, p in trainer.policy.named_parameters() if not p.requires_grad],
+        "frozen": frozen(trainer.policy),
         "origin": None if origin is None else dataclasses.asdict(origin),
         "config": dataclasses.asdict(trainer.config),
     }
@@ -46,7 +45,11 @@ def trainer_state(trainer: PPOTrainer) -> State:
 
 
 def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
-    """See `PPOTrainer.load_state_dict`."""
+    """Go on where `trainer_state` was called, on the CPU bit for bit, with the policy of that moment.
+
+    Raises ValueError for another reference, a device whose random generators differ, or a state that does not fit;
+    the trainer must not be used then.
+    """
     tensors, c = state["tensors"], state["counters"]
     if trainer.reference_hash != c["reference"]["sha256"]:
         raise ValueError(
@@ -54,13 +57,11 @@ def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
             f"{c['reference']['sha256'][:12]}..., those given have {trainer.reference_hash[:12]}..."
         )
     for name, generator in trainer.generators.items():
-        try:
-            generator.set_state(tensors[f"generator.{name}"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"the state of the generator {name!r} does not fit {trainer.device}: {error}") from error
+        load_generator(generator, f"generator.{name}", tensors)
     load_moments(trainer.optimizer, trainer.policy.named_parameters(), tensors)
     if trainer.precision.scaler.is_enabled():
         trainer.precision.scaler.load_state_dict(c["scaler"])
+    trainer.precision.matmul = c["matmul"]
     trainer.iteration, trainer.optimizer_steps = c["iteration"], c["optimizer_steps"]
     trainer.bad_steps, trainer.kl_controller.coef = c["bad_steps"], c["kl_coef"]
     if trainer.config.forward_batch_size == c["config"]["forward_batch_size"]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,10 @@ import torch.nn.functional as F
 
 from conftest import VOCAB, make_bert
 from minirlhf import BertClassifier, BertConfig
-from minirlhf.rewards.classifier import predict
-from minirlhf.supervised.classification import (
-    ClassifierTrainingConfig,
-    fit_temperature,
-    reliability_table,
-    train_classifier,
-)
+from minirlhf.rewards.sentiment import predict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "weights" / "train"))
+from classification import ClassifierTrainingConfig, fit_temperature, train_classifier
 
 SIZES = dict(vocab_size=len(VOCAB), max_position_embeddings=16, hidden_size=32, num_hidden_layers=1,
              num_attention_heads=2, intermediate_size=32)  # fmt: skip
@@ -55,8 +54,8 @@ def test_the_first_loss_is_the_mean_cross_entropy(tokenizer):
     expected = F.cross_entropy(logits, torch.tensor([1] * 4 + [0] * 4)).item()
     losses = []
     config = dataclasses.replace(CONFIG, epochs=1, mask_probability=0.0, tokens_per_batch=1000)
-    train_classifier(model, tokenizer, EXAMPLES, config, lambda *step: losses.append(step))
-    assert losses == [(1.0, pytest.approx(expected, rel=1e-5))]
+    train_classifier(model, tokenizer, EXAMPLES, config, lambda _, stats: losses.append(stats))
+    assert losses == [{"classifier/progress": 1.0, "classifier/loss": pytest.approx(expected, rel=1e-5)}]
 
 
 def test_masked_tokens_are_predicted_from_the_others(tokenizer):
@@ -188,23 +187,3 @@ def test_the_fitted_temperature_is_the_best():
     best = fit_temperature(logits, labels)
     losses = {factor: F.cross_entropy(logits / (best * factor), labels).item() for factor in (0.9, 1.0, 1.1)}
     assert losses[1.0] < losses[0.9] and losses[1.0] < losses[1.1]
-
-
-def test_reliability_table_by_hand():
-    probabilities = torch.tensor([0.0, 0.1, 0.24, 0.25, 0.6, 0.7, 0.9, 1.0])
-    labels = torch.tensor([0, 1, 0, 1, 0, 1, 1, 1])
-    rows = reliability_table(probabilities, labels, bins=4)
-    expected = [
-        {"from": 0.0, "to": 0.25, "count": 3, "predicted": 0.34 / 3, "positive": 1 / 3},
-        {"from": 0.25, "to": 0.5, "count": 1, "predicted": 0.25, "positive": 1.0},
-        {"from": 0.5, "to": 0.75, "count": 2, "predicted": 0.65, "positive": 0.5},
-        {"from": 0.75, "to": 1.0, "count": 2, "predicted": 0.95, "positive": 1.0},
-    ]
-    assert len(rows) == 4
-    for row, golden in zip(rows, expected, strict=True):
-        assert row == pytest.approx(golden, abs=1e-6)
-
-
-def test_reliability_table_leaves_empty_bins_out():
-    rows = reliability_table(torch.tensor([0.05, 0.95]), torch.tensor([0, 1]))
-    assert [(row["from"], row["count"]) for row in rows] == [(0.0, 1), (0.9, 1)]
