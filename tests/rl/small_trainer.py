@@ -5,6 +5,7 @@ import torch
 
 from conftest import VOCAB, make_gpt2
 from minirlhf import ActorCritic, PPOTrainer, Tokenizer
+from minirlhf.rl.rollout import rollout_from_tokens
 
 PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
 EOS = VOCAB.index("##a")
@@ -35,6 +36,11 @@ def batch(lengths=((3, 4), (1, 1), (6, 2), (2, 7), (4, 5)), seed=0):
     pairs = [[torch.randint(5, len(VOCAB), (n,), generator=generator) for n in pair] for pair in lengths]
     queries, responses = zip(*pairs, strict=True)
     return list(queries), list(responses), [float(x) for x in torch.randn(len(lengths), generator=generator)]
+
+
+def from_tokens(trainer, *rows):
+    """The Rollout that `step` makes of queries, responses and scores."""
+    return rollout_from_tokens(trainer.models, *rows, trainer.config)
 
 
 def weights(trainer):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_trainer import PROMPTS, batch, make_trainer, reward, weights
+from small_trainer import PROMPTS, batch, from_tokens, make_trainer, reward, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -38,7 +38,7 @@ class Casts(TorchDispatchMode):
 def test_weights_are_cast_once_an_optimizer_step_however_many_micro_batches_it_has():
     trainer = make_trainer(precision="bf16", minibatch_size=5, forward_batch_size=1, ppo_epochs=1)
     rows = batch()
-    rollout = trainer._rollout(*rows)
+    rollout = from_tokens(trainer, *rows)
     whole = make_trainer(precision="bf16", minibatch_size=5, forward_batch_size=5, ppo_epochs=1)
     with Casts(trainer.policy.decoder.blocks[0].mlp.c_fc.weight.shape) as casts:
         stats = trainer.step(rollout)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ragged import NAN, batches, close, spoil, tensors
-from small_trainer import EOS, batch, make_trainer, same, weights
+from small_trainer import EOS, batch, from_tokens, make_trainer, same, weights
 
 import oracle
 from minirlhf.rl.shaping import token_rewards, with_token_rewards
@@ -89,7 +89,7 @@ def test_scores_of_single_tokens_are_kept_and_their_sum_is_the_score():
     queries, responses, _ = batch()
     scores = token_scores(responses)
     trainer = make_trainer(dtype=torch.float64)
-    rollout = trainer._rollout(queries, responses, scores)
+    rollout = from_tokens(trainer, queries, responses, scores)
     assert rollout.scores.tolist() == pytest.approx([sum(row) for row in scores])
     with_rewards, shaped = with_token_rewards(rollout, 0.0, trainer.config)
     assert shaped.tolist() == rollout.scores.tolist()
@@ -107,7 +107,7 @@ def test_shares_of_tokens_are_scaled_as_the_score_is_and_the_last_one_gets_the_r
     trainer = make_trainer(dtype=torch.float64, **settings)
     given = [scores, [sum(row) for row in scores]]
     (of_tokens, shaped), (as_one, expected) = (
-        with_token_rewards(trainer._rollout(queries, responses, form), 0.0, trainer.config) for form in given
+        with_token_rewards(from_tokens(trainer, queries, responses, form), 0.0, trainer.config) for form in given
     )
     rewards = of_tokens.token_rewards
     assert shaped.tolist() == pytest.approx(expected.tolist(), abs=1e-6)  # as for scores of whole responses

@@ -16,6 +16,7 @@ from small_trainer import (
     SMALL,
     batch,
     figures,
+    from_tokens,
     make_trainer,
     reward,
     same,
@@ -123,7 +124,7 @@ def test_the_size_of_micro_batches_changes_nothing(size):
 def test_micro_batches_hold_rows_of_similar_length():
     trainer = make_trainer(minibatch_size=6, forward_batch_size=2, ppo_epochs=1)
     ragged = [torch.arange(1, 3 + n) for n in (9, 1, 8, 2, 9, 1)]
-    seen, rows = [], trainer._rollout([torch.tensor([5])] * 6, ragged, [0.1 * i for i in range(6)])
+    seen, rows = [], from_tokens(trainer, [torch.tensor([5])] * 6, ragged, [0.1 * i for i in range(6)])
     loss = trainer._loss
     trainer._loss = lambda micro_batch: seen.append(micro_batch.tokens.size(1)) or loss(micro_batch)
     trainer.step(rows)
@@ -309,6 +310,35 @@ def test_an_adam_eps_of_zero_is_refused_or_harmless():
     assert all(torch.isfinite(p).all() for p in trainer.policy.parameters())
 
 
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_responses_of_a_prompt_stand_side_by_side_in_rollout_and_minibatches():
+    trainer = make_trainer(batch_size=12, minibatch_size=8, group_size=4, ppo_epochs=3, seed=1, eos_token_id=EOS)
+    rollout = trainer.collect(PROMPTS[:3], reward)
+    assert rollout.prompts == tuple(prompt for prompt in PROMPTS[:3] for _ in range(4)) and rollout.group_size == 4
+    assert len(set(rollout.responses[:4])) > 1
+    seen, update = [], trainer._update
+    trainer._update = lambda minibatch: seen.append(minibatch) or update(minibatch)
+    trainer.step(rollout.replace(scores=torch.arange(12.0)))
+    assert [len(minibatch) for minibatch in seen] == [8, 4] * 3 and {part.group_size for part in seen} == {4}
+    groups = [[row for part in seen[i : i + 2] for row in part.scores.view(-1, 4).tolist()] for i in (0, 2, 4)]
+    for epoch in groups:
+        assert sorted(epoch) == torch.arange(12.0).view(3, 4).tolist()
+    assert groups[0] != groups[1] or groups[1] != groups[2]  # shuffled
+
+
+def test_a_run_draws_as_many_prompts_as_its_batches_have_groups():
+    trainer, rollouts = make_trainer(group_size=2), []
+    trainer.train(PROMPTS, reward, lambda rollout, _: rollouts.append(rollout))
+    assert all(len(rollout) == 4 and rollout.prompts[::2] == rollout.prompts[1::2] for rollout in rollouts)
+
+
+def test_token_lists_that_cannot_be_cut_into_groups_are_refused():
+    with pytest.raises(ValueError, match="5 responses cannot be cut into groups of group_size=2"):
+        make_trainer(group_size=2).step(*batch())
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +404,20 @@ def test_each_token_learns_from_its_own_score():
 # ---- edges and bad input ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lengths", [[(51, 4), (2, 50)], [(63, 1), (1, 63)], [(64, 1), (1, 64)]])
+def test_rows_train_that_fit_while_their_padded_table_does_not(lengths):
+    """64 positions; the last token of a row needs none. A row by itself has the same log-probabilities."""
+    trainer = make_trainer()
+    rows = batch(lengths)
+    together = from_tokens(trainer, *rows)
+    for i, (_, length) in enumerate(lengths):
+        alone = from_tokens(trainer, *([part[i]] for part in rows))
+        torch.testing.assert_close(together.logprobs[i, :length], alone.logprobs[0], atol=1e-5, rtol=0)
+    before = weights(trainer)
+    assert all(math.isfinite(value) for value in trainer.step(together).values())
+    assert any(not torch.equal(before[name], p) for name, p in weights(trainer).items())
+
+
 @pytest.mark.parametrize("lengths", [[(3, 4)], [(1, 1)], [(2, 1), (5, 1)], [(1, 1), (1, 40)]])
 def test_small_and_uneven_batches_train(lengths):
     trainer = make_trainer()
@@ -387,6 +431,7 @@ def test_small_and_uneven_batches_train(lengths):
 def test_scores_may_be_a_list_of_numbers_of_tensors_or_a_tensor():
     queries, responses, scores = batch()
     forms = [scores, tuple(scores), [torch.tensor(x) for x in scores], torch.tensor(scores), np.array(scores)]
+    forms.append(torch.tensor(scores)[:, None])
     results = []
     for form in forms:
         trainer = make_trainer()
@@ -406,7 +451,6 @@ BAD_BATCHES = {
     "one score too many": (GOOD, GOOD, [1.0, 2.0, 3.0]),
     "a score that is not a number": (GOOD, GOOD, [1.0, NAN]),
     "an infinite score": (GOOD, GOOD, [1.0, math.inf]),
-    "scores as a column": (GOOD, GOOD, torch.ones(2, 1)),
     "a token without a score": (GOOD, GOOD, [[1.0], [2.0]]),
     "a score without a token": (GOOD, GOOD, [[1.0, 2.0], [2.0, 3.0]]),
     "token scores of too few responses": (GOOD, GOOD, [[1.0, 2.0]]),

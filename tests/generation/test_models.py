@@ -32,6 +32,11 @@ def test_a_reference_with_too_short_a_context_is_refused_before_the_reward_is_as
         trainer.train(PROMPTS, lambda texts: pytest.fail("the reward was asked"))
 
 
+def test_a_reference_with_a_value_head_is_its_decoder():
+    reference = ActorCritic(make_gpt2(1, **SMALL))
+    assert PPOTrainer(make_gpt2(0, **SMALL), reference, Tokenizer(VOCAB), **DEFAULTS).reference is reference.decoder
+
+
 def test_a_new_value_head_is_made_as_the_settings_say():
     heads = []
     for seed in (0, 0, 1):
@@ -49,7 +54,7 @@ def test_a_new_value_head_is_made_as_the_settings_say():
 def test_on_a_cpu_memory_is_kept_and_threads_are_limited(monkeypatch):
     called = []
     for name in ("keep_freed_memory", "limit_threads"):
-        monkeypatch.setattr(f"minirlhf.rl.setup.{name}", lambda name=name: called.append(name))
+        monkeypatch.setattr(f"minirlhf.generation.models.{name}", lambda name=name: called.append(name))
     make_trainer()
     assert called == ["keep_freed_memory", "limit_threads"]
 
