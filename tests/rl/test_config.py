@@ -48,7 +48,7 @@ BAD_FIELDS = [
     ("missing_eos", "replace"),  # without an eos_token_id
     ("lr", math.inf),
     ("device", "nowhere"),
-    ("gen_len", 64),
+    ("gen_len", 65),
     ("eos_token_id", len(VOCAB)),
     ("eos_token_id", -1),
     ("eos_token_id", 1.5),

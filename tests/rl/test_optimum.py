@@ -74,20 +74,40 @@ def systematic(p, count, generator):
     return RESPONSES[torch.searchsorted(p.cumsum(0), places).clamp_max(len(p) - 1)]
 
 
-def train(seed, beta=0.3, **settings):
-    """The fixed point of the settings, and the distributions (121,) of reference and trained policy."""
-    config = GPT2Config(vocab_size=V, n_positions=8, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2)
+LEASHES = [("k1", "reward", 0.3), ("exact", "reward", 0.3), ("k2", "loss", 0.3), ("k3", "loss", 0.6)]
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+@pytest.mark.parametrize(("estimator", "placement", "beta"), LEASHES)
+def test_a_leash_with_a_fixed_beta_ends_at_its_fixed_point(estimator, placement, beta, whitened, seed=1):
+    config = GPT2Config(vocab_size=V, n_positions=8, n_embd=32, n_layer=1, n_head=2, initializer_range=0.1)
     policy, reference = ActorCritic(GPT2(config, seed=seed)), GPT2(config, seed=seed).eval()
     tokenizer = Tokenizer(VOCAB)
     prompt = tokenizer.encode_prompt("大")
     ref = distribution(reference, prompt)
     trainer = PPOTrainer(
-        policy, reference, tokenizer, steps=50 * 256, batch_size=256, minibatch_size=64, forward_batch_size=64,
-        gen_len=LENGTH, lr=1e-3, lr_schedule="linear", adaptive_kl=False, init_kl_coef=beta, top_p=1.0, vf_coef=0.5,
-        cliprange_value=10.0, ppo_epochs=2, seed=seed, device="cpu", **settings,
+        policy, reference, tokenizer, steps=40 * 512, batch_size=512, minibatch_size=128, forward_batch_size=128,
+        gen_len=LENGTH, lr=2e-3, lr_schedule="linear", lam=1.0, adaptive_kl=False, init_kl_coef=beta, top_p=1.0,
+        vf_coef=0.5, cliprange_value=10.0, ppo_epochs=2, seed=seed, device="cpu", kl_estimator=estimator,
+        kl_placement=placement, whiten_advantages=whitened,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     for _ in range(trainer.config.iterations):
-        responses = systematic(distribution(policy.decoder, prompt), 256, generator)
-        trainer.step([torch.tensor(prompt)] * 256, list(responses), reward_of(responses))
-    return fixed_point(trainer.config.kl_estimator, ref, beta), ref, distribution(policy.decoder, prompt)
+        responses = systematic(distribution(policy.decoder, prompt), 512, generator)
+        trainer.step([torch.tensor(prompt)] * 512, list(responses), reward_of(responses))
+
+    learned, expected = distribution(policy.decoder, prompt), fixed_point(estimator, ref, beta)
+    before, after = (0.5 * (p - expected).abs().sum().item() for p in (ref, learned))  # total variation
+    print(f"{estimator} {whitened} {before:.3f} -> {after:.4f}, KL {(learned * (learned / expected).log()).sum():.5f}")
+    assert before > 0.3
+    assert after < 0.03
+    assert (learned * (learned / expected).log()).sum() < 0.01
+
+
+def test_the_fixed_points_are_not_the_same():
+    """Of the leashes in the loss neither aims at the optimum, so the test above tells all of them apart."""
+    ref = torch.full((V**2,), 1 / V**2, dtype=torch.float64)
+    ends = [fixed_point(estimator, ref, 0.5) for estimator, _, _ in LEASHES]
+    apart = {(i, j): 0.5 * (ends[i] - ends[j]).abs().sum().item() for i, j in itertools.combinations(range(4), 2)}
+    assert apart.pop((0, 1)) == 0 and min(apart.values()) > 0.03
+    assert all(end.sum().item() == pytest.approx(1, abs=1e-9) for end in ends)

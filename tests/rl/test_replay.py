@@ -323,7 +323,3 @@ def test_full_softmax_logprobs_are_not_the_sampler_s():
     missing = (rollout.sampler_logprobs - rollout.logprobs)[rollout.response_mask]
     assert (missing > -1e-5).all()  # -log Z of each state
     assert missing.mean() > 0.1
-
-
-def test_both_modes_sample_the_same_tokens():
-    assert torch.equal(collect(True)[1].tokens, collect(False)[1].tokens)

@@ -7,7 +7,6 @@ import torch
 
 from conftest import VOCAB, make_gpt2
 from minirlhf import ActorCritic, Models, PPOConfig, Tokenizer, collect_rollout, generate
-from minirlhf.generation.sampling import unpack_set
 from minirlhf.rl import rollout as rollouts
 from minirlhf.rl.logprobs import response_logprobs
 
@@ -107,24 +106,6 @@ def test_the_policy_reads_nothing_twice_if_the_decode_tells_its_states(models, m
         monkeypatch.setattr(model, "hidden_states", watched)
     collect(models)
     assert calls == [("policy", False)] * 6 + [("reference", True)] * -(-len(PROMPTS) // size)
-
-
-def test_the_sampler_s_logprobs_are_those_of_scoring(models):
-    rollout = collect(models)
-    torch.testing.assert_close(rollout.sampler_logprobs, rollout.logprobs, atol=2e-5, rtol=0)
-
-
-def test_exact_kl_is_over_the_sampling_set(models):
-    policy, reference = models.policy, models.reference
-    rollout = collect(models, prompts=["酒店很好"])
-    keep = unpack_set(rollout.sampling_sets, len(VOCAB))[0]
-    with torch.no_grad():
-        logits, ref = (model(rollout.tokens)[0, -7:-1].double() / 0.9 for model in (policy.decoder, reference))
-    for t in range(6):
-        p, q = logits[t][keep[t]].softmax(-1), ref[t][keep[t]].softmax(-1)
-        assert rollout.exact_kl[0, t].item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-4)
-        chosen = keep[t].nonzero().flatten().tolist().index(rollout.tokens[0, t - 6].item())
-        assert rollout.ref_logprobs[0, t].item() == pytest.approx(q[chosen].log().item(), abs=1e-4)
 
 
 def test_rows_are_trimmed_without_changing_what_is_scored(models):
