@@ -15,6 +15,7 @@ point p has, in every state s, sum_a grad p(a) Q(s, a) equal to beta times the m
 
 import itertools
 
+import pytest
 import torch
 
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer
