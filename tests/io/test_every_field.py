@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import VOCAB, make_bert, make_gpt2
-from minirlhf import GPT2, ActorCritic, BertClassifier, Tokenizer
+from minirlhf import ActorCritic, BertClassifier, Tokenizer
 from minirlhf.text.byte_bpe import ByteBPE
 
 MISSING = object()
@@ -72,9 +72,7 @@ SMALL_BPE = [*(chr(i) for i in [*range(33, 127), *range(161, 173), *range(174, 2
 SMALL_BPE = ByteBPE([*SMALL_BPE, "<|endoftext|>"], [("a", "b")])
 FOLDERS = {
     "gpt2": (make_gpt2_folder, ActorCritic.from_pretrained),
-    "gpt2 trunk": (make_gpt2_folder, GPT2.from_trunk),
     "bert": (make_bert_folder, BertClassifier.from_pretrained),
-    "bert trunk": (make_bert_folder, lambda folder: BertClassifier.from_trunk(folder, {0: "reward"})),
     "wordpiece": (make_tokenizer_folder(VOCAB), Tokenizer.from_pretrained),
     "bpe": (make_tokenizer_folder(SMALL_BPE), Tokenizer.from_pretrained),
     "vocab.txt": (make_tokenizer_folder(VOCAB, ["tokenizer.json"]), Tokenizer.from_pretrained),
