@@ -1,4 +1,4 @@
-"""Every field of every JSON file that a model folder holds: whatever stands there, loading works or says what is wrong."""
+"""Every field of every JSON file of a model folder: whatever stands there, loading works or says what is wrong."""
 
 import json
 
