@@ -142,7 +142,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     if found != FORMAT:
         raise ValueError(f"{folder} has the checkpoint format {found!r:.20}, this version reads {FORMAT}")
     with naming(folder / COUNTERS_FILE):
-        check_counters(counters, {"config": lambda value: isinstance(value, dict)})
+        check_counters(counters, READ_FIRST)
     counters["config"] = {name: math.inf if x == "inf" else x for name, x in counters["config"].items()}
     return {"tensors": read_tensors(folder / STATE_TENSORS), "counters": counters}
 
@@ -209,9 +209,12 @@ def _load_ppo(folder: Path, state: State, ref_policy: Any, overrides: dict[str, 
     return trainer
 
 
-# What training.json must hold, by kind.
+# What training.json must hold.
+READ_FIRST: dict[str, Check] = {
+    "kind": lambda value: isinstance(value, str) and value in FREE_FIELDS,
+    "config": lambda value: isinstance(value, dict),
+}
 COUNTERS: dict[str, Check] = {
-    "kind": lambda value: value in FREE_FIELDS,
     "scaler": is_scaler,
     "frozen": lambda value: isinstance(value, list) and all(map(is_text, value)),
     "origin": lambda value: value is None or is_record(value, name=is_text, config=lambda x: isinstance(x, dict)),

@@ -344,9 +344,7 @@ def _clear(best: Path) -> None:
         _remove(best)
         return
     aside = best.with_name(f"{best.name}.copy")
-    warnings.warn(
-        f"{best} is a folder and no copy of a checkpoint beside it; it is kept as {aside.name}", stacklevel=2
-    )
+    warnings.warn(f"{best} is a folder and no copy of a checkpoint beside it; it is kept as {aside.name}", stacklevel=2)
     shutil.rmtree(aside, ignore_errors=True)
     best.rename(aside)
 
