@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
+JUDGE = ["openai>=1.60"]
 TESTS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45", "scikit-learn>=1.4"]
 
 setup(
@@ -30,6 +31,7 @@ setup(
     install_requires=["torch>=2.4", "numpy>=1.24", "tokenizers>=0.20", "safetensors>=0.4"],
     extras_require={
         "examples": EXAMPLES,
-        "dev": [*EXAMPLES, *TESTS, "ruff", "mypy"],
+        "judge": JUDGE,
+        "dev": [*EXAMPLES, *JUDGE, *TESTS, "ruff", "mypy"],
     },
 )

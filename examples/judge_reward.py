@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.common.text import printable
-from minirlhf.rewards.base import ChatJudge, ChatJudgeConfig
+from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.log import RunLog
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -30,8 +30,8 @@ A text that is not a sentence of Chinese, or that repeats itself, gets at most 2
 def main() -> None:
     args = read_arguments()
 
-    # 1. The judge. It asks for a number from 0 to 10 and takes nothing else for an answer; waits, retries, and what
-    #    happens to texts that it will not score are fields of the config.
+    # 1. The judge. It asks for a number from 0 to 10. Timeouts, retries, and the score of texts whose answers hold no
+    #    such number are fields of the config. ChatJudge(config, complete) asks a callable of yours instead.
     judge = ChatJudge(
         ChatJudgeConfig(
             base_url=args.base_url,
@@ -78,8 +78,8 @@ def main() -> None:
         log.samples(iteration + 1, texts, scores)
         print(
             f"step {iteration + 1}: score {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}, "
-            f"{judged['judge/requests']:.0f} requests of {judged['judge/latency']:.2f} s, "
-            f"{judged['judge/unparsed']:.0f} without a score, spent {spent:.4f}"
+            f"{judged['judge/requests']:.0f} requests, {judged['judge/unparsed']:.0f} texts without a score, "
+            f"spent {spent:.4f}"
         )
         # 5. Read them: a policy that has found words which fool the judge has a fine reward too.
         for text, score in zip(texts, scores, strict=True):

@@ -15,7 +15,7 @@ import time
 import torch
 
 from minirlhf import GPT2, BertClassifier, BertConfig, Tokenizer
-from minirlhf.rewards.classifier import predict
+from minirlhf.rewards.sentiment import predict
 from minirlhf.supervised.classification import (
     ClassifierTrainingConfig,
     fit_temperature,

@@ -4,6 +4,7 @@ from minirlhf.evaluation.best_of import BestOfN, best_of_n
 from minirlhf.evaluation.doctor.doctor import Finding, doctor
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.generation.generate import Generation, generate
+from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig, sample_top_p
 from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.bert import BertClassifier, BertConfig
@@ -11,13 +12,12 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.models.loading import load_decoder
-from minirlhf.rewards.base import SentimentReward
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.kl import AdaptiveKL, FixedKL
 from minirlhf.rl.rollout import Rollout, collect_rollout
-from minirlhf.rl.setup import Models
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.run import Run
 from minirlhf.text.tokenizer import Tokenizer

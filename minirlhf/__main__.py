@@ -27,12 +27,12 @@ from minirlhf.evaluation.doctor.patient import FAIL
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
 from minirlhf.generation import generate as generation
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io import conversion, hub
+from minirlhf.io import hub, model_folder
 from minirlhf.io.files import naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.rewards.base import SentimentReward
 from minirlhf.rewards.scorers import load_scorer
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.text.tokenizer import Tokenizer
 
 BATCH = 16  # texts a forward pass; their output appears together
@@ -106,14 +106,14 @@ DEVICE = argument("--device", default="auto", help="auto, cpu or cuda[:index]; d
 def download(name: str, to: str | None, revision: str) -> None:
     """Fetch a model from the hub, convert its weights to safetensors if need be, and print its folder."""
     folder = hub.download(name, to, revision)
-    conversion.convert(folder)
+    model_folder.convert(folder)
     print(folder)
 
 
 @command(argument("folder", metavar="FOLDER", help="folder with pytorch_model.bin, single or sharded"))
 def convert(folder: str) -> None:
     """Convert the pickled weights of a model folder to safetensors, and print their path."""
-    print(conversion.convert(folder))
+    print(model_folder.convert(folder))
 
 
 @command(
@@ -145,9 +145,8 @@ def generate(
     """Print continuations of prompts."""
     sampling, where = SamplingConfig(temperature, top_k, top_p), resolve_device(device)
     tokenizer, gpt2 = Tokenizer.from_pretrained(model), GPT2.from_pretrained(model).to(where)
-    if len(tokenizer) != gpt2.config.vocab_size:
-        made_for = f"the model was made for {gpt2.config.vocab_size}"
-        raise ValueError(f"{model}: the vocabulary has {len(tokenizer)} tokens, but {made_for}")
+    with naming(model):
+        gpt2.fit_vocabulary(len(tokenizer))
     generator = torch.Generator(where).manual_seed(seed)
     # A prompt at a time: what is sampled does not depend on how the prompts come in.
     for (text,) in batches(prompt, 1):

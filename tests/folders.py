@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minirlhf.io.model_folder import read_metadata, read_tensors
 from minirlhf.runs.checkpoint import COUNTERS_FILE, MANIFEST_FILE
+
+from minirlhf.io.model_folder import read_metadata, read_tensors
 
 
 def snapshot(folder: Path) -> dict[str, Any]:

@@ -53,6 +53,11 @@ def require_above(config: object, bound: float, *names: str) -> None:
     _require_numbers(config, names, lambda x: bound < x < math.inf, f"a finite number above {bound:g}")
 
 
+def require_fraction(config: object, *names: str) -> None:
+    """Every named field is a number between 0 and 1, both excluded."""
+    _require_numbers(config, names, lambda x: 0 < x < 1, "a number between 0 and 1")
+
+
 def require_unit_interval(config: object, *names: str) -> None:
     """Every named field is a number in [0, 1]."""
     _require_numbers(config, names, lambda x: 0 <= x <= 1, "a number in [0, 1]")

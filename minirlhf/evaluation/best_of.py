@@ -188,10 +188,7 @@ def _loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[GPT2, Tokenize
         raise ValueError(f"policy must be a GPT2, an ActorCritic or a folder, got a {type(policy).__name__}")
     if tokenizer is None:
         raise ValueError("a policy that is a model needs tokenizer=")
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(
-            f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
-        )
+    model.fit_vocabulary(len(tokenizer))
     return model, tokenizer
 
 

@@ -231,9 +231,7 @@ class _Judge:
 
 def _check_models(policy: GPT2, reference: GPT2, tokenizer: Tokenizer) -> None:
     for name, model in (("policy", policy), ("reference", reference)):
-        if model.config.vocab_size != len(tokenizer):
-            sizes = f"the vocabulary has {len(tokenizer)} tokens, but the {name} was made for {model.config.vocab_size}"
-            raise ValueError(sizes)
+        model.fit_vocabulary(len(tokenizer), name)
     devices = policy.wte.weight.device, reference.wte.weight.device
     if devices[0] != devices[1]:
         raise ValueError(f"policy and reference must be on one device, they are on {devices[0]} and {devices[1]}")

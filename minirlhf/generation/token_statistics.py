@@ -41,25 +41,13 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 # ---- the same in fewer passes ---------------------------------------------------------------------------------------
 
 
-def logprobs_and_entropy(
-    logits: Tensor, tokens: Tensor, temperature: float = 1.0, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probability (N,) of each token, -inf for one outside `keep`, and entropy (N,), in nats, with gradients.
-
-    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled
-    from, as in `sampling.restrict`. Autograd of the definitions keeps half a dozen tensors of the logits' shape for the
-    backward pass; this keeps one.
-    """
-    return _LogprobsAndEntropy.apply(logits, tokens, temperature, keep)
-
-
 @torch.no_grad()
 def compare(
     logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float = 1.0, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, entropy, the reference's log-probability, and KL(policy || reference), each (N,), in nats.
 
-    logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `logprobs_and_entropy`.
+    logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `LogprobsAndEntropy`.
     """
 
     def normalised(z: Tensor) -> Tensor:  # (N, V), finite also where it is not kept
@@ -80,10 +68,14 @@ def compare(
     return logprobs, entropy, ref_logprobs, kl
 
 
-class _LogprobsAndEntropy(torch.autograd.Function):
-    """With p = softmax(x), x = logits / temperature, and H the entropy of p:
+class LogprobsAndEntropy(torch.autograd.Function):
+    """`apply`: log-probability (N,) of each token, -inf for one outside `keep`, and entropy (N,), in nats.
 
-    d log p_i / dx_j = [i = j] - p_j        dH / dx_j = -p_j (log p_j + H)
+    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled
+    from, as in `sampling.restrict`. Autograd of the definitions keeps half a dozen tensors of the logits' shape for the
+    backward pass; this keeps one. With p = softmax(x), x = logits / temperature, and H the entropy of p:
+
+        d log p_i / dx_j = [i = j] - p_j        dH / dx_j = -p_j (log p_j + H)
     """
 
     @staticmethod
@@ -91,17 +83,20 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x = restrict(logits, temperature, keep)
-        p = x.softmax(-1)
-        largest, where = p.max(-1, keepdim=True)
-        logsumexp = x.gather(-1, where) - largest.log()  # (N, 1)
-        logprobs = x.gather(-1, tokens.unsqueeze(-1)) - logsumexp
-        if keep is not None:  # then x is a copy of our own
+        # Less the maximum, so that logits around 100 do not cost the entropy three digits.
+        maximum = x.amax(-1, keepdim=True)
+        x = x - maximum if x is logits else x.sub_(maximum)
+        picked = x.gather(-1, tokens.unsqueeze(-1))
+        if keep is not None:
             x.clamp_min_(LOWEST)
-        entropy = logsumexp - p.mul_(x).sum(-1, keepdim=True)  # no matrix product, which autocast would round
+        p = x.exp()
+        total = p.sum(-1, keepdim=True)
+        logsumexp = total.log()  # (N, 1)
+        entropy = logsumexp - p.mul_(x).sum(-1, keepdim=True) / total  # no matrix product, which autocast would round
         ctx.save_for_backward(x, tokens, logsumexp, entropy)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.set_materialize_grads(False)
-        return logprobs.squeeze(-1), entropy.squeeze(-1)
+        return (picked - logsumexp).squeeze(-1), entropy.squeeze(-1)
 
     @staticmethod
     @once_differentiable

@@ -24,6 +24,7 @@ class Decoder(nn.Module):
     """A causal language model: `model(ids, attention_mask=None) -> logits (B, T, V)`."""
 
     origin: Origin | None = None  # what it was loaded from
+    n_tokens: int | None = None  # tokens of the tokenizer, if the embedding has more rows (see `fit_vocabulary`)
     # Keep no activations but those between blocks; the backward pass recomputes the rest (Chen et al. 2016).
     checkpoint_activations = False
 
@@ -32,7 +33,15 @@ class Decoder(nn.Module):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """V, tokens of the vocabulary."""
+        """V, the number of tokens that have a logit."""
+
+    @abstractmethod
+    def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
+        """Give logits to the tokenizer's tokens only: rows that pad the embedding are then never sampled.
+
+        n_tokens: tokens of the tokenizer. name: of the model in the error.
+        Raises ValueError if the embedding has fewer rows.
+        """
 
     @property
     @abstractmethod

@@ -7,7 +7,7 @@ embedding. Parameter names are those of the published checkpoints (`wte`, `h.0.a
 Shapes: B batch, T tokens of this call, S tokens in the cache and this call together, C width, nh heads, hs = C / nh
 head size, V vocabulary.
 
-Left out: attention variants that no GPT-2 checkpoint uses (cross-attention, scaling by layer index).
+Left out: cross-attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.common.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
+from minirlhf.common.validation import (
+    require,
+    require_above,
+    require_bools,
+    require_fraction,
+    require_one_of,
+    require_positive_ints,
+    require_rates,
+)
 from minirlhf.io.files import naming
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed
@@ -34,6 +42,7 @@ from minirlhf.models.layers import (
     ACTIVATIONS,
     Conv1D,
     attention,
+    check_vocabulary,
     config_from_json,
     fill,
     global_rng_kept,
@@ -44,10 +53,11 @@ from minirlhf.models.packing import Packing
 
 # Variants of the computation that published configs can ask for and this model does not have.
 FIXED_FIELDS = {
-    "scale_attn_weights": (True,),
+    "scale_attn_weights": (True,),  # `read_published` turns other values of these two into other query weights
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
+TRUNK = ("wte", "wpe", "h", "ln_f")  # what every head stands on
 LAYER_TENSORS = 12  # of one block
 # Other names that published configs have for fields of ours.
 FIELD_NAMES = {
@@ -76,11 +86,14 @@ class GPT2Config:
     attn_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True  # False: the LM head has a weight of its own
 
     def __post_init__(self) -> None:
         require_positive_ints(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
         require_rates(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
-        require_positive(self, "layer_norm_epsilon", "initializer_range")
+        require_fraction(self, "layer_norm_epsilon")
+        require_above(self, 0, "initializer_range")
+        require_bools(self, "tie_word_embeddings")
         require_one_of(self, "activation_function", ACTIVATIONS)
         if self.n_inner is not None:
             require_positive_ints(self, "n_inner")
@@ -153,7 +166,7 @@ class Block(nn.Module):
 
 
 class GPT2(Decoder):
-    """GPT-2 with a tied LM head: `model(ids, attention_mask=None) -> logits (B, T, V)`.
+    """GPT-2 with an LM head: `model(ids, attention_mask=None) -> logits (B, T, V)`.
 
     config: a GPT2Config. seed: of the generator that draws the initial weights.
     """
@@ -167,11 +180,25 @@ class GPT2(Decoder):
             self.drop = nn.Dropout(config.embd_pdrop)
             self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+            tied = config.tie_word_embeddings
+            self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self._init_weights(seed)
 
     @property
     def vocab_size(self) -> int:
-        return self.config.vocab_size
+        """V, the number of tokens that have a logit."""
+        return self.n_tokens or self.config.vocab_size
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight (V, C) of the LM head: the token embedding's, unless the head is untied."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        return weight if self.n_tokens is None else weight[: self.n_tokens]
+
+    def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
+        """See `Decoder.fit_vocabulary`."""
+        check_vocabulary(self.config.vocab_size, n_tokens, name)
+        self.n_tokens = None if n_tokens == self.config.vocab_size else n_tokens
 
     @property
     def n_positions(self) -> int:
@@ -201,7 +228,7 @@ class GPT2(Decoder):
         if attention_mask is not None and attention_mask.shape != (len(ids), past + T):
             expected = (len(ids), past + T)
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {expected}")
-        packing = None
+        packing, allowed = None, None  # type: Packing | None, Tensor | None
         if isinstance(cache, StaticKVCache):
             positions, allowed = cache.positions, cache.allowed
         elif segments is not None:
@@ -235,8 +262,8 @@ class GPT2(Decoder):
             raise ValueError(f"a sequence of {longest} tokens is longer than the model's {self.n_positions} positions")
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C), by the tied token embedding."""
-        return F.linear(hidden, self.wte.weight)
+        """Logits (..., V) of hidden states (..., C)."""
+        return F.linear(hidden, self.head_weight)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """See `Decoder.new_cache`."""
@@ -246,27 +273,49 @@ class GPT2(Decoder):
         like = weight.new_empty(0, dtype=dtype)
         return KVCache(c.n_layer, batch_size, c.n_head, max_length, c.n_embd // c.n_head, like)
 
+    @staticmethod
+    def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `gpt2.read_published`."""
+        return read_published(folder)
+
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
-        Read are the names that published checkpoints have: with or without `transformer.`, with or without a tied
-        `lm_head.weight`, with attention masks, which are dropped.
+        Names may have the prefixes of training wrappers and `transformer.` or not; `lm_head.weight` may be stored,
+        tied or untied. Causal masks and a value head of TRL (`v_head.*`) are dropped.
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
-        content, tensors = read_folder(folder)
-        check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+        content, named = read_published(folder)
+        return cls.from_tensors(
+            folder, content, {name: t for name, t in named.items() if not name.startswith("v_head.")}
+        )
+
+    @classmethod
+    def from_trunk(cls, folder: str | os.PathLike[str]) -> GPT2:
+        """Load the transformer of a GPT-2 folder without its heads, of whatever kind, with a tied LM head.
+
+        Raises as `from_pretrained`.
+        """
+        content, named = read_published(folder)
+        trunk = {name: tensor for name, tensor in named.items() if name.split(".")[0] in TRUNK}
+        return cls.from_tensors(folder, {**content, "tie_word_embeddings": True}, trunk)
+
+    @classmethod
+    def from_tensors(cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]) -> GPT2:
+        """A model of what `read_published` read from a folder, less what the model does not hold."""
         with naming(folder), shapes_only():
-            model = cls(read_config(content, len(tensors)))
-        named = renamed(tensors, own_name, folder)
-        head = named.pop("lm_head.weight", None)
-        if head is None and not content.get("tie_word_embeddings", True):
-            raise ValueError(f"{folder}: config.json has an LM head that is not tied, but there is no lm_head.weight")
-        if head is not None:
-            named.setdefault("wte.weight", head)
-        fill(model, named, folder)  # which says first if the values are none
+            model = cls(read_config(content, len(named)))
+        head = None
+        if model.config.tie_word_embeddings:
+            head = named.pop("lm_head.weight", None)
+            if head is not None:
+                named.setdefault("wte.weight", head)
+        fill(model, named, folder)
         if head is not None and not torch.equal(model.wte.weight, head.float()):
-            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied LM heads are supported")
+            raise ValueError(
+                f"{folder}: lm_head.weight differs from wte.weight; config.json must say tie_word_embeddings=false then"
+            )
         model.origin = Origin.of(folder, content)
         return model.eval()
 
@@ -281,10 +330,12 @@ class GPT2(Decoder):
             "model_type": "gpt2",
             **dataclasses.asdict(self.config),
             "n_ctx": self.config.n_positions,  # what llama.cpp's converter reads
-            "tie_word_embeddings": True,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        tensors = {f"transformer.{name}": tensor for name, tensor in self.state_dict().items()}
+        tensors = {
+            name if name.startswith("lm_head.") else f"transformer.{name}": tensor
+            for name, tensor in self.state_dict().items()
+        }
         config = published_config(content, self.origin)
         if self.config.vocab_size <= TRANSFORMERS_EOS:  # no token of this vocabulary
             config = {"bos_token_id": None, "eos_token_id": None, **config}
@@ -299,8 +350,35 @@ class GPT2(Decoder):
                 nn.init.normal_(parameter, 0.0, std / math.sqrt(2 * self.config.n_layer), generator=generator)
 
 
+def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of a GPT-2 folder's `config.json`, and all its tensors by their names in the model.
+
+    Variants of the scale of attention become the usual one, 1 / sqrt(hs), with the difference in the query weights.
+    Raises as `GPT2.from_pretrained`.
+    """
+    content, tensors = read_folder(folder)
+    by_layer = content.get("scale_attn_by_inverse_layer_idx") is True
+    unscaled = content.get("scale_attn_weights") is False
+    if by_layer:
+        content["scale_attn_by_inverse_layer_idx"] = False
+    if unscaled:
+        content["scale_attn_weights"] = True
+    check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+    named = renamed(tensors, own_name, folder)
+    if by_layer or unscaled:
+        with naming(folder):
+            config = read_config(content, len(tensors))
+        scale = math.sqrt(config.n_embd / config.n_head) if unscaled else 1.0
+        for layer in range(config.n_layer):
+            for name in (f"h.{layer}.attn.c_attn.weight", f"h.{layer}.attn.c_attn.bias"):
+                if name in named and named[name].is_floating_point():
+                    named[name] = named[name].float()
+                    named[name][..., : config.n_embd] *= scale / (layer + 1 if by_layer else 1)  # the queries
+    return content, named
+
+
 def read_config(content: Mapping[str, Any], stored: int) -> GPT2Config:
-    """The GPT2Config of a published `config.json`, by whichever names, for a file of `stored` tensors.
+    """The GPT2Config of a published `config.json`, with any of its names for a field, for a file of `stored` tensors.
 
     Raises ValueError for a bad field, or more layers than the file can hold: even an empty one costs memory.
     """

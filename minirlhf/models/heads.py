@@ -18,7 +18,7 @@ from minirlhf.io.model_card import ModelCard
 from minirlhf.io.model_folder import cast, check_tensors, read_metadata, read_tensors, write_folder
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import global_rng_kept
-from minirlhf.models.loading import load_decoder
+from minirlhf.models.loading import decoder_class
 from minirlhf.text.tokenizer import Tokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -74,21 +74,28 @@ class ActorCritic(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], value_head: str | None = None) -> ActorCritic:
-        """Load a decoder's folder, and its `value_head.safetensors` if it has one, in eval mode.
+        """Load a decoder's folder with its value head, `value_head.safetensors` or TRL's `v_head.*`, in eval mode.
 
         value_head: the kind of head; None: the one in the folder, or a linear one.
         Raises as `load_decoder`, and ValueError for a head that does not fit.
         """
-        decoder = load_decoder(folder)
+        kind = decoder_class(folder)
+        content, named = kind.read_published(folder)
+        of_trl = {name.removeprefix("v_head."): named.pop(name) for name in list(named) if name.startswith("v_head.")}
+        decoder = kind.from_tensors(folder, content, named)
         path = locate(folder) / VALUE_HEAD_FILE
         stored = read_metadata(path).get("kind", "linear") if path.is_file() else None
+        if of_trl:
+            if stored is not None:
+                raise ValueError(f"{folder} holds two value heads, {VALUE_HEAD_FILE} and v_head.* among the weights")
+            stored = "linear"  # as TRL's is
         if stored is not None and stored not in VALUE_HEAD_KINDS:
             raise ValueError(f"{path} holds a {stored!r} value head, known are {', '.join(VALUE_HEAD_KINDS)}")
         if stored is not None and value_head not in (None, stored):
             raise ValueError(f"{path} holds a {stored!r} value head, but a {value_head!r} one was asked for")
         head = ValueHead(decoder.width, value_head or stored or "linear")
         if stored is not None:
-            tensors = read_tensors(path)
+            tensors = of_trl or read_tensors(path)
             check_tensors(tensors, {name: p.shape for name, p in head.state_dict().items()}, path)
             head.load_state_dict(tensors)
         return cls(decoder, head).eval()
@@ -131,12 +138,8 @@ def with_value_head(
 
 def check_models(policy: Decoder, reference: Decoder, tokenizer: Tokenizer) -> None:
     """Raise ValueError unless policy, reference and tokenizer fit each other."""
-    sizes = policy.vocab_size, reference.vocab_size, len(tokenizer)
-    if len(set(sizes)) != 1:
-        raise ValueError(
-            f"policy, reference and tokenizer must share one vocabulary, but have {sizes[0]}, {sizes[1]} and "
-            f"{sizes[2]} tokens"
-        )
+    policy.fit_vocabulary(len(tokenizer), "policy")
+    reference.fit_vocabulary(len(tokenizer), "reference")
     if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
         raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
     if reference.n_positions < policy.n_positions:

@@ -13,12 +13,20 @@ from minirlhf.models.gpt2 import GPT2
 DECODERS: dict[str, type[GPT2]] = {"gpt2": GPT2}  # `model_type` of a published config.json -> class
 
 
-def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
-    """Load a decoder's folder by the `model_type` of its config.json, in fp32 and in eval mode.
+def decoder_class(folder: str | os.PathLike[str]) -> type[GPT2]:
+    """The class of a decoder's folder, by the `model_type` of its config.json.
 
-    Raises FileNotFoundError for a missing folder or file; ValueError for an unknown architecture or a damaged file.
+    Raises FileNotFoundError for a missing folder or file, ValueError for an architecture that DECODERS does not have.
     """
     kind = read_json(locate(folder) / CONFIG_FILE).get("model_type", "gpt2")
     if kind not in DECODERS:
-        raise ValueError(f"{folder}: model_type must be one of {', '.join(DECODERS)}, got {kind!r}")
-    return DECODERS[kind].from_pretrained(folder)
+        raise ValueError(f"{folder}: config.json has model_type={kind!r}, expected one of {', '.join(DECODERS)}")
+    return DECODERS[kind]
+
+
+def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
+    """Load a decoder's folder, in fp32 and in eval mode.
+
+    Raises as `decoder_class`, and ValueError for a damaged file.
+    """
+    return decoder_class(folder).from_pretrained(folder)

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.generation.sampling import restrict, unpack_set
 from minirlhf.generation.token_statistics import (
+    LogprobsAndEntropy,
     compare,
     entropy,
     exact_kl,
     gather_logprobs,
-    logprobs_and_entropy,
 )
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
@@ -87,8 +87,8 @@ def response_logprobs(
     rows = max(1, size // policy.decoder.vocab_size)
     parts = []
     for start in range(0, max(len(picked), 1), rows):
-        cut = (None if x is None else x[start : start + rows] for x in (hidden, ref_hidden, picked, sets))
-        arguments = (policy.decoder, reference, *cut, temperature)
+        cut: Any = (None if x is None else x[start : start + rows] for x in (hidden, ref_hidden, picked, sets))
+        arguments: Any = (policy.decoder, reference, *cut, temperature)
         recomputed = recorded and len(picked) > rows
         parts.append(checkpoint(_of_chunk, *arguments, use_reentrant=False) if recomputed else _of_chunk(*arguments))
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -121,7 +121,7 @@ def _of_chunk(
     keep = None if sets is None else unpack_set(sets, model.vocab_size)
     logits = model.lm_logits(hidden)  # (n, V)
     if reference is None or ref_hidden is None:
-        return logprobs_and_entropy(logits, picked, temperature, keep)
+        return LogprobsAndEntropy.apply(logits, picked, temperature, keep)
     with torch.no_grad():
         ref_logits = reference.lm_logits(ref_hidden)
     if not torch.is_grad_enabled():

@@ -16,21 +16,16 @@ def masked_sum(x: Tensor, mask: Tensor, per_row: bool = False) -> Tensor:
     return x.sum(-1, keepdim=True) if per_row else x.sum()
 
 
-def count(mask: Tensor, per_row: bool = False) -> Tensor:
-    """The number of unmasked entries, 0-d; or of each row, (B, 1)."""
-    return mask.sum(-1, keepdim=True) if per_row else mask.sum()
-
-
 def masked_mean(x: Tensor, mask: Tensor, per_row: bool = False) -> Tensor:
     """Mean over the unmasked entries of x (B, R), 0-d; or of each row, (B, 1). 0 where there are none."""
-    return masked_sum(x, mask, per_row) / count(mask, per_row).clamp_min(1)
+    return masked_sum(x, mask, per_row) / masked_sum(mask, mask, per_row).clamp_min(1)
 
 
 def masked_var(x: Tensor, mask: Tensor, ddof: int = 1, per_row: bool = False) -> Tensor:
     """Variance over the unmasked entries of x (B, R), 0-d; or of each row, (B, 1). Divides by their number - `ddof`."""
     x = torch.where(mask.bool(), x, 0.0)  # before any arithmetic: 0 times a NaN gradient is NaN
     squares = (x - masked_mean(x, mask, per_row)).square()
-    return masked_sum(squares, mask, per_row) / (count(mask, per_row) - ddof).clamp_min(1)
+    return masked_sum(squares, mask, per_row) / (masked_sum(mask, mask, per_row) - ddof).clamp_min(1)
 
 
 def whiten(
@@ -46,13 +41,13 @@ def whiten(
     mean = masked_mean(x, mask, per_row)
     whitened = (x - mean) / (masked_var(x, mask, ddof, per_row) + eps).sqrt()
     whitened = whitened if shift_mean else whitened + mean
-    return torch.where(mask.bool() & (count(mask, per_row) >= 2), whitened, x)
+    return torch.where(mask.bool() & (masked_sum(mask, mask, per_row) >= 2), whitened, x)
 
 
 def whitening_scale(x: Tensor, mask: Tensor, ddof: int = 1, eps: float = 1e-8, per_row: bool = False) -> Tensor:
     """The factor (B, R) by which `whiten` multiplies: what else is weighed against the result needs the same."""
     scale = (masked_var(x, mask, ddof, per_row) + eps).rsqrt()
-    return torch.where(count(mask, per_row) >= 2, scale, 1.0).expand_as(mask)
+    return torch.where(masked_sum(mask, mask, per_row) >= 2, scale, 1.0).expand_as(mask)
 
 
 def last_token(mask: Tensor) -> Tensor:

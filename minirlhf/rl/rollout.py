@@ -23,8 +23,8 @@ from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
 if TYPE_CHECKING:
+    from minirlhf.generation.models import Models
     from minirlhf.rl.config import PPOConfig
-    from minirlhf.rl.setup import Models
 
 NOT_YET: Any = None  # in the place of a tensor that a later phase of the step computes
 
@@ -180,7 +180,7 @@ def collect_rollout(
 
 
 def rollout_from_tokens(
-    models: Models, queries: Sequence[Ids], responses: Sequence[Ids], scores: Any, config: PPOConfig
+    models: Models, queries: Sequence[Ids], responses: Sequence[Ids] | None, scores: Any, config: PPOConfig
 ) -> Rollout:
     """A Rollout of B queries and responses that were sampled elsewhere, with log-probabilities of the full softmax.
 
@@ -190,8 +190,12 @@ def rollout_from_tokens(
     model's context, or bad scores.
     """
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
+    if responses is None or scores is None:
+        raise ValueError("step takes a Rollout, or queries, responses and scores")
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
+    if len(queries) % config.group_size:
+        raise ValueError(f"{len(queries)} responses cannot be cut into groups of group_size={config.group_size}")
     for name, sequences in (("query", queries), ("response", responses)):
         for i, ids in enumerate(sequences):
             check_ids(f"{name} {i}", torch.as_tensor(ids), model.vocab_size)

@@ -28,9 +28,8 @@ def penalise_missing_eos(rollout: Rollout, config: PPOConfig) -> Tensor:
     """Scores (B,) in which responses that do not end in `eos_token_id` get a fixed score, or lose that much."""
     c, mask = config, rollout.response_mask
     ended = (last_token(mask) & (rollout.tokens[:, -mask.size(1) :] == c.eos_token_id)).any(-1)
-    kept = rollout.scores if c.missing_eos == "subtract" else torch.zeros_like(rollout.scores)
-    penalised = kept - c.missing_eos_score if c.missing_eos == "subtract" else kept + c.missing_eos_score
-    return torch.where(ended, rollout.scores, penalised)
+    lost = rollout.scores - c.missing_eos_score
+    return torch.where(ended, rollout.scores, lost if c.missing_eos == "subtract" else c.missing_eos_score)
 
 
 def token_kl(rollout: Rollout, config: PPOConfig) -> Tensor:

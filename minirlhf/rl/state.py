@@ -1,7 +1,4 @@
-"""The state of a PPOTrainer between two steps: what the next step depends on besides the weights.
-
-`runs` writes it to disk and reads it. Of the reference, which never changes, it has the hash and the source.
-"""
+"""The state of a PPOTrainer between two steps, which `runs` writes to disk; of the reference its hash and source."""
 
 from __future__ import annotations
 
@@ -15,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def trainer_state(trainer: PPOTrainer) -> State:
-    """See `PPOTrainer.state_dict`."""
+    """Everything besides the weights that the next step depends on.
+
+    Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
+    ValueError for weights that are not fp32.
+    """
     if trainer.interrupted:
         raise RuntimeError(
             f"the trainer stopped within step {trainer.iteration + 1}, so its state is inconsistent; "
@@ -34,6 +35,7 @@ def trainer_state(trainer: PPOTrainer) -> State:
         "micro_batch_size": trainer.micro_batch_size,
         "kl_coef": trainer.kl_controller.coef,
         "scaler": trainer.precision.scaler.state_dict(),
+        "matmul": trainer.precision.matmul,
         "reference": {"sha256": trainer.reference_hash, "source": trainer.reference_source},
         "frozen": frozen(trainer.policy),
         "origin": None if origin is None else dataclasses.asdict(origin),
@@ -43,7 +45,11 @@ def trainer_state(trainer: PPOTrainer) -> State:
 
 
 def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
-    """See `PPOTrainer.load_state_dict`."""
+    """Go on where `trainer_state` was called, on the CPU bit for bit, with the policy of that moment.
+
+    Raises ValueError for another reference, a device whose random generators differ, or a state that does not fit;
+    the trainer must not be used then.
+    """
     tensors, c = state["tensors"], state["counters"]
     if trainer.reference_hash != c["reference"]["sha256"]:
         raise ValueError(
@@ -55,6 +61,7 @@ def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
     load_moments(trainer.optimizer, trainer.policy.named_parameters(), tensors)
     if trainer.precision.scaler.is_enabled():
         trainer.precision.scaler.load_state_dict(c["scaler"])
+    trainer.precision.matmul = c["matmul"]
     trainer.iteration, trainer.optimizer_steps = c["iteration"], c["optimizer_steps"]
     trainer.bad_steps, trainer.kl_controller.coef = c["bad_steps"], c["kl_coef"]
     if trainer.config.forward_batch_size == c["config"]["forward_batch_size"]:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,18 +21,18 @@ from torch import Tensor
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
+from minirlhf.generation.models import prepare
 from minirlhf.io.training_state import State, module_hash
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
-from minirlhf.rl.advantages import with_advantages
+from minirlhf.rl.advantages import USES_VALUES, with_advantages
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.losses import log_ratio, policy_loss, token_weights, value_loss
 from minirlhf.rl.masked import masked_sum
 from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
-from minirlhf.rl.setup import prepare
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
@@ -65,7 +65,7 @@ class PPOTrainer:
         **overrides: Unpack[PPOOverrides],
     ):
         config = PPOConfig.with_overrides(config, **overrides)
-        prepared = prepare(policy, ref_policy, tokenizer, config)
+        prepared = prepare(policy, ref_policy, tokenizer, config, config.advantages in USES_VALUES)
         self.models, self.config, self.precision_choice, self.reference_source = prepared
         self.policy, self.reference, self.tokenizer = self.models.policy, self.models.reference, tokenizer
         self.precision, self.device = self.models.precision, self.policy.decoder.device
@@ -102,8 +102,10 @@ class PPOTrainer:
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
         """
         start = time.perf_counter()
-        rollout = queries if isinstance(queries, Rollout) else self._rollout(queries, responses, scores)
-        self.policy.eval()
+        self.policy.eval()  # whatever mode it was put into between steps
+        if not isinstance(queries, Rollout):
+            queries = rollout_from_tokens(self.models, queries, responses, scores, self.config)
+        rollout = queries
         self.interrupted = True
 
         # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)
@@ -112,7 +114,9 @@ class PPOTrainer:
 
         updates: list[TensorStats] = []
         for _ in range(self.config.ppo_epochs):
-            epoch = [self._update(batch.rows(rows)) for rows in self._minibatches(len(batch))]
+            epoch: list[TensorStats] = []
+            for rows in self._minibatches(len(batch)):
+                epoch.append(self._update(batch.rows(rows)))
             updates += epoch
             if self._moved_too_far(epoch):
                 break
@@ -283,12 +287,6 @@ class PPOTrainer:
                     f"gen_len={self.config.gen_len} leave room for {positions - self.config.gen_len}"
                 )
 
-    def _rollout(self, queries: Sequence[Tensor], responses: Sequence[Tensor] | None, scores: Any) -> Rollout:
-        """A Rollout of token lists."""
-        if responses is None or scores is None:
-            raise ValueError("step takes a Rollout, or queries, responses and scores")
-        return rollout_from_tokens(self.models, queries, responses, scores, self.config)
-
     # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------
 
     kind: ClassVar[str] = "ppo"
@@ -314,17 +312,9 @@ class PPOTrainer:
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:
-        """Everything besides the weights that the next step depends on; of the reference, the hash and the source.
-
-        Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
-        ValueError for weights that are not fp32.
-        """
+        """See `state.trainer_state`."""
         return trainer_state(self)
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state_dict` was called, on the CPU bit for bit, with the policy of that moment.
-
-        Raises ValueError for another reference, a device whose random generators differ, or a state that does not
-        fit; the trainer must not be used then.
-        """
+        """See `state.load_trainer_state`."""
         load_trainer_state(self, state)

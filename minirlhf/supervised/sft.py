@@ -88,10 +88,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         config: SFTConfig | None = None,
     ):
         config = config or SFTConfig()
-        if len(tokenizer) > model.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the model was made for {model.vocab_size}"
-            )
+        model.fit_vocabulary(len(tokenizer))
         encoded = encode_demonstrations(tokenizer, demonstrations)
         self.sequences = cut(encoded, config.max_length)
         _warn_of_losses(encoded, self.sequences, config.max_length)

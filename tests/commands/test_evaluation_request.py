@@ -14,9 +14,9 @@ from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentRe
 from minirlhf.__main__ import main
 from minirlhf.commands.evaluation_request import HELD_OUT_PROMPTS, PROMPTS, EvaluationRequest
 from minirlhf.io.files import read_json, write_json
-from minirlhf.rewards.base import CANARIES
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.rewards.scorers import load_scorer
+from minirlhf.rewards.sentiment import CANARIES
 
 SMALL = ["--samples", 6, "--gen-len", 4, "--best-of", 2, 3]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from conftest import VOCAB, make_bert
 from minirlhf import BertClassifier, BertConfig
-from minirlhf.rewards.classifier import predict
+from minirlhf.rewards.sentiment import predict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "weights" / "train"))
 from classification import ClassifierTrainingConfig, fit_temperature, train_classifier

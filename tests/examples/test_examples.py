@@ -22,12 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 from lives import process, script, wait_for
+from minirlhf.runs.checkpoint import read_checkpoint
 
 from conftest import VOCAB, make_bert, make_gpt2
 from folders import content, snapshot
 from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer
-from minirlhf.rewards.base import CANARIES
-from minirlhf.runs.checkpoint import read_checkpoint
+from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
 

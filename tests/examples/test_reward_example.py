@@ -13,7 +13,7 @@ import torch
 
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import ActorCritic, RewardModel, SentimentReward, Tokenizer
-from minirlhf.rewards.base import CANARIES
+from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.text.preferences import Ranking
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

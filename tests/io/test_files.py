@@ -11,11 +11,62 @@ import sys
 import pytest
 
 from minirlhf.io import files
-from minirlhf.io.files import atomic_write, open_for_writing, read_json, replaced_folder, write_json
+from minirlhf.io.conversion import read_pickle
+from minirlhf.io.files import (
+    atomic_write,
+    field,
+    open_for_writing,
+    read_json,
+    read_text,
+    replaced_folder,
+    write_json,
+)
+from minirlhf.io.model_folder import read_metadata, read_tensors
 
 
 def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+# ---- files that are read ---------------------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "config.json").write_bytes('\ufeff{"a": "评"}'.encode())
+    assert read_json(tmp_path / "config.json") == {"a": "评"} and read_text(tmp_path / "config.json")[0] == "{"
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, read_tensors, read_metadata, read_pickle])
+def test_a_git_lfs_pointer_is_named_with_the_command(tmp_path, read):
+    """`git clone` without git-lfs leaves these in the place of large files."""
+    path = tmp_path / "file"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 408343\n")
+    with pytest.raises(ValueError, match=r"file is a git-lfs pointer, .* `git lfs install` and `git lfs pull`"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, read_tensors, read_metadata, read_pickle])
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match=r"pipe does not exist, or is not a file"):
+        read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(("content", "kind", "problem"), [
+    ({"a": "3"}, int, "must be an integer, got '3'"), ({"a": True}, int, "must be an integer, got True"),
+    ({"a": 3.0}, int, "must be an integer, got 3.0"), ({}, int, "must be an integer, but it is missing"),
+    ({"a": None}, list, "must be a list, got None"), ({"a": {}}, list, "must be a list, got {}"),
+    ({"a": [1]}, dict, r"must be an object, got \[1\]"), ({"a": 1}, bool, "must be true or false, got 1"),
+    ({"a": 1}, str, "must be a text, got 1"), ({"a": "x" * 500}, dict, "must be an object, got 'x{79}$"),
+])  # fmt: skip
+def test_a_field_of_another_type_is_named(content, kind, problem):
+    with pytest.raises(ValueError, match=f"here: a {problem}"):
+        field(content, "a", kind, "here")
+
+
+def test_a_field_is_its_value_or_the_default():
+    assert field({"a": 3}, "a", int, "here") == 3 and field({"a": 0}, "a", int, "here", 5) == 0
+    assert field({}, "a", list, "here", [1]) == field({"a": None}, "a", list, "here", [1]) == [1]
 
 
 # ---- files written in place -----------------------------------------------------------------------------------------
@@ -67,6 +118,14 @@ def test_files_written_in_place_have_the_modes_and_the_text_of_open(tmp_path):
     assert path.read_bytes() == b""
     with pytest.raises(FileExistsError):
         open_for_writing(path, "x")
+
+
+def test_an_atomic_write_replaces_a_link_and_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    atomic_write(tmp_path / "link", b"new ", b"content")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_bytes() == b"new content"
 
 
 # ---- atomic writes --------------------------------------------------------------------------------------------------
@@ -152,7 +211,7 @@ def test_json_round_trip_in_readable_utf8(tmp_path):
 ])  # fmt: skip
 def test_invalid_json_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid (JSON|UTF-8)"):
         read_json(tmp_path / "config.json")
 
 

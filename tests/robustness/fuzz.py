@@ -40,6 +40,7 @@ from random import Random
 from typing import Any
 
 import torch
+from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from tokenizers.pre_tokenizers import ByteLevel
 
 import minirlhf
@@ -47,7 +48,6 @@ from minirlhf import GPT2, ActorCritic, BertClassifier, BertConfig, GPT2Config, 
 from minirlhf.io.conversion import read_pickle
 from minirlhf.io.files import read_json, read_jsonl, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.runs.log import RunLog
 from minirlhf.runs.run import Run
 from minirlhf.text.preferences import read_rankings

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minirlhf.runs.checkpoint import save_checkpoint
 
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.io.files import write_json
-from minirlhf.runs.checkpoint import save_checkpoint
 from minirlhf.runs.log import RunLog
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"酒店周围位置前台房间干净服务很好非常满意早餐脏差，。"]

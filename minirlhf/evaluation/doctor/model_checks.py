@@ -7,14 +7,14 @@ on copies: whatever it does, the caller's models stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
 
 from minirlhf.evaluation.doctor.patient import FAIL, OK, Patient, Skipped, Verdict, needed
 from minirlhf.evaluation.doctor.probes import SAME_OUTPUT, padding_errors, repetition_error
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.heads import language_model
-from minirlhf.rewards.base import CANARIES, RewardFunction, SentimentReward, call_reward
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.rewards.base import RewardFunction, call_reward
+from minirlhf.rewards.sentiment import SentimentReward
 
 
 def vocabulary(patient: Patient) -> Verdict:
@@ -44,21 +44,24 @@ def reward_vocabulary(patient: Patient) -> Verdict:
 
 
 def labels(patient: Patient) -> Verdict:
-    """Two plain sentences, one good and one bad, come out in this order."""
+    """Plain sentences, from a good one to a bad one, score lower and lower."""
     sentiment = patient.sentiment()
     reward: RewardFunction = sentiment or needed(patient.reward, "a reward function")
     if sentiment:
         needed(patient.reward_vocabulary, "the reward's vocabulary")
-    canaries = patient.canaries or (CANARIES if sentiment and _knows(sentiment.tokenizer, CANARIES) else None)
-    if canaries is None:
+    canaries = patient.canaries or (sentiment.canaries if sentiment else ())
+    if not canaries:
         rollout = patient.experience()[1]
         scores = call_reward(reward, rollout.prompts, rollout.responses)
         found = f"{len(scores)} samples score from {scores.min():.3g} to {scores.max():.3g}"
         raise Skipped(f"{found}; which way is up was not tested: give canaries=(good text, bad text)")
-    good, bad = call_reward(reward, ["", ""], canaries).tolist()
-    detail = f"{canaries[0]!r} scores {good:.3g}, {canaries[1]!r} {bad:.3g}"
+    scores = call_reward(reward, [""] * len(canaries), canaries).tolist()
+    detail = ", ".join(f"{text!r} scores {score:.3g}" for text, score in zip(canaries, scores, strict=True))
+    if sentiment:
+        detail += f", by {sentiment.meaning}"
     remedy = "swap the labels: id2label in the reward's config.json, positive_label=, or the sign of the reward"
-    return Verdict(OK, detail) if good > bad else Verdict(FAIL, detail, remedy)
+    falls = all(better > worse for better, worse in itertools.pairwise(scores))
+    return Verdict(OK, detail) if falls else Verdict(FAIL, detail, remedy)
 
 
 def masks(patient: Patient) -> Verdict:
@@ -97,9 +100,3 @@ def dropout(patient: Patient) -> Verdict:
 
 def _sizes(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
-
-
-def _knows(tokenizer: Tokenizer, texts: Sequence[str]) -> bool:
-    """Whether a tokenizer has most of the words of these texts."""
-    ids = [i for text in texts for i in tokenizer.encode(text)]
-    return ids.count(tokenizer.unk_id) < len(ids) / 2

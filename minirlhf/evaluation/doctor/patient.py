@@ -12,7 +12,8 @@ from torch import nn
 from minirlhf.device.precision_choice import PrecisionChoice
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
-from minirlhf.rewards.base import RewardFunction, SentimentReward
+from minirlhf.rewards.base import RewardFunction
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.rollout import Rollout
 from minirlhf.rl.trainer import PPOTrainer

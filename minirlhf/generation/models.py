@@ -1,4 +1,4 @@
-"""What PPO trains with, before the algorithm: the models on their device, checked against each other and the config."""
+"""The models that a rollout is sampled and scored with, on their device, checked against each other and the config."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,9 +20,10 @@ from minirlhf.models.decoder import Decoder, share_frozen_parameters
 from minirlhf.models.heads import ActorCritic, check_models, language_model, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.probes import language_model_probe
-from minirlhf.rl.advantages import USES_VALUES
-from minirlhf.rl.config import PPOConfig
 from minirlhf.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minirlhf.rl.config import PPOConfig
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ def prepare(
     ref_policy: ActorCritic | Decoder | str | os.PathLike[str],
     tokenizer: Tokenizer,
     config: PPOConfig,
+    with_values: bool,
 ) -> tuple[Models, PPOConfig, PrecisionChoice, str | None]:
     """The models ready to train, the config with its precision chosen, the choice, and the reference's folder or name.
 
+    with_values: whether the policy needs a value head; without, it gets none.
     Raises ValueError for models or a tokenizer that do not fit each other or the config.
     """
     source = None
     if isinstance(ref_policy, (str, os.PathLike)):
         source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
         ref_policy = load_decoder(ref_policy)
-    kind = (config.value_head or "linear") if config.advantages in USES_VALUES else None
+    kind = (config.value_head or "linear") if with_values else None
     actor = with_value_head(policy, kind, config.value_head_init, config.seed)
     if actor.value_head is not None and config.value_head not in (None, actor.value_head.kind):
         raise ValueError(
@@ -67,8 +71,8 @@ def prepare(
     reference = language_model(ref_policy)
     check_models(actor.decoder, reference, tokenizer)
     positions = actor.decoder.n_positions
-    if config.gen_len >= positions:
-        raise ValueError(f"PPOConfig.gen_len must be below the model's {positions} positions, got {config.gen_len}")
+    if config.gen_len > positions:  # the last token needs no position: nothing follows it
+        raise ValueError(f"PPOConfig.gen_len must be at most the model's {positions} positions, got {config.gen_len}")
     if config.eos_token_id is not None and config.eos_token_id >= len(tokenizer):
         raise ValueError(f"PPOConfig.eos_token_id must be in [0, {len(tokenizer)}), got {config.eos_token_id}")
     device = resolve_device(config.device)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from minirlhf.generation.sampling import restrict
-from minirlhf.rl import ppo
-from minirlhf.rl.token_statistics import compare, logprobs_and_entropy
+from minirlhf.generation.token_statistics import LogprobsAndEntropy, compare, entropy, exact_kl, gather_logprobs
+
+logprobs_and_entropy = LogprobsAndEntropy.apply
 
 
 def make(dtype=torch.float64, rows=7, vocab=13, seed=0):
@@ -19,7 +20,7 @@ def make(dtype=torch.float64, rows=7, vocab=13, seed=0):
 
 def plain(logits, tokens, temperature, keep):
     x = restrict(logits, temperature, keep)
-    return ppo.gather_logprobs(x, tokens), ppo.entropy(x)
+    return gather_logprobs(x, tokens), entropy(x)
 
 
 @pytest.mark.parametrize("truncated", [False, True])
@@ -85,7 +86,7 @@ def test_a_comparison_is_that_of_the_plain_formulas(truncated, temperature, dtyp
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         ours = compare(logits, ref_logits, tokens, temperature, kept)
     x, y = (restrict(z.detach().double(), temperature, kept) for z in (logits, ref_logits))
-    theirs = ppo.gather_logprobs(x, tokens), ppo.entropy(x), ppo.gather_logprobs(y, tokens), ppo.exact_kl(x, y)
+    theirs = gather_logprobs(x, tokens), entropy(x), gather_logprobs(y, tokens), exact_kl(x, y)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for mine, truth in zip(ours, theirs, strict=True):
         assert not mine.requires_grad
@@ -98,3 +99,21 @@ def test_a_model_compared_with_itself_has_no_kl_and_a_token_outside_the_set_no_p
     keep[0, tokens[0]] = False
     logprobs, _, ref_logprobs, kl = compare(logits, logits, tokens, 0.7, keep)
     assert kl.tolist() == [0.0] * 7 and torch.equal(logprobs, ref_logprobs) and logprobs[0] == -torch.inf
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_large_logits_cost_no_digits(shift, truncated):
+    """A vocabulary of full size in fp32, against fp64: a sum of p x with x around 100 would lose 3e-4 nats."""
+    generator = torch.Generator().manual_seed(0)
+    logits = shift + 3 * torch.randn(20, 21128, generator=generator)
+    tokens = logits.argmax(-1)
+    keep = logits > logits.mean() if truncated else None
+    ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found, expected = logprobs_and_entropy(ours, tokens, 1.0, keep), plain(exact, tokens, 1.0, keep)
+    for mine, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=0, atol=5e-6)
+    for outputs in (found, expected):
+        (outputs[0].sum() + outputs[1].sum()).backward()
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=0, atol=2e-6)
+    assert torch.equal(ours.detach(), logits)  # the caller's logits stay

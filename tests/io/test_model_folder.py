@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minirlhf.io import model_folder as checkpoints
+from minirlhf.io import files
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import (
@@ -35,7 +35,7 @@ def test_a_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", fail)
+        patch.setattr(files.os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
             write_folder(tmp_path, {"n": 2}, {"w": torch.zeros(2)})
     config, tensors = read_folder(tmp_path)
@@ -65,11 +65,23 @@ def test_tensors_round_trip_bit_equal(tmp_path):
         assert file.metadata()["format"] == "pt"
 
 
+def test_equal_content_gives_equal_bytes(tmp_path):
+    """safetensors itself writes the metadata in any order."""
+    metadata = {f"key {i}": '酒店 "\x1b' for i in range(8)}
+    raw = set()
+    for i in range(12):
+        write_tensors(tmp_path / str(i), dict(reversed(TENSORS.items())) if i % 2 else TENSORS, metadata)
+        raw.add((tmp_path / str(i)).read_bytes())
+    assert len(raw) == 1
+    header = int.from_bytes(next(iter(raw))[:8], "little")
+    assert header % 8 == 0 and read_metadata(tmp_path / "0") == {"format": "pt", **metadata}
+    assert torch.equal(read_tensors(tmp_path / "0")["float"], TENSORS["float"])
+
+
 @pytest.mark.parametrize("damage", [
     lambda raw: b"", lambda raw: raw[:4], lambda raw: raw[:50], lambda raw: raw[:-1], lambda raw: raw + b"x",
     lambda raw: b"\xff" * 8 + raw[8:], lambda raw: raw.replace(b"F32", b"F99"), lambda raw: b"<html>" + raw,
     lambda raw: raw.replace(b'"shape":[2,3]', b'"shape":[2,9]'), lambda raw: raw.replace(b"{", b"[", 1),
-    lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n",
 ])  # fmt: skip
 def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
     path = tmp_path / "model.safetensors"
@@ -166,7 +178,7 @@ def test_an_index_sets_the_model_apart_from_other_tensors(tmp_path):
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 def test_whichever_write_fails_the_folder_is_as_it_was(tmp_path, monkeypatch, function):
     """Model, head, index, config and card: old ones all of them, until the folders change places."""
-    folder, original, calls = tmp_path / "model", getattr(checkpoints.os, function), []
+    folder, original, calls = tmp_path / "model", getattr(files.os, function), []
 
     def save(run: int) -> None:
         head = {"head.safetensors": ({"h": torch.tensor([run])}, {"kind": str(run)})}
@@ -189,12 +201,12 @@ def test_whichever_write_fails_the_folder_is_as_it_was(tmp_path, monkeypatch, fu
     with monkeypatch.context() as patch:
         for at in range(1, 6):
             calls.clear()
-            patch.setattr(checkpoints.os, function, failing(at))
+            patch.setattr(files.os, function, failing(at))
             with pytest.raises(KeyboardInterrupt):
                 save(2)
             assert content() == old and names(tmp_path) == ["model"]
             assert calls == [old] * at
-        patch.setattr(checkpoints.os, function, failing(0))
+        patch.setattr(files.os, function, failing(0))
         save(2)
     new = content()
     assert len(old) == 5 and all(new[name] != old[name] for name in old)
