@@ -258,7 +258,7 @@ def _config(folder: Path, kind: type[Any], counters: Mapping[str, Any], override
 
 def _made(kind: type[Any], base: dict[str, Any], fields: Mapping[str, Any]) -> Any:
     """A config of these fields. Raises ValueError for an unknown name."""
-    if kind is PPOConfig:
+    if kind is PPOConfig and "base" not in fields:  # an argument of `with_overrides`, and no field
         return PPOConfig.with_overrides(PPOConfig(**base), **fields)  # with its help for misspelt names
     known = [field.name for field in dataclasses.fields(kind)]
     for name in fields:

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minirlhf.runs.checkpoint import save_checkpoint
 
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.io.files import write_json
+from minirlhf.runs.checkpoint import save_checkpoint
 from minirlhf.runs.log import RunLog
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"酒店周围位置前台房间干净服务很好非常满意早餐脏差，。"]
@@ -41,7 +41,7 @@ LIMITS = {"memory": 1.01, "cpu_seconds": 1.1}  # last against first, of what may
 def soak(steps: int, warmup: int, folder: Path, on_step: Callable[[], object] = lambda: None) -> dict[str, list[float]]:
     """Run steps. Returns name -> a value after each step that follows the warm-up, or after COUNTS of them."""
     trainer, reward = make_trainer(steps), make_reward()
-    log = RunLog(folder / "run", {})
+    log = RunLog(folder)
     measured: dict[str, list[float]] = {}
     try:
         for i in range(1, steps + 1):
