@@ -309,7 +309,7 @@ def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, n
     if value == "missing":
         del counters[name]
     path.write_text(json.dumps(counters))
-    monkeypatch.setattr("minirlhf.runs.checkpoint._file_hash", lambda _: "x")
+    monkeypatch.setattr("minirlhf.runs.checkpoint.sha256", lambda _: "x")
     manifest = tmp_path / "state" / "manifest.json"
     manifest.write_text(json.dumps({"sha256": dict.fromkeys(json.loads(manifest.read_text())["sha256"], "x")}))
     with warnings.catch_warnings():
