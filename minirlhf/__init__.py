@@ -3,6 +3,8 @@
 from minirlhf.evaluation.best_of import BestOfN, best_of_n
 from minirlhf.evaluation.doctor.doctor import Finding, doctor
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
+from minirlhf.evaluation.explanation import explain
+from minirlhf.evaluation.optimum import Optimum, optimum
 from minirlhf.generation.generate import Generation, generate
 from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig, sample_top_p
@@ -39,6 +41,7 @@ __all__ = [
     "GraphedDecoder",
     "Models",
     "NGramScorer",
+    "Optimum",
     "PPOConfig",
     "PPOTrainer",
     "RewardModel",
@@ -52,7 +55,9 @@ __all__ = [
     "collect_rollout",
     "doctor",
     "evaluate",
+    "explain",
     "generate",
     "load_decoder",
+    "optimum",
     "sample_top_p",
 ]

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minirlhf.runs.checkpoint import COUNTERS_FILE, MANIFEST_FILE
-
 from minirlhf.io.model_folder import read_metadata, read_tensors
+from minirlhf.runs.checkpoint import COUNTERS_FILE, MANIFEST_FILE
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -26,7 +25,11 @@ def content(path: Path) -> Any:
             return {n: (str(x.dtype), tuple(x.shape), x.numpy().tobytes()) for n, x in tensors}, read_metadata(path)
         if path.name in (COUNTERS_FILE, MANIFEST_FILE):
             read = json.loads(path.read_bytes())
-            return sorted(read["sha256"]) if path.name == MANIFEST_FILE else {**read, "run": read.get("run") and read["run"]["rewards"]}
+            return (
+                sorted(read["sha256"])
+                if path.name == MANIFEST_FILE
+                else {**read, "run": read.get("run") and read["run"]["rewards"]}
+            )
     except ValueError:  # damaged
         pass
     return path.read_bytes()

@@ -31,6 +31,7 @@ class Models:
     """The models of a rollout: policy and frozen reference with one vocabulary on one device, and their tokenizer.
 
     precision: of their forward passes. graphed: decodes by CUDA graphs; None: plainly.
+    scoring_batch_size: sequences of a pass without gradient, which keeps no activations.
     """
 
     policy: ActorCritic
@@ -38,11 +39,7 @@ class Models:
     tokenizer: Tokenizer
     precision: Precision = field(default_factory=lambda: Precision("fp32", torch.device("cpu")))
     graphed: GraphedDecoder | None = None
-
-    @property
-    def scoring_batch_size(self) -> int:
-        """Sequences of a pass without gradient, which keeps no activations."""
-        return 128 if self.policy.decoder.device.type == "cpu" else 1024
+    scoring_batch_size: int = 128
 
 
 def prepare(
@@ -91,5 +88,6 @@ def prepare(
     # From here on the config names the precision: a run that goes on elsewhere keeps the one that it began with.
     config = dataclasses.replace(config, precision=choice.name)
     graphed = GraphedDecoder() if config.cuda_graphs and device.type == "cuda" else None
-    models = Models(actor, reference, tokenizer, Precision(choice.name, device, actor), graphed)
+    batch_size = 128 if device.type == "cpu" else 1024
+    models = Models(actor, reference, tokenizer, Precision(choice.name, device, actor), graphed, batch_size)
     return models, config, choice, source

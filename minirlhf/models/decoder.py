@@ -55,6 +55,11 @@ class Decoder(nn.Module):
 
     @property
     @abstractmethod
+    def n_heads(self) -> int:
+        """Attention heads of a block."""
+
+    @property
+    @abstractmethod
     def embeddings(self) -> list[nn.Module]:
         """The modules that make the first block's input of token ids."""
 

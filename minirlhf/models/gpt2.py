@@ -209,6 +209,10 @@ class GPT2(Decoder):
         return self.config.n_embd
 
     @property
+    def n_heads(self) -> int:
+        return self.config.n_head
+
+    @property
     def embeddings(self) -> list[nn.Module]:
         return [self.wte, self.wpe]
 

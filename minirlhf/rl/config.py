@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from minirlhf.common.suggestions import suggest
 from minirlhf.common.validation import (
     require,
     require_above,
@@ -23,6 +23,7 @@ from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.heads import VALUE_HEAD_KINDS
 from minirlhf.rl.advantages import ADVANTAGES
+from minirlhf.rl.field_names import FIELD_NAMES
 from minirlhf.rl.presets import PRESETS, PPOOverrides
 
 if TYPE_CHECKING:
@@ -185,12 +186,10 @@ class PPOConfig:
     def with_overrides(cls, base: PPOConfig | None = None, **overrides: Unpack[PPOOverrides]) -> PPOConfig:
         """`base`, or the defaults, with some fields replaced.
 
-        Raises ValueError for an unknown name, with the nearest known one.
+        Raises ValueError for an unknown name, with the field that is meant (see `field_names`).
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in overrides:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-                raise ValueError(f"PPOConfig has no field {name!r}; {hint}")
+                raise ValueError(f"PPOConfig has no field {name!r}; {suggest(name, known, FIELD_NAMES)}")
         return dataclasses.replace(base or cls(), **overrides)

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from test_generation import GREEDY, PROMPTS, TRUNCATED, varied_gpt2
 from test_trainer import DEFAULTS, batch, reward, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +20,7 @@ from minirlhf.device.precision import Precision
 from minirlhf.generation.static_decode import CHECK_EVERY, GraphedDecoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import score_tokens
+from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.supervised.loop import FitConfig
 
 EVEN_PROMPTS = ["酒店", "房间", "早餐", "位置"]

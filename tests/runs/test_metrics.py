@@ -4,7 +4,7 @@ import pytest
 
 from minirlhf.common.text import printable
 from minirlhf.evaluation.plots import plot_run
-from minirlhf.evaluation.text_statistics import distinct_n
+from minirlhf.text.statistics import distinct_n
 
 HISTORY = [
     {"step": i, "reward/mean": i / 4, "reward/std": 0.1, "objective/kl": 1.0 * i, "objective/entropy": 30.0 - i,
