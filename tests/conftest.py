@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, NGramScorer, SentimentReward, Tokenizer
-from minirlhf.rewards.base import CANARIES
+from minirlhf.rewards.sentiment import CANARIES
 
 # Threads cost more than they bring at these sizes.
 torch.set_num_threads(1)

@@ -48,10 +48,6 @@ from minirlhf.io.conversion import read_pickle
 from minirlhf.io.files import read_json, read_jsonl, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
 from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
-<<<<<<< HEAD
-=======
-from minirlhf.runs.log import RunLog
->>>>>>> main
 from minirlhf.runs.run import Run
 from minirlhf.text.preferences import read_rankings
 
