@@ -62,7 +62,7 @@ def test_a_printed_text_is_one_line_that_any_terminal_can_take(text):
 
 @every_text
 def test_an_explanation_keeps_its_lines(text):
-    token = TokenExplanation(text, *[0.5] * 9, clipped=False)
+    token = TokenExplanation(text, *[0.5] * 7, False, 0.5, 0.5)
     lines = str(Explanation(text, 0.5, (token, token))).split("\n")
     assert len(lines) == 4 and not any(map(steers, lines))
 
