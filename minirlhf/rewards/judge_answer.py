@@ -32,7 +32,9 @@ def text_of(content: Any) -> str:
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         return "".join(part for part in parts if isinstance(part, str))
-    raise ValueError(f"an answer must be a text, got {type(content).__name__}")
+    raise ValueError(
+        f"an answer must be a text, got {type(content).__name__}; of a chat completion it is choices[0].message.content"
+    )
 
 
 def parse_score(answer: str, low: float, high: float) -> float | None:

@@ -11,7 +11,8 @@ import torch
 from minirlhf import NGramScorer
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.rewards.base import CANARIES, call_reward
+from minirlhf.rewards.base import call_reward
+from minirlhf.rewards.sentiment import CANARIES
 
 SHIPPED = Path(__file__).resolve().parents[2] / "weights" / "ngrams-chinese-reviews-sentiment"
 WEIGHTS = {"好": 2.0, "不": -0.5, "不好": -4.0, "very": 3.0}
@@ -142,7 +143,7 @@ def later_format(folder):
     (doubled, ValueError, "ngrams.txt: an n-gram occurs twice"), (of_gbk, ValueError, "ngrams.txt: .*utf-8"),
     (with_crlf, ValueError, "n-gram must be"), (not_finite, ValueError, "bias holds NaN"),
     (of_integers, ValueError, "weight has dtype"), (cut, ValueError, "not a readable safetensors"),
-    (other_model, ValueError, "holds a 'bert' model"), (no_model, ValueError, "holds a None model"),
+    (other_model, ValueError, "holds a 'bert' model"), (no_model, ValueError, "holds a '' model"),
     (later_format, ValueError, "format=2; only 1"), (shutil.rmtree, FileNotFoundError, "scorer"),
 ])  # fmt: skip
 def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, error, message):

@@ -55,12 +55,12 @@ def labels(patient: Patient) -> Verdict:
         scores = call_reward(reward, rollout.prompts, rollout.responses)
         found = f"{len(scores)} samples score from {scores.min():.3g} to {scores.max():.3g}"
         raise Skipped(f"{found}; which way is up was not tested: give canaries=(good text, bad text)")
-    scores = call_reward(reward, [""] * len(canaries), canaries).tolist()
-    detail = ", ".join(f"{text!r} scores {score:.3g}" for text, score in zip(canaries, scores, strict=True))
+    judged = call_reward(reward, [""] * len(canaries), canaries).tolist()
+    detail = ", ".join(f"{text!r} scores {score:.3g}" for text, score in zip(canaries, judged, strict=True))
     if sentiment:
         detail += f", by {sentiment.meaning}"
     remedy = "swap the labels: id2label in the reward's config.json, positive_label=, or the sign of the reward"
-    falls = all(better > worse for better, worse in itertools.pairwise(scores))
+    falls = all(better > worse for better, worse in itertools.pairwise(judged))
     return Verdict(OK, detail) if falls else Verdict(FAIL, detail, remedy)
 
 
