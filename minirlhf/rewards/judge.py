@@ -35,7 +35,7 @@ from minirlhf.common.validation import (
     require_positive_ints,
     require_unit_interval,
 )
-from minirlhf.rewards.judge_answer import score_in, text_of
+from minirlhf.rewards.judge_answer import parse_score, score_in, text_of
 from minirlhf.rewards.judge_endpoint import ChatError as ChatError
 from minirlhf.rewards.judge_endpoint import Endpoint, check_url, import_openai, key_of
 from minirlhf.rewards.score_cache import ScoreCache
@@ -224,12 +224,13 @@ class ChatJudge:
         for ask in range(c.reasks + 1):
             self._count(requests=1, reasked=int(ask > 0))
             answer = text_of(complete(self._messages(text, remind=ask > 0)))
-            score = score_in(answer, c.high)
-            if score is not None and c.low <= score <= c.high:
+            score = parse_score(answer, c.low, c.high)
+            if score is not None:
                 if self._cache is not None:
                     self._cache.put(self._key(text), score)
                 return score, answer
-            self._count(**{"out_of_range" if score is not None else "prose" if answer.strip() else "empty": 1})
+            kind = "prose" if answer.strip() else "empty"
+            self._count(**{"out_of_range" if score_in(answer, c.high) is not None else kind: 1})
         return None, answer
 
     def _answering(self) -> contextlib.AbstractContextManager[Complete]:
