@@ -1,1 +1,4 @@
-"""The command line, `python -m minirlhf`. Each command calls what the wings offer and has no logic of its own."""
+"""The command line, `python -m minirlhf`. Each command calls what the wings offer and has no logic of its own.
+
+table: what a command is; models, runs: the commands; console: standard input; main: the entrance.
+"""

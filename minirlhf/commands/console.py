@@ -1,12 +1,12 @@
-"""Texts from standard input and to a terminal, a small batch at a time."""
+"""Texts from standard input, a small batch at a time, and bars for a terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from minirlhf.common.text import printable
+from minirlhf.common.printing import text_table
 
 BAR = 30  # characters of a full bar
 Item = TypeVar("Item")
@@ -24,7 +24,7 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 
 def arriving_lines(stream: Any, size: int) -> Iterator[list[str]]:
-    """Lists of 1 to `size` lines of UTF-8, without blank ones; it waits for more only when all that came is given out.
+    """Lists of 1 to `size` lines of UTF-8, without blank ones; reads on only when all that arrived is handed out.
 
     stream: binary and buffered, as `sys.stdin.buffer`. Raises ValueError with the number of a line that is not UTF-8.
     """
@@ -36,27 +36,16 @@ def arriving_lines(stream: Any, size: int) -> Iterator[list[str]]:
             texts = []
             for line in batch:
                 number += 1
-                texts.append(_decoded(line, number))
+                try:
+                    texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r"))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"line {number} of standard input is not valid UTF-8: {error}") from error
             visible = [text for text in texts if text.strip()]
             if visible:
                 yield visible
 
 
-def show(lines: Iterable[str]) -> None:
-    """Print lines, and let them be seen at once."""
-    print("\n".join(lines), flush=True)
-
-
 def bars(probabilities: Mapping[str, float]) -> str:
     """A line for each label: its probability, and a bar of that length."""
-    width = max(map(len, probabilities))
-    return "\n".join(
-        f"  {printable(label):{width}}  {p:.3f}  {'#' * round(BAR * p)}".rstrip() for label, p in probabilities.items()
-    )
-
-
-def _decoded(line: bytes, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"line {number} of standard input is not valid UTF-8: {error}") from error
+    rows = [(label, f"{p:.3f}", "#" * round(BAR * p)) for label, p in probabilities.items()]
+    return "\n".join(text_table(rows, left=3, indent="  "))

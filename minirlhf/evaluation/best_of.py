@@ -1,14 +1,14 @@
 """Best-of-n: sample n responses to each prompt and keep the one with the highest reward.
 
-It needs no training and is hard to beat (Stiennon et al. 2020; Nakano et al. 2021; Gao et al. 2022), so it is what PPO
-is compared with, at the KL that it costs.
+It needs no training and is hard to beat (Stiennon et al. 2020; Nakano et al. 2021; Gao et al. 2022), so PPO is compared
+with it, at the KL that it costs.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
+from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction, call_reward
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -50,7 +51,7 @@ class BestOfN:
 
 
 def best_of_n(
-    policy: GPT2 | ActorCritic | str | os.PathLike[str],
+    policy: Decoder | ActorCritic | str | os.PathLike[str],
     prompts: Sequence[str],
     reward: RewardFunction,
     n: int,
@@ -64,21 +65,21 @@ def best_of_n(
 ) -> BestOfN:
     """Sample n responses to each prompt and keep the best; of equal ones the first.
 
-    policy: a model in eval mode, or the folder of one with its tokenizer.
+    policy: a model in eval mode, or its folder, which holds the tokenizer too.
     prompts: B texts. reward: of any form that `rewards.call_reward` takes; it gets all B n responses in one call.
-    tokenizer: of a policy that is a model; None: that of the folder.
+    tokenizer: needed for a policy that is a model; None: that of the folder.
     gen_len, eos_token_id: response tokens, and the token that ends one earlier. sampling: None: the model's own
         distribution.
     generator: on the model's device, the source of all randomness; None: PyTorch's global one, as in `generate`.
-    batch_size: responses that are sampled at once; it changes memory and speed, and which ones are drawn.
+    batch_size: responses that are sampled at once; it changes memory, speed, and which responses are drawn.
     Raises ValueError for no prompts, an empty or too long one, an n or batch_size below 1, a model without a tokenizer
     or with another vocabulary, and rewards that are not finite numbers, one for each response.
     """
     for name, value in (("n", n), ("gen_len", gen_len), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    model, tokenizer = _loaded(policy, tokenizer)
-    ids = encode_prompts(tokenizer, prompts, model.config.n_positions, gen_len)
+    model, tokenizer = loaded(policy, tokenizer)
+    ids = encode_prompts(tokenizer, prompts, model.n_positions, gen_len)
     repeated = [row for row in ids for _ in range(n)]
     responses: list[str] = []
     tokens: list[list[str]] = []
@@ -90,7 +91,7 @@ def best_of_n(
         responses += [tokenizer.decode(response) for response in sampled.responses]
         tokens += [tokenizer.decode_pieces(response) for response in sampled.responses]
     scores = call_reward(reward, [p for p in prompts for _ in range(n)], responses, tokens).view(len(prompts), n)
-    candidates = tuple(_chunks(responses, n))
+    candidates = tuple(tuple(responses[start : start + n]) for start in range(0, len(responses), n))
     best = scores.argmax(1).tolist()  # of equal ones the first
     return BestOfN(
         prompts=tuple(prompts),
@@ -179,10 +180,11 @@ def _best_probabilities(N: int, n: int) -> NDArray[np.float64]:
     return np.array([math.comb(i, n - 1) / every for i in range(N)])
 
 
-def _loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[GPT2, Tokenizer]:
+def loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[Decoder, Tokenizer]:
+    """The language model and the tokenizer of what `best_of_n` takes, with its errors."""
     if isinstance(policy, (str, os.PathLike)):
-        model, tokenizer = GPT2.from_pretrained(policy), tokenizer or Tokenizer.from_pretrained(policy)
-    elif isinstance(policy, (GPT2, ActorCritic)):
+        model, tokenizer = load_decoder(policy), tokenizer or Tokenizer.from_pretrained(policy)
+    elif isinstance(policy, (Decoder, ActorCritic)):
         model = language_model(policy)
     else:
         raise ValueError(f"policy must be a GPT2, an ActorCritic or a folder, got a {type(policy).__name__}")
@@ -190,8 +192,3 @@ def _loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[GPT2, Tokenize
         raise ValueError("a policy that is a model needs tokenizer=")
     model.fit_vocabulary(len(tokenizer))
     return model, tokenizer
-
-
-def _chunks(texts: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    for start in range(0, len(texts), n):
-        yield tuple(texts[start : start + n])

@@ -1,6 +1,6 @@
 """Policy against reference on fresh samples: what PPO gained, what it paid, and whether it hacked its reward.
 
-`compare` gives a few figures at the end of a run; `evaluate` all of them, with confidence intervals, a second scorer,
+`summarise` gives a few figures at the end of a run; `evaluate` all of them, with confidence intervals, a second scorer,
 held-out prompts, and best-of-n of the reference at equal KL. Both sample with their own seed.
 """
 
@@ -8,34 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirlhf.common.text import printable
-from minirlhf.common.validation import require, require_counts, require_positive_ints
-from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, encode_prompts, expected_best_of_n, n_of_kl
-from minirlhf.evaluation.bootstrap import Bootstrap, Estimate
-from minirlhf.evaluation.comparison import BestOfNPoint, Comparison, Evaluation, Figures
-from minirlhf.evaluation.comparison import Pair as Pair
-from minirlhf.evaluation.symptoms import symptoms
-from minirlhf.evaluation.text_statistics import distinct_n, repeated_share, self_bleu
+from minirlhf.common.validation import require, require_counts, require_non_negative, require_positive_ints
+from minirlhf.device.precision import Precision
+from minirlhf.evaluation.best_of import BestOfN, best_of_n, best_of_n_kl, encode_prompts, expected_best_of_n, n_of_kl
+from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
+from minirlhf.evaluation.optimum import Optimum, OptimumPoint, Spending, described
+from minirlhf.evaluation.statistics import Bootstrap
+from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import ActorCritic
+from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.rewards.base import RewardFunction, call_reward
-from minirlhf.rl.rollout import Rollout, collect_rollout, score_in_batches
+from minirlhf.rl.config import PPOConfig
+from minirlhf.rl.rollout import Rollout, collect_rollout, logprobs_in_batches
+from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu, unit_of, units
 from minirlhf.text.tokenizer import Tokenizer
 
-MARKUP = r"[\\`*_~\[\]<&|$]"  # what Markdown, HTML in it, or a table would take for its own
 MAX_N = 64  # candidates a prompt at most, when best-of-n is followed to the policy's KL
-LARGEST_EXPONENT = 700.0  # of which a float holds the exponential
+LARGEST_EXPONENT = 700.0  # a float holds its exponential
+EXTRA_SAMPLES = 1024  # of the reference, which `summarise` draws for the optimum besides
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class EvaluationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eos_token_id: int | None = None  # None: every response has gen_len tokens
     best_of: tuple[int, ...] = (2, 4, 8, 16)  # each at most MAX_N
-    best_of_prompts: int = 64  # that candidates are drawn for, the prompts in turn
+    best_of_prompts: int = 64  # for which candidates are drawn, the prompts in turn
+    kl_coef: float | None = None  # of the training; adds reward - kl_coef KL of policy and optimum
     resamples: int = 2000  # of the bootstrap
     confidence: float = 0.95
     seed: int = 0
@@ -63,6 +65,8 @@ class EvaluationConfig:
         require(self, "seed", self.seed < 2**63, "below 2**63")
         if self.eos_token_id is not None:
             require_counts(self, "eos_token_id")
+        if self.kl_coef is not None:
+            require_non_negative(self, "kl_coef")
         fine = isinstance(self.best_of, (tuple, list)) and len(self.best_of) > 0
         fine = fine and all(type(n) is int and 1 <= n <= MAX_N for n in self.best_of)
         require(self, "best_of", fine, f"a tuple of integers from 1 to {MAX_N}")
@@ -72,16 +76,13 @@ class EvaluationConfig:
 
     @property
     def bootstrap(self) -> Bootstrap:
-        """What makes the confidence intervals."""
+        """Makes the confidence intervals."""
         return Bootstrap(self.resamples, self.confidence, self.seed)
 
 
-# ---- all of it ------------------------------------------------------------------------------------------------------
-
-
 def evaluate(
-    policy: ActorCritic | GPT2,
-    reference: GPT2,
+    policy: ActorCritic | Decoder,
+    reference: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     reward_fn: RewardFunction,
@@ -92,131 +93,139 @@ def evaluate(
     """Measure policy and reference on the prompts that the policy was trained on, and on others.
 
     policy, reference: in eval mode, on one device, with the vocabulary of the tokenizer.
-    held_out_prompts: prompts that the policy was not trained on; None: none are looked at.
-    second_scorer: a reward that the policy was not trained on, of another kind, such as `NGramScorer`; None: none.
+    held_out_prompts: prompts that the policy was not trained on; None: the policy is not measured on others.
+    second_scorer: a reward that the policy was not trained on, of another kind, such as `NGramScorer`; None: no second
+        figures.
     Raises ValueError for no prompts, an empty or too long one, one that is on both lists, models or tokenizer that do
     not fit each other, and scores that are not finite numbers; of prompts and models before anything is sampled.
     """
     config = config or EvaluationConfig()
-    actor = policy if isinstance(policy, ActorCritic) else _with_value_head(policy)
-    _check_models(actor.gpt2, reference, tokenizer)
+    sampler = _Sampler(with_value_head(policy, None), reference, tokenizer, reward_fn, second_scorer, config)
+    sampler.check_models()
     lists = [prompts] if held_out_prompts is None else [prompts, held_out_prompts]
-    context = min(actor.gpt2.config.n_positions, reference.config.n_positions)
+    context = min(sampler.policy.decoder.n_positions, reference.n_positions)
     for texts in lists:
         encode_prompts(tokenizer, texts, context, config.gen_len)
     seen = set(prompts) & set(held_out_prompts or ())
     if seen:
         raise ValueError(f"held-out prompts must not be among the given ones, as is {min(seen)[:20]!r}")
-    judge = _Judge(actor, reference, tokenizer, reward_fn, second_scorer, config)
-    comparisons = [judge.compare(texts) for texts in lists]
-    given, held_out = comparisons[0], comparisons[1] if len(comparisons) > 1 else None
+    given, *others = (_comparison(sampler, list(texts)) for texts in lists)
+    held_out = others[0] if others else None
     return Evaluation(dataclasses.asdict(config), given, held_out, symptoms(given, held_out))
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """What one model wrote. scores, second: (N,) fp64, by the reward and the second scorer (None without one).
+class Summary:
+    """A few figures of policy and reference. figures: by name (see `summarise`). pairs: the samples, before and after.
 
-    full: results (N, R) of scoring it with the models' own distributions (see `score_in_batches`).
+    spending: reward and KL beside the optimum; None where nothing can be said of it. optimum: the same in a line, or
+    why not. frontier: points of the optimum, for `plot_run`.
     """
 
-    rollout: Rollout
-    scores: NDArray[np.float64]
-    second: NDArray[np.float64] | None
-    full: dict[str, Tensor]
+    figures: dict[str, float]
+    pairs: list[Pair]
+    spending: Spending | None
+    optimum: str
+    frontier: tuple[OptimumPoint, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures and the line, as JSON values."""
+        return {**self.figures, "optimum": self.optimum}
+
+
+def summarise(
+    policy: ActorCritic,
+    reference: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    reward_fn: RewardFunction,
+    gen_len: int = 16,
+    sampling: SamplingConfig | None = None,
+    samples: int = 512,
+    seed: int = 0,
+    *,
+    eos_token_id: int | None = None,
+    kl_coef: float | None = None,
+) -> Summary:
+    """Sample `samples` continuations from both models, the prompts in turn, and measure them.
+
+    The figures are, for "policy" and "reference" each, the mean reward, distinct-1 and distinct-2. `kl`:
+    KL(policy || reference) a sequence (sum over its tokens), nats, the exact KL at each token of the policy's samples,
+    over the policy's sampling set; `kl_full_softmax`: the same with the models' full softmax at each token, on the
+    same samples. `optimum/...`: the least KL for the reward, KL needed / KL spent, the best reward at the KL, and the
+    effective samples behind them, as far as EXTRA_SAMPLES more of the reference can tell.
+    kl_coef: adds `objective/...`: reward - kl_coef kl of policy, reference and optimum.
+    Raises ValueError for a bad setting, no prompts, and as `collect_rollout`.
+    """
+    config = EvaluationConfig(samples, gen_len, sampling or SamplingConfig(), eos_token_id, kl_coef=kl_coef, seed=seed)
+    encode_prompts(tokenizer, prompts, reference.n_positions, gen_len)
+    sampler = _Sampler(policy, reference, tokenizer, reward_fn, None, config)
+    after, before = sampler.draw(policy, prompts), sampler.draw(with_value_head(reference, None), prompts)
+    figures = {}
+    unit = unit_of(before.responses)
+    for name, rollout in (("policy", after), ("reference", before)):
+        figures[f"{name}/reward"] = rollout.scores.mean().item()
+        for n in (1, 2):
+            figures[f"{name}/distinct_{n}"] = distinct_n((units(text, unit) for text in rollout.responses), n)
+    figures["kl"] = after.exact_kl.sum(-1).mean().item()
+    figures["kl_full_softmax"] = sampler.full_softmax(policy, after)["exact_kl"].sum(-1).mean().item()
+    # Equally many for each prompt; a second seed, so that they are other samples than those before.
+    distinct = list(dict.fromkeys(prompts))
+    more = sampler.candidates(distinct, max(1, EXTRA_SAMPLES // len(distinct)))
+    frontier, spending, why = _beside_optimum(after, before, more, config)
+    told = why if spending is None else str(spending)
+    figures |= {} if spending is None else spending.figures()
+    return Summary(figures, _pairs(before, after), spending, told, frontier)
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """The arguments of an evaluation, which each part of it needs."""
+class _Sampler:
+    """Draws and scores samples of two models."""
 
     policy: ActorCritic
-    reference: GPT2
+    reference: Decoder
     tokenizer: Tokenizer
     reward_fn: RewardFunction
     second_scorer: RewardFunction | None
     config: EvaluationConfig
 
-    def compare(self, prompts: Sequence[str]) -> Comparison:
-        interval = self.config.bootstrap
-        # The same seed: the pairs have prompt and random numbers in common, and their differences less noise.
-        after, before = self._draw(self.policy, prompts), self._draw(_with_value_head(self.reference), prompts)
-        kl_exact = interval.mean(_per_sequence(after.rollout.exact_kl))
-        kl_full_softmax = interval.mean(_per_sequence(after.full["exact_kl"]))
-        second_gain = None
-        if after.second is not None and before.second is not None:
-            second_gain = interval.mean(after.second - before.second)
-        points, equal_kl, ahead = self._best_of_n(prompts, max(kl_exact.mean, kl_full_softmax.mean), after.scores)
-        return Comparison(
-            prompts=tuple(prompts),
-            policy=self._figures(after),
-            reference=self._figures(before),
-            gain=interval.mean(after.scores - before.scores),
-            second_gain=second_gain,
-            kl_exact=kl_exact,
-            kl_sampled=interval.mean(_per_sequence(after.rollout.logprobs - after.rollout.ref_logprobs)),
-            kl_full_softmax=kl_full_softmax,
-            best_of_n=points,
-            equal_kl=equal_kl,
-            ahead=ahead,
-            pairs=_pairs(before.rollout, after.rollout),
-        )
+    def check_models(self) -> None:
+        models = {"policy": self.policy.decoder, "reference": self.reference}
+        for name, model in models.items():
+            model.fit_vocabulary(len(self.tokenizer), name)
+        devices = [model.device for model in models.values()]
+        if devices[0] != devices[1]:
+            raise ValueError(f"policy and reference must be on one device, they are on {devices[0]} and {devices[1]}")
 
-    def _draw(self, model: ActorCritic, prompts: Sequence[str]) -> _Samples:
+    def draw(self, model: ActorCritic, prompts: Sequence[str]) -> Rollout:
+        """`samples` rows, the prompts in turn.
+
+        The seed is the same for both models: pairs have prompt and random numbers in common, their differences less
+        noise.
+        """
+        c, s = self.config, self.config.sampling
+        settings = PPOConfig(gen_len=c.gen_len, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+                             eos_token_id=c.eos_token_id)  # fmt: skip
+        drawn = _in_turn(prompts, c.samples)
+        return collect_rollout(self._models(model), drawn, self.reward_fn, settings, self._generator(0))
+
+    def full_softmax(self, model: ActorCritic, rollout: Rollout) -> dict[str, Tensor]:
+        """What both models say of a rollout's tokens (N, R) in their full softmax (see `logprobs_in_batches`)."""
+        return logprobs_in_batches(self._models(model), rollout.tokens, rollout.mask, self.config.gen_len, 1.0)
+
+    def candidates(self, prompts: Sequence[str], n: int) -> BestOfN:
+        """n responses of the reference to each prompt."""
         c = self.config
-        rollout = collect_rollout(
-            model, self.reference, self.tokenizer, _in_turn(prompts, c.samples), self.reward_fn, c.gen_len, c.sampling,
-            eos_token_id=c.eos_token_id, generator=self._generator(0), forward_batch_size=c.batch_size,
+        return best_of_n(
+            self.reference, prompts, self.reward_fn, n, tokenizer=self.tokenizer, gen_len=c.gen_len,
+            sampling=c.sampling, eos_token_id=c.eos_token_id, generator=self._generator(1), batch_size=c.batch_size,
         )  # fmt: skip
-        full = score_in_batches(model, self.reference, rollout.tokens, rollout.mask, c.gen_len, 1.0, None, c.batch_size)
-        second = self._second(rollout.prompts, rollout.responses)
-        return _Samples(rollout, rollout.scores.double().cpu().numpy(), second, full)
 
-    def _figures(self, x: _Samples) -> Figures:
-        responses, interval = x.rollout.responses, self.config.bootstrap
-        tokens = x.rollout.response_mask.sum(-1).double()
-        nll = -x.full["ref_logprobs"].double().sum().item() / tokens.sum().item()  # nats a token
-        return Figures(
-            reward=interval.mean(x.scores),
-            second=None if x.second is None else interval.mean(x.second),
-            perplexity=math.exp(min(nll, LARGEST_EXPONENT)),
-            distinct_1=distinct_n(responses, 1),
-            distinct_2=distinct_n(responses, 2),
-            distinct_3=distinct_n(responses, 3),
-            self_bleu=self_bleu(responses),
-            characters=fmean(map(len, responses)),
-            tokens=tokens.mean().item(),
-            repeated=fmean(map(repeated_share, responses)),
-        )
-
-    def _best_of_n(
-        self, prompts: Sequence[str], kl: float, rewards: NDArray[np.float64]
-    ) -> tuple[tuple[BestOfNPoint, ...], BestOfNPoint | None, Estimate | None]:
-        """Best-of-n of the reference at every n, and at this KL; and rewards (N,) less those of the latter."""
-        c = self.config
-        equal = n_of_kl(kl) if kl < best_of_n_kl(MAX_N) else math.inf
-        candidates = max(*c.best_of, math.ceil(equal) if equal <= MAX_N else 1)
-        best = best_of_n(
-            self.reference, _in_turn(prompts, c.best_of_prompts), self.reward_fn, candidates,
-            tokenizer=self.tokenizer, gen_len=c.gen_len, sampling=c.sampling, eos_token_id=c.eos_token_id,
-            generator=self._generator(1), batch_size=c.batch_size,
-        )  # fmt: skip
-        scores = best.candidate_scores.numpy()
-        repeated = [prompt for prompt in best.prompts for _ in range(candidates)]
-        second = self._second(repeated, [text for row in best.candidates for text in row])
-
-        def point(n: float) -> BestOfNPoint:
-            values = None if second is None else expected_best_of_n(scores, n, second.reshape(scores.shape))
-            mean = c.bootstrap.mean
-            reward = mean(expected_best_of_n(scores, n))
-            return BestOfNPoint(n, best_of_n_kl(n), reward, None if values is None else mean(values))
-
-        points = tuple(map(point, c.best_of))
-        if equal > MAX_N:
-            return points, None, None
-        return points, point(equal), c.bootstrap.difference(rewards, expected_best_of_n(scores, equal))
-
-    def _second(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64] | None:
+    def second(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64] | None:
+        """The second scorer's scores; None without one."""
         if self.second_scorer is None:
             return None
         try:
@@ -224,22 +233,12 @@ class _Judge:
         except ValueError as error:
             raise ValueError(f"the second scorer: {error}") from error
 
+    def _models(self, model: ActorCritic) -> Models:
+        precision = Precision("fp32", self.reference.device)
+        return Models(model, self.reference, self.tokenizer, precision, None, self.config.batch_size)
+
     def _generator(self, use: int) -> torch.Generator:
-        seed = (self.config.seed + use) % 2**63
-        return torch.Generator(self.reference.wte.weight.device).manual_seed(seed)
-
-
-def _check_models(policy: GPT2, reference: GPT2, tokenizer: Tokenizer) -> None:
-    for name, model in (("policy", policy), ("reference", reference)):
-        model.fit_vocabulary(len(tokenizer), name)
-    devices = policy.wte.weight.device, reference.wte.weight.device
-    if devices[0] != devices[1]:
-        raise ValueError(f"policy and reference must be on one device, they are on {devices[0]} and {devices[1]}")
-
-
-def _with_value_head(model: GPT2) -> ActorCritic:
-    """The model as a policy, with a value head that nobody reads."""
-    return ActorCritic(model).to(model.wte.weight.device).eval()
+        return torch.Generator(self.reference.device).manual_seed((self.config.seed + use) % 2**63)
 
 
 def _in_turn(prompts: Sequence[str], count: int) -> list[str]:
@@ -251,61 +250,99 @@ def _per_sequence(x: Tensor) -> NDArray[np.float64]:
     return x.double().sum(-1).cpu().numpy()
 
 
-def _pairs(before: Rollout, after: Rollout) -> tuple[Pair, ...]:
+def _scores(rollout: Rollout) -> NDArray[np.float64]:
+    return rollout.scores.double().cpu().numpy()
+
+
+def _pairs(before: Rollout, after: Rollout) -> list[Pair]:
     columns = before.prompts, before.responses, before.scores.tolist(), after.responses, after.scores.tolist()
-    return tuple(Pair(*fields) for fields in zip(*columns, strict=True))
+    return [Pair(*fields) for fields in zip(*columns, strict=True)]
 
 
-# ---- a few figures at the end of a run ------------------------------------------------------------------------------
+# ---- the comparison -------------------------------------------------------------------------------------------------
 
 
-def compare(
-    policy: ActorCritic,
-    reference: GPT2,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    reward_fn: RewardFunction,
-    gen_len: int = 16,
-    sampling: SamplingConfig | None = None,
-    samples: int = 512,
-    seed: int = 0,
-) -> tuple[dict[str, float], list[Pair]]:
-    """Sample `samples` continuations from both models, the prompts in turn, and measure them.
+def _comparison(sampler: _Sampler, prompts: list[str]) -> Comparison:
+    c, interval = sampler.config, sampler.config.bootstrap
+    head = with_value_head(sampler.reference, None)
+    after, before = sampler.draw(sampler.policy, prompts), sampler.draw(head, prompts)
+    full = sampler.full_softmax(sampler.policy, after)
+    seconds = [sampler.second(rollout.prompts, rollout.responses) for rollout in (after, before)]
+    unit = unit_of(before.responses)
+    kl_exact, kl_full_softmax = (interval.mean(_per_sequence(x)) for x in (after.exact_kl, full["exact_kl"]))
+    kl = max(kl_exact.mean, kl_full_softmax.mean)
+    equal = n_of_kl(kl) if kl < best_of_n_kl(MAX_N) else math.inf
+    drawn = sampler.candidates(
+        _in_turn(prompts, c.best_of_prompts), max(*c.best_of, math.ceil(equal) if equal <= MAX_N else 1)
+    )
+    scores = drawn.candidate_scores.numpy()
+    repeated = [prompt for prompt in drawn.prompts for _ in range(scores.shape[1])]
+    second = sampler.second(repeated, [text for row in drawn.candidates for text in row])
 
-    Returns the figures by name and the samples as pairs. For "policy" and "reference" each: mean reward, distinct-1
-    and distinct-2 (over the characters of the responses). `kl`: KL(policy || reference) a sequence (sum over its
-    tokens), nats, the exact KL at each token of the policy's samples, in the distribution that was sampled;
-    `kl_full_softmax`: the same with the models' untruncated distributions at each token, still on samples of the
-    truncated policy.
-    Raises ValueError as `collect_rollout`.
-    """
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
-    chosen = _in_turn(prompts, samples)
-    device = reference.wte.weight.device
+    def point(n: float) -> BestOfNPoint:
+        values = None if second is None else expected_best_of_n(scores, n, second.reshape(scores.shape))
+        reward = interval.mean(expected_best_of_n(scores, n))
+        return BestOfNPoint(n, best_of_n_kl(n), reward, None if values is None else interval.mean(values))
 
-    def draw(model: ActorCritic, full_softmax: bool = False) -> Rollout:
-        generator = torch.Generator(device).manual_seed(seed)
-        return collect_rollout(
-            model, reference, tokenizer, chosen, reward_fn, gen_len, sampling,
-            generator=generator, score_full_softmax=full_softmax,
-        )  # fmt: skip
-
-    after, before = draw(policy), draw(_with_value_head(reference))
-    summary = {}
-    for name, rollout in (("policy", after), ("reference", before)):
-        summary[f"{name}/reward"] = rollout.scores.mean().item()
-        for n in (1, 2):
-            summary[f"{name}/distinct_{n}"] = distinct_n(rollout.responses, n)
-    summary["kl"] = after.exact_kl.sum(-1).mean().item()
-    summary["kl_full_softmax"] = draw(policy, full_softmax=True).exact_kl.sum(-1).mean().item()
-    return summary, list(_pairs(before, after))
+    frontier, spending, why = _beside_optimum(after, before, drawn, c)
+    within = equal <= MAX_N
+    return Comparison(
+        prompts=tuple(prompts),
+        policy=_figures(after, full["ref_logprobs"], seconds[0], unit, interval),
+        reference=_figures(before, sampler.full_softmax(head, before)["ref_logprobs"], seconds[1], unit, interval),
+        gain=interval.mean(_scores(after) - _scores(before)),
+        second_gain=None if seconds[0] is None or seconds[1] is None else interval.mean(seconds[0] - seconds[1]),
+        kl_exact=kl_exact,
+        kl_sampled=interval.mean(_per_sequence(after.logprobs - after.ref_logprobs)),
+        kl_full_softmax=kl_full_softmax,
+        best_of_n=tuple(map(point, c.best_of)),
+        equal_kl=point(equal) if within else None,
+        ahead=interval.difference(_scores(after), expected_best_of_n(scores, equal)) if within else None,
+        pairs=tuple(_pairs(before, after)),
+        spending=spending,
+        frontier=frontier,
+        no_optimum=why,
+    )
 
 
-def before_after_table(pairs: Sequence[Pair], rows: int = 12) -> str:
-    """The first rows as a Markdown table that shows the texts as they are: control characters visible, no markup."""
-    lines = ["| prompt | before | reward | after | reward |", "|---|---|---|---|---|"]
-    for pair in pairs[:rows]:
-        texts = [re.sub(MARKUP, r"\\\g<0>", printable(text)) for text in (pair.prompt, pair.before, pair.after)]
-        lines.append(f"| {texts[0]} | {texts[1]} | {pair.before_reward:.2f} | {texts[2]} | {pair.after_reward:.2f} |")
-    return "\n".join(lines) + "\n"
+def _figures(
+    rollout: Rollout,
+    ref_logprobs: Tensor,
+    second: NDArray[np.float64] | None,
+    unit: str,
+    interval: Bootstrap,
+) -> Figures:
+    """ref_logprobs: (N, R), of the reference's full softmax."""
+    responses, tokens = rollout.responses, rollout.response_mask.sum(-1).double()
+    nll = -ref_logprobs.double().sum().item() / tokens.sum().item()  # nats a token
+    texts = [units(text, unit) for text in responses]
+    return Figures(
+        reward=interval.mean(_scores(rollout)),
+        second=None if second is None else interval.mean(second),
+        perplexity=math.exp(min(nll, LARGEST_EXPONENT)),
+        distinct_1=distinct_n(texts, 1),
+        distinct_2=distinct_n(texts, 2),
+        distinct_3=distinct_n(texts, 3),
+        self_bleu=self_bleu(texts),
+        characters=fmean(map(len, responses)),
+        tokens=tokens.mean().item(),
+        repeated=fmean(map(repeated_share, texts)),
+        unit=unit,
+    )
+
+
+def _beside_optimum(
+    after: Rollout, before: Rollout, drawn: BestOfN, config: EvaluationConfig
+) -> tuple[tuple[OptimumPoint, ...], Spending | None, str]:
+    """The optimum from all samples of the reference, the policy's reward and exact KL beside it; else why not."""
+    scores: dict[str, list[float]] = {}
+    for prompt, score in zip(before.prompts, _scores(before), strict=True):
+        scores.setdefault(prompt, []).append(score)
+    for prompt, row in zip(drawn.prompts, drawn.candidate_scores.tolist(), strict=True):
+        scores.setdefault(prompt, []).extend(row)
+    try:
+        frontier = Optimum(scores, described(config.sampling), config.bootstrap)
+    except ValueError as error:
+        return (), None, str(error)
+    reward, kl = config.bootstrap.mean(_scores(after)), config.bootstrap.mean(_per_sequence(after.exact_kl))
+    return tuple(frontier.curve()), frontier.spent(reward, kl, config.kl_coef), ""

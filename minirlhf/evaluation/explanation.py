@@ -1,12 +1,26 @@
-"""One sample of a PPO step, token by token: what the algorithm saw and what it did about it."""
+"""One sample of a PPO step, token by token: what the algorithm saw, and what it did with it."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
 
+import torch
+
+from minirlhf.common.printing import show, text_table
 from minirlhf.common.text import printable
+from minirlhf.rl.advantages import with_advantages
+from minirlhf.rl.logprobs import response_logprobs
+from minirlhf.rl.losses import log_ratio
+from minirlhf.rl.shaping import token_kl, with_token_rewards
+
+if TYPE_CHECKING:
+    from minirlhf.rl.rollout import Rollout
+    from minirlhf.rl.trainer import PPOTrainer
+
+
+COLUMNS = ("token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "value", "returns", "advantage", "ratio",
+           "clipped")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -15,7 +29,8 @@ class TokenExplanation:
 
     logprob, old_logprob, ref_logprob: under the policy as it is now, as it was when it sampled, and the reference.
     kl: the KL estimate of the token before the update, as it was penalised. ratio: exp(logprob - old_logprob).
-    clipped: whether clipping of the ratio keeps this token from moving the policy further.
+    clipped: whether clipping of the ratio keeps this token from moving the policy further. value, returns: None for a
+    policy without a value head.
     """
 
     token: str
@@ -24,11 +39,11 @@ class TokenExplanation:
     ref_logprob: float
     kl: float
     reward: float
-    value: float
-    returns: float
     advantage: float
     ratio: float
     clipped: bool
+    value: float | None = None
+    returns: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,23 +55,57 @@ class Explanation:
     tokens: tuple[TokenExplanation, ...]
 
     def __str__(self) -> str:
-        names = [field.name for field in fields(TokenExplanation)]
+        names = [name for name in COLUMNS if getattr(self.tokens[0], name) is not None]
         rows = [[_cell(getattr(token, name)) for name in names] for token in self.tokens]
-        widths = [max(_width(cell) for cell in column) for column in zip(names, *rows, strict=True)]
-        lines = [_line(row, widths) for row in [names, *rows]]
-        return "\n".join([f"prompt {printable(self.prompt)!r}, score {self.score:.4f}", *lines])
+        head = f"prompt {printable(self.prompt)!r}, score {self.score:.4f}"
+        return "\n".join([head, *text_table([names, *rows], left=0)])
+
+
+@torch.no_grad()
+def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None = None) -> Explanation:
+    """Print one row of a rollout token by token, as PPO sees it, and return it.
+
+    rollout: before or after `trainer.step` was called on it; the ratio shows how far the policy has moved since it was
+        sampled. The KL coefficient is the controller's present one.
+    i: the row. file: where to print; None: standard output.
+    Raises ValueError for a row that is not there.
+    """
+    if not 0 <= i < len(rollout):
+        raise ValueError(f"the rollout has rows 0 to {len(rollout) - 1}, got {i}")
+    c = trainer.config
+    row = with_advantages(with_token_rewards(rollout, trainer.kl_controller.coef, c)[0], c).rows(torch.tensor([i]))
+    width = row.response_mask.size(1)
+    with trainer.precision.autocast():
+        now = response_logprobs(trainer.policy, row.tokens, row.mask, width, c.logprobs_divisor, row.sampling_sets)
+    ratio = log_ratio(now.logprobs, row.logprobs).exp()
+    clipped = torch.where(row.advantages > 0, ratio > 1 + c.cliprange, ratio < 1 - c.cliprange)
+    columns = {
+        "logprob": now.logprobs,
+        "old_logprob": row.logprobs,
+        "ref_logprob": row.ref_logprobs,
+        "kl": token_kl(row, c),
+        "reward": row.token_rewards,
+        "value": row.values,
+        "returns": row.returns,
+        "advantage": row.advantages,
+        "ratio": ratio,
+    }
+    known = {name: x for name, x in columns.items() if x is not None}  # without a value head some are missing
+    numbers = torch.cat(list(known.values())).T.tolist()  # one list a token
+    texts = [trainer.tokenizer.vocab[token] for token in row.tokens[0, -width:].tolist()]
+    explanation = Explanation(
+        rollout.prompts[i] if rollout.prompts else trainer.tokenizer.decode(row.tokens[0, :-width]),
+        rollout.scores[i].item(),
+        tuple(
+            TokenExplanation(text, clipped=bool(cut), **dict(zip(known, values, strict=True)))
+            for text, values, cut in zip(texts, numbers, clipped[0].tolist(), strict=True)
+        ),
+    )
+    show(explanation, file)
+    return explanation
 
 
 def _cell(value: str | float | bool) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
-    return printable(value) if isinstance(value, str) else f"{value:.4f}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(" " * (width - _width(cell)) + cell for cell, width in zip(cells, widths, strict=True))
-
-
-def _width(text: str) -> int:
-    """Columns that a text takes in a terminal: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+    return value if isinstance(value, str) else f"{value:.4f}"

@@ -1,24 +1,19 @@
 """One HTML file that shows an evaluation: figures, pictures, and samples before and after side by side.
 
-Nothing in it is fetched or run: pictures are data URIs, there is no script, and a content security policy forbids both.
-Every text is escaped, and shown as `metrics.printable` has it, so none can add markup, or turn the text around it.
+It fetches and runs nothing: pictures are data URIs, there is no script, and a content security policy forbids both.
+Every text is escaped and `printable`, so that no text can add markup or turn the text around it.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from minirlhf.common.text import printable
-from minirlhf.evaluation.comparison import Comparison, Evaluation, Pair
-from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
-from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write
+from minirlhf.evaluation.findings import Comparison, Evaluation, Pair
+from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run
 from minirlhf.version import __version__
 
 STYLE = """
@@ -59,29 +54,15 @@ GLOSSARY = (
     ("KL", "KL(policy || reference) a sequence, nats. Exact: at each token over all that could have been sampled; "
      "sampled: log-ratio of the tokens that were; full softmax: exact, with nothing truncated"),
     ("perplexity under the reference", "exp of the mean negative log-likelihood that the reference gives a token"),
-    ("distinct-n", "distinct character n-grams over all, of all samples together"),
-    ("self-BLEU", "mean BLEU-4 of a sample against all the others, over characters; 1: they are all alike"),
-    ("share of repeated characters", "of a response's characters, those that occurred in it before; the mean"),
+    ("distinct-n", "distinct n-grams of characters, or of words where a language spaces them, over all, of all "
+     "samples together"),
+    ("self-BLEU", "mean BLEU-4 of a sample against all the others, over the same units; 1: they are all alike"),
+    ("share of repeated units", "of a response's characters or words, those that occurred in it before; the mean"),
     ("best of n", "the best by reward of n samples of the reference; its KL is at most log n - (n - 1) / n"),
+    ("optimum", "the most reward at a KL, the least KL for a reward, that any policy can have: the reference's own "
+     "samples, weighted by exp(reward / beta); efficiency is the KL needed over the exact KL spent, both in the "
+     "distribution that was sampled"),
 )  # fmt: skip
-
-
-def write_report(
-    path: str | os.PathLike[str],
-    evaluation: Evaluation,
-    title: str = "Policy against reference",
-    about: Mapping[str, Any] | None = None,
-    history: Sequence[Mapping[str, Any]] | None = None,
-    target: float | None = None,
-    rows: int = 24,
-) -> None:
-    """Write the report, atomically.
-
-    title, about: of the run: what to call it, and further facts by name. history: lines of its metrics.jsonl, drawn as
-    `metrics.plot_run` does, with the KL target; None: no curves. rows: samples shown of each list of prompts.
-    Raises ImportError that names the extra if matplotlib is missing, OSError if the file cannot be written.
-    """
-    atomic_write(path, report(evaluation, title, about, history, target, rows).encode("utf-8"))
 
 
 def report(
@@ -92,16 +73,22 @@ def report(
     target: float | None = None,
     rows: int = 24,
 ) -> str:
-    """The report as a text of HTML; arguments and errors as of `write_report`."""
+    """The report as a text of HTML.
+
+    title, about: of the run: its name, and further facts by name. history: lines of its metrics.jsonl, drawn as
+    `plots.draw_run` does, with the KL target; None: no curves. rows: samples shown for each list of prompts.
+    Raises ImportError that names the extra if matplotlib is missing.
+    """
     if type(rows) is not int or rows < 0:
         raise ValueError(f"rows must be an integer of at least 0, got {rows!r}")
-    parts = [f"<h1>{_text(title)}</h1>", _verdict(evaluation), _cards(evaluation.given)]
+    parts = [f"<h1>{_text(title)}</h1>", _conclusion(evaluation), _cards(evaluation.given)]
     for name, comparison in evaluation.comparisons.items():
         parts += [f"<h2>On the {name}</h2>", _pictures(comparison)]
         parts += ["<h3>Figures</h3>", _table(("", "reference", "policy"), comparison.rows())]
-        parts += ["<h3>Best-of-n of the reference</h3>", _best_of_n(comparison)]
+        parts += ["<h3>Best-of-n of the reference, and the optimum</h3>", _best_of_n(comparison)]
     if history:
-        curves = _image(_curves(history, target), "reward, KL, entropy, value loss and length")
+        drawn = draw_run(history, target, evaluation.given.frontier)
+        curves = _image(drawn, "reward, KL, entropy, value loss and length")
         parts += ["<h2>The run</h2>", f'<div class="wide">{curves}</div>']
     for name, comparison in evaluation.comparisons.items():
         shown = comparison.pairs[:rows]
@@ -126,7 +113,7 @@ def report(
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _verdict(evaluation: Evaluation) -> str:
+def _conclusion(evaluation: Evaluation) -> str:
     if not evaluation.symptoms:
         return '<div class="box">No symptom of reward hacking was found.</div>'
     items = "".join(f"<li>{_text(symptom)}</li>" for symptom in evaluation.symptoms)
@@ -139,6 +126,8 @@ def _cards(x: Comparison) -> str:
         cards.append(("second scorer", f"{x.reference.second.mean:.3f} → {x.policy.second.mean:.3f}"))
     cards.append(("KL, nats a sequence", f"{x.kl:.2f}"))
     cards.append(("distinct-2", f"{x.reference.distinct_2:.3f} → {x.policy.distinct_2:.3f}"))
+    if x.spending is not None and x.spending.efficiency is not None:
+        cards.append(("KL needed / KL spent", f"{x.spending.efficiency:.2f}"))
     if x.equal_kl is not None:
         cards.append((f"best of {x.equal_kl.n:.1f}, at equal KL", f"{x.equal_kl.reward.mean:.3f}"))
     inner = "".join(f'<div class="card"><b>{_text(value)}</b><span>{_text(name)}</span></div>' for name, value in cards)
@@ -146,27 +135,24 @@ def _cards(x: Comparison) -> str:
 
 
 def _pictures(x: Comparison) -> str:
+    """Reward and second score over the exact KL: all in the distribution that was sampled."""
     pictures = []
-    for name, start, end in (
-        ("reward", x.reference.reward, x.policy.reward),
-        ("second", x.reference.second, x.policy.second),
-    ):
+    for name, title in (("reward", "reward"), ("second", "second scorer")):
+        start, end = getattr(x.reference, name), getattr(x.policy, name)
         if start is None or end is None:
             continue
         curve = [FrontierPoint("n = 1", 0.0, start)]
         points = {point.kl: point for point in (*x.best_of_n, *([x.equal_kl] if x.equal_kl else []))}
         curve += [FrontierPoint(f"{p.n:.3g}", kl, getattr(p, name)) for kl, p in points.items() if kl > 0]
-        title = {"reward": "reward", "second": "second scorer"}[name]
-        drawn = draw_frontier(curve, [FrontierPoint("policy", x.kl, end)], title)
-        pictures.append(_image(drawn, f"{title} over KL: policy and best-of-n"))
+        policy, where = FrontierPoint("policy", x.kl_exact.mean, end), x.spending.distribution if x.spending else ""
+        drawn = draw_frontier(curve, [policy], title, x.frontier if name == "reward" else (), where)
+        pictures.append(_image(drawn, f"{title} over KL: policy, best-of-n and optimum"))
     return f'<div class="pictures">{"".join(pictures)}</div>'
 
 
 def _best_of_n(x: Comparison) -> str:
-    words = "The policy's KL is beyond what best-of-n was drawn for."
-    if x.ahead is not None:
-        words = f"Reward of the policy less that of best-of-n at equal KL: {x.ahead}"
-    return _table(("", "KL", "reward", "second scorer"), x.best_of_n_rows()) + f"<p>{_text(words)}</p>"
+    remarks = "".join(f"<p>{_text(remark[0].upper() + remark[1:])}</p>" for remark in x.remarks())
+    return _table(("", "KL", "reward", "second scorer"), x.best_of_n_rows()) + remarks
 
 
 def _pair(pair: Pair) -> str:
@@ -186,12 +172,6 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
     for name, value in evaluation.settings.items():
         facts.update(value if isinstance(value, dict) else {name: value})
     return facts
-
-
-def _curves(history: Sequence[Mapping[str, Any]], target: float | None) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        plot_run(history, Path(folder) / "curves.png", target)
-        return (Path(folder) / "curves.png").read_bytes()
 
 
 # ---- HTML -----------------------------------------------------------------------------------------------------------

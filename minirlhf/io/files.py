@@ -12,6 +12,7 @@ import errno
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -58,12 +59,20 @@ def read_json(
     """
     text = read_text(path)
     try:
-        content = json.loads(text, object_pairs_hook=pairs)
+        content = json.loads(text, object_pairs_hook=pairs, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
+
+
+def _finite(number: str) -> float:
+    """A number of a JSON file. Raises ValueError for NaN, Infinity, and what no float holds (1e400)."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:40]} is not a finite number")
+    return value
 
 
 def field(content: Mapping[str, Any], name: str, kind: type[T], where: object, default: T | None = None) -> T:

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
+from minirlhf.commands.evaluation_request import HELD_OUT_PROMPTS, PROMPTS, EvaluationRequest
 from test_hostile_text import HISTORY
 
 from conftest import VOCAB, make_bert, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentReward, Tokenizer
 from minirlhf.__main__ import main
-from minirlhf.commands.evaluation_request import HELD_OUT_PROMPTS, PROMPTS, EvaluationRequest
 from minirlhf.io.files import read_json, write_json
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.rewards.scorers import load_scorer

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minirlhf.evaluation.bootstrap import Bootstrap, Estimate
+from minirlhf.evaluation.statistics import Bootstrap, Estimate
 
 VALUES = np.random.default_rng(1).exponential(2.0, 60)
 
@@ -61,7 +61,7 @@ def test_the_seed_decides_and_the_global_generators_are_left_alone():
 
 
 def test_cut_into_parts_the_draws_are_the_same_kind(monkeypatch):
-    monkeypatch.setattr("minirlhf.evaluation.bootstrap.CHUNK", 200)  # 3 resamples at a time
+    monkeypatch.setattr("minirlhf.evaluation.statistics.CHUNK", 200)  # 3 resamples at a time
     found = Bootstrap(4000, 0.9, seed=1).mean(VALUES)
     monkeypatch.undo()
     expected = Bootstrap(4000, 0.9, seed=1).mean(VALUES)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -15,9 +14,10 @@ import torch
 from conftest import CHINESE, make_gpt2
 from minirlhf import ActorCritic, NGramScorer, SamplingConfig, best_of_n, collect_rollout
 from minirlhf.evaluation.best_of import best_of_n_kl, expected_best_of_n
-from minirlhf.evaluation.bootstrap import Bootstrap, Estimate
-from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, Pair, before_after_table, compare, evaluate
-from minirlhf.evaluation.text_statistics import self_bleu
+from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, evaluate, summarise
+from minirlhf.evaluation.findings import Pair, before_after_table
+from minirlhf.evaluation.statistics import Bootstrap, Estimate
+from minirlhf.text.statistics import self_bleu, unit_of
 
 PROMPTS = ["酒店", "服务很好", "w"]
 
@@ -33,7 +33,8 @@ def models(policy_seed):
 
 def run(tokenizer, policy_seed=0, prompts=PROMPTS, samples=7, **settings):
     policy, reference = models(policy_seed)
-    return compare(policy, reference, tokenizer, prompts, reward, 5, samples=samples, **settings)
+    found = summarise(policy, reference, tokenizer, prompts, reward, 5, samples=samples, **settings)
+    return found.figures, found.pairs
 
 
 @pytest.mark.parametrize("sampling", [None, SamplingConfig(0.8, 0, 0.9)])
@@ -70,6 +71,24 @@ def test_the_same_seed_gives_the_same_figures(tokenizer):
     assert run(tokenizer, 1, seed=3) == run(tokenizer, 1, seed=3) != run(tokenizer, 1, seed=4)
 
 
+def test_the_line_at_the_end_of_a_run_has_the_optimum_in_the_distribution_that_was_sampled(tokenizer):
+    policy, reference = models(0)
+    settings = dict(samples=400, sampling=SamplingConfig(top_p=0.9), kl_coef=0.1)
+    found = summarise(policy, reference, tokenizer, PROMPTS, reward, 5, **settings)
+    f = found.figures
+    assert (
+        found.spending.needed.kl.mean == pytest.approx(f["optimum/kl"]) and f["optimum/kl"] < 0.02
+    )  # of nothing gained
+    assert f["objective/optimum"] > f["objective/policy"] == pytest.approx(f["policy/reward"], abs=1e-5)
+    assert found.as_dict()["optimum"] == found.optimum == str(found.spending)
+    assert "the optimum would need 0.0" in found.optimum and "sampled with top-p 0.9" in found.optimum
+    points = found.frontier
+    assert points[0].kl.mean == 0 and points[-1].reward.mean > points[0].reward.mean
+    constant = summarise(policy, reference, tokenizer, PROMPTS, lambda texts: [0.5] * len(texts), 5, samples=40)
+    assert constant.spending is None and "rewards are 0.5: every policy is as good" in constant.optimum
+    assert "optimum/kl" not in constant.figures
+
+
 def test_comparing_leaves_the_global_random_state_alone(tokenizer):
     models(1)
     state = torch.get_rng_state()
@@ -82,19 +101,9 @@ def test_no_prompts_are_refused(tokenizer):
         run(tokenizer, prompts=[])
 
 
-def cells(line):
-    """The cells of a row of a GitHub table: cut at the pipes that have no backslash before them."""
-    return re.split(r"(?<!\\)\|", line)[1:-1]
-
-
-@pytest.mark.parametrize("text", ["a|b", "||", "line\nbreak", "\x1b[31m", "back\\"])
-def test_a_table_keeps_its_columns_whatever_the_texts(text):
-    table = before_after_table([Pair(text, "x" + text, 0.5, text, 0.754)])
-    lines = table.splitlines()
-    assert len(lines) == 3 and table.endswith("\n")
-    assert all(len(cells(line)) == 5 for line in lines)
-    assert cells(lines[2])[2].strip() == "0.50" and cells(lines[2])[4].strip() == "0.75"
-    assert "\x1b" not in table
+def test_a_table_has_texts_and_rewards_side_by_side():
+    table = before_after_table([Pair("a|b", "before", 0.5, "\x1b[31m", 0.754)])
+    assert table.splitlines()[2] == r"| a\|b | before | 0.50 | \\x1b\[31m | 0.75 |"
 
 
 def test_a_table_shows_the_first_rows_only():
@@ -176,13 +185,15 @@ def test_figures_are_those_of_the_samples(tokenizer):
         (x.reference, [p.before for p in x.pairs], [p.before_reward for p in x.pairs]),
     ):
         assert figures.reward == Bootstrap(200).mean(rewards)
+        assert x.policy.unit == x.reference.unit == unit_of([p.before for p in x.pairs])
+        parts = [text.split() if figures.unit == "word" else list(text) for text in texts]
         for n in (1, 2, 3):
-            grams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
-            assert getattr(figures, f"distinct_{n}") == pytest.approx(len(set(grams)) / len(grams))
-        assert figures.self_bleu == pytest.approx(self_bleu(texts))
+            grams = [tuple(part[i : i + n]) for part in parts for i in range(len(part) - n + 1)]
+            assert getattr(figures, f"distinct_{n}") == pytest.approx(len(set(grams)) / max(1, len(grams)))
+        assert figures.self_bleu == pytest.approx(self_bleu(parts))
         assert figures.characters == pytest.approx(sum(map(len, texts)) / 8)
         assert figures.tokens == 5
-        assert figures.repeated == pytest.approx(sum(1 - len(set(text)) / len(text) for text in texts) / 8)
+        assert figures.repeated == pytest.approx(sum(1 - len(set(x)) / len(x) for x in parts) / 8)
         whole = [len(p.prompt + t) for p, t in zip(x.pairs, texts, strict=True)]
         assert figures.second.mean == pytest.approx(sum(whole) / 8)
     assert x.gain.mean == pytest.approx(x.policy.reward.mean - x.reference.reward.mean)
@@ -234,6 +245,53 @@ def test_eos_ends_responses(tokenizer):
     x = full_evaluation(tokenizer, settings={"eos_token_id": often}).given
     assert 1 <= x.policy.tokens < 5
     assert math.isfinite(x.policy.perplexity) and math.isfinite(x.kl)
+
+
+def test_a_double_policy_gives_the_same_figures(tokenizer):
+    policy, reference = models(1)
+    double = copy.deepcopy(policy.gpt2).double(), copy.deepcopy(reference).double()
+    config = EvaluationConfig(**SMALL)
+    one, two = (
+        evaluate(*pair, tokenizer, PROMPTS, reward, config=config).given for pair in ((policy, reference), double)
+    )
+    assert [p.after for p in one.pairs] == [p.after for p in two.pairs]  # the same random numbers
+    assert two.kl_exact.mean == pytest.approx(one.kl_exact.mean, rel=1e-5)
+    assert two.policy.perplexity == pytest.approx(one.policy.perplexity, rel=1e-5)
+    summary = summarise(ActorCritic(double[0]).double().eval(), double[1], tokenizer, PROMPTS, reward, 5, samples=7)
+    assert summary.figures["kl"] == pytest.approx(run(tokenizer, 1)[0]["kl"], rel=1e-5)
+
+
+def test_a_language_with_spaces_is_measured_in_words(tokenizer):
+    class Spaced:
+        """Decodes every token to a word of its own."""
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __len__(self):
+            return len(tokenizer)
+
+        def decode(self, ids):
+            return " ".join(f"word{'abcdefghij'[int(i) % 10]}" for i in ids)
+
+    x = full_evaluation(Spaced()).given
+    assert x.policy.unit == "word" and x.policy.characters == 29 and x.policy.tokens == 5
+    grams = [tuple(pair.after.split()[i : i + 2]) for pair in x.pairs for i in range(4)]
+    assert x.policy.distinct_2 == pytest.approx(len(set(grams)) / len(grams))
+    assert any("distinct-2, by word" in row for row in x.rows())
+
+
+def test_the_optimum_is_that_of_all_samples_of_the_reference(tokenizer):
+    """Those before training and those for best-of-n, the policy's exact KL beside it."""
+    settings = {"samples": 300, "best_of_prompts": 30, "best_of": (4,), "kl_coef": 0.2}
+    x = full_evaluation(tokenizer, 0, settings=settings).given
+    assert x.spending.needed is not None and x.spending.kl == x.kl_exact and x.spending.reward == x.policy.reward
+    assert 0 <= x.spending.needed.kl.mean < 0.05 and x.spending.distribution == "in the full softmax"
+    assert len(x.frontier) == 25 and x.frontier[-1].effective_samples >= 99
+    assert any(row[0] == "KL exact that the optimum needs" for row in x.rows())
+    assert any(remark.startswith("optimum: reward ") for remark in x.remarks())
+    few = full_evaluation(tokenizer, 0).given
+    assert few.frontier == () and "at least 100 in all, 10 of each prompt, are needed" in few.spending.note
 
 
 def test_held_out_prompts_are_looked_at_on_their_own(tokenizer):
@@ -346,7 +404,7 @@ def test_models_of_another_vocabulary_are_refused(tokenizer, policy, reference, 
     ({"best_of": (2.0,)}, "best_of"), ({"best_of": 4}, "best_of"), ({"best_of_prompts": 0}, "best_of_prompts"),
     ({"resamples": 1}, "resamples .* at least 2"), ({"confidence": 1.5}, "confidence"), ({"seed": -1}, "seed"),
     ({"sampling": 0.9}, "sampling must be a SamplingConfig"), ({"eos_token_id": -1}, "eos_token_id"),
-    ({"batch_size": 0}, "batch_size"),
+    ({"batch_size": 0}, "batch_size"), ({"kl_coef": -1.0}, "kl_coef"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):

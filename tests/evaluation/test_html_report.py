@@ -6,14 +6,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from minirlhf.evaluation.comparison import Evaluation, Pair
+from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
 from test_hostile_text import HISTORY, TEXTS, every_text, steers
 from test_symptoms import EQUAL, FINE, after, sure
 
 from minirlhf.common.text import printable
-from minirlhf.evaluation.bootstrap import Estimate
-from minirlhf.evaluation.comparison import Evaluation, Pair
-from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
 from minirlhf.evaluation.report import report, write_report
+from minirlhf.evaluation.statistics import Estimate
 
 pytest.importorskip("matplotlib")
 

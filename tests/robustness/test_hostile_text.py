@@ -12,8 +12,8 @@ import torch
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import Pair, before_after_table
 from minirlhf.evaluation.explanation import Explanation, TokenExplanation
+from minirlhf.evaluation.findings import Pair, before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import read_json, read_jsonl, write_json
 from minirlhf.runs.log import RunLog

@@ -1,4 +1,4 @@
-"""The doctor: what can be known to be wrong with a run before it starts."""
+"""The doctor: checks of a run before it starts."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 import torch
 
+from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.device.placement import resolve_device
 from minirlhf.evaluation.doctor import model_checks, run_checks
 from minirlhf.evaluation.doctor.memory import available_memory
-from minirlhf.evaluation.doctor.patient import FAIL, OK, SKIP, Model, Patient, Skipped, Verdict
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.evaluation.doctor.setup import FAIL, OK, SKIP, Model, Result, Setup, Skipped
 from minirlhf.models.heads import ActorCritic
+from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.config import PPOConfig
 from minirlhf.text.tokenizer import Tokenizer
 
-PROMPTS = ("酒店", "这家酒店的位置", "房间", "早餐很一般，")  # of different lengths, so that there is padding
 Folder = str | os.PathLike[str]
 Loaded = TypeVar("Loaded")
 
 # Name, why it matters, and the check, in the order in which they are made.
-CHECKS: tuple[tuple[str, str, Callable[[Patient], Verdict]], ...] = (
+CHECKS: tuple[tuple[str, str, Callable[[Setup], Result]], ...] = (
     ("vocabulary", "in another vocabulary an id is another word, or out of range", model_checks.vocabulary),
     ("reward vocabulary", "a model that reads other words rewards nothing", model_checks.reward_vocabulary),
     ("rollout", "without samples there is nothing to train on, and little to check below", run_checks.rollout),
+    ("device", "what was never tested on a device may differ there", run_checks.device),
     ("reference", "the KL penalty holds the policy near the reference from the first step on", run_checks.reference),
     ("ratio", "PPO clips any ratio away from 1 as if the policy had moved", run_checks.ratio),
     ("labels", "with swapped labels PPO does its work well, in the wrong direction", model_checks.labels),
@@ -42,6 +43,7 @@ CHECKS: tuple[tuple[str, str, Callable[[Patient], Verdict]], ...] = (
     ("weights", "a reference that moves is no leash, and no checkpoint keeps an untied head", run_checks.weights),
     ("memory", "an out-of-memory error ends a run, often hours in, at its longest batch", run_checks.memory),
     ("precision", "rounding as large as the clip range is trained on as if it were progress", run_checks.precision),
+    ("optimum", "no policy can have more reward at this KL, however long the run", run_checks.forecast),
 )
 
 
@@ -50,8 +52,8 @@ class Finding:
     """What one check of the doctor found.
 
     name: of the check. status: "ok", "warn" (it may be meant so), "fail" (do not start) or "skip" (it could not be
-    checked; the detail says why). detail: what was found, with figures. why: why the check matters. remedy: how to
-    mend it, "" where nothing is wrong.
+    checked; the detail says why). detail: what was found, with figures. why: why the check matters. remedy: what to
+    do, "" where nothing is wrong.
     """
 
     name: str
@@ -63,7 +65,7 @@ class Finding:
     def __str__(self) -> str:
         lines = [f"{self.status:5} {self.name:18} {self.detail}"]
         if self.status not in (OK, SKIP):
-            lines += [f"{'':25}why:  {self.why}", f"{'':25}mend: {self.remedy}"]
+            lines += [f"{'':25}why:  {self.why}", f"{'':25}fix:  {self.remedy}"]
         return "\n".join(printable(line) for line in lines)
 
 
@@ -73,7 +75,7 @@ def doctor(
     tokenizer: Tokenizer | Folder | None = None,
     reward: RewardFunction | Folder | None = None,
     config: PPOConfig | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     *,
     positive_label: str | None = None,
     canaries: tuple[str, str] | None = None,
@@ -85,18 +87,20 @@ def doctor(
     policy, reference, tokenizer, reward: as for PPOTrainer and its `train`, or the folders to load them from.
         reference, tokenizer: None: those of the policy's folder. reward: None: none is looked at.
     positive_label: of a reward that is given as the folder of a classifier, as SentimentReward takes it.
-    config: a PPOConfig; **overrides replace its fields by name. prompts: the pool.
+    config: a PPOConfig; **overrides replace its fields by name. prompts: the pool of the run; None: words of the
+        vocabulary, which do for every check but the optimum.
     canaries: a good and a bad text for the reward; None: for a SentimentReward that reads Chinese,
         `rewards.CANARIES`. file: where to print; None: standard output.
 
-    The checks, in their order; each is made even if those before it failed, unless it needs what they were to give:
+    The checks, in their order; each is made even if those before it failed, unless it needs what they provide:
 
     folders             what was given as a folder loads
     vocabulary          tokenizer, policy and reference have one vocabulary
     reward vocabulary   so have the tokenizer and the model of a SentimentReward
     rollout             a trainer can be made, the prompts leave room, 8 sequences can be sampled
-    reference           KL(policy || reference) is at most 1e-3 nats a sequence. More is a warning, as a tuned policy
-                        may be trained on; more than the target of an adaptive KL penalty is a failure.
+    device              what could change results on a GPU without a word is off, else a warning
+    reference           KL(policy || reference), scored anew, is at most 1e-3 nats a sequence. More is a warning, as a
+                        tuned policy may be trained on; more than the target of an adaptive KL penalty is a failure.
     ratio               |ratio - 1| of scoring, sampling and the training forward is at most 1e-3 in fp32; in bf16
                         and fp16 its mean at most a quarter of cliprange, and its worst within it (else a warning)
     labels              the good canary scores above the bad one
@@ -106,6 +110,8 @@ def doctor(
     memory              the need, by formula and by measurement, fits what is free; above 80% is a warning
     precision           log-probabilities in the chosen precision (bf16 for fp32, as a word only) against fp32, by the
                         limits of the ratio; what "auto" has chosen, and why
+    optimum             the best possible reward at the KL coefficient and the target (see `optimum`), from up to 512
+                        samples of the reference; skipped for a reward that is slow
 
     It works on copies: two of each model, and the gradients and optimizer state of one. Models, their modes and
     devices, random states and files are afterwards as before; a reward function of one's own is called as it is.
@@ -118,30 +124,26 @@ def doctor(
         raise ValueError("reference and tokenizer must be given with a policy that is not a folder")
     findings = []
 
-    def report(name: str, why: str, check: Callable[[], Verdict]) -> None:
-        verdict = _verdict(check)
-        findings.append(Finding(name, verdict.status, verdict.detail, why, verdict.remedy))
-        print(findings[-1], file=file, flush=True)
+    def report(name: str, why: str, check: Callable[[], Result]) -> None:
+        found = _result(check)
+        findings.append(Finding(name, found.status, found.detail, why, found.remedy))
+        show(findings[-1], file)
 
     with _random_states_kept(device), torch.enable_grad():
         files = _Files()
-        patient = Patient(
+        setup = Setup(
             policy=files.load("policy", policy, ActorCritic.from_pretrained),
-            reference=files.load("reference", reference or folder, GPT2.from_pretrained),
+            reference=files.load("reference", reference or folder, load_decoder),
             tokenizer=files.load("tokenizer", tokenizer or folder, Tokenizer.from_pretrained),
-            reward=files.load(
-                "reward",
-                reward,
-                lambda path: load_scorer(path, config.device, positive_label),
-            ),
+            reward=files.load("reward", reward, lambda path: load_scorer(path, config.device, positive_label)),
             config=config,
             prompts=prompts,
             canaries=canaries,
             available=available_memory(device),
         )
-        report("folders", "a model that cannot be read cannot be trained", files.verdict)
+        report("folders", "a model that cannot be read cannot be trained", files.result)
         for name, why, check in CHECKS:
-            report(name, why, lambda check=check: check(patient))  # type: ignore[misc]
+            report(name, why, lambda check=check: check(setup))  # type: ignore[misc]
     return findings
 
 
@@ -165,26 +167,26 @@ class _Files:
         self.loaded.append(name)
         return model
 
-    def verdict(self) -> Verdict:
+    def result(self) -> Result:
         if self.problems:
-            return Verdict(FAIL, "; ".join(self.problems), "mend the file that the message names, or give another")
+            return Result(FAIL, "; ".join(self.problems), "repair the file that the message names, or give another")
         if not self.loaded:
             raise Skipped("everything was given as an object")
-        return Verdict(OK, f"{', '.join(self.loaded)} loaded")
+        return Result(OK, f"{', '.join(self.loaded)} loaded")
 
 
-def _verdict(check: Callable[[], Verdict]) -> Verdict:
+def _result(check: Callable[[], Result]) -> Result:
     try:
         return check()
     except Skipped as reason:
-        return Verdict(SKIP, str(reason))
-    except Exception as error:  # models and rewards are the caller's: whatever they raise is a finding
-        return Verdict(FAIL, f"{type(error).__name__}: {error}", "mend what the message names")
+        return Result(SKIP, str(reason))
+    except Exception as error:  # models and rewards are the caller's: any error of theirs is a finding
+        return Result(FAIL, f"{type(error).__name__}: {error}", "repair what the message names")
 
 
 @contextlib.contextmanager
 def _random_states_kept(device: torch.device) -> Iterator[None]:
-    """Within it every global random generator may be moved; afterwards all are where they were."""
+    """Restores every global random generator at the end."""
     gpus = range(torch.cuda.device_count()) if device.type == "cuda" or torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=gpus):

@@ -1,6 +1,6 @@
-"""Checks of a run: a few samples are drawn, and what PPO would do with them is done on copies of the models.
+"""Checks of a run: draw a few samples, and do on copies of the models what PPO would do with them.
 
-Each takes the patient and returns a verdict, as in `model_checks`. Left out: whether the reward is a good one, and
+Each takes the setup and returns a result, as in `model_checks`. Left out: whether the reward is a good one, and
 whether the policy can write.
 """
 
@@ -8,95 +8,100 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision_choice import ROUNDING_SHARE, Rounding
 from minirlhf.evaluation.doctor.memory import estimate, extrapolate, measure, weight_bytes
-from minirlhf.evaluation.doctor.patient import FAIL, OK, WARN, Patient, Skipped, Verdict, needed
 from minirlhf.evaluation.doctor.probes import SAME_OUTPUT, fingerprint, shared_parameters, untied_error
-from minirlhf.rl.rollout import Rollout, score_in_batches
+from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped, logprobs, needed
+from minirlhf.evaluation.optimum import OptimumPoint, TooFewSamples, optimum
+from minirlhf.rewards.base import call_reward
+from minirlhf.rl.rollout import Rollout, logprobs_in_batches
 from minirlhf.rl.trainer import PPOTrainer
 
 ROWS, TOKENS = 8, 32  # at most so many sequences and new tokens in the rollout
 SAME_KL = 1e-3  # nats a sequence; rounding in fp32 stays ten times and more below this and the next
 SAME_RATIO = 1e-3  # |ratio - 1| in fp32
-# A step that moves the policy: no warm-up from 0, no skipped fp16 step, no scores replaced by one penalty.
-PLAIN_STEP: dict[str, Any] = dict(
-    precision="fp32", lr_schedule="constant", lr_warmup=0.0, value_warmup=0, missing_eos="keep", overlong="keep",
-    compile=False,
-)  # fmt: skip
-FULL = 0.8  # of the available memory; beyond it, fragments and the reward model may tip the balance
+# A step that moves the policy: no skipped fp16 step, no scores replaced by one penalty.
+PLAIN_STEP: dict[str, Any] = dict(precision="fp32", lr_schedule="constant", missing_eos="keep", compile=False)
+FULL = 0.8  # of the available memory; beyond it, fragments and the reward model may not fit
+FORECAST_SAMPLES, FORECAST_TOKENS, FORECAST_PROMPTS = 512, 2**14, 4  # of the reference, at most
+SLOW_REWARD = 2.0  # seconds for the samples of the rollout; a slower reward is not asked for a forecast
 
 
-def rollout(patient: Patient) -> Verdict:
+def rollout(setup: Setup) -> Result:
     """A trainer can be made of the models, the prompts fit, and sampling works; in fp32, for the checks after it."""
-    needed(patient.vocabulary, "one vocabulary")
-    policy, reference = (copy.deepcopy(model) for model in patient.models())  # one by one: the copies share nothing
+    needed(setup.vocabulary, "one vocabulary")
+    policy, reference = (copy.deepcopy(model) for model in setup.models())  # one by one: the copies share nothing
     # Not compiled: it would take longer than all checks, and hide tensors from those that count them.
-    whole = PPOTrainer(policy, reference, needed(patient.tokenizer, "the tokenizer"), patient.config, compile=False)
-    whole.check_prompts(patient.prompts)
-    patient.config, patient.precision = whole.config, whole.precision_choice
-    trainer = _with(whole, precision="fp32", gen_len=min(patient.config.gen_len, TOKENS))
-    patient.rollout, patient.trainer = _collect(trainer, patient.prompts), trainer
-    B, R = patient.rollout.response_mask.shape
-    return Verdict(OK, f"{B} sequences of up to {R} new tokens were sampled and scored")
+    whole = PPOTrainer(policy, reference, needed(setup.tokenizer, "the tokenizer"), setup.config, compile=False)
+    whole.check_prompts(setup.pool())
+    setup.config, setup.precision = whole.config, whole.precision_choice
+    trainer = _with(whole, precision="fp32", gen_len=min(setup.config.gen_len, TOKENS))
+    setup.rollout, setup.trainer = _collect(trainer, setup.pool()), trainer
+    B, R = setup.rollout.response_mask.shape
+    return Result(OK, f"{B} sequences of up to {R} new tokens were sampled and scored")
 
 
-def reference(patient: Patient) -> Verdict:
+def reference(setup: Setup) -> Result:
     """Before the first step KL(policy || reference) is 0."""
-    trainer, rollout = patient.experience()
+    trainer, rollout = setup.experience()
     with torch.no_grad():
-        R = rollout.response_mask.size(1)
-        scored = trainer.policy.score(rollout.tokens, rollout.mask, R, reference=trainer.reference)
+        scored = logprobs(trainer, rollout, trainer.reference, full_softmax=True)
     assert scored.exact_kl is not None
-    c, kl = patient.config, scored.exact_kl.sum(-1).mean().item() * patient.config.gen_len / trainer.config.gen_len
-    detail = f"KL at step 0 is {kl:.2g} nats a sequence (full softmax, {len(rollout)} sequences)"
+    c, kl = setup.config, scored.exact_kl.sum(-1).mean().item() * setup.config.gen_len / trainer.config.gen_len
+    detail = (
+        f"KL at step 0 is {kl:.2g} nats a sequence (full softmax, {len(rollout)} sequences, scored anew; a run logs up "
+        "to 1e-6 a token where it takes the states of the decode)"
+    )
     if abs(kl) <= SAME_KL:
-        return Verdict(OK, detail)
+        return Result(OK, detail)
     remedy = (
         "in a first run load both models from one folder. To go on with a tuned policy against its old reference is "
         "right; so much of the KL is then spent at the start"
     )
-    in_unit = kl if c.kl_unit == "sequence" else kl / c.gen_len
-    if c.adaptive_kl and c.init_kl_coef > 0 and in_unit > c.target:
-        detail += f", beyond the target of {c.target:g} a {c.kl_unit}"
-        return Verdict(FAIL, detail, f"{remedy}: raise target above it, or PPO begins by pulling the policy back")
-    return Verdict(WARN if kl > 0 else FAIL, detail, remedy)
+    if c.adaptive_kl and c.init_kl_coef > 0 and kl > c.target:
+        detail += f", beyond the target of {c.target:g}"
+        return Result(FAIL, detail, f"{remedy}: raise target above it, or PPO begins by pulling the policy back")
+    return Result(WARN if kl > 0 else FAIL, detail, remedy)
 
 
-def ratio(patient: Patient) -> Verdict:
+def ratio(setup: Setup) -> Result:
     """The first minibatch's ratio is 1: what samples, what scores and what trains are one policy."""
-    trainer, rollout = patient.experience()
+    trainer, rollout = setup.experience()
     exact = _first_ratio(trainer, rollout)
-    chosen = patient.config.precision
+    chosen = setup.config.precision
     if exact.status != OK or chosen == "fp32":
         return exact
     reduced = _with(trainer, precision=chosen)
-    verdict = _first_ratio(reduced, _collect(reduced, patient.prompts))
-    return verdict._replace(detail=f"{exact.detail}; {verdict.detail}")
+    result = _first_ratio(reduced, _collect(reduced, setup.pool()))
+    return result._replace(detail=f"{exact.detail}; {result.detail}")
 
 
-def weights(patient: Patient) -> Verdict:
+def weights(setup: Setup) -> Result:
     """LM heads are the embeddings, before and after one PPO step on copies, in which the reference does not change."""
-    models = patient.models()
+    models = setup.models()
     shared = shared_parameters(*models)
     if shared:
         names = f"{', '.join(shared[:3])}{f' and {len(shared) - 3} more' if len(shared) > 3 else ''}"
         remedy = "load the reference once more, or give copy.deepcopy(policy)"
-        return Verdict(FAIL, f"policy and reference share {names}: both would move in each step", remedy)
-    untouched, rollout = patient.experience()
+        return Result(FAIL, f"policy and reference share {names}: both would move in each step", remedy)
+    untouched, rollout = setup.experience()
     policy, reference = copy.deepcopy(models)  # in one go: what they have in common stays in common
-    trainer = PPOTrainer(policy, reference, untouched.tokenizer, patient.config, **PLAIN_STEP)
+    trainer = PPOTrainer(policy, reference, untouched.tokenizer, setup.config, **PLAIN_STEP)
     before = fingerprint(reference)
     heads = {"policy": untied_error(trainer.policy), "reference": untied_error(reference)}
     scores = torch.linspace(1, 2, len(rollout)).to(rollout.scores)  # something to learn, whatever the reward
     stats = trainer.step(dataclasses.replace(rollout, scores=scores))
     heads["policy after a step"] = untied_error(trainer.policy)
-    pairs = zip(trainer.policy.gpt2.parameters(), untouched.policy.gpt2.parameters(), strict=True)
+    pairs = zip(trainer.policy.decoder.parameters(), untouched.policy.decoder.parameters(), strict=True)
     moved = max((new - old).abs().max().item() for new, old in pairs)
 
     tie = "let lm_logits use wte.weight itself; a checkpoint with an LM head of its own is not supported"
@@ -108,17 +113,17 @@ def weights(patient: Patient) -> Verdict:
     if not moved > 0:
         problems["the policy did not move in one PPO step"] = "requires_grad_(True) on what is to learn, or a larger lr"
     if problems:
-        return Verdict(FAIL, "; ".join(problems), "; ".join(dict.fromkeys(problems.values())))
+        return Result(FAIL, "; ".join(problems), "; ".join(dict.fromkeys(problems.values())))
     step = f"{stats['ppo/updates']:.0f} updates moved the policy by up to {moved:.1g}, and not a bit of the reference"
-    return Verdict(OK, f"LM heads are tied; {step}")
+    return Result(OK, f"LM heads are tied; {step}")
 
 
-def memory(patient: Patient) -> Verdict:
+def memory(setup: Setup) -> Result:
     """The formula of `memory.estimate`, and the same scaled by a measurement, against what the device has."""
-    c, (short, rollout) = patient.config, patient.experience()
+    c, (short, rollout) = setup.config, setup.experience()
     trainer, R = _with(short, precision=c.precision), rollout.response_mask.size(1)
     small = estimate(trainer, len(rollout), rollout.tokens.size(1) - R, R, len(rollout))
-    longest = max(len(trainer.tokenizer.encode_prompt(prompt)) for prompt in patient.prompts)
+    longest = max(len(trainer.tokenizer.encode_prompt(prompt)) for prompt in setup.pool())
     formula = estimate(trainer, c.batch_size, longest, c.gen_len, min(c.forward_batch_size, c.minibatch_size))
     measured = extrapolate(measure(trainer, rollout), small, formula)
     need = max(formula, measured, key=lambda need: need.total)
@@ -126,32 +131,30 @@ def memory(patient: Patient) -> Verdict:
         f"{_gib(formula.total)} needed by the formula, {_gib(measured.total)} by measuring {len(rollout)} sequences, "
         f"most of it for {need.largest}"
     )
-    if patient.available is None:
+    if setup.available is None:
         raise Skipped(f"{detail}; this system does not say how much is available")
-    own = sum(weight_bytes(m) for m in patient.models() if next(m.parameters()).device.type == trainer.device.type)
-    room = patient.available + own  # the need counts the models themselves
+    own = sum(weight_bytes(m) for m in setup.models() if next(m.parameters()).device.type == trainer.device.type)
+    room = setup.available + own  # the need counts the models themselves
     detail += f"; {_gib(room)} available on the {trainer.device.type}"
     if need.total <= FULL * room:
-        return Verdict(OK, detail)
+        return Result(OK, detail)
     remedies = {"weights": "take a smaller model", "update": "lower forward_batch_size"}
     remedy = remedies.get(need.largest, "lower batch_size or gen_len")
-    return Verdict(WARN if need.total <= room else FAIL, detail, f"{remedy}, or find a device with more memory")
+    return Result(WARN if need.total <= room else FAIL, detail, f"{remedy}, or find a device with more memory")
 
 
-def precision(patient: Patient) -> Verdict:
+def precision(setup: Setup) -> Result:
     """Log-probabilities in the chosen reduced precision, bf16 if none is chosen, against fp32."""
-    c, (trainer, rollout) = patient.config, patient.experience()
+    c, (trainer, rollout) = setup.config, setup.experience()
     name = "bf16" if c.precision == "fp32" else c.precision
-    reduced, R = _with(trainer, precision=name), rollout.response_mask.size(1)
+    reduced = _with(trainer, precision=name)
     with torch.no_grad(), reduced.precision.autocast():
-        scored = reduced.policy.score(
-            rollout.tokens, rollout.mask, R, trainer.score_temperature, rollout.sampling_sets, trainer.reference
-        )
+        scored = logprobs(reduced, rollout, trainer.reference)
     outputs = [x for x in (scored.logprobs, scored.values, scored.ref_logprobs) if x is not None]
     remedy = f"train in fp32{', or in bf16, whose range is that of fp32' if name == 'fp16' else ''}"
     if bad := sum(int((~torch.isfinite(x)).sum()) for x in outputs):
         detail = f"{name}: {bad} of {sum(x.numel() for x in outputs)} log-probabilities and values are not finite"
-        verdict = Verdict(FAIL, detail, remedy)
+        result = Result(FAIL, detail, remedy)
     else:
         real = rollout.response_mask
         difference = (scored.logprobs - rollout.logprobs)[real].abs()
@@ -160,17 +163,65 @@ def precision(patient: Patient) -> Verdict:
             f"{name} against fp32: log-probabilities differ by {difference.mean():.2g} nats on average, "
             f"{difference.max():.2g} at worst, so |ratio - 1| is {rounding.mean:.2g} and {rounding.worst:.2g}"
         )
-        verdict = _rounding(rounding, c.cliprange, detail, remedy)
-    chosen = needed(patient.precision, "the precision")
+        result = _rounding(rounding, c.cliprange, detail, remedy)
+    chosen = needed(setup.precision, "the precision")
     if c.precision == "fp32":  # no reason to stop this run
-        status = WARN if verdict.status == FAIL else verdict.status
-        verdict = verdict._replace(status=status, detail=f"{verdict.detail} (this run is in fp32)")
-    return verdict._replace(detail=f"{verdict.detail}; {chosen}") if chosen.reason else verdict
+        status = WARN if result.status == FAIL else result.status
+        result = result._replace(status=status, detail=f"{result.detail} (this run is in fp32)")
+    return result._replace(detail=f"{result.detail}; {chosen}") if chosen.reason else result
+
+
+def device(setup: Setup) -> Result:
+    """Where the run would be, and whether it asks for what has not been tested there."""
+    c, where = setup.config, resolve_device(setup.config.device)
+    if where.type == "cpu":
+        return Result(OK, f"cpu, {torch.get_num_threads()} threads")
+    untested = {"cuda_graphs": c.cuda_graphs, "compile": c.compile, "precision tf32": c.precision == "tf32"}
+    if asked := [name for name, on in untested.items() if on]:
+        remedy = "leave it off, or run the tests of the GPU on this device first: pytest -m gpu"
+        return Result(WARN, f"{where}; {', '.join(asked)} may change results on a GPU without a word", remedy)
+    return Result(OK, f"{where}; {', '.join(untested)}, which could change results without a word, are off")
+
+
+def forecast(setup: Setup) -> Result:
+    """The best reward that any policy can have at the run's KL coefficient and target."""
+    (trainer, rollout), c = setup.experience(), setup.config
+    if setup.prompts is None:
+        raise Skipped("the best possible reward depends on the prompts: give the pool of the run")
+    reward = setup.copied_reward()
+    start = time.perf_counter()
+    call_reward(reward, rollout.prompts, rollout.responses)
+    if (seconds := time.perf_counter() - start) > SLOW_REWARD:
+        slow = f"the reward took {seconds:.1f} s for {len(rollout)} samples, and a forecast needs hundreds"
+        raise Skipped(f"{slow}: minirlhf.optimum makes one")
+    prompts = list(dict.fromkeys(setup.prompts))[:FORECAST_PROMPTS]
+    found = optimum(
+        trainer.reference, prompts, reward, tokenizer=trainer.tokenizer, gen_len=c.gen_len, sampling=c.sampling,
+        eos_token_id=c.eos_token_id, samples=min(FORECAST_SAMPLES, FORECAST_TOKENS // c.gen_len),
+    )  # fmt: skip
+    asked: list[tuple[str, Callable[[], OptimumPoint]]] = []
+    if c.init_kl_coef > 0 and c.score_scale > 0 and c.kl_placement == "reward":
+        asked.append((f"at beta {c.init_kl_coef:g}", lambda: found.at(c.init_kl_coef / c.score_scale)))
+    if c.adaptive_kl:
+        asked.append((f"at the target of {c.target:g} nats", lambda: found.at_kl(c.target)))
+    parts = []
+    for where, ask in asked:
+        try:
+            best = ask()
+            parts.append(f"{where} the best possible is {best.reward.mean:.3f} at {best.kl.mean:.2f} nats")
+        except TooFewSamples as error:
+            parts.append(str(error))
+    if not parts:
+        raise Skipped("the config has no KL coefficient in the reward and no target to forecast for")
+    start = np.mean([x.mean() for x in found.scores.values()])
+    many = f" of the first {len(prompts)} prompts" if len(prompts) < len(set(setup.prompts)) else ""
+    detail = f"the reference has {start:.3f}; {'; '.join(parts)}"
+    return Result(OK, f"{detail} ({found.samples} samples{many}, {found.distribution})")
 
 
 def _with(trainer: PPOTrainer, **settings: Any) -> PPOTrainer:
     """A trainer of the same models under other settings."""
-    return PPOTrainer(trainer.policy, trainer.ref_policy, trainer.tokenizer, trainer.config, **settings)
+    return PPOTrainer(trainer.policy, trainer.reference, trainer.tokenizer, trainer.config, **settings)
 
 
 def _collect(trainer: PPOTrainer, prompts: Sequence[str]) -> Rollout:
@@ -181,10 +232,8 @@ def _collect(trainer: PPOTrainer, prompts: Sequence[str]) -> Rollout:
     rows = min(trainer.config.batch_size, ROWS)
     rollout = trainer.collect([prompts[i % len(prompts)] for i in range(rows)], lambda texts: [0.0] * len(texts))
     with trainer.precision.autocast():
-        scored = score_in_batches(
-            trainer.policy, trainer.ref_policy, rollout.tokens, rollout.mask, rollout.response_mask.size(1),
-            trainer.score_temperature, rollout.sampling_sets, trainer.scoring_batch_size,
-        )  # fmt: skip
+        R, divisor = rollout.response_mask.size(1), trainer.config.logprobs_divisor
+        scored = logprobs_in_batches(trainer.models, rollout.tokens, rollout.mask, R, divisor, rollout.sampling_sets)
     return dataclasses.replace(rollout, **scored)
 
 
@@ -195,18 +244,16 @@ def _rescored(trainer: PPOTrainer, rollout: Rollout) -> Tensor:
         batch = rollout.rows(rows)
         width = batch.response_mask.size(1)
         with torch.enable_grad(), trainer.precision.autocast():
-            scored = trainer.policy.score(
-                batch.tokens, batch.mask, width, trainer.score_temperature, batch.sampling_sets
-            )
+            scored = logprobs(trainer, batch)
         result[rows, :width] = scored.logprobs.detach()
     return result
 
 
-def _first_ratio(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
+def _first_ratio(trainer: PPOTrainer, rollout: Rollout) -> Result:
     """Log-probabilities of the training forward and of the sampler against those of scoring."""
     c = trainer.config
     compared = {"trained": _rescored(trainer, rollout)}
-    scored_in_full = (c.score_full_softmax and c.sampling.truncates) or trainer.score_temperature != c.temperature
+    scored_in_full = (c.logprobs_full_softmax and c.sampling.truncates) or c.logprobs_divisor != c.temperature
     if rollout.sampler_logprobs is not None and not scored_in_full:
         compared["sampled"] = rollout.sampler_logprobs
     real = rollout.response_mask
@@ -220,18 +267,16 @@ def _first_ratio(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
         "the forward passes of sampling, scoring and training must agree: no dropout or noise, one mask, nothing that "
         "depends on the other rows or on whether gradients are on"
     )
-    return Verdict(OK, detail) if worst <= SAME_RATIO else Verdict(FAIL, detail, remedy)
+    return Result(OK, detail) if worst <= SAME_RATIO else Result(FAIL, detail, remedy)
 
 
-def _rounding(rounding: Rounding, cliprange: float, detail: str, remedy: str) -> Verdict:
-    """The verdict on what reduced precision does."""
+def _rounding(rounding: Rounding, cliprange: float, detail: str, remedy: str) -> Result:
+    """The result for an error of reduced precision."""
     if not rounding.mean_fits(cliprange):
-        return Verdict(
-            FAIL, f"{detail}; the mean is above {ROUNDING_SHARE:.0%} of the clip range {cliprange:g}", remedy
-        )
+        return Result(FAIL, f"{detail}; the mean is above {ROUNDING_SHARE:.0%} of the clip range {cliprange:g}", remedy)
     if not rounding.worst_fits(cliprange):
-        return Verdict(WARN, f"{detail}; the worst is outside the clip range {cliprange:g}", remedy)
-    return Verdict(OK, detail)
+        return Result(WARN, f"{detail}; the worst is outside the clip range {cliprange:g}", remedy)
+    return Result(OK, detail)
 
 
 def _gib(count: int) -> str:

@@ -1,0 +1,178 @@
+"""Commands on a run: doctor before it, evaluate after it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minirlhf.commands.table import AS_JSON, DEVICE, EOS, REWARD, SEED, argument, command, integer
+from minirlhf.common.printing import show
+from minirlhf.common.text import json_line
+from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import PRECISION_SETTINGS
+from minirlhf.evaluation import evaluate as evaluation
+from minirlhf.evaluation.doctor import doctor as examination
+from minirlhf.evaluation.doctor.setup import FAIL
+from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
+from minirlhf.evaluation.report import report
+from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
+from minirlhf.models.loading import load_decoder
+from minirlhf.rewards.scorers import load_scorer
+from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE
+from minirlhf.text.text_files import numbered_lines
+from minirlhf.text.tokenizer import Tokenizer
+
+EVALUATION_FILE, REPORT_FILE = "evaluation.json", "report.html"
+SAMPLING: dict[str, Any] = {
+    "gen_len": 16,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "eos_token_id": None,
+}  # without a run
+
+
+@command(
+    argument("--policy", required=True, metavar="FOLDER", help="GPT-2 folder with its tokenizer"),
+    REWARD,
+    argument("--positive-label", metavar="NAME", help="of the classifier; default: that which says so"),
+    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of the policy"),
+    argument("--prompts", nargs="+", metavar="TEXT", help="the pool of prompts; default: words of the vocabulary"),
+    argument("--canaries", nargs=2, metavar=("GOOD", "BAD"), help="two texts that the reward must order"),
+    argument("--precision", choices=PRECISION_SETTINGS, help="PPOConfig.precision"),
+    argument("--batch-size", type=int, help="PPOConfig.batch_size"),
+    argument("--gen-len", type=int, help="PPOConfig.gen_len"),
+    argument("--kl-coef", type=float, dest="init_kl_coef", help="PPOConfig.init_kl_coef"),
+    DEVICE,
+)
+def doctor(args: argparse.Namespace) -> int:
+    """Examine a PPO run before it starts; the exit code is 1 if a check failed."""
+    names = ("precision", "batch_size", "gen_len", "init_kl_coef", "device")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    findings = examination.doctor(
+        args.policy, args.reference, reward=args.reward, prompts=args.prompts, positive_label=args.positive_label,
+        canaries=args.canaries, **given,
+    )  # fmt: skip
+    return int(any(finding.status == FAIL for finding in findings))
+
+
+@command(
+    argument(
+        "--run", metavar="FOLDER", help="of a run: stands for its policy/, reference/, prompts, sampling and curves"
+    ),
+    argument("--policy", metavar="FOLDER", help="GPT-2 folder with its tokenizer; default: that of --run"),
+    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of --run"),
+    REWARD,
+    argument("--second-scorer", metavar="FOLDER", help="another one, on which the policy was not trained"),
+    argument("--prompts", nargs="+", metavar="TEXT", help="of the training, or one file with a text a line"),
+    argument("--held-out-prompts", nargs="+", metavar="TEXT", help="not of the training; in the same form"),
+    argument("--encoding", default="utf-8", help="of such files; default %(default)s"),
+    argument("--samples", type=integer(2), default=512, metavar="N", help="of each model; default %(default)s"),
+    argument("--best-of", nargs="+", type=integer(1, MAX_N), default=[2, 4, 8, 16], metavar="N", help="2 4 8 16"),
+    argument("--gen-len", type=integer(1), metavar="N", help="tokens of each; default: as the run, or 16"),
+    argument("--top-p", type=float, metavar="P", help="nucleus; default: as the run, or 1: all"),
+    argument("--top-k", type=integer(0), metavar="K", help="most probable tokens; default: as the run, or 0: all"),
+    argument("--temperature", type=float, metavar="T", help="divides the logits; default: as the run, or 1"),
+    SEED,
+    EOS,
+    argument("--output", metavar="FOLDER", help=f"leave {EVALUATION_FILE} and {REPORT_FILE} there"),
+    DEVICE,
+    AS_JSON,
+)
+def evaluate(args: argparse.Namespace) -> None:
+    """Compare a policy with its reference, and look for reward hacking."""
+    where, output = resolve_device(args.device), None if args.output is None else _free(Path(args.output))
+    started = {} if args.run is None else read_json(Path(args.run) / CONFIG_FILE)
+    history = [] if args.run is None else read_jsonl(Path(args.run) / METRICS_FILE)
+    ppo = _object(started, "ppo")
+    if args.run is not None:
+        args.policy = args.policy or str(Path(args.run) / "policy")
+        args.reference = args.reference or str(Path(args.run) / "reference")
+    if args.policy is None or args.reference is None:
+        raise ValueError("give --run, or --policy and --reference")
+    prompts = args.prompts or _prompts_of(started)
+    if prompts is None:
+        raise ValueError("give --prompts, or a --run whose config.json has them under arguments")
+    prompts = _pool(prompts, args.encoding)
+    held_out = None if args.held_out_prompts is None else _pool(args.held_out_prompts, args.encoding)
+    drawn = {name: ppo.get(name, default) for name, default in SAMPLING.items()}
+    drawn |= {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
+    SamplingConfig(drawn["temperature"], drawn["top_k"], drawn["top_p"])  # before anything is loaded
+
+    tokenizer = Tokenizer.from_pretrained(args.policy)
+    if args.eos:
+        drawn["eos_token_id"] = tokenizer.eos_id
+    config = EvaluationConfig(
+        args.samples, drawn["gen_len"], SamplingConfig(drawn["temperature"], drawn["top_k"], drawn["top_p"]),
+        drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
+        kl_coef=history[-1].get("objective/kl_coef") if history else None,
+    )  # fmt: skip
+    if not args.as_json:
+        show(_sampling_line(drawn, ppo, args.run is not None))
+    found = evaluation.evaluate(
+        load_decoder(args.policy).to(where), load_decoder(args.reference).to(where), tokenizer,
+        prompts, load_scorer(args.reward, args.device), held_out,
+        None if args.second_scorer is None else load_scorer(args.second_scorer, args.device), config,
+    )  # fmt: skip
+    about = {"policy": args.policy, "reference": args.reference, "reward": args.reward,
+             "second scorer": args.second_scorer}  # fmt: skip
+    if output is not None:
+        title = f"Evaluation of {Path(args.run or args.policy).resolve().name}"
+        page = report(found, title, about, history, ppo.get("target") if ppo.get("adaptive_kl") else None)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / EVALUATION_FILE, {**about, **found.as_dict()})
+        atomic_write(output / REPORT_FILE, page.encode("utf-8"))
+    show(json_line({**about, **found.as_dict()}) if args.as_json else "\n".join(found.lines()))
+
+
+def _sampling_line(drawn: Mapping[str, Any], ppo: Mapping[str, Any], of_a_run: bool) -> str:
+    """How both models are sampled, and whether the run was sampled so."""
+    line = f"sampled with {', '.join(f'{name} {value}' for name, value in drawn.items())}"
+    if not of_a_run:
+        return line
+    missing = [name for name in SAMPLING if name not in ppo]
+    other = [f"{name} {ppo[name]}" for name in SAMPLING if name in ppo and ppo[name] != drawn[name]]
+    notes = [f"unlike the run, which had {', '.join(other)}"] * bool(other)
+    notes += [f"config.json of the run does not say its {', '.join(missing)}"] * bool(missing)
+    return f"{line}; {'; '.join(notes) or 'as the run was'}"
+
+
+def _prompts_of(started: Mapping[str, Any]) -> list[str] | None:
+    """The prompts in the config.json of an example's run; None if it has none."""
+    prompts = _object(started, "arguments").get("prompts")
+    fine = isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)
+    return list(prompts) if isinstance(prompts, list) and fine else None
+
+
+def _object(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The JSON object under a key; empty if there is none."""
+    return content[key] if isinstance(content.get(key), dict) else {}
+
+
+def _pool(prompts: Sequence[str], encoding: str) -> list[str]:
+    """The prompts; of a single one that names a file, the lines in it."""
+    if len(prompts) == 1 and os.path.isfile(prompts[0]):
+        lines = [line for _, line in numbered_lines(prompts[0], encoding)]
+        if not lines:
+            raise ValueError(f"{prompts[0]} holds no prompts")
+        return lines
+    if len(prompts) == 1 and prompts[0].endswith(".txt"):
+        raise FileNotFoundError(f"prompts file {prompts[0]} does not exist")
+    return list(prompts)
+
+
+def _free(output: Path) -> Path:
+    """The output folder. Raises before any work if it cannot be one, or holds another evaluation already."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the report needs matplotlib: pip install 'minirlhf[examples]'")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file, not a folder")
+    for name in (EVALUATION_FILE, REPORT_FILE):
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name} exists; choose another --output")
+    return output

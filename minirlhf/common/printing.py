@@ -1,0 +1,53 @@
+"""What commands and examples print: one function, one error line, one table for terminals and one for Markdown."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import TextIO
+
+from minirlhf.common.text import printable
+
+MARKUP = r"[\\`*_~\[\]<&|$]"  # what Markdown, HTML inside it, or a table would interpret
+
+
+def show(text: object = "", file: TextIO | None = None) -> None:
+    """Print a text, flushed; every line of it is `printable`, so that none can steer the terminal.
+
+    file: None: standard output.
+    """
+    print("\n".join(map(printable, str(text).split("\n"))), file=file, flush=True)
+
+
+def error_line(error: object) -> str:
+    """`error: ...` as one printable line, whatever line breaks and control characters the message has."""
+    return f"error: {printable(' '.join(str(error).split()))}"
+
+
+def text_table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "") -> list[str]:
+    """Rows of equal length as aligned lines of printable text, columns two spaces apart.
+
+    left: how many of the first columns are aligned to the left; the others are aligned to the right. Chinese
+        characters take two columns of the terminal. indent: before each line.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        gaps = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        padded = [c + gap if i < left else gap + c for i, (c, gap) in enumerate(zip(row, gaps, strict=True))]
+        lines.append((indent + "  ".join(padded)).rstrip())
+    return lines
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that shows texts as they are: control characters visible, no markup."""
+    lines = [list(head), ["---"] * len(head)]
+    lines += [[re.sub(MARKUP, r"\\\g<0>", printable(cell)) for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes in a terminal."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

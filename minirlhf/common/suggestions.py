@@ -1,0 +1,26 @@
+"""Which known name a user meant who wrote another one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+
+SPELLING = 0.8  # the ratio of difflib above which two names differ by a slip of the finger
+
+
+def suggest(name: str, known: Collection[str], table: Mapping[str, tuple[str | None, str]]) -> str:
+    """A hint for an unknown name, by meaning first, by spelling second.
+
+    known: the names that exist. table: what other libraries call things -> the known name, or None where there is no
+        counterpart, and a remark on its unit or on what to do instead ("" for none). Names in the table are compared
+        without case, and with `-` as `_`.
+    Returns a clause such as "did you mean 'lr'?" that ends an error message; all known names if nothing is near.
+    """
+    plain = name.lower().replace("-", "_")
+    if plain in table:
+        target, remark = table[plain]
+        return "; ".join(filter(None, [remark, f"did you mean {target!r}?" if target else ""]))
+    near = difflib.get_close_matches(plain, [*known, *table], n=1, cutoff=SPELLING)
+    if near and near[0] not in known:
+        return suggest(near[0], known, table)
+    return f"did you mean {near[0]!r}?" if near else f"the known names are {', '.join(known)}"

@@ -1,0 +1,360 @@
+"""The best that any policy can do: the frontier of reward against KL, from samples of the reference alone.
+
+Of all policies p, J(p) = E[S] - beta KL(p || ref) is largest for p*(y) ~ ref(y) exp(S(y) / beta) (Ziegler et al. 2019,
+section 2.2; Korbak et al. 2022). With N samples of the reference for a prompt and w = exp(S / beta), normalised to
+sum 1, its reward is sum w S and its KL sum w log(N w); no policy has as much reward at less KL. Both estimates are
+biased by O(1/N), which the jackknife (Quenouille 1956) removes to O(1/N^2).
+
+Everything is in one distribution: the one that the samples come from. Samples drawn with top-p, top-k or a
+temperature give the limit for policies on the reference's own sampling sets. The `kl` that a run reports compares
+policy and reference, both renormalised, on the sampling sets of the policy; where these differ from the
+reference's it is smaller, as what the policy cuts off costs nothing there. A limit for the full softmax needs samples
+of the full softmax, and the KL of a policy that is sampled so.
+
+Left out: rewards without an upper bound are taken as they are sampled; no sample can exclude a rare one that is larger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from minirlhf.evaluation.best_of import best_of_n, loaded
+from minirlhf.evaluation.statistics import Array, Bootstrap, Estimate
+from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic
+from minirlhf.rewards.base import RewardFunction
+from minirlhf.text.tokenizer import Tokenizer
+
+Counts = NDArray[np.int64]
+ENOUGH = 100  # effective samples in all, below which nothing is said
+ENOUGH_OF_EACH = 10  # and of each prompt, below which its bias is no longer small
+STEEPEST = 1e6  # largest 1 / beta looked at, in units of 1 / (largest reward - smallest)
+
+
+class TooFewSamples(ValueError):
+    """What was asked for is beyond what the samples can tell. reach: how far they reach, in words."""
+
+    def __init__(self, asked: str, reach: str):
+        super().__init__(f"{asked} is beyond what {reach}")
+        self.asked, self.reach = asked, reach
+
+
+@dataclass(frozen=True)
+class OptimumPoint:
+    """A point of the frontier.
+
+    beta: the KL coefficient that leads there; None: infinite, the reference itself. reward, kl: of the optimal policy,
+    a sequence, KL in nats. effective_samples: how many equally weighted samples would tell as much (Kish 1965).
+    """
+
+    beta: float | None
+    reward: Estimate
+    kl: Estimate
+    effective_samples: float
+
+    @property
+    def objective(self) -> float:
+        """J = reward - beta KL."""
+        return self.reward.mean - (self.beta or 0.0) * self.kl.mean
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A policy's reward and KL beside the optimum's.
+
+    needed: the optimum with the policy's reward; best: that with the policy's KL; None where the samples cannot tell.
+    beta: of the objectives J, with the optimum's, the policy's and the reference's; None without a beta.
+    note: what cannot be told, or cannot be; "" if nothing.
+    """
+
+    reward: Estimate
+    kl: Estimate
+    needed: OptimumPoint | None
+    best: OptimumPoint | None
+    distribution: str
+    beta: float | None = None
+    objectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def efficiency(self) -> float | None:
+        """KL needed / KL spent; None if it cannot be told, or nothing was spent."""
+        return self.needed.kl.mean / self.kl.mean if self.needed is not None and self.kl.mean > 0 else None
+
+    def figures(self) -> dict[str, float]:
+        """What is known, by name."""
+        found = {"optimum/efficiency": self.efficiency}
+        if self.needed is not None:
+            found |= {"optimum/kl": self.needed.kl.mean, "optimum/effective_samples": self.needed.effective_samples}
+        if self.best is not None:
+            found["optimum/reward_at_kl"] = self.best.reward.mean
+        return {name: x for name, x in found.items() if x is not None} | dict(self.objectives)
+
+    def __str__(self) -> str:
+        told = f"reward {self.reward.mean:.3f} at {self.kl.mean:.2f} nats"
+        if self.needed is not None:
+            told += f"; the optimum would need {self.needed.kl.mean:.2f}"
+            if self.efficiency is not None:
+                told += f" (efficiency {self.efficiency:.2f}, {self.needed.effective_samples:.0f} effective samples)"
+        if self.objectives:
+            values = ", ".join(f"{name.partition('/')[2]} {value:.3f}" for name, value in self.objectives.items())
+            told += f"; reward - {self.beta:.3g} KL: {values}"
+        return f"{told}; {self.distribution}{f'; {self.note}' if self.note else ''}"
+
+
+class Optimum:
+    """The frontier for one reference, some prompts and one reward.
+
+    scores: prompt -> the rewards (N,) of N independent samples of the reference; each prompt counts alike.
+    distribution: what they were drawn from, in words. bootstrap: makes the intervals, given the prompts.
+    Raises ValueError for no prompts, fewer than 2 samples of one, rewards that are not finite numbers, and rewards that
+    are all equal.
+    """
+
+    def __init__(
+        self, scores: Mapping[str, ArrayLike], distribution: str = "full softmax", bootstrap: Bootstrap | None = None
+    ):
+        self.scores = {prompt: np.asarray(x, dtype=np.float64) for prompt, x in scores.items()}
+        self.distribution, self.bootstrap = distribution, bootstrap or Bootstrap(500)
+        if not self.scores:
+            raise ValueError("scores is empty: the optimum needs the rewards of at least one prompt's samples")
+        for prompt, x in self.scores.items():
+            if x.ndim != 1 or len(x) < 2:
+                shape = f"an array of shape {x.shape}"
+                raise ValueError(f"prompt {prompt[:20]!r}: at least 2 rewards in a list are needed, got {shape}")
+            if not np.isfinite(x).all():
+                raise ValueError(f"prompt {prompt[:20]!r}: rewards must be finite, got {x[~np.isfinite(x)][0]}")
+        every = np.concatenate(list(self.scores.values()))
+        self.samples, self.spread = len(every), float(np.ptp(every))
+        if self.spread == 0:
+            raise ValueError(f"all {self.samples} rewards are {every[0]:g}: every policy is as good as the reference")
+        # Distinct rewards with their counts: all that is needed, and few where rewards are counts.
+        self._tallies = [np.unique(x, return_counts=True) for x in self.scores.values()]
+
+    # ---- what is asked ----------------------------------------------------------------------------------------------
+
+    def at(self, beta: float) -> OptimumPoint:
+        """The optimum for a KL coefficient. Raises ValueError for one that is not above 0, TooFewSamples."""
+        if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
+            raise ValueError(f"beta must be a finite number above 0, got {beta!r}")
+        self._check(1 / beta, f"beta {beta:g}")
+        return self._points([1 / beta])[0]
+
+    def at_reward(self, reward: float) -> OptimumPoint:
+        """The least KL for a mean reward; that of the reference or less costs nothing. Raises TooFewSamples."""
+        tilt = self._solve(0, reward, f"a reward of {reward:.3f}")
+        return self._points([tilt], reward=reward)[0]
+
+    def at_kl(self, kl: float) -> OptimumPoint:
+        """The largest mean reward at a KL in nats a sequence. Raises TooFewSamples."""
+        if not kl >= 0:
+            raise ValueError(f"a KL divergence is at least 0, got {kl!r}")
+        tilt = self._solve(1, kl, f"a KL of {kl:.2f} nats")
+        return self._points([tilt], kl=kl)[0]
+
+    def curve(self, count: int = 24) -> list[OptimumPoint]:
+        """Points from the reference to the last that the samples can tell, evenly in sqrt(KL); none if there are none.
+
+        Neighbours are then about as far apart in reward, which begins as sqrt(2 KL) times its standard deviation.
+        """
+        if self._steepest == 0:
+            return []
+        last = float(self._figures(self._steepest)[1])
+        return self._points([self._solve(1, last * (i / count) ** 2, "") for i in range(count)] + [self._steepest])
+
+    def by_prompt(self) -> dict[str, Optimum | None]:
+        """The frontier of each prompt alone; None where all of its rewards are equal."""
+        return {
+            prompt: Optimum({prompt: x}, self.distribution, self.bootstrap) if np.ptp(x) > 0 else None
+            for prompt, x in self.scores.items()
+        }
+
+    def spent(self, reward: Estimate, kl: Estimate, beta: float | None = None) -> Spending:
+        """A policy's mean reward and KL, on the same prompts in the same distribution, beside the optimum's.
+
+        beta: the coefficient that the policy was trained with, for the objective.
+        """
+        found: dict[str, OptimumPoint] = {}
+        beyond: list[TooFewSamples] = []
+        asked = [("needed", self.at_reward, reward.mean), ("best", self.at_kl, max(0.0, kl.mean))]
+        for name, ask, value in [*asked, *([("objective", self.at, beta)] if beta else [])]:
+            try:
+                found[name] = ask(value)
+            except TooFewSamples as error:
+                beyond.append(error)
+        notes = [str(TooFewSamples(" and ".join(e.asked for e in beyond), beyond[0].reach))] if beyond else []
+        needed = found.get("needed")
+        if needed is not None:
+            slope = 0.0 if needed.beta is None else 1 / needed.beta  # d KL / d reward along the frontier
+            low = math.hypot(needed.kl.mean - needed.kl.low, slope * (reward.mean - reward.low))
+            high = math.hypot(needed.kl.high - needed.kl.mean, slope * (reward.high - reward.mean))
+            mean = needed.kl.mean
+            needed = dataclasses.replace(needed, kl=Estimate(mean, max(0.0, mean - low), mean + high))
+            if kl.high < needed.kl.low:
+                notes.append(
+                    "less KL than any policy can have for this reward: the samples are of another reference or other "
+                    "prompts, or the policy's sampling sets are smaller than the reference's"
+                )
+        objectives: dict[str, float] = {}
+        if beta is not None:
+            start = float(np.mean([x.mean() for x in self.scores.values()]))
+            objectives = {"objective/policy": reward.mean - beta * kl.mean, "objective/reference": start}
+            if "objective" in found:
+                objectives["objective/optimum"] = found["objective"].objective
+        return Spending(reward, kl, needed, found.get("best"), self.distribution, beta, objectives, "; ".join(notes))
+
+    # ---- how it is computed; tilt = 1 / beta ------------------------------------------------------------------------
+
+    def _figures(self, tilt: float) -> Array:
+        """Mean over the prompts of the optimum's reward and KL, without bias to the order 1/N: (2,)."""
+        return np.mean([_corrected(values, counts, tilt) for values, counts in self._tallies], 0)
+
+    def _effective(self, tilt: float) -> tuple[float, float]:
+        """Effective samples of the mean over the prompts, and of the prompt that has fewest."""
+        each = []
+        for values, counts in self._tallies:
+            w = np.exp((values - values[-1]) * tilt)
+            each.append((counts @ w) ** 2 / (counts @ w**2))
+        return len(each) ** 2 / sum(1 / x for x in each), min(each)
+
+    @cached_property
+    def _steepest(self) -> float:
+        """The largest tilt that the samples can tell of; 0: not even the mean of the reference."""
+
+        def enough(tilt: float) -> bool:
+            in_all, least = self._effective(tilt)
+            return in_all >= ENOUGH and least >= ENOUGH_OF_EACH
+
+        high = STEEPEST / self.spread
+        return high if enough(high) else _bisect(lambda tilt: not enough(tilt), high) if enough(0.0) else 0.0
+
+    def _check(self, tilt: float, asked: str) -> None:
+        if tilt > self._steepest:
+            samples = f"{self.samples:,} samples of {len(self.scores)} prompt{'s' * (len(self.scores) > 1)}"
+            if self._steepest == 0:
+                reach = f"at least {ENOUGH} in all, {ENOUGH_OF_EACH} of each prompt, are needed"
+            else:
+                reward, kl = self._figures(self._steepest)
+                reach = f"they reach to reward {reward:.3f} at {kl:.2f} nats, beta {1 / self._steepest:.2g}"
+            raise TooFewSamples(asked, f"{samples} can tell: {reach}")
+
+    def _solve(self, index: int, target: float, asked: str) -> float:
+        """The tilt at which the reward (index 0) or the KL (1) reaches a target; 0 if the reference has it."""
+        if not math.isfinite(target):
+            raise ValueError(f"expected a finite number, got {target!r}")
+        if self._figures(0.0)[index] >= target:
+            self._check(0.0 if self._steepest else math.inf, asked)
+            return 0.0
+        if self._steepest == 0 or self._figures(self._steepest)[index] < target:
+            self._check(math.inf, asked)
+        return _bisect(lambda tilt: bool(self._figures(tilt)[index] >= target), self._steepest)
+
+    def _points(
+        self, tilts: Sequence[float], reward: float | None = None, kl: float | None = None
+    ) -> list[OptimumPoint]:
+        """The points at these tilts, with intervals: of the other figure where a reward or KL is given.
+
+        Along the frontier d KL = tilt d reward, so a resampled frontier is followed to the given figure by its tangent.
+        """
+        figures = np.stack([self._figures(tilt) for tilt in tilts])  # (T, 2)
+        generator = np.random.default_rng(self.bootstrap.seed)
+        drawn = [
+            _resampled(values, counts, np.array(tilts), self.bootstrap.resamples, generator)
+            for values, counts in self._tallies
+        ]
+        replicates = np.mean(drawn, 0)  # (resamples, T, 2)
+        replicates = replicates - replicates.mean(0) + figures  # resampling doubles the bias
+        points = []
+        for i, tilt in enumerate(tilts):
+            rewards, kls = replicates[:, i, 0], replicates[:, i, 1]
+            if reward is not None and tilt > 0:
+                rewards, kls, figures[i, 0] = np.full_like(rewards, reward), kls + tilt * (reward - rewards), reward
+            if kl is not None and tilt > 0:
+                rewards, kls, figures[i, 1] = rewards + (kl - kls) / tilt, np.full_like(kls, kl), kl
+            of_reward, of_kl = map(self.bootstrap.interval, map(float, figures[i]), (rewards, kls))
+            beta = 1 / tilt if tilt > 0 else None
+            points.append(OptimumPoint(beta, of_reward, of_kl, float(self._effective(tilt)[0])))
+        return points
+
+
+def optimum(
+    reference: Decoder | ActorCritic | str | os.PathLike[str],
+    prompts: Sequence[str],
+    reward: RewardFunction,
+    *,
+    tokenizer: Tokenizer | None = None,
+    gen_len: int = 16,
+    sampling: SamplingConfig | None = None,
+    eos_token_id: int | None = None,
+    samples: int = 4096,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> Optimum:
+    """Sample the reference and compute the best rewards that any policy can have near it.
+
+    samples: in all, shared evenly among the prompts; what they can tell ends where their weights concentrate on few.
+    sampling: as the policy will be sampled; None: the full softmax. Other arguments and errors as of `best_of_n`.
+    """
+    if type(samples) is not int or samples < 1:
+        raise ValueError(f"samples must be an integer of at least 1, got {samples!r}")
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
+    distinct = list(dict.fromkeys(prompts))
+    model, tokenizer = loaded(reference, tokenizer)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    drawn = best_of_n(
+        model, distinct, reward, max(2, -(-samples // len(distinct))), tokenizer=tokenizer, gen_len=gen_len,
+        sampling=sampling, eos_token_id=eos_token_id, generator=generator, batch_size=batch_size,
+    )  # fmt: skip
+    return Optimum(dict(zip(distinct, drawn.candidate_scores.numpy(), strict=True)), described(sampling))
+
+
+def described(sampling: SamplingConfig | None) -> str:
+    """The distribution that a sampling config draws from, in words."""
+    c = sampling or SamplingConfig()
+    parts = [f"temperature {c.temperature:g}"] * (c.temperature != 1) + [f"top-k {c.top_k}"] * (c.top_k > 0)
+    parts += [f"top-p {c.top_p:g}"] * (c.top_p < 1)
+    return f"in the distribution sampled with {', '.join(parts)}" if parts else "in the full softmax"
+
+
+def _corrected(values: Array, counts: Counts, tilt: float) -> Array:
+    """Reward and KL of the optimum from one prompt's samples: (2,), by the jackknife over them."""
+    N, d = int(counts.sum()), values - values[-1]
+    e = np.exp(d * tilt)
+
+    def figures(n: int, z: Array, a: Array) -> Array:
+        reward = a / z
+        return np.stack([reward + values[-1], tilt * reward - np.log(z / n)])
+
+    z, a = counts @ e, counts @ (d * e)
+    without = figures(N - 1, np.maximum(z - e, np.finfo(float).tiny), a - d * e)  # (2, U): one sample less
+    return N * figures(N, z, a) - (N - 1) * (without @ counts) / N
+
+
+def _resampled(values: Array, counts: Counts, tilts: Array, resamples: int, generator: np.random.Generator) -> Array:
+    """Reward and KL of the optimum from resampled counts: (resamples, T, 2)."""
+    N, d = int(counts.sum()), values - values[-1]
+    e = np.exp(d[:, None] * tilts)  # (U, T)
+    drawn = generator.multinomial(N, counts / N, size=resamples)  # (resamples, U)
+    z = np.maximum(drawn @ e, np.finfo(float).tiny)
+    reward = drawn @ (d[:, None] * e) / z
+    return np.stack([reward + values[-1], tilts * reward - np.log(z / N)], -1)
+
+
+def _bisect(reached: Callable[[float], bool], high: float) -> float:
+    """The number in [0, high] from which on `reached` is true, from below."""
+    low = 0.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return low

@@ -1,0 +1,50 @@
+"""Unknown names of settings: the field that is meant by meaning, then by spelling, and no hint that misleads."""
+
+import dataclasses
+
+import pytest
+
+from minirlhf import PPOConfig
+from minirlhf.common.suggestions import suggest
+from minirlhf.rl.field_names import FIELD_NAMES
+
+FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
+
+
+@pytest.mark.parametrize(("name", "field", "unit"), [
+    ("learning_rate", "lr", ""), ("max_new_tokens", "gen_len", "new tokens a prompt"), ("gae_lambda", "lam", ""),
+    ("eps_clip", "cliprange", ""), ("cliprange_vf", "cliprange_value", ""), ("clip_ratio", "cliprange", ""),
+    ("kl_coef", "init_kl_coef", "adaptive_kl=False"), ("total_episodes", "steps", "episodes"),
+    ("num_mini_batches", "minibatch_size", "sequences"), ("gradient_accumulation_steps", "forward_batch_size", "sequences"),
+    ("per_device_train_batch_size", "forward_batch_size", "sequences a forward pass"),
+    ("num_ppo_epochs", "ppo_epochs", ""), ("mini_batch_size", "minibatch_size", "sequences an optimizer step"),
+    ("response_length", "gen_len", "tokens"), ("stop_token", "eos_token_id", "id"), ("critic_coef", "vf_coef", ""),
+    ("ppo_micro_batch_size_per_gpu", "forward_batch_size", "sequences"), ("kl_target", "target", "nats a sequence"),
+    ("max_steps", "steps", "iterations times batch_size"), ("bf16", "precision", "bf16"),
+    ("sampling_temperature", "temperature", ""), ("LR-Scheduler-Type", "lr_schedule", ""),
+    ("repetition_penalty", None, "probabilities are known"), ("do_sample", None, "top_k=1"), ("log_with", None, "Run"),
+    ("reward_model_path", None, "PPOTrainer.train"),
+])  # fmt: skip
+def test_a_name_of_another_library_gives_the_field_and_its_unit(name, field, unit):
+    with pytest.raises(ValueError, match=f"PPOConfig has no field '{name}'; ") as error:
+        PPOConfig.with_overrides(**{name: 1})
+    message = str(error.value)
+    assert message.endswith(f"did you mean {field!r}?") if field else "did you mean" not in message
+    assert unit in message
+
+
+def test_every_field_that_is_suggested_exists_and_no_field_is_in_the_table():
+    assert {field for field, _ in FIELD_NAMES.values() if field is not None} <= FIELDS
+    assert not FIELDS & set(FIELD_NAMES)
+    assert all(name == name.lower() for name in FIELD_NAMES)
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("lrr", "lr"), ("batch_sise", "batch_size"), ("learning_rat", "lr"), ("max_new_token", "gen_len"),
+])  # fmt: skip
+def test_a_slip_of_the_finger_is_put_right(name, meant):
+    assert suggest(name, FIELDS, FIELD_NAMES).endswith(f"did you mean {meant!r}?")
+
+
+def test_a_name_like_no_other_gets_the_list_and_no_guess():
+    assert suggest("frobnicate", ["lr", "seed"], {}) == "the known names are lr, seed"
