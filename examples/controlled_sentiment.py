@@ -14,6 +14,7 @@ import dataclasses
 import random
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import summarise
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
@@ -26,7 +27,7 @@ from minirlhf.rewards.composed import (
     check_tags,
 )
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script, say
+from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
 def main() -> None:
@@ -75,9 +76,9 @@ def main() -> None:
             tagged = {f"reward/{name}": mean for name, mean in by_tag.items()}
             samples = run.record(rollout, {**stats, **parts, **tagged})
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in by_tag.items())
-            say(f"step {iteration + 1}: {means}, KL {stats['objective/kl']:.1f}")
+            show(f"step {iteration + 1}: {means}, KL {stats['objective/kl']:.1f}")
             for text, score in samples:
-                say(f"    {score:5.2f}  {text}")
+                show(f"    {score:5.2f}  {text}")
 
         # Did it learn to obey? Fresh samples under each tag from policy and reference, rewarded without the penalty,
         # and the classifier's P(positive) of each, which should be near 1, 1/2 and 0.
@@ -93,12 +94,12 @@ def main() -> None:
             summary |= {f"{target.name}/{name}": value for name, value in figures.items()}
             tables.append(before_after_table(pairs, rows=8))
             for name, what in (("reward", "reward"), ("p_positive", "P(positive)"), ("from_half", "|P - 1/2|")):
-                say(f"{target.tag} {what:11} {figures[f'reference/{name}']:.3f} -> {figures[f'policy/{name}']:.3f}")
+                show(f"{target.tag} {what:11} {figures[f'reference/{name}']:.3f} -> {figures[f'policy/{name}']:.3f}")
         write_json(run.folder / "summary.json", summary)
         atomic_write(run.folder / "before_after.md", "\n".join(tables).encode())
         trainer.policy.save_pretrained(run.folder / "policy")
         tokenizer.save_pretrained(run.folder / "policy")
-    say(f"saved in {run.folder}")
+    show(f"saved in {run.folder}")
 
 
 if __name__ == "__main__":

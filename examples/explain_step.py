@@ -4,8 +4,9 @@ python examples/explain_step.py [--policy FOLDER --reward FOLDER --prompt 酒店
 """
 
 from minirlhf import GPT2, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.evaluation.explanation import explain
-from shared import POLICY, REWARD, command_line, run_script, say
+from shared import POLICY, REWARD, command_line, run_script
 
 
 def main() -> None:
@@ -24,10 +25,10 @@ def main() -> None:
     # After the first step the policy has left the reference, so that the second has a KL to show.
     trainer.step(trainer.collect([args.prompt] * n, reward))
     rollout = trainer.collect([args.prompt] * n, reward)
-    say(f"mean score of the batch {rollout.scores.mean():.4f}, KL coefficient {trainer.kl_controller.coef:.4f}")
+    show(f"mean score of the batch {rollout.scores.mean():.4f}, KL coefficient {trainer.kl_controller.coef:.4f}")
     trainer.step(rollout)
     for row in (int(rollout.scores.argmax()), int(rollout.scores.argmin())):
-        say()
+        show()
         explain(trainer, rollout, row)
 
 

@@ -18,11 +18,12 @@ except ImportError:
     sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
 
 from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SamplingConfig, SentimentReward, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import Comparison
 from minirlhf.evaluation.plots import FrontierPoint, draw_frontier
 from minirlhf.io.files import atomic_write
-from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, STARTER, command_line, new_folder, run_script, say
+from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, STARTER, command_line, new_folder, run_script
 
 
 def main() -> None:
@@ -58,9 +59,9 @@ def main() -> None:
             trainer.policy, trainer.reference, tokenizer, PROMPTS, reward, second_scorer=second, config=settings
         )
         found[coefficient] = evaluation.given
-        say(f"coefficient {coefficient:g}: reward {evaluation.given.policy.reward}, KL {evaluation.given.kl:.2f}")
+        show(f"coefficient {coefficient:g}: reward {evaluation.given.policy.reward}, KL {evaluation.given.kl:.2f}")
         for symptom in evaluation.symptoms:
-            say(f"  ! {symptom}")
+            show(f"  ! {symptom}")
 
     # 2. One table, and a picture for each scorer.
     table = markdown(found)
@@ -72,7 +73,7 @@ def main() -> None:
         policies = [FrontierPoint(f"β = {c:g}", x.kl, getattr(x.policy, name)) for c, x in found.items()]
         score = {"reward": "reward", "second": "second scorer"}[name]
         atomic_write(output / file, draw_frontier(curve, policies, score))
-    say(f"{table}saved in {output}")
+    show(f"{table}saved in {output}")
 
 
 def ppo_config(args: argparse.Namespace, coefficient: float) -> PPOConfig:

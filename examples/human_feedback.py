@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SamplingConfig, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.rewards.human import FeedbackFile, FeedbackSession, HumanReward, draw_answers
 from minirlhf.rewards.keyboard import Keyboard
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, command_line, read_prompts, run_script, say
+from shared import POLICY, PROMPTS, command_line, read_prompts, run_script
 
 
 def main() -> None:
@@ -69,10 +70,10 @@ def collect(args: argparse.Namespace) -> None:
         session = FeedbackSession(file, question_of, keyboard.read, write, args.scores)
         done = session.run(args.rounds)
         total = len(file.records)
-    say(f"{session.answered} answered, {session.skipped} skipped; {args.output} has {total} in all")
-    say("more --rounds ask for more" if done else "the same command goes on from here")
+    show(f"{session.answered} answered, {session.skipped} skipped; {args.output} has {total} in all")
+    show("more --rounds ask for more" if done else "the same command goes on from here")
     if total:
-        say(f"stage 2 reads them: python examples/reward_model.py --rankings {args.output}")
+        show(f"stage 2 reads them: python examples/reward_model.py --rankings {args.output}")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -93,12 +94,12 @@ def train(args: argparse.Namespace) -> None:
         def on_step(rollout, stats) -> None:
             run.record(rollout, stats)
             reward, kl = stats["reward/mean"], stats["objective/kl"]
-            say(f"step {trainer.iteration} of {trainer.config.iterations}: mean reward {reward:.2f}, KL {kl:.2f}")
+            show(f"step {trainer.iteration} of {trainer.config.iterations}: mean reward {reward:.2f}, KL {kl:.2f}")
 
         trainer.train(args.prompts, HumanReward(file, keyboard.read, write), on_step)
         trainer.policy.save_pretrained(run.folder / "policy")
         trainer.tokenizer.save_pretrained(run.folder / "policy")
-    say(f"saved in {run.folder / 'policy'}")
+    show(f"saved in {run.folder / 'policy'}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import dataclasses
 import random
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script, say
+from shared import POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script
 
 # What a good text is. A judge answers more evenly if the rubric says what each number stands for.
 RUBRIC = """The text is the beginning of a hotel review in Chinese, cut off after a few words. How content is the guest?
@@ -53,17 +54,17 @@ def main() -> None:
             judged = judge.metrics()
             spent += judged["judge/cost"]
             samples = run.record(rollout, {**stats, **judged})
-            say(
+            show(
                 f"step {iteration + 1}: score {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}, "
                 f"{judged['judge/requests']:.0f} requests, {judged['judge/unparsed']:.0f} texts without a score, "
                 f"spent {spent:.4f}"
             )
             # 5. Read them: a policy that has found words which fool the judge has a fine reward too.
             for text, score in samples:
-                say(f"    {score:4.1f}  {text}")
+                show(f"    {score:4.1f}  {text}")
         trainer.policy.save_pretrained(run.folder / "policy")
         trainer.tokenizer.save_pretrained(run.folder / "policy")
-    say(f"saved in {run.folder}")
+    show(f"saved in {run.folder}")
 
 
 def read_arguments() -> argparse.Namespace:

@@ -20,13 +20,14 @@ except ImportError:
     sys.exit("the examples need tqdm and matplotlib: pip install -e '.[examples]'")
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.evaluation.evaluate import summarise
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, read_prompts, run_script, say
+from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, read_prompts, run_script
 
 # A penalty that lets the reward reach .9, and a bonus that keeps the samples varied.
 DEFAULT = dict(**STARTER, steps=5120, init_kl_coef=0.15, entropy_coef=0.016)
@@ -46,7 +47,7 @@ def main() -> None:
         run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
-        say(trainer.precision_choice)
+        show(trainer.precision_choice)
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:
             # 1. Draw prompts from the pool. The draw depends on seed and iteration alone, so a resumed run repeats it.
@@ -79,10 +80,10 @@ def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
     write_json(output / "summary.json", found.as_dict())
     table = before_after_table(found.pairs)
     atomic_write(output / "before_after.md", table.encode())
-    say(table)
-    say("\n".join(f"{name:28} {value:.3f}" for name, value in found.figures.items()))
-    say(found.optimum)
-    say(f"saved in {output}")
+    show(table)
+    show("\n".join(f"{name:28} {value:.3f}" for name, value in found.figures.items()))
+    show(found.optimum)
+    show(f"saved in {output}")
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:

@@ -13,13 +13,14 @@ import argparse
 from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import summarise
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.text.preferences import Ranking, contradictions, read_rankings, split_rankings
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script, say
+from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
         run = Run.start(output / "stage2", RewardModelTrainer(reward, train, settings), {"arguments": vars(args)})
     disputed = len(contradictions(train))
-    say(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
+    show(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
     with run:
         history = train_reward_model(run, held_out)
         reward = run.trainer.model
@@ -65,7 +66,7 @@ def main() -> None:
 
     def on_step(rollout, stats) -> None:
         run.record(rollout, stats)
-        say(f"step {trainer.iteration}: learned reward {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}")
+        show(f"step {trainer.iteration}: learned reward {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}")
 
     with run:
         trainer.train(args.prompts, reward, on_step)
@@ -86,9 +87,9 @@ def main() -> None:
         write_json(output / "summary.json", {**summary, "held_out": history, "reliability": reliability})
         table = before_after_table(samples)
         atomic_write(output / "before_after.md", table.encode())
-    say(table)
+    show(table)
     for name, value in summary.items():
-        say(f"{name:14} before {value['before']:6.3f}, after {value['after']:6.3f}")
+        show(f"{name:14} before {value['before']:6.3f}, after {value['after']:6.3f}")
 
 
 def train_reward_model(run: Run[RewardModelTrainer], held_out: list[Ranking]) -> list[dict[str, float]]:
@@ -97,7 +98,7 @@ def train_reward_model(run: Run[RewardModelTrainer], held_out: list[Ranking]) ->
 
     def measure(epoch: int) -> dict[str, float]:
         figures = evaluate_rankings(trainer.model, held_out)
-        say(f"after epoch {epoch} {figures}")
+        show(f"after epoch {epoch} {figures}")
         return {f"held_out/{name}": getattr(figures, name) for name in names}
 
     def on_step(batch, stats) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from minirlhf.common.printing import show
 from minirlhf.io.files import read_json, read_jsonl
-from shared import command_line, run_script, say
+from shared import command_line, run_script
 
 SCRIPT = Path(__file__).with_name("positive_reviews.py")
 
@@ -28,9 +29,9 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         rows.append(row(seed, time.perf_counter() - start, read_json(run / "summary.json")))
         histories.append(read_jsonl(run / "metrics.jsonl"))
-        say(" ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()))
+        show(" ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()))
     table = markdown(rows)
-    say(table)
+    show(table)
     (output / "table.md").write_text(table, encoding="utf-8")
     draw(histories, output / "curves.png")
 

@@ -19,13 +19,14 @@ except ImportError:
 import torch
 
 from minirlhf import GPT2, SamplingConfig, Tokenizer, generate
+from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.device.random import eval_mode
 from minirlhf.io.files import write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.demonstrations import read_demonstrations, split_demonstrations
-from shared import POLICY, PROMPTS, command_line, new_folder, parse, run_script, say
+from shared import POLICY, PROMPTS, command_line, new_folder, parse, run_script
 
 FIELDS = dict(epochs=3, lr=3e-4, schedule="cosine", warmup=0.05, max_length=128, tokens_per_batch=2048,
               accumulation=1, save_freq=100, precision="auto", device="auto", seed=0, packing=False)  # fmt: skip
@@ -50,7 +51,7 @@ def main() -> None:
         samples(trainer, args.prompts, args.gen_len)  # a bad prompt is found before anything is written
         run = Run.start(args.output, trainer, {"arguments": vars(args)})
     trainer = run.trainer
-    say(f"{run.folder}: {len(train)} demonstrations, {len(held_out)} held out; {trainer.precision_choice}")
+    show(f"{run.folder}: {len(train)} demonstrations, {len(held_out)} held out; {trainer.precision_choice}")
     bar = tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
 
     # 3. Before the first step and at every save: perplexity on the held-out texts, and some samples.
@@ -80,7 +81,7 @@ def main() -> None:
         trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "SFT", **summary})
         trainer.tokenizer.save_pretrained(run.folder / "policy")
         write_json(run.folder / "summary.json", summary)
-    say(f"held-out perplexity a character {measured[0]:.2f} -> {measured[-1]:.2f}, saved in {run.folder}")
+    show(f"held-out perplexity a character {measured[0]:.2f} -> {measured[-1]:.2f}, saved in {run.folder}")
 
 
 def samples(trainer: SFTTrainer, prompts: list[str], gen_len: int) -> list[str]:

@@ -31,11 +31,12 @@ from benchmark import report, studies
 from benchmark.floor import DTYPES, Rates, measure_rates, phase_costs, with_best
 from benchmark.peers import TransformersPeer, Turn, in_turns, run_command
 from benchmark.work import SIZES, Sample, Work, iteration
+from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.io.files import atomic_write, write_json
-from shared import run_script, say
+from shared import run_script
 
 TABLES = ("iteration", "scaling", "ragged", "overhead")
 
@@ -156,7 +157,7 @@ def own_command(work: Work, args: argparse.Namespace) -> list[str]:
 def write(result: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     text = report.markdown(result)
-    say(text)
+    show(text)
     write_json(output / "results.json", result)
     atomic_write(output / "report.md", text.encode())
     if "iteration" in result:
