@@ -57,7 +57,7 @@ Complete = Callable[[list[dict[str, str]]], Any]  # messages with role and conte
 
 @dataclass(frozen=True, kw_only=True)
 class ChatJudgeConfig:
-    """An endpoint, a model, a rubric, and what to make of the answers.
+    """Settings of a judge: endpoint, model, rubric, and how answers become scores.
 
     Raises ValueError with the field, the value and what is allowed; a value that may hold the key is not shown.
     """
@@ -107,12 +107,12 @@ class ChatJudgeConfig:
 class ChatJudge:
     """The score that a chat model gives each text: `judge(texts) -> B floats`, in the order of the texts.
 
-    A text that occurs twice in a call is asked about once. A text whose answers have no score (see `judge_answer`) or
-    one outside the range, time and again, gets the fallback score, which is counted, warned of once, and not cached.
+    Equal texts in one call are asked about once. If no answer about a text has a score in the range (see
+    `judge_answer`), the text gets the fallback score, which is counted, warned of once, and not cached.
 
     complete: a callable from messages, `[{"role": ..., "content": ...}, ...]`, to the answer's text, called from
         `concurrency` threads; None: the endpoint of the config, through the `openai` client.
-    Raises ValueError without either, or for a key that a header cannot carry, ImportError without the client, OSError
+    Raises ValueError if neither is given, or for a key that a header cannot carry, ImportError without the client, OSError
     for a cache that cannot be written.
     """
 
@@ -132,9 +132,9 @@ class ChatJudge:
     def __call__(self, texts: Sequence[str]) -> list[float]:
         """Scores of B texts, `concurrency` requests at a time.
 
-        Raises ChatError (an OSError) if the endpoint refuses a request or fails at every attempt, ValueError with two
-        of the answers if more than `max_unusable` of the texts get no score. Either ends the batch, as Ctrl-C does;
-        scores that had arrived stay in the cache.
+        Raises ChatError (an OSError) if the endpoint refuses a request or fails at every attempt, and ValueError with
+        two of the answers if more than `max_unusable` of the texts get no score. Scores that arrived before an error
+        or Ctrl-C stay in the cache.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError("texts must be a list of texts")
@@ -229,14 +229,14 @@ class ChatJudge:
         return None, answer
 
     def _answering(self) -> contextlib.AbstractContextManager[Complete]:
-        """What answers: the callable that was given, or a connection to the endpoint."""
+        """The callable that was given, or a connection to the endpoint."""
         if self._complete is not None:
             return contextlib.nullcontext(self._complete)
         c = self.config
         return Endpoint(str(c.base_url), c.model, c.key_variable, c.timeout, c.retries, self._sampling, self._count)
 
     def _messages(self, text: str, remind: bool = False) -> list[dict[str, str]]:
-        """What is asked about a text."""
+        """The messages that ask for the score of a text."""
         c = self.config
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         mark = hashlib.sha256(text.encode()).hexdigest()[:16]  # a text cannot hold its own hash
@@ -248,14 +248,14 @@ class ChatJudge:
         ]
 
     def _key(self, text: str) -> str:
-        """What a score is cached under: a hash of the endpoint and of all that is sent to it."""
+        """The cache's key of a text: a hash of the endpoint and of everything that is sent to it."""
         url = None if self._complete else (self.config.base_url or "").rstrip("/")
         asked = [url, self.config.model, self._messages(text), self._sampling]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _check_sampling(config: ChatJudgeConfig) -> None:
-    """Raises ValueError unless `sampling` is a JSON object without the fields that the judge itself sets."""
+    """Raise ValueError unless `sampling` is a JSON object without the fields that the judge itself sets."""
     fine = isinstance(config.sampling, Mapping) and all(isinstance(name, str) for name in config.sampling)
     require(config, "sampling", fine, "a mapping with texts as keys")
     own = {"model", "messages", "stream", "n"} & config.sampling.keys()

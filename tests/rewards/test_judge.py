@@ -363,7 +363,7 @@ def test_failures_that_may_pass_are_tried_again(server, failure):
 
 
 @pytest.mark.parametrize(("failure", "message", "requests"), [
-    (fail(401, "bad key"), "answered 401: .*bad key.* .TEST_KEY: it is not set", 1),
+    (fail(401, "bad key"), "answered 401: .*bad key.* the key in TEST_KEY is not set", 1),
     (fail(400, "no such field"), "answered 400: .*no such field.* .sampling=.*2048.* was sent", 1),
     (fail(500, "broken"), "answered 500: .*broken", 2), (reset, "could not be asked: ", 2),
     (slow(9), "gave no answer within timeout=1 seconds", 2),
@@ -554,7 +554,7 @@ def test_the_example_learns_from_the_judge_and_logs_what_it_cost(server, example
 
 
 @pytest.mark.parametrize(("behaviour", "arguments", "message"), [
-    (fail(401, "bad key"), [], "error: http://.* answered 401: .*bad key"),
+    (fail(401, "bad key"), [], "error: .*http://.* answered 401: .*bad key"),
     (say("5"), ["--base-url", "localhost"], "error: ChatJudgeConfig.base_url must be"),
     (say("5"), ["--policy", "nowhere"], "error: .*nowhere"),
 ])  # fmt: skip
