@@ -112,8 +112,8 @@ class ChatJudge:
 
     complete: a callable from messages, `[{"role": ..., "content": ...}, ...]`, to the answer's text, called from
         `concurrency` threads; None: the endpoint of the config, through the `openai` client.
-    Raises ValueError if neither is given, or for a key that a header cannot carry, ImportError without the client, OSError
-    for a cache that cannot be written.
+    Raises ValueError if neither is given, or for a key that a header cannot carry, ImportError without the client, and
+    OSError for a cache that cannot be written.
     """
 
     def __init__(self, config: ChatJudgeConfig, complete: Complete | None = None):

@@ -363,7 +363,7 @@ def test_failures_that_may_pass_are_tried_again(server, failure):
 
 
 @pytest.mark.parametrize(("failure", "message", "requests"), [
-    (fail(401, "bad key"), "answered 401: .*bad key.* the key in TEST_KEY is not set", 1),
+    (fail(401, "bad key"), "answered 401: .*bad key.* .the key in TEST_KEY is not set", 1),
     (fail(400, "no such field"), "answered 400: .*no such field.* .sampling=.*2048.* was sent", 1),
     (fail(500, "broken"), "answered 500: .*broken", 2), (reset, "could not be asked: ", 2),
     (slow(9), "gave no answer within timeout=1 seconds", 2),
