@@ -518,7 +518,7 @@ def test_relatives_of_bert_are_refused_by_name(tmp_path, config, kind, name, sil
             load(tmp_path)
 
 
-def test_classify_equals_the_pipeline_beyond_512_tokens(tmp_path):
+def test_a_sentiment_equals_the_pipeline_s_beyond_512_tokens(tmp_path):
     make_bert(scale=12.0, max_position_embeddings=512, id2label={0: "negative", 1: "positive"}).save_pretrained(
         tmp_path
     )
@@ -526,12 +526,12 @@ def test_classify_equals_the_pipeline_beyond_512_tokens(tmp_path):
     texts = ["很好" * 400, "房间太脏" * 127 + "差", "很好" * 255, "好" * 511 + "差" * 300, "很好"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights know no polarity
-        ours = SentimentReward.from_pretrained(tmp_path, device="cpu").classify(texts)
-    theirs = pipeline("sentiment-analysis", model=str(tmp_path), tokenizer=str(tmp_path), device="cpu")(
+        ours = SentimentReward.from_pretrained(tmp_path, device="cpu")(texts)
+    theirs = pipeline("sentiment-analysis", model=str(tmp_path), tokenizer=str(tmp_path), device="cpu", top_k=None)(
         texts, truncation=True, max_length=512
     )
-    assert [row["label"] for row in ours] == [row["label"] for row in theirs]
-    assert [row["score"] for row in ours] == pytest.approx([row["score"] for row in theirs], abs=1e-5)
+    positive = [next(row["score"] for row in rows if row["label"] == "positive") for rows in theirs]
+    assert ours.tolist() == pytest.approx(positive, abs=1e-5)
 
 
 # ---- folders for other tools ----------------------------------------------------------------------------------------
