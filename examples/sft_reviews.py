@@ -92,7 +92,8 @@ def samples(trainer: SFTTrainer, prompts: list[str], gen_len: int) -> list[str]:
     generator = torch.Generator(model.device).manual_seed(seed)
     with eval_mode(model):
         drawn = generate(model, ids, gen_len, SamplingConfig(top_p=0.95), **ends, generator=generator)
-    return [p + tokenizer.decode(r) for p, r in zip(prompts, drawn.responses, strict=True)]
+    rows = zip(prompts, ids, drawn.responses, strict=True)
+    return [p + "".join(tokenizer.decode_response(i, r)) for p, i, r in rows]
 
 
 def read_arguments() -> argparse.Namespace:

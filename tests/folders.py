@@ -17,7 +17,8 @@ def content(path: Path) -> Any:
     """The bytes of a file, but for what may differ between two saves of one state.
 
     Of a safetensors file tensors and metadata: the order of its metadata is random. So is then its sum in the
-    manifest, of which the names are taken. Of a trainer's counters all but lengths and hashes of the log, whose times differ.
+    manifest, of which the names are taken. Of a trainer's counters all but lengths and hashes of the log: its times
+    differ.
     """
     try:
         if path.suffix == ".safetensors":

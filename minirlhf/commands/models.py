@@ -70,7 +70,8 @@ def generate(args: argparse.Namespace) -> None:
                 eos_token_id=tokenizer.eos_id if args.eos else None, pad_token_id=tokenizer.pad_id,
                 generator=generator,
             )  # fmt: skip
-            for response in map(tokenizer.decode, sampled.responses):
+            for row in sampled.responses:
+                response = "".join(tokenizer.decode_response(ids, row))
                 show(json_line({"prompt": text, "response": response}) if args.as_json else printable(text + response))
 
 

@@ -81,15 +81,15 @@ def best_of_n(
     model, tokenizer = loaded(policy, tokenizer)
     ids = encode_prompts(tokenizer, prompts, model.n_positions, gen_len)
     repeated = [row for row in ids for _ in range(n)]
-    responses: list[str] = []
     tokens: list[list[str]] = []
     for start in range(0, len(repeated), batch_size):
+        batch = repeated[start : start + batch_size]
         sampled = generate(
-            model, repeated[start : start + batch_size], gen_len, sampling,
+            model, batch, gen_len, sampling,
             eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator,
         )  # fmt: skip
-        responses += [tokenizer.decode(response) for response in sampled.responses]
-        tokens += [tokenizer.decode_pieces(response) for response in sampled.responses]
+        tokens += [tokenizer.decode_response(*pair) for pair in zip(batch, sampled.responses, strict=True)]
+    responses = ["".join(row) for row in tokens]
     scores = call_reward(reward, [p for p in prompts for _ in range(n)], responses, tokens).view(len(prompts), n)
     candidates = tuple(tuple(responses[start : start + n]) for start in range(0, len(responses), n))
     best = scores.argmax(1).tolist()  # of equal ones the first

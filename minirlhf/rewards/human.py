@@ -258,7 +258,8 @@ def draw_answers(
             model, [ids] * count, gen_len, sampling,
             eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, generator=generator,
         )  # fmt: skip
-        for answer in map(tokenizer.decode, drawn.responses):
+        for row in drawn.responses:
+            answer = "".join(tokenizer.decode_response(ids, row))
             if answer.strip():
                 found.setdefault(answer.strip(), answer)
         if len(found) >= count:

@@ -140,10 +140,11 @@ def collect_rollout(
     if len(prompts) == 0:
         raise ValueError("prompts is empty: there is nothing to continue")
     prompts = [prompt for prompt in prompts for _ in range(c.group_size)]
+    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     with models.precision.autocast():
         sampled = generate(
             models.policy.decoder,
-            [tokenizer.encode_prompt(prompt) for prompt in prompts],
+            prompt_ids,
             c.gen_len,
             c.sampling,
             eos_token_id=c.eos_token_id,
@@ -154,10 +155,9 @@ def collect_rollout(
             keep_states=models.precision.name == "fp32",
             graphed=models.graphed,
         )
-    sampled_ids = sampled.responses
-    responses = [tokenizer.decode(response) for response in sampled_ids]
+    pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
+    responses = ["".join(row) for row in pieces]
     clock.stop("generation")
-    pieces = [tokenizer.decode_pieces(response) for response in sampled_ids]
     scores = within(c.reward_timeout, reward_by_token, reward_fn, prompts, responses, pieces)
     clock.stop("reward")
     found = logprobs_in_batches(

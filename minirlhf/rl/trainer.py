@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
+from minirlhf.text.prompts import as_prompts
 from minirlhf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -250,42 +251,40 @@ class PPOTrainer:
 
     def train(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str] | os.PathLike[str],
         reward_fn: RewardFunction,
         on_step: Callable[[Rollout, Stats], object] | None = None,
     ) -> list[Stats]:
         """Run `config.steps` episodes: draw a batch of prompts from the pool, sample, score, step, and again.
 
-        prompts: the pool, drawn from with replacement.
+        prompts: the pool, drawn from with replacement: any collection of texts, or a file (see `text.prompts`).
         reward_fn: a reward of any form that `rewards.call_reward` takes.
         on_step: called after every step with its rollout and statistics; `Run.record` is one.
         Returns the statistics of all steps. Raises ValueError for an empty pool, or a prompt that is empty or too
         long, before any training. After an error of the reward function the trainer is as it was after the last step.
         """
-        self.check_prompts(prompts)
-        history = []
+        pool, history = self.check_prompts(prompts), []
         while self.iteration < self.config.iterations:
             with undone_on_error(self.generators.values()):
                 count = self.config.prompts_per_batch
-                drawn = torch.randint(len(prompts), (count,), generator=self.generators["shuffling"])
-                rollout = self.collect([prompts[i] for i in drawn], reward_fn)
+                drawn = torch.randint(len(pool), (count,), generator=self.generators["shuffling"])
+                rollout = self.collect([pool[i] for i in drawn], reward_fn)
             history.append(self.step(rollout))
             if on_step is not None:
                 on_step(rollout, history[-1])
         return history
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for an empty pool, an empty prompt, or one that leaves no room for `gen_len` tokens."""
-        if isinstance(prompts, str) or len(prompts) == 0:
-            raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
-        positions = self.policy.decoder.n_positions
-        for prompt in prompts:
+    def check_prompts(self, prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
+        """The pool as a list. Raises ValueError as `as_prompts`, and for a prompt without room for `gen_len` tokens."""
+        pool, positions = as_prompts(prompts), self.policy.decoder.n_positions
+        for prompt in pool:
             length = len(self.tokenizer.encode_prompt(prompt))
             if length > positions - self.config.gen_len:
                 raise ValueError(
                     f"prompt {prompt[:20]!r}... has {length} tokens; the model's {positions} positions less "
                     f"gen_len={self.config.gen_len} leave room for {positions - self.config.gen_len}"
                 )
+        return pool
 
     # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------
 

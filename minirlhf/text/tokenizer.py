@@ -115,21 +115,15 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary of {len(self.vocab)} tokens")
         return self.model.decode(ids)
 
-    def decode_continuation(
-        self, prompt_ids: Iterable[int] | Tensor, response_ids: Iterable[int] | Tensor
-    ) -> tuple[str, str]:
-        """The texts of a prompt and of its response, which joined are `decode` of all tokens.
+    def decode_response(self, prompt_ids: Iterable[int] | Tensor, response_ids: Iterable[int] | Tensor) -> list[str]:
+        """What each token of a response adds to the text of its prompt; joined, they are the text of the response.
 
-        The response's text begins with the space that separates two Latin words of WordPiece, and with the character
-        that the prompt's last token left incomplete. Raises ValueError for an id outside the vocabulary.
+        It begins with the space that separates two Latin words of WordPiece, and with a character that the prompt's
+        last token left incomplete: prompt and response together are `decode` of all tokens.
+        Raises ValueError for an id outside the vocabulary.
         """
-        prompt, response = (
-            ids.tolist() if isinstance(ids, Tensor) else list(ids) for ids in (prompt_ids, response_ids)
-        )
-        whole, start = self.decode([*prompt, *response]), self.decode(prompt)
-        if start.endswith("\ufffd") or not whole.startswith(start):  # a character is not complete
-            start = "".join(self.decode_pieces([*prompt, *response])[: len(prompt)])
-        return start, whole[len(start) :]
+        prompt, response = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (prompt_ids, response_ids))
+        return self.decode_pieces([*prompt, *response])[len(prompt) :]
 
     def decode_pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
         """What each token adds to the text: as many texts as ids, which `decode` would give if joined.
