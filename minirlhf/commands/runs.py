@@ -112,8 +112,6 @@ def evaluate(args: argparse.Namespace) -> None:
         drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
         kl_coef=history[-1].get("objective/kl_coef") if history else None,
     )  # fmt: skip
-    if not args.as_json:
-        show(_sampling_line(drawn, ppo, args.run is not None))
     found = evaluation.evaluate(
         GPT2.from_pretrained(args.policy).to(where), GPT2.from_pretrained(args.reference).to(where), tokenizer,
         prompts, load_scorer(args.reward, args.device), held_out,
@@ -127,7 +125,10 @@ def evaluate(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / EVALUATION_FILE, {**about, **found.as_dict()})
         atomic_write(output / REPORT_FILE, page.encode("utf-8"))
-    show(json_line({**about, **found.as_dict()}) if args.as_json else "\n".join(found.lines()))
+    if args.as_json:
+        show(json_line({**about, **found.as_dict()}))
+    else:
+        show("\n".join([_sampling_line(drawn, ppo, args.run is not None), *found.lines()]))
 
 
 def _sampling_line(drawn: Mapping[str, Any], ppo: Mapping[str, Any], of_a_run: bool) -> str:
