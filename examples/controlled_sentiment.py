@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import write_json
 from minirlhf.rewards.composed import (
@@ -86,9 +86,9 @@ def main() -> None:
     summary, tables = {}, []
     for target in TARGETS:
         prompts = [target.tag + prompt for prompt in PROMPTS]
-        settings = config.gen_len, config.sampling, args.samples
-        found = summarise(trainer.policy, reference, tokenizer, prompts, sentiment, *settings, seed=config.seed)
-        figures, pairs = found.figures, found.pairs
+        settings = EvaluationConfig(args.samples, config.gen_len, config.sampling, max_n=16, seed=config.seed)
+        found = evaluate(trainer.policy, reference, tokenizer, prompts, sentiment, config=settings).given
+        figures, pairs = found.summary(), found.pairs
         for model, side in (("reference", "before"), ("policy", "after")):
             p = classifier([pair.prompt.removeprefix(target.tag) + getattr(pair, side) for pair in pairs])
             figures |= {f"{model}/p_positive": p.mean().item(), f"{model}/from_half": (p - 0.5).abs().mean().item()}

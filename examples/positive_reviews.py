@@ -26,7 +26,7 @@ except ImportError:
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, read_json, write_json
@@ -71,22 +71,23 @@ def main() -> None:
 
 def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
     trainer, config, output = run.trainer, run.trainer.config, run.folder
-    found = summarise(
-        trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config.gen_len, config.sampling,
-        seed=config.seed, kl_coef=trainer.kl_controller.coef,
+    settings = EvaluationConfig(
+        gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
+        kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
+    found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config=settings).given
+    summary, table = {**found.summary(), "optimum": found.optimum}, before_after_table(found.pairs, rows=12)
     plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
-    summary = {"algorithm": "PPO", "episodes": config.steps, **found.as_dict()}
-    trainer.policy.save_pretrained(output / "policy", summary=summary)
+    card = {"algorithm": "PPO", "episodes": config.steps, **summary}
+    trainer.policy.save_pretrained(output / "policy", summary=card)
     trainer.reference.save_pretrained(output / "reference")
     for name in ("policy", "reference"):
         trainer.tokenizer.save_pretrained(output / name)
-    write_json(output / "summary.json", found.as_dict())
-    atomic_write(output / "before_after.md", before_after_table(found.pairs).encode())
-    show(before_after_table(found.pairs))
-    show("\n".join(f"{name:28} {value:.3f}" for name, value in found.figures.items()))
-    show(found.optimum)
-    show(f"saved in {output}")
+    write_json(output / "summary.json", summary)
+    atomic_write(output / "before_after.md", table.encode())
+    show(table)
+    show("\n".join(f"{name:28} {value:.3f}" for name, value in found.summary().items()))
+    show(f"{found.optimum}\nsaved in {output}")
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
-from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.log import RunLog
@@ -67,8 +67,9 @@ def main() -> None:
     trainer.tokenizer.save_pretrained(args.output / "policy")
 
     # 5. The judge that neither model saw, and the learned reward of the same samples.
-    found = summarise(trainer.policy, reference, trainer.tokenizer, args.prompts, judge)
-    judged, samples = found.figures, found.pairs
+    settings = EvaluationConfig(max_n=16)
+    found = evaluate(trainer.policy, reference, trainer.tokenizer, args.prompts, judge, config=settings).given
+    judged, samples = found.summary(), found.pairs
     before, after = (reward([s.prompt + getattr(s, side) for s in samples]) for side in ("before", "after"))
     summary = {
         "judge": {"before": judged["reference/reward"], "after": judged["policy/reward"]},

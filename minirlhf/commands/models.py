@@ -10,6 +10,7 @@ from minirlhf.commands.console import bars, batches
 from minirlhf.commands.table import AS_JSON, DEVICE, EOS, SEED, argument, command, integer, visible
 from minirlhf.common.printing import show
 from minirlhf.common.text import json_line, printable
+from minirlhf.common.validation import check_vocabulary
 from minirlhf.device.placement import resolve_device
 from minirlhf.generation import generate as generation
 from minirlhf.generation.sampling import SamplingConfig
@@ -58,9 +59,8 @@ def generate(args: argparse.Namespace) -> None:
     """Print continuations of prompts."""
     sampling, where = SamplingConfig(args.temperature, args.top_k, args.top_p), resolve_device(args.device)
     tokenizer, gpt2 = Tokenizer.from_pretrained(args.model), GPT2.from_pretrained(args.model).to(where)
-    if len(tokenizer) != gpt2.config.vocab_size:
-        made_for = f"the model was made for {gpt2.config.vocab_size}"
-        raise ValueError(f"{args.model}: the vocabulary has {len(tokenizer)} tokens, but {made_for}")
+    with naming(args.model):
+        check_vocabulary(tokenizer, model=gpt2.config.vocab_size)
     generator = torch.Generator(where).manual_seed(args.seed)
     # One prompt at a time, so that the samples do not depend on how the prompts arrive.
     for (text,) in batches(args.prompt, 1):

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minirlhf.common.validation import check_vocabulary
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.gpt2 import GPT2
@@ -189,8 +190,5 @@ def loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[GPT2, Tokenizer
         raise ValueError(f"policy must be a GPT2, an ActorCritic or a folder, got a {type(policy).__name__}")
     if tokenizer is None:
         raise ValueError("a policy that is a model needs tokenizer=")
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(
-            f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
-        )
+    check_vocabulary(tokenizer, model=model.config.vocab_size)
     return model, tokenizer

@@ -117,6 +117,7 @@ class Optimum:
 
     scores: prompt -> the rewards (N,) of N independent samples of the reference; each prompt counts alike.
     distribution: what they were drawn from, in words. bootstrap: makes the intervals, given the prompts.
+    start: the mean reward of the reference.
     Raises ValueError for no prompts, fewer than 2 samples of one, rewards that are not finite numbers, and rewards that
     are all equal.
     """
@@ -136,6 +137,7 @@ class Optimum:
                 raise ValueError(f"prompt {prompt[:20]!r}: rewards must be finite, got {x[~np.isfinite(x)][0]}")
         every = np.concatenate(list(self.scores.values()))
         self.samples, self.spread = len(every), float(np.ptp(every))
+        self.start = float(np.mean([x.mean() for x in self.scores.values()]))
         if self.spread == 0:
             raise ValueError(f"all {self.samples} rewards are {every[0]:g}: every policy is as good as the reference")
         # Distinct rewards with their counts: all that is needed, and few where rewards are counts.
@@ -207,8 +209,7 @@ class Optimum:
                 )
         objectives: dict[str, float] = {}
         if beta is not None:
-            start = float(np.mean([x.mean() for x in self.scores.values()]))
-            objectives = {"objective/policy": reward.mean - beta * kl.mean, "objective/reference": start}
+            objectives = {"objective/policy": reward.mean - beta * kl.mean, "objective/reference": self.start}
             if "objective" in found:
                 objectives["objective/optimum"] = found["objective"].objective
         return Spending(reward, kl, needed, found.get("best"), self.distribution, beta, objectives, "; ".join(notes))

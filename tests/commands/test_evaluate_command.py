@@ -195,7 +195,7 @@ def files(tmp_path):
     (["--policy", "RUN/policy"], "give --run, or --policy and --reference"), ([], "give --run, or"),
     (["--policy", "RUN/policy", "--reference", "RUN/reference"], "give --prompts, or a --run whose config.json"),
     (["--run", "nowhere"], "nowhere/config.json does not exist"),
-    (["--policy", "nowhere", "--reference", "RUN/reference"], "nowhere.* does not exist"),
+    (["--policy", "nowhere", "--reference", "RUN/reference", "--prompts", "酒"], "nowhere.* does not exist"),
     (["--run", "RUN", "--prompts", "FILES/gbk.txt"], "gbk.txt, line 1 is not utf-8 .*--encoding, for instance gbk"),
     (["--run", "RUN", "--prompts", "FILES/gbk.txt", "--encoding", "klingon"], "encoding must be .*, got 'klingon'"),
     (["--run", "RUN", "--prompts", "FILES/empty.txt"], "empty.txt holds no prompts|prompt ' ' is empty"),

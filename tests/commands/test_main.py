@@ -66,8 +66,8 @@ def test_every_command_has_help_and_reads_every_argument_that_it_takes(run, name
     code, out, _ = run(name, "--help")
     assert code == 0 and out[0].startswith(f"usage: python -m minirlhf {name} ")
     parser, read = argparse.ArgumentParser(), inspect.getsource(COMMANDS[name].run)
-    for a in COMMANDS[name].arguments:
-        dest = parser.add_argument(*a.names, **a.options).dest
+    for names, options in COMMANDS[name].arguments:
+        dest = parser.add_argument(*names, **options).dest
         assert f"args.{dest}" in read or f'"{dest}"' in read or dest in SAMPLING, dest
 
 

@@ -18,33 +18,29 @@ from minirlhf.text.tokenizer import Tokenizer
 
 
 def vocabulary(setup: Setup) -> Result:
-    """Tokenizer, configs and embeddings have one size."""
+    """Tokenizer, configs and embeddings of policy and reference have one size."""
     sizes = {"tokenizer": len(needed(setup.tokenizer, "the tokenizer"))}
     for name, model in zip(("policy", "reference"), map(language_model, setup.models()), strict=True):
         sizes |= {f"{name} config": model.config.vocab_size, f"{name} embedding": model.wte.num_embeddings}
-    if len(set(sizes.values())) > 1:
-        remedy = "take vocab.txt and model from one folder, or resize the embedding and its config together"
-        return Result(FAIL, f"tokens differ: {_sizes(sizes)}", remedy)
-    setup.vocabulary = sizes["tokenizer"]
-    return Result(OK, f"{setup.vocabulary} tokens in {', '.join(sizes)}")
+    remedy = "take vocab.txt and model from one folder, or resize the embedding and its config together"
+    setup.vocabulary, result = _one_size(sizes, remedy)
+    return result
 
 
 def reward_vocabulary(setup: Setup) -> Result:
-    """The reward model's own tokenizer, config and embedding have one size."""
+    """Tokenizer, config and embedding of a SentimentReward have one size."""
     reward = setup.reward
     if not isinstance(reward, SentimentReward):
         raise Skipped("there is no SentimentReward, so no vocabulary to look at")
     embedding = reward.model.bert.embeddings.word_embeddings.num_embeddings
     sizes = {"tokenizer": len(reward.tokenizer), "config": reward.model.config.vocab_size, "embedding": embedding}
-    if len(set(sizes.values())) > 1:
-        remedy = "give the reward model the vocab.txt of its own folder, not that of the policy"
-        return Result(FAIL, f"tokens differ: {_sizes(sizes)}", remedy)
-    setup.reward_vocabulary = sizes["tokenizer"]
-    return Result(OK, f"{setup.reward_vocabulary} tokens in {', '.join(sizes)}")
+    remedy = "give the reward model the vocab.txt of its own folder, not that of the policy"
+    setup.reward_vocabulary, result = _one_size(sizes, remedy)
+    return result
 
 
 def labels(setup: Setup) -> Result:
-    """Two plain sentences, one good and one bad, come out in this order."""
+    """The good canary scores above the bad one; a SentimentReward that reads Chinese has CANARIES."""
     reward, canaries = setup.copied_reward(), setup.canaries
     if canaries is None and isinstance(reward, SentimentReward) and _knows(reward.tokenizer, CANARIES):
         canaries = CANARIES
@@ -60,7 +56,7 @@ def labels(setup: Setup) -> Result:
 
 
 def masks(setup: Setup) -> Result:
-    """A padded batch gives what each row gives alone."""
+    """Padding on either side (of a classifier, on the right) changes no output."""
     errors = {
         f"{name}, {side} padding": error
         for name, model in setup.modules().items()
@@ -93,8 +89,13 @@ def dropout(setup: Setup) -> Result:
     return Result(FAIL, f"two forward passes differ, relative to the largest output: {'; '.join(wrong)}", remedy)
 
 
-def _sizes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+def _one_size(sizes: dict[str, int], remedy: str) -> tuple[int | None, Result]:
+    """The size that all have, None if they differ, and the result."""
+    size = sizes["tokenizer"]
+    if set(sizes.values()) == {size}:
+        return size, Result(OK, f"{size} tokens in {', '.join(sizes)}")
+    found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return None, Result(FAIL, f"tokens differ: {found}", remedy)
 
 
 def _knows(tokenizer: Tokenizer, texts: Sequence[str]) -> bool:
