@@ -175,15 +175,17 @@ def test_summary_table_and_picture(runs):
     run = runs("plain")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     names = {f"{model}/{name}" for model in ("policy", "reference") for name in ("reward", "distinct_1", "distinct_2")}
-    assert summary.keys() == names | {"kl", "kl_full_softmax"}
+    said = summary.pop("optimum")
+    assert summary.keys() >= names | {"kl", "kl_full_softmax", "objective/policy"}
     assert all(math.isfinite(value) for value in summary.values()) and summary["kl"] > 0
+    assert said.startswith(f"reward {summary['policy/reward']:.3f} at {summary['kl']:.2f} nats")
     table = (run / "before_after.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + 12 and all(row.startswith("| ") or row.startswith("|-") for row in table)
     assert table[0] == "| prompt | before | reward | after | reward |" and table[2].startswith("| 酒店 | ")
     picture = (run / "reward_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
     shown = runs.output["plain"].stdout
-    assert str(run) in shown and "policy/reward" in shown and table[2] in shown
+    assert str(run) in shown and "policy/reward" in shown and table[2] in shown and said in shown
     assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
 
 
