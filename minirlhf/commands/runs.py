@@ -40,8 +40,8 @@ SAMPLING: dict[str, Any] = {
 @command(
     argument("--policy", required=True, metavar="FOLDER", help="GPT-2 folder with its tokenizer"),
     REWARD,
-    argument("--positive-label", metavar="NAME", help="of the classifier; default: that which says so"),
-    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of the policy"),
+    argument("--positive-label", metavar="NAME", help="of the classifier; default: as its labels say"),
+    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: the policy's"),
     argument("--prompts", nargs="+", metavar="TEXT", help="the pool of prompts; default: words of the vocabulary"),
     argument("--canaries", nargs=2, metavar=("GOOD", "BAD"), help="two texts that the reward must order"),
     argument("--precision", choices=PRECISION_SETTINGS, help="PPOConfig.precision"),
@@ -65,8 +65,8 @@ def doctor(args: argparse.Namespace) -> int:
     argument(
         "--run", metavar="FOLDER", help="of a run: stands for its policy/, reference/, prompts, sampling and curves"
     ),
-    argument("--policy", metavar="FOLDER", help="GPT-2 folder with its tokenizer; default: that of --run"),
-    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of --run"),
+    argument("--policy", metavar="FOLDER", help="GPT-2 folder with its tokenizer; default: the run's"),
+    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: the run's"),
     REWARD,
     argument("--second-scorer", metavar="FOLDER", help="another one, on which the policy was not trained"),
     argument("--prompts", nargs="+", metavar="TEXT", help="of the training, or one file with a text a line"),

@@ -254,12 +254,10 @@ def _of_transfer(given: Comparison, held_out: Comparison) -> Iterator[str]:
     rooms = (given.room, held_out.room) if given.room and held_out.room else (1.0, 1.0)
     shares = given.gain.mean / rooms[0], held_out.gain.mean / rooms[1]
     if shares[1] < HELD_OUT_SHARE * shares[0]:
-        told = f"the reward rose by {given.gain} on the given prompts, and by {held_out.gain} on held-out ones"
-        yield (
-            told
-            if rooms == (1.0, 1.0)
-            else (f"{told}: {shares[0]:.0%} and {shares[1]:.0%} of what best-of-n has above the reference there")
-        )
+        words = f"the reward rose by {given.gain} on the given prompts, and by {held_out.gain} on held-out ones"
+        if rooms != (1.0, 1.0):
+            words += f": {shares[0]:.0%} and {shares[1]:.0%} of what best-of-n has above the reference there"
+        yield words
 
 
 def _of_texts(x: Comparison) -> Iterator[str]:

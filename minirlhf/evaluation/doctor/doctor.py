@@ -84,7 +84,7 @@ def doctor(
     """Examine a PPO run before it starts; print a line a check, and return the findings.
 
     policy, reference, tokenizer, reward: as for PPOTrainer and its `train`, or the folders to load them from.
-        reference, tokenizer: None: those of the policy's folder. reward: None: none is looked at.
+        reference, tokenizer: None: from the policy's folder. reward: None: its checks are skipped.
     positive_label: of a reward that is given as the folder of a classifier, as SentimentReward takes it.
     config: a PPOConfig; **overrides replace its fields by name. prompts: the pool of the run; None: words of the
         vocabulary, which do for every check but the optimum.
