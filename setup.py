@@ -1,15 +1,24 @@
+"""The metadata of the package. The version is in minirlhf/version.py; settings of tools are in pyproject.toml."""
+
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$', (ROOT / "minirlhf/version.py").read_text(encoding="utf-8"), re.MULTILINE
+)
+
 EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
+JUDGE = ["openai>=1.60"]
 TESTS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45", "scikit-learn>=1.4"]
 
 setup(
     name="minirlhf",
-    version="0.1.0",
+    version=VERSION,
     description="PPO-RLHF for language models in plain PyTorch, written to be read and used",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="the minirlhf authors",
     license="MIT",
@@ -30,6 +39,7 @@ setup(
     install_requires=["torch>=2.4", "numpy>=1.24", "tokenizers>=0.20", "safetensors>=0.4"],
     extras_require={
         "examples": EXAMPLES,
-        "dev": [*EXAMPLES, *TESTS, "ruff", "mypy"],
+        "judge": JUDGE,
+        "dev": [*EXAMPLES, *JUDGE, *TESTS, "ruff", "mypy"],
     },
 )

@@ -10,26 +10,36 @@ no training; what it reaches at the same KL is in the table. Leaves frontier.png
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 try:
-    import matplotlib  # noqa: F401  (the pictures at the end need it: better to know now)
+    import matplotlib  # noqa: F401  (for the pictures at the end: fail now, not then)
 except ImportError:
     sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
 
 from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SamplingConfig, SentimentReward, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import Comparison
 from minirlhf.evaluation.plots import FrontierPoint, draw_frontier
 from minirlhf.io.files import atomic_write
-
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
+from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, STARTER, command_line, new_folder, run_script
 
 
 def main() -> None:
-    args = read_arguments()
+    args = command_line(
+        __doc__,
+        kl_coefs=([0.05, 0.1, 0.2, 0.4], "coefficients, a run each"),
+        steps=(1280, "samples of each run"),
+        entropy_coef=(0.0, "PPOConfig.entropy_coef"),
+        samples=(256, "of each evaluation"),
+        top_p=(1.0, "at 1 there is one KL, and the comparison is exact"),
+        seed=(0, "of everything"),
+        policy=(POLICY, "GPT-2 folder"),
+        reward=(REWARD, "BERT folder"),
+        second_scorer=(SECOND_SCORER, "folder of character n-grams"),
+        output=(new_folder("frontier-"), "a new folder"),
+    ).parse_args()
     reward = SentimentReward.from_pretrained(args.reward)
     second = NGramScorer.from_pretrained(args.second_scorer)
     tokenizer = Tokenizer.from_pretrained(args.policy)
@@ -37,7 +47,7 @@ def main() -> None:
     configs = {coefficient: ppo_config(args, coefficient) for coefficient in sorted(set(args.kl_coefs))}
     sampling = SamplingConfig(top_p=args.top_p)
     settings = EvaluationConfig(args.samples, sampling=sampling, best_of_prompts=max(1, args.samples // 8))
-    output = Path(args.output or f"runs/frontier-{time.strftime('%Y%m%d-%H%M%S')}")
+    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=False)  # a sweep is never overwritten
 
     # 1. A PPO run for each coefficient, then its evaluation. The same seed everywhere: the runs differ in nothing else.
@@ -49,9 +59,9 @@ def main() -> None:
             trainer.policy, trainer.reference, tokenizer, PROMPTS, reward, second_scorer=second, config=settings
         )
         found[coefficient] = evaluation.given
-        print(f"coefficient {coefficient:g}: reward {evaluation.given.policy.reward}, KL {evaluation.given.kl:.2f}")
+        show(f"coefficient {coefficient:g}: reward {evaluation.given.policy.reward}, KL {evaluation.given.kl:.2f}")
         for symptom in evaluation.symptoms:
-            print(f"  ! {symptom}")
+            show(f"  ! {symptom}")
 
     # 2. One table, and a picture for each scorer.
     table = markdown(found)
@@ -64,22 +74,13 @@ def main() -> None:
         score = {"reward": "reward", "second": "second scorer"}[name]
         optimum = first.frontier if name == "reward" else ()  # the best that any policy can do
         atomic_write(output / file, draw_frontier(curve, policies, score, optimum))
-    print(f"{table}saved in {output}")
+    show(f"{table}saved in {output}")
 
 
 def ppo_config(args: argparse.Namespace, coefficient: float) -> PPOConfig:
-    """As positive_reviews.py, with a fixed KL coefficient, and without an entropy bonus, which costs KL for nothing."""
-    return PPOConfig(
-        steps=args.steps,
-        lr=2e-4,
-        minibatch_size=32,
-        forward_batch_size=32,
-        entropy_coef=args.entropy_coef,
-        adaptive_kl=False,
-        init_kl_coef=coefficient,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    """As positive_reviews.py, with a fixed KL coefficient and no entropy bonus, which would cost KL."""
+    return PPOConfig(**STARTER, steps=args.steps, entropy_coef=args.entropy_coef, adaptive_kl=False,
+                     init_kl_coef=coefficient, top_p=args.top_p, seed=args.seed)  # fmt: skip
 
 
 def markdown(found: dict[float, Comparison]) -> str:
@@ -99,23 +100,5 @@ def markdown(found: dict[float, Comparison]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4], metavar="β")
-    parser.add_argument("--steps", type=int, default=1280, help="samples of each run")
-    parser.add_argument("--entropy-coef", type=float, default=0.0, help="PPOConfig.entropy_coef")
-    parser.add_argument("--samples", type=int, default=256, help="of each evaluation")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: there is one KL, and the comparison is exact")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--policy", default=str(WEIGHTS / "gpt2-chinese-reviews-small"), help="GPT-2 folder")
-    parser.add_argument("--reward", default=str(WEIGHTS / "bert-chinese-reviews-sentiment-small"), help="BERT folder")
-    parser.add_argument("--second-scorer", default=str(WEIGHTS / "ngrams-chinese-reviews-sentiment"), help="its folder")
-    parser.add_argument("--output", help="a new folder, default runs/frontier-<time>")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # bad input: one line, no traceback
-        sys.exit(f"error: {error}")
+    run_script(main)

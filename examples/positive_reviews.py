@@ -2,7 +2,7 @@
 
     python examples/positive_reviews.py                       # the starter weights, minutes on two CPU cores
     python examples/positive_reviews.py --recipe original --policy GPT2_FOLDER --reward BERT_FOLDER
-    python examples/positive_reviews.py --resume runs/NAME    # go on where a run was stopped
+    python examples/positive_reviews.py --resume runs/NAME    # continue a run that was stopped
 
 Every run leaves metrics.jsonl, samples.jsonl, config.json, reward_curve.png, before_after.md, summary.json and the
 folders checkpoints/, policy/ and reference/ under --output. It may be killed at any moment, and resumed.
@@ -10,15 +10,11 @@ folders checkpoints/, policy/ and reference/ under --output. It may be killed at
 
 import argparse
 import dataclasses
-import os
 import random
-import shlex
 import sys
-import time
-from pathlib import Path
 
 try:
-    import matplotlib  # noqa: F401  (for the curve at the end: better to know now)
+    import matplotlib  # noqa: F401  (for the curve at the end: fail now, not then)
     from tqdm import tqdm
 except ImportError:
     sys.exit("the examples need tqdm and matplotlib: pip install -e '.[examples]'")
@@ -29,13 +25,14 @@ from minirlhf.common.text import printable
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write, read_json, write_json
-from minirlhf.runs.run import Run, RunFailed, Stopped
+from minirlhf.io.files import atomic_write, write_json
+from minirlhf.runs.run import Run
+from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, read_prompts, run_script
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
-# For the starter weights, a GPT-2 25 times smaller than the original: larger steps, and a bonus that keeps it varied.
-STARTER = dict(steps=5120, lr=2e-4, init_kl_coef=0.15, minibatch_size=32, forward_batch_size=32, entropy_coef=0.016)
+# A penalty that lets the reward reach .9, and a bonus that keeps the samples varied.
+DEFAULT = dict(**STARTER, steps=5120, init_kl_coef=0.15, entropy_coef=0.016)
+FIELDS = dict(steps=int, batch_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int, device=str,
+              precision=str, value_head=str)  # fmt: skip
 
 
 def main() -> None:
@@ -47,11 +44,10 @@ def main() -> None:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
         trainer.check_prompts(args.prompts)
-        output = args.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
-        run = Run.start(output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
-    with run:  # the folder is ours alone, and Ctrl-C lets a step end
+        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+    with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
-        print(trainer.precision_choice)
+        show(trainer.precision_choice)
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:
             # 1. Draw prompts from the pool. The draw depends on seed and iteration alone, so a resumed run repeats it.
@@ -60,7 +56,7 @@ def main() -> None:
             rollout = trainer.collect(prompts, reward)
             # 3. PPO: several epochs over the batch, held near the frozen reference by the KL penalty.
             stats = trainer.step(rollout)
-            # 4. Write it down, now and then with a checkpoint and samples to look at.
+            # 4. Log the step; every `save_freq` steps save a checkpoint and show samples.
             samples = run.record(rollout, stats)
             bar.set_postfix_str(f"reward {stats['reward/mean']:.3f}, KL {stats['objective/kl']:.1f}")
             if samples:
@@ -76,14 +72,14 @@ def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
         kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
     found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config=settings).given
-    summary, table = {**found.summary(), "optimum": found.optimum}, before_after_table(found.pairs, rows=12)
     plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
-    card = {"algorithm": "PPO", "episodes": config.steps, **summary}
-    trainer.policy.save_pretrained(output / "policy", summary=card)
+    summary = {**found.summary(), "optimum": found.optimum}
+    trainer.policy.save_pretrained(output / "policy", summary={"algorithm": "PPO", "episodes": config.steps, **summary})
     trainer.reference.save_pretrained(output / "reference")
     for name in ("policy", "reference"):
         trainer.tokenizer.save_pretrained(output / name)
     write_json(output / "summary.json", summary)
+    table = before_after_table(found.pairs)
     atomic_write(output / "before_after.md", table.encode())
     show(table)
     show("\n".join(f"{name:28} {value:.3f}" for name, value in found.summary().items()))
@@ -91,44 +87,23 @@ def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
-    """The command line; for a resumed run, the arguments that it was started with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default=str(WEIGHTS / "gpt2-chinese-reviews-small"), help="GPT-2 folder")
-    parser.add_argument("--reward", default=str(WEIGHTS / "bert-chinese-reviews-sentiment-small"), help="BERT folder")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="texts, or one file with a text a line")
+    parser = command_line(
+        __doc__,
+        policy=(POLICY, "GPT-2 folder"),
+        reward=(REWARD, "BERT folder"),
+        prompts=(PROMPTS, "texts, or one file with a text a line"),
+        **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},
+        output=(new_folder(), "folder of the run"),
+        resume=(str, "continue the run in this folder, with its own settings"),
+    )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
-    fields = dict(steps=int, batch_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int, device=str,
-                  precision=str, value_head=str)  # fmt: skip
-    for name, kind in fields.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"PPOConfig.{name}")
-    parser.add_argument("--output", help="folder of the run, default runs/<time>")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
-    args = parser.parse_args()
-    if args.resume:
-        if not (started := read_json(Path(args.resume) / "config.json").get("arguments")):
-            raise ValueError(f"{args.resume} is no run of this script")
-        if given := [n for n, value in vars(args).items() if n != "resume" and value != parser.get_default(n)]:
-            raise ValueError(f"a resumed run keeps its settings, so drop {given}")
-        args = argparse.Namespace(**{**started, "resume": args.resume})
-    else:
+    args = parse(parser)
+    if not args.resume:
         args.prompts = read_prompts(args.prompts)
-    given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
+    given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
     original = args.recipe == "original"
-    return args, PPOConfig.preset("original", **given) if original else PPOConfig(**{**STARTER, **given})
-
-
-def read_prompts(prompts: list[str]) -> list[str]:
-    """The pool: the lines of a file if the only prompt names one, else the prompts themselves."""
-    if len(prompts) > 1 or not (os.path.isfile(prompts[0]) or prompts[0].endswith(".txt")):
-        return prompts
-    return [line for line in Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return args, PPOConfig.preset("original", **given) if original else PPOConfig(**{**DEFAULT, **given})
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (Stopped, RunFailed) as end:  # by Ctrl-C or SIGTERM; by a full disk, or whatever else happened
-        told = f"{end}; to go on: python {shlex.join([sys.argv[0], '--resume', str(end.folder)])}"
-        print(told) if isinstance(end, Stopped) else sys.exit(f"error: {told}")
-    except (ValueError, OSError) as error:  # bad input: one line, no traceback
-        sys.exit(f"error: {error}")
+    run_script(main)

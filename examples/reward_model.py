@@ -1,123 +1,152 @@
 """Stages 2 and 3 of RLHF: a reward model learns from ranked answers, and a policy learns from the reward model.
 
-    python examples/reward_model.py --data FOLDER       # pairs made from labelled reviews, see reviews_data.py
-    python examples/reward_model.py --rankings FILE     # your own: .jsonl pairs or .tsv lists, see preferences.py
+    python examples/reward_model.py --rankings FILE [--held-out FILE]     # .jsonl pairs or .tsv lists
+    python examples/reward_model.py --resume runs/NAME/STAGE              # continue a run that was stopped
 
-The sentiment classifier judges the policy at the end: it has no part in the training of either model. A run leaves
-config.json, metrics.jsonl, summary.json, before_after.md, reward/ and policy/ under --output.
+`minirlhf/text/preferences.py` describes the formats, and `weights/train/reviews_data.py` makes such files of published
+reviews. The sentiment classifier judges the policy at the end: it has no part in the training of either model. Under
+--output each stage is a run, stage2/ and stage3/, and there are the models, reward/ and policy/, summary.json and
+before_after.md.
 """
 
 import argparse
-import dataclasses
-import random
-import sys
-import time
 from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
+from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
-from minirlhf.runs.log import RunLog
-from minirlhf.supervised.reward_modelling import RewardTrainingConfig, train_reward_model
+from minirlhf.runs.run import Run
+from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.text.preferences import Ranking, contradictions, read_rankings, split_rankings
-from reviews_data import Review, load_reviews, opening, split_reviews
-
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
-PPO = dict(lr=2e-4, minibatch_size=32, forward_batch_size=32, entropy_coef=0.01)  # as in positive_reviews.py
+from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
 def main() -> None:
     args = read_arguments()
-    # 1. Rankings: which of two answers is the better one. A tenth is held out.
-    if args.data:
-        train, held_out = (make_pairs(reviews, args.seed) for reviews in split_reviews(load_reviews(args.data)))
+    # 1. Rankings: which of several answers is better. Those that are held out show whether the model learns.
+    train = read_rankings(args.rankings, args.encoding)
+    if args.held_out:
+        held_out = read_rankings(args.held_out, args.encoding)
     else:
-        train, held_out = split_rankings(read_rankings(args.rankings, args.encoding), by="answers")
+        train, held_out = split_rankings(train, by="answers")
     train = train[: args.limit or None]
 
-    # 2. The reward model is the language model itself, with a scalar in the place of its vocabulary; or a BERT.
-    common = dict(device=args.device, seed=args.seed)
-    reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
-    limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
-    settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
-    config = PPOConfig.with_overrides(**PPO, steps=args.steps, batch_size=args.batch_size, **common)
-    policy, reference = GPT2.from_pretrained(args.policy), GPT2.from_pretrained(args.policy)
-    trainer = PPOTrainer(policy, reference, Tokenizer.from_pretrained(args.policy), config)
-    trainer.check_prompts(args.prompts)
+    # 2. The reward model is the language model itself, with a scalar head in place of the vocabulary; or a BERT.
+    common, output = dict(device=args.device, seed=args.seed), Path(args.output)
     judge = SentimentReward.from_pretrained(args.judge, device=args.device)
-    log = RunLog(args.output, {"arguments": {name: str(value) for name, value in vars(args).items()}})
-    print(f"{args.output}: {len(train)} rankings, {len(contradictions(train))} disputed, {len(held_out)} held out")
-    history = train_reward_model(reward, train, settings, held_out, on_epoch=lambda *seen: print("after epoch", *seen))
-
-    # 3. Rewards get mean 0 and standard deviation 1 on what the policy writes before it learns.
-    reward.normalise(trainer.collect((args.prompts * 512)[:512], reward).texts)
-    reward.save_pretrained(args.output / "reward")
+    trainer = ppo_trainer(args)
+    if not args.resume and output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a stage of it")
+    if (output / "stage2" / "config.json").exists():
+        run = Run.resume(output / "stage2", data=train)
+    else:
+        reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
+        limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
+        settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
+        run = Run.start(output / "stage2", RewardModelTrainer(reward, train, settings), {"arguments": vars(args)})
+    disputed = len(contradictions(train))
+    show(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
+    with run:
+        history = train_reward_model(run, held_out)
+        reward = run.trainer.model
+        # 3. Rewards get mean 0 and standard deviation 1 on what the policy writes before it learns.
+        if not (output / "reward").exists():
+            reward.normalise(trainer.collect((args.prompts * 512)[:512], lambda texts: [0.0] * len(texts)).texts)
+            reward.save_pretrained(output / "reward")
 
     # 4. PPO against the learned reward, loaded as any project would load it.
-    reward = RewardModel.from_pretrained(args.output / "reward", device=args.device)
+    reward = RewardModel.from_pretrained(output / "reward", device=args.device)
+    if (output / "stage3" / "config.json").exists():
+        run = Run.resume(output / "stage3")
+    else:
+        run = Run.start(output / "stage3", trainer, {"arguments": vars(args)})
+    trainer = run.trainer
 
     def on_step(rollout, stats) -> None:
-        log.metrics(trainer.iteration, stats)
-        print(f"step {trainer.iteration}: learned reward {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}")
+        run.record(rollout, stats)
+        show(f"step {trainer.iteration}: learned reward {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}")
 
-    trainer.train(args.prompts, reward, on_step)
-    trainer.policy.save_pretrained(args.output / "policy")
-    trainer.tokenizer.save_pretrained(args.output / "policy")
+    with run:
+        trainer.train(args.prompts, reward, on_step)
+        trainer.policy.save_pretrained(output / "policy")
+        trainer.tokenizer.save_pretrained(output / "policy")
 
-    # 5. The judge that neither model saw, and the learned reward of the same samples.
-    settings = EvaluationConfig(max_n=16)
-    found = evaluate(trainer.policy, reference, trainer.tokenizer, args.prompts, judge, config=settings).given
-    judged, samples = found.summary(), found.pairs
-    before, after = (reward([s.prompt + getattr(s, side) for s in samples]) for side in ("before", "after"))
-    summary = {
-        "judge": {"before": judged["reference/reward"], "after": judged["policy/reward"]},
-        "learned_reward": {"before": before.mean().item(), "after": after.mean().item()},
-        "distinct_2": {"before": judged["reference/distinct_2"], "after": judged["policy/distinct_2"]},
-        "kl": {"before": 0.0, "after": judged["kl"]},
-    }
-    write_json(args.output / "summary.json", {**summary, "held_out": [dataclasses.asdict(x) for x in history]})
-    atomic_write(args.output / "before_after.md", before_after_table(samples).encode())
-    print(before_after_table(samples))
+        # 5. The judge that neither model saw, and the learned reward of the same samples.
+        models, settings = (trainer.policy, trainer.reference, trainer.tokenizer), EvaluationConfig(max_n=16)
+        found = evaluate(*models, args.prompts, judge, config=settings).given
+        judged, samples = found.summary(), found.pairs
+        before, after = (reward([s.prompt + getattr(s, side) for s in samples]) for side in ("before", "after"))
+        summary = {
+            "judge": {"before": judged["reference/reward"], "after": judged["policy/reward"]},
+            "learned_reward": {"before": before.mean().item(), "after": after.mean().item()},
+            "distinct_2": {"before": judged["reference/distinct_2"], "after": judged["policy/distinct_2"]},
+            "kl": {"before": 0.0, "after": judged["kl"]},
+        }
+        reliability = evaluate_rankings(reward, held_out).reliability
+        write_json(output / "summary.json", {**summary, "held_out": history, "reliability": reliability})
+        table = before_after_table(samples)
+        atomic_write(output / "before_after.md", table.encode())
+    show(table)
     for name, value in summary.items():
-        print(f"{name:14} before {value['before']:6.3f}, after {value['after']:6.3f}")
+        show(f"{name:14} before {value['before']:6.3f}, after {value['after']:6.3f}")
 
 
-def make_pairs(reviews: list[Review], seed: int) -> list[Ranking]:
-    """The opening of a positive review before that of a negative one about the same kind of goods."""
-    openings: dict[str, tuple[list[str], list[str]]] = {}
-    for review in reviews:
-        openings.setdefault(review.category, ([], []))[review.label].append(opening(review.text).strip())
-    rng, found = random.Random(seed), []
-    for negative, positive in openings.values():
-        rng.shuffle(positive)
-        found += [Ranking("", pair) for pair in zip(positive, negative, strict=False) if pair[0] != pair[1]]
-    return rng.sample(found, len(found))
+def train_reward_model(run: Run[RewardModelTrainer], held_out: list[Ranking]) -> list[dict[str, float]]:
+    """Train to the end; return the figures on held-out rankings, before the first epoch and after each."""
+    trainer, names = run.trainer, ("accuracy", "loss", "calibration_error")
+
+    def measure(epoch: int) -> dict[str, float]:
+        figures = evaluate_rankings(trainer.model, held_out)
+        show(f"after epoch {epoch} {figures}")
+        return {f"held_out/{name}": getattr(figures, name) for name in names}
+
+    def on_step(batch, stats) -> None:
+        epoch = round(stats["reward_model/progress"] * trainer.config.epochs, 6)
+        run.record(batch, {**stats, **(measure(int(epoch)) if epoch.is_integer() else {})})
+
+    if trainer.steps_done == 0:
+        run.log(measure(0))
+    trainer.train(on_step)
+    measured = [line for line in run.history() if "held_out/loss" in line]
+    return [{name: line[f"held_out/{name}"] for name in names} for line in measured]
+
+
+def ppo_trainer(args: argparse.Namespace) -> PPOTrainer:
+    config = PPOConfig.with_overrides(**STARTER, entropy_coef=0.01, steps=args.steps, batch_size=args.batch_size,
+                                      device=args.device, seed=args.seed)  # fmt: skip
+    policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+    trainer = PPOTrainer(policy, args.policy, tokenizer, config)
+    trainer.check_prompts(args.prompts)
+    return trainer
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="folder with the two published CSV files")
-    source.add_argument("--rankings", type=Path, help="your own rankings, .jsonl or .tsv")
-    for name, default, meaning in (
-        ("encoding", "utf-8", "of --rankings"), ("limit", 6000, "train on the first rankings only, 0: on all"),
-        ("policy", str(WEIGHTS / "gpt2-chinese-reviews-small"), "GPT-2 folder"),
-        ("trunk", "", "GPT-2 or BERT folder that the reward model begins from, empty: that of --policy"),
-        ("judge", str(WEIGHTS / "bert-chinese-reviews-sentiment-small"), "folder of a sentiment classifier"),
-        ("epochs", 1, "of the reward model"), ("lr", 3e-4, "of the reward model"),
-        ("steps", 2048, "samples of the PPO run"), ("batch-size", 128, "samples of a PPO step"),
-        ("device", "auto", "auto, cpu or cuda"), ("seed", 0, "of everything"),
-        ("output", Path(f"runs/reward-{time.strftime('%Y%m%d-%H%M%S')}"), "folder of the run"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (%(default)s)")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="texts to continue")
-    return parser.parse_args()
+    parser = command_line(
+        __doc__,
+        rankings=(str, "rankings, .jsonl or .tsv"),
+        held_out=(str, "other rankings, to measure on; if not given, a tenth of --rankings"),
+        encoding=("utf-8", "of both files"),
+        limit=(6000, "train on the first rankings only; 0: on all"),
+        policy=(POLICY, "GPT-2 folder"),
+        trunk=("", "GPT-2 or BERT folder that the reward model begins from; empty: that of --policy"),
+        judge=(REWARD, "folder of a sentiment classifier"),
+        epochs=(1, "of the reward model"),
+        lr=(3e-4, "of the reward model"),
+        steps=(2048, "samples of the PPO run"),
+        batch_size=(128, "samples of a PPO step"),
+        device=("auto", "auto, cpu or cuda"),
+        seed=(0, "of everything"),
+        prompts=(PROMPTS, "texts to continue"),
+        output=(new_folder("reward-"), "folder of the run"),
+        resume=(str, "continue the run in this folder, stage2/ or stage3/ of --output, with its own settings"),
+    )
+    args = parse(parser)
+    if args.rankings is None:
+        parser.error("--rankings or --resume is needed")
+    return args
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # bad input: one line, no traceback
-        sys.exit(f"error: {error}")
+    run_script(main)

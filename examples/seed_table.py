@@ -1,10 +1,8 @@
-"""Run `positive_reviews.py` with several seeds and tabulate what came out: a table in Markdown, and the curves.
+"""Run `positive_reviews.py` with several seeds: a table in Markdown, and a picture of the mean with its spread.
 
 python examples/seed_table.py --seeds 0 1 2 3 4 --output runs/seeds [-- OPTIONS OF positive_reviews.py]
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -13,31 +11,29 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from minirlhf.io.files import read_jsonl
+from minirlhf.common.printing import show
+from minirlhf.io.files import read_json, read_jsonl
+from shared import command_line, run_script
 
 SCRIPT = Path(__file__).with_name("positive_reviews.py")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--output", type=Path, required=True)
+    parser = command_line(__doc__, seeds=([0, 1, 2, 3, 4], "a run each"), output=("runs/seeds", "folder of all runs"))
     parser.add_argument("options", nargs="*", help="passed on to positive_reviews.py, after --")
     args = parser.parse_args()
-    rows, histories = [], []
+    rows, histories, output = [], [], Path(args.output)
     for seed in args.seeds:
-        run = args.output / f"seed{seed}"
-        start = time.perf_counter()
+        run, start = output / f"seed{seed}", time.perf_counter()
         command = [sys.executable, str(SCRIPT), "--seed", str(seed), "--output", str(run), *args.options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        seconds = time.perf_counter() - start
-        rows.append(row(seed, seconds, json.loads((run / "summary.json").read_text(encoding="utf-8"))))
+        rows.append(row(seed, time.perf_counter() - start, read_json(run / "summary.json")))
         histories.append(read_jsonl(run / "metrics.jsonl"))
-        print(" ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
+        show(" ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()))
     table = markdown(rows)
-    print(table)
-    (args.output / "table.md").write_text(table, encoding="utf-8")
-    draw(histories, args.seeds, args.output / "curves.png")
+    show(table)
+    (output / "table.md").write_text(table, encoding="utf-8")
+    draw(histories, output / "curves.png")
 
 
 def row(seed: int, seconds: float, summary: dict[str, float]) -> dict[str, float]:
@@ -66,21 +62,21 @@ def markdown(rows: list[dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(histories: list[list[dict[str, float]]], seeds: list[int], path: Path) -> None:
-    """Reward and KL of every seed over the iterations."""
+def draw(histories: list[list[dict[str, float]]], path: Path) -> None:
+    """Reward and KL over the iterations: the mean over the seeds, with a band from the least to the most."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    reward, kl = figure.subplots(1, 2)
-    for seed, history in zip(seeds, histories, strict=True):
-        steps = [line["step"] for line in history]
-        reward.plot(steps, [line["reward/mean"] for line in history], label=f"seed {seed}", linewidth=1)
-        kl.plot(steps, [line["objective/kl"] for line in history], linewidth=1)
-    reward.set(title="mean reward: P(positive)", xlabel="iteration", ylim=(0, 1))
-    kl.set(title="KL to the reference, nats a sequence", xlabel="iteration")
-    for ax in (reward, kl):
+    titles = {"reward/mean": "mean reward: P(positive)", "objective/kl": "KL to the reference, nats a sequence"}
+    for ax, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        lines = list(zip(*([line[name] for line in history] for history in histories), strict=True))
+        steps = range(1, len(lines) + 1)
+        ax.plot(steps, [statistics.mean(values) for values in lines], label=f"mean of {len(histories)} seeds")
+        ax.fill_between(steps, [min(v) for v in lines], [max(v) for v in lines], alpha=0.25, label="least to most")
+        ax.set(title=title, xlabel="iteration")
         ax.grid(alpha=0.3)
-    reward.legend()
+    figure.axes[0].set(ylim=(0, 1))
+    figure.axes[0].legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

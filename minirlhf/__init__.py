@@ -6,19 +6,22 @@ from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.explanation import explain
 from minirlhf.evaluation.optimum import Optimum, optimum
 from minirlhf.generation.generate import Generation, generate
+from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig, sample_top_p
 from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.bert import BertClassifier, BertConfig
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
-from minirlhf.rewards.base import SentimentReward
+from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
-from minirlhf.rl import ppo
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.config import PPOConfig
-from minirlhf.rl.ppo import AdaptiveKL, FixedKL
+from minirlhf.rl.kl import AdaptiveKL, FixedKL
 from minirlhf.rl.rollout import Rollout, collect_rollout
 from minirlhf.rl.trainer import PPOTrainer
+from minirlhf.runs.run import Run
 from minirlhf.text.tokenizer import Tokenizer
 from minirlhf.version import __version__ as __version__
 
@@ -29,18 +32,21 @@ __all__ = [
     "BertClassifier",
     "BertConfig",
     "BestOfN",
+    "Decoder",
     "EvaluationConfig",
     "Finding",
     "FixedKL",
     "GPT2Config",
     "Generation",
     "GraphedDecoder",
+    "Models",
     "NGramScorer",
     "Optimum",
     "PPOConfig",
     "PPOTrainer",
     "RewardModel",
     "Rollout",
+    "Run",
     "SamplingConfig",
     "SentimentReward",
     "Tokenizer",
@@ -51,7 +57,7 @@ __all__ = [
     "evaluate",
     "explain",
     "generate",
+    "load_decoder",
     "optimum",
-    "ppo",
     "sample_top_p",
 ]

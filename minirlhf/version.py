@@ -1,3 +1,3 @@
-"""The version of the library, in a module that every other one may import."""
+"""The version of the package. setup.py reads it from here without importing anything."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

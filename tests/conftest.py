@@ -1,9 +1,14 @@
 """Fixtures that many tests share: a small vocabulary, small random models, and one thread for small tensors."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, Tokenizer
+from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, NGramScorer, SentimentReward, Tokenizer
+from minirlhf.rewards.sentiment import CANARIES
 
 # Threads cost more than they bring at these sizes.
 torch.set_num_threads(1)
@@ -52,3 +57,45 @@ def _scale(model: torch.nn.Module, scale: float, seed: int) -> None:
             parameter.mul_(scale)
         else:  # biases and LayerNorms away from their neutral values
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder of random models of a few kilobytes: policy/, reward/ with its labels in the right order, second/."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiny"), Tokenizer(VOCAB)
+    make_gpt2(0, n_embd=16, n_layer=1, n_head=2, n_positions=32).save_pretrained(folder / "policy")
+    bert = make_bert(0, id2label={0: "negative", 1: "positive"})
+    good, bad = SentimentReward(bert, tokenizer, device="cpu")(list(CANARIES)).tolist()
+    with torch.no_grad():
+        bert.classifier.weight.mul_(1 if good > bad else -1)
+    bert.save_pretrained(folder / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    NGramScorer({"好": 2.0, "差": -2.0}, 0.0).save_pretrained(folder / "second")
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script, or a folder that is one, in this process as a user runs it.
+
+    Returns what it said: the error that it ended with, or None, and its stdout; `call.stderr` has the rest.
+    """
+    pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
+
+    def run(script: Path, *arguments: object) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        capsys.readouterr()
+        error = None
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as exit:
+            error = exit.code
+        captured = capsys.readouterr()
+        run.stderr = captured.err
+        return error, captured.out
+
+    return run

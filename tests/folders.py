@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.io.model_folder import read_metadata, read_tensors
-from minirlhf.runs.training_state import COUNTERS_FILE, MANIFEST_FILE
+from minirlhf.runs.checkpoint import COUNTERS_FILE, MANIFEST_FILE
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -17,7 +17,8 @@ def content(path: Path) -> Any:
     """The bytes of a file, but for what may differ between two saves of one state.
 
     Of a safetensors file tensors and metadata: the order of its metadata is random. So is then its sum in the
-    manifest, of which the names are taken. Of a trainer's counters all but the lengths of the log, whose times differ.
+    manifest, of which the names are taken. Of a trainer's counters all but lengths and hashes of the log: its times
+    differ.
     """
     try:
         if path.suffix == ".safetensors":
@@ -25,7 +26,11 @@ def content(path: Path) -> Any:
             return {n: (str(x.dtype), tuple(x.shape), x.numpy().tobytes()) for n, x in tensors}, read_metadata(path)
         if path.name in (COUNTERS_FILE, MANIFEST_FILE):
             read = json.loads(path.read_bytes())
-            return sorted(read["sha256"]) if path.name == MANIFEST_FILE else {**read, "log": None}
+            return (
+                sorted(read["sha256"])
+                if path.name == MANIFEST_FILE
+                else {**read, "run": read.get("run") and read["run"]["rewards"]}
+            )
     except ValueError:  # damaged
         pass
     return path.read_bytes()

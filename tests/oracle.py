@@ -135,16 +135,10 @@ def smaller(a, b):
     return np.where(np.real(a) <= np.real(b), a, b)
 
 
-def policy_loss(logp, old_logp, advantage, cliprange, limit=20.0, dual_clip=None):
-    """-L^CLIP of one token (Schulman et al. 2017, eq. 7), with the log-ratio held within +-limit.
-
-    dual_clip: where A < 0 the objective is not below c A (Ye et al. 2020, eq. 5).
-    """
+def policy_loss(logp, old_logp, advantage, cliprange, limit=20.0):
+    """-L^CLIP of one token (Schulman et al. 2017, eq. 7), with the log-ratio held within +-limit."""
     ratio = np.exp(clip(np.asarray(logp) - old_logp, -limit, limit))
-    objective = smaller(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)
-    if dual_clip is not None:
-        objective = np.where(np.asarray(advantage) < 0, larger(objective, dual_clip * advantage), objective)
-    return -objective
+    return -smaller(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)
 
 
 def value_loss(value, old_value, target, cliprange_value):
@@ -202,12 +196,12 @@ def softmax(z):
 
 def hidden_states(p, ids, n_head):
     """One sequence without padding: the states (N, T, C) after the last LayerNorm."""
-    x = p["gpt2.wte.weight"][:, ids] + p["gpt2.wpe.weight"][:, : len(ids)]
+    x = p["decoder.wte.weight"][:, ids] + p["decoder.wpe.weight"][:, : len(ids)]
     C = x.shape[-1]
     size = C // n_head
     layer = 0
-    while f"gpt2.h.{layer}.ln_1.weight" in p:
-        own = {name.split(".", 3)[3]: a for name, a in p.items() if name.startswith(f"gpt2.h.{layer}.")}
+    while f"decoder.h.{layer}.ln_1.weight" in p:
+        own = {name.split(".", 3)[3]: a for name, a in p.items() if name.startswith(f"decoder.h.{layer}.")}
         y = layer_norm(x, own["ln_1.weight"], own["ln_1.bias"])
         qkv = y @ own["attn.c_attn.weight"] + own["attn.c_attn.bias"][:, None]
         q, k, v = qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
@@ -223,7 +217,7 @@ def hidden_states(p, ids, n_head):
         y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
         x = x + y @ own["mlp.c_proj.weight"] + own["mlp.c_proj.bias"][:, None]
         layer += 1
-    return layer_norm(x, p["gpt2.ln_f.weight"], p["gpt2.ln_f.bias"])
+    return layer_norm(x, p["decoder.ln_f.weight"], p["decoder.ln_f.bias"])
 
 
 def score_row(p, row, n_head, temperature, head_kind="linear"):
@@ -237,10 +231,10 @@ def score_row(p, row, n_head, temperature, head_kind="linear"):
     logprobs, values, entropies, wholes = [], [], [], []
     for t, token in enumerate(response):
         h = hidden[:, len(query) + t - 1]  # the state before the token
-        kept = np.arange(p["gpt2.wte.weight"].shape[1])
+        kept = np.arange(p["decoder.wte.weight"].shape[1])
         if row.get("keep") is not None:
             kept = kept[np.asarray(row["keep"][t], dtype=bool)]
-        logits = (p["gpt2.wte.weight"][:, kept] * h[:, None]).sum(-1) / temperature
+        logits = (p["decoder.wte.weight"][:, kept] * h[:, None]).sum(-1) / temperature
         logp = logits - logits.real.max(-1, keepdims=True)
         logp = logp - np.log(np.exp(logp).sum(-1, keepdims=True))
         logprobs.append(logp[:, list(kept).index(token)])
@@ -284,12 +278,17 @@ def token_kl(kind, logp, ref, whole, ref_whole):
     return {"k1": lambda: -log_r, "k2": lambda: log_r**2 / 2, "k3": lambda: np.exp(log_r) - 1 - log_r}[kind]()
 
 
-def advantages_of(rewards, values, gamma, lam, ddof, whiten_rewards):
-    """Whitened advantages, and returns, of a group of rows."""
+def advantages_of(rewards, values, gamma, lam, ddof, whiten_rewards, whitened):
+    """Advantages, returns, and the factor of the whitening, of a group of rows."""
     if whiten_rewards:
         rewards = whiten_rows(rewards, shift_mean=False, ddof=ddof)
     pairs = [gae_row(r, v, gamma, lam) for r, v in zip(rewards, values, strict=True)]
-    return whiten_rows([a for a, _ in pairs], ddof=ddof), [r for _, r in pairs]
+    advantages, returns = [a for a, _ in pairs], [r for _, r in pairs]
+    xs = [x for row in advantages for x in row]
+    if not whitened or len(xs) < 2:
+        return advantages, returns, [1.0] * len(rewards)
+    factor = 1 / math.sqrt(variance(xs, ddof) + 1e-8)
+    return whiten_rows(advantages, ddof=ddof), returns, [factor] * len(rewards)
 
 
 def average(rows, how, micro):
@@ -305,7 +304,7 @@ def average(rows, how, micro):
 def ppo_step(
     params, ref_params, rows, minibatches, *, n_head, lr, kl_coef=0.2, gamma=1.0, lam=0.95, cliprange=0.2,
     cliprange_value=0.2, vf_coef=0.1, entropy_coef=0.0, max_grad_norm=1.0, adam_eps=1e-8, temperature=1.0,
-    log_ratio_limit=20.0, head_kind="linear", state=None, dual_clip=None, kl_estimator="k1", kl_placement="reward",
+    head_kind="linear", state=None, kl_estimator="k1", kl_placement="reward", whiten_advantages=True,
     whiten_scope="batch", whiten_ddof=1, whiten_rewards=False, loss_averaging="tokens", forward_batch_size=1,
 ):  # fmt: skip
     """One PPO step: rewards, GAE and whitening once, then an optimizer step for each minibatch.
@@ -314,6 +313,10 @@ def ppo_step(
     numbers, one a token, and perhaps keep (R, V).
     minibatches: lists of row numbers, one an optimizer step, epochs one after the other.
     state: Adam's of an earlier step. Returns new params, state, statistics.
+
+    The exact KL is a sum over the sampling set and knows nothing of the token that was drawn: as a reward it teaches
+    which states to avoid, and in the loss its own gradient how to be near the reference in the present one. A KL in
+    the loss is on the scale of the advantages.
     """
     params = {name: np.array(a, dtype=np.float64) for name, a in params.items()}
     single = {name: a[None] for name, a in params.items()}
@@ -333,12 +336,12 @@ def ppo_step(
             rewards[-1] = [r + s for r, s in zip(rewards[-1], rows[b]["score"], strict=True)]
         else:
             rewards[-1][-1] += rows[b]["score"]
-    settings = (gamma, lam, whiten_ddof, whiten_rewards)
+    settings = (gamma, lam, whiten_ddof, whiten_rewards, whiten_advantages)
     if whiten_scope == "sequence":
         groups = [advantages_of([rewards[b]], [values[b]], *settings) for b in count]
-        advantages, returns = ([group[i][0] for group in groups] for i in range(2))
+        advantages, returns, factors = ([group[i][0] for group in groups] for i in range(3))
     else:
-        advantages, returns = advantages_of(rewards, values, *settings)
+        advantages, returns, factors = advantages_of(rewards, values, *settings)
 
     zeros = {name: np.zeros_like(a) for name, a in params.items()}
     state = {"t": 0, "m": zeros, "v": zeros} if state is None else state
@@ -347,31 +350,25 @@ def ppo_step(
     for chosen in minibatches:
         if whiten_scope == "minibatch":
             group = advantages_of([rewards[b] for b in chosen], [values[b] for b in chosen], *settings)
-            advantages, returns = (dict(zip(chosen, part, strict=True)) for part in group)
+            advantages, returns, factors = (dict(zip(chosen, part, strict=True)) for part in group)
         variants = _variants(params)
         policy, value, bonus, penalty = [], [], [], []
         for b in chosen:
             new = score_row(variants, rows[b], n_head, temperature, head_kind)
             tokens = range(len(rows[b]["response"]))
-            policy.append(
-                [
-                    policy_loss(new[0][t], old_logprobs[b][t], advantages[b][t], cliprange, log_ratio_limit, dual_clip)
-                    for t in tokens
-                ]
-            )
+            policy.append([policy_loss(new[0][t], old_logprobs[b][t], advantages[b][t], cliprange) for t in tokens])
             value.append([value_loss(new[1][t], values[b][t], returns[b][t], cliprange_value) for t in tokens])
             bonus.append(new[2])
-            penalty.append(
-                [token_kl(kl_estimator, new[0][t], ref_logprobs[b][t], new[3][t], refs[b][3][t]) for t in tokens]
-            )
+            pairs = zip(new[0], ref_logprobs[b], new[3], refs[b][3], strict=True)
+            penalty.append([factors[b] * token_kl(kl_estimator, *pair) for pair in pairs])
             log_ratios = [new[0][t][0].real - old_logprobs[b][t] for t in tokens]
             log["clipped"] += sum(not math.log(1 - cliprange) <= x <= math.log(1 + cliprange) for x in log_ratios)
-            log["limited"] += sum(abs(x) > log_ratio_limit for x in log_ratios)
+            log["limited"] += sum(abs(x) > 20 for x in log_ratios)
         policy, value, bonus, penalty = (
             average(x, loss_averaging, forward_batch_size) for x in (policy, value, bonus, penalty)
         )
         loss = policy + vf_coef * value - entropy_coef * bonus
-        if kl_placement == "loss":
+        if kl_placement == "loss" or kl_estimator == "exact":
             loss = loss + kl_coef * penalty
         grads, norm = clip_grad_norm(_gradients(params, loss), max_grad_norm)
         state["t"] += 1

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 import minirlhf
+from conftest import VOCAB, make_gpt2
+from minirlhf import PPOTrainer, Tokenizer
+from minirlhf.generation import token_statistics
+from minirlhf.generation.sampling import restrict
 
 ROOT = Path(minirlhf.__file__).parent
 DEPENDENCIES = {"torch", "numpy", "tokenizers", "safetensors"}
@@ -73,6 +77,41 @@ def test_wings_import_only_wings_below_them(name):
     for target in our_imports(name) - {"version"}:
         allowed = target not in TOP and WINGS.index(wing(target)) <= WINGS.index(wing(name))
         assert allowed, f"{name} must not import {target}"
+
+
+def test_the_reference_implementation_is_short():
+    """rl is read in an evening; presets are a table."""
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "rl").glob("*.py")}
+    assert max(lines.values()) <= 330
+    assert sum(n for name, n in lines.items() if name != "presets.py") <= 1500
+    order = ast.get_docstring(TREES["rl"])
+    assert all(name.removesuffix(".py") in order for name in lines if name != "__init__.py")
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if wing(name) != "models"])
+def test_only_models_know_how_a_decoder_is_built(name):
+    attributes = {node.attr for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"wte", "wpe", "h", "ln_f"}
+
+
+def test_from_a_step_to_a_log_probability_there_are_at_most_seven_frames(monkeypatch):
+    """Counted in a step of the trainer, `step` included, up to the line that takes the logarithm."""
+    depths = []
+
+    def seen(*args):
+        frame, names = sys._getframe(1), []
+        while frame is not None and "step" not in names:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        depths.append(len(names))
+        return restrict(*args)
+
+    monkeypatch.setattr(token_statistics, "restrict", seen)
+    trainer = PPOTrainer(make_gpt2(), make_gpt2(), Tokenizer(VOCAB), gen_len=3, batch_size=2, ppo_epochs=1)
+    rollout = trainer.collect(["酒店", "位置"], lambda texts: [0.0, 1.0])
+    depths.clear()
+    trainer.step(rollout)
+    assert depths and max(depths) <= 7
 
 
 def test_no_module_imports_itself_over_others():

@@ -10,15 +10,14 @@ from minirlhf.commands.console import bars, batches
 from minirlhf.commands.table import AS_JSON, DEVICE, EOS, SEED, argument, command, integer, visible
 from minirlhf.common.printing import show
 from minirlhf.common.text import json_line, printable
-from minirlhf.common.validation import check_vocabulary
 from minirlhf.device.placement import resolve_device
 from minirlhf.generation import generate as generation
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io import conversion, hub
+from minirlhf.io import hub, model_folder
 from minirlhf.io.files import naming
 from minirlhf.models.bert import BertClassifier
-from minirlhf.models.gpt2 import GPT2
-from minirlhf.rewards.base import SentimentReward
+from minirlhf.models.loading import load_decoder
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.text.tokenizer import Tokenizer
 
 BATCH = 16  # texts a forward pass; their output appears together
@@ -32,18 +31,18 @@ BATCH = 16  # texts a forward pass; their output appears together
 def download(args: argparse.Namespace) -> None:
     """Fetch a model from the hub, convert its weights to safetensors if need be, and print its folder."""
     folder = hub.download(args.name, args.to, args.revision)
-    conversion.convert(folder)
+    model_folder.convert(folder)
     show(folder)
 
 
 @command(argument("folder", metavar="FOLDER", help="folder with pytorch_model.bin, single or sharded"))
 def convert(args: argparse.Namespace) -> None:
     """Convert the pickled weights of a model folder to safetensors, and print their path."""
-    show(conversion.convert(args.folder))
+    show(model_folder.convert(args.folder))
 
 
 @command(
-    argument("--model", required=True, metavar="FOLDER", help="GPT-2 folder"),
+    argument("--model", required=True, metavar="FOLDER", help="folder of a language model"),
     argument("--prompt", nargs="+", type=visible, metavar="TEXT", help="default: the lines of standard input"),
     argument("--n", type=integer(1), default=5, metavar="N", help="continuations a prompt; default %(default)s"),
     argument("--gen-len", type=integer(1), default=32, metavar="N", help="tokens of each; default %(default)s"),
@@ -58,20 +57,21 @@ def convert(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     """Print continuations of prompts."""
     sampling, where = SamplingConfig(args.temperature, args.top_k, args.top_p), resolve_device(args.device)
-    tokenizer, gpt2 = Tokenizer.from_pretrained(args.model), GPT2.from_pretrained(args.model).to(where)
+    tokenizer, model = Tokenizer.from_pretrained(args.model), load_decoder(args.model).to(where)
     with naming(args.model):
-        check_vocabulary(tokenizer, model=gpt2.config.vocab_size)
+        model.fit_vocabulary(len(tokenizer))
     generator = torch.Generator(where).manual_seed(args.seed)
     # One prompt at a time, so that the samples do not depend on how the prompts arrive.
     for (text,) in batches(args.prompt, 1):
         ids = tokenizer.encode_prompt(text)
         for done in range(0, args.n, BATCH):
             sampled = generation.generate(
-                gpt2, [ids] * min(BATCH, args.n - done), args.gen_len, sampling,
+                model, [ids] * min(BATCH, args.n - done), args.gen_len, sampling,
                 eos_token_id=tokenizer.eos_id if args.eos else None, pad_token_id=tokenizer.pad_id,
                 generator=generator,
             )  # fmt: skip
-            for response in map(tokenizer.decode, sampled.responses):
+            for row in sampled.responses:
+                response = "".join(tokenizer.decode_response(ids, row))
                 show(json_line({"prompt": text, "response": response}) if args.as_json else printable(text + response))
 
 

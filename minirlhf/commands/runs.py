@@ -21,7 +21,7 @@ from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
 from minirlhf.evaluation.report import report
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE
 from minirlhf.text.text_files import numbered_lines
@@ -113,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> None:
         kl_coef=history[-1].get("objective/kl_coef") if history else None,
     )  # fmt: skip
     found = evaluation.evaluate(
-        GPT2.from_pretrained(args.policy).to(where), GPT2.from_pretrained(args.reference).to(where), tokenizer,
+        load_decoder(args.policy).to(where), load_decoder(args.reference).to(where), tokenizer,
         prompts, load_scorer(args.reward, args.device), held_out,
         None if args.second_scorer is None else load_scorer(args.second_scorer, args.device), config,
     )  # fmt: skip

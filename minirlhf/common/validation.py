@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Sized
+from collections.abc import Callable, Collection
 
 
 def require(config: object, name: str, fine: bool, allowed: str) -> None:
@@ -53,6 +53,11 @@ def require_above(config: object, bound: float, *names: str) -> None:
     _require_numbers(config, names, lambda x: bound < x < math.inf, f"a finite number above {bound:g}")
 
 
+def require_fraction(config: object, *names: str) -> None:
+    """Every named field is a number between 0 and 1, both excluded."""
+    _require_numbers(config, names, lambda x: 0 < x < 1, "a number between 0 and 1")
+
+
 def require_unit_interval(config: object, *names: str) -> None:
     """Every named field is a number in [0, 1]."""
     _require_numbers(config, names, lambda x: 0 <= x <= 1, "a number in [0, 1]")
@@ -75,10 +80,3 @@ def _require_numbers(config: object, names: Collection[str], fine: Callable[[flo
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         is_number = is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max)  # or no float holds it
         require(config, name, is_number and fine(value), allowed)
-
-
-def check_vocabulary(tokenizer: Sized, **made_for: int) -> None:
-    """Raise ValueError unless each named model was made for as many tokens as the tokenizer has."""
-    for name, size in made_for.items():
-        if size != len(tokenizer):
-            raise ValueError(f"the vocabulary has {len(tokenizer)} tokens, but the {name} was made for {size}")

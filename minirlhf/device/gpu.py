@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import torch
@@ -42,3 +43,21 @@ def tf32_matmul() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class PhaseClock:
+    """Seconds between stops; a GPU finishes its queued work at each stop, so that a phase is charged with its own."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}  # type: tuple[torch.device, dict[str, float]]
+        self._last = self._now()
+
+    def stop(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
 
 import torch
-
-Result = TypeVar("Result")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -29,19 +26,34 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def in_batches_that_fit(compute: Callable[[int], Result], size: int) -> tuple[Result, int]:
-    """`compute(size)`, with half the size, and a warning, for as long as the GPU runs out of memory.
+class Attempt:
+    """One attempt with batches of `size` rows, used in a `with`: out of memory ends the attempt and not the program."""
 
-    compute: batch size -> result, the same for every size, from the start each time it is called.
-    Returns the result and the size that fitted. Raises torch.cuda.OutOfMemoryError if a size of 1 does not.
+    def __init__(self, size: int):
+        self.size, self.fitted = size, False
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
+        self.fitted = error is None
+        return isinstance(error, torch.cuda.OutOfMemoryError) and self.size > 1
+
+
+def sizes_that_fit(size: int) -> Iterator[Attempt]:
+    """Attempts with `size` rows, then half as many, with a warning, until one does not run out of GPU memory.
+
+        for attempt in sizes_that_fit(16):
+            with attempt:
+                result = compute(attempt.size)  # from the start each time
+
+    torch.cuda.OutOfMemoryError leaves the `with` if a size of 1 does not fit.
     """
     while True:
-        try:
-            return compute(size), size
-        except torch.cuda.OutOfMemoryError:
-            if size == 1:
-                raise
-        # Here, and not in the except clause: there the exception still holds on to what was computed.
-        torch.cuda.empty_cache()
-        warnings.warn(f"out of memory with {size} sequences a forward pass: now {size // 2}", stacklevel=2)
+        attempt = Attempt(size)
+        yield attempt
+        if attempt.fitted:
+            return
+        torch.cuda.empty_cache()  # outside of the `with`: its exception held on to what was computed
+        warnings.warn(f"out of memory with {size} sequences a forward pass: now {size // 2}", stacklevel=3)
         size //= 2

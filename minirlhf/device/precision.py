@@ -1,15 +1,16 @@
-"""What every training loop needs: reduced precision, schedules, batches that fit, and the supervised loop itself."""
+"""Mixed precision: autocast over fp32 weights, loss scaling, and the optimizer step that skips what is not finite."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minirlhf.device.cpu import fast_matmul
+from minirlhf.device.cpu import fastest_matmul, onednn_matmul
 from minirlhf.device.gpu import tf32_matmul
 
 LARGE_MODEL = 2**25  # parameters
@@ -24,8 +25,8 @@ class Precision:
     name: "fp32", which on a GPU is all of fp32 unless the user's own `torch.set_float32_matmul_precision` allows less;
         "tf32", products of a GPU rounded to 10 bits of mantissa; "bf16" or "fp16". Raises ValueError for another, or
         for one that the device does not have.
-    model: the one that is run. On a CPU a large one gets `cpu.fast_matmul`, which keeps a kernel, 0.1 MB or so, for
-        every shape that occurs: among small models that would be much.
+    model: the one that is run. On a CPU a large one gets the faster library for its largest matrices, whose name is
+        `matmul`. (oneDNN keeps a kernel of about 0.1 MB for every shape that occurs: too much for a small model.)
     """
 
     def __init__(self, name: str, device: torch.device, model: nn.Module | None = None):
@@ -37,22 +38,28 @@ class Precision:
         self.device_type = device.type
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"precision is 'bf16', but {device} cannot compute in it; fp32 and fp16 it can")
-        self._matmul: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-        if name == "tf32":
-            self._matmul = tf32_matmul
-        elif device.type == "cpu" and model is not None and is_large(model):
-            self._matmul = fast_matmul
+        self.matmul = (
+            "default"  # as `cpu.MATMULS`; a resumed run keeps the one it began with, whose rounding is its own
+        )
+        if device.type == "cpu" and model is not None and is_large(model):
+            self.matmul = fastest_matmul(*_largest_matrix(model))
         # fp16 has 5 exponent bits: small gradients vanish unless the loss is scaled up. bf16 has fp32's range.
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run."""
         dtype = SIXTEEN_BITS.get(self.name)
-        return self._matmul() if dtype is None else torch.autocast(self.device_type, dtype)
+        return self._products() if dtype is None else torch.autocast(self.device_type, dtype)
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of fp32 matrix products."""
+        if self.name == "tf32":
+            return tf32_matmul()
+        return onednn_matmul() if self.matmul == "onednn" else contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the (scaled) gradients of a loss; also within `autocast`, which a backward pass is none of."""
-        with self._matmul(), torch.autocast(self.device_type, enabled=False):
+        with self._products(), torch.autocast(self.device_type, enabled=False):
             self.scaler.scale(loss).backward()
 
     def step(
@@ -88,6 +95,15 @@ class Precision:
 def is_large(model: nn.Module) -> bool:
     """Whether a model has at least LARGE_MODEL parameters."""
     return sum(p.numel() for p in model.parameters()) >= LARGE_MODEL
+
+
+def _largest_matrix(model: nn.Module) -> tuple[int, int]:
+    """The shape of most of a model's matrix products: of the matrices with most elements in all."""
+    shapes: Counter[tuple[int, int]] = Counter()
+    for p in model.parameters():
+        if p.ndim == 2:
+            shapes[p.size(0), p.size(1)] += p.numel()
+    return shapes.most_common(1)[0][0]
 
 
 def full_precision(x: Tensor) -> Tensor:

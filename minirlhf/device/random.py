@@ -1,4 +1,4 @@
-"""Generators that are put back after an error, dropout from a stream of its own, and dropout off."""
+"""Random generators restored after an error, a stream of random numbers for dropout, and evaluation mode."""
 
 from __future__ import annotations
 
@@ -9,22 +9,35 @@ import torch
 from torch import nn
 
 
-@contextlib.contextmanager
-def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
-    """Within it dropout, which knows no generator but the global one, draws from a stream of this seed.
+class DropoutStream:
+    """Random numbers for dropout, which can draw from the global generators only, from a stream of its own.
 
-    The global random state is the caller's again afterwards.
+    states: of the CPU's generator and of the device's, after the last use; set them to resume.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+
+    def __init__(self, seed: int, device: torch.device):
+        self.device = device
+        self.states = {"dropout": torch.Generator().manual_seed(seed).get_state()}
         if device.type == "cuda":
-            torch.cuda.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
-        yield
+            self.states["dropout_cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Inside this context the global generators are this stream; afterwards they are as the caller had them."""
+        cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            torch.set_rng_state(self.states["dropout"])
+            if cuda:
+                torch.cuda.set_rng_state(self.states["dropout_cuda"], self.device)
+            yield
+            self.states = {"dropout": torch.get_rng_state()}
+            if cuda:
+                self.states["dropout_cuda"] = torch.cuda.get_rng_state(self.device)
 
 
 @contextlib.contextmanager
 def undone_on_error(generators: Iterable[torch.Generator]) -> Iterator[None]:
-    """Within it generators may be drawn from; if an error leaves it, they are as they were before."""
+    """Restore the states of these generators if an error leaves the context."""
     states = [(generator, generator.get_state()) for generator in generators]
     try:
         yield
@@ -36,7 +49,7 @@ def undone_on_error(generators: Iterable[torch.Generator]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it a model is in eval mode; afterwards in the mode that it was in."""
+    """Put a model in eval mode inside this context; afterwards it is in the mode that it was in."""
     training = model.training
     model.eval()
     try:

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirlhf.common.validation import check_vocabulary
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
+from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction, call_reward
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class BestOfN:
 
 
 def best_of_n(
-    policy: GPT2 | ActorCritic | str | os.PathLike[str],
+    policy: Decoder | ActorCritic | str | os.PathLike[str],
     prompts: Sequence[str],
     reward: RewardFunction,
     n: int,
@@ -79,17 +79,17 @@ def best_of_n(
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     model, tokenizer = loaded(policy, tokenizer)
-    ids = encode_prompts(tokenizer, prompts, model.config.n_positions, gen_len)
+    ids = encode_prompts(tokenizer, prompts, model.n_positions, gen_len)
     repeated = [row for row in ids for _ in range(n)]
-    responses: list[str] = []
     tokens: list[list[str]] = []
     for start in range(0, len(repeated), batch_size):
+        batch = repeated[start : start + batch_size]
         sampled = generate(
-            model, repeated[start : start + batch_size], gen_len, sampling,
+            model, batch, gen_len, sampling,
             eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator,
         )  # fmt: skip
-        responses += [tokenizer.decode(response) for response in sampled.responses]
-        tokens += [tokenizer.decode_pieces(response) for response in sampled.responses]
+        tokens += [tokenizer.decode_response(*pair) for pair in zip(batch, sampled.responses, strict=True)]
+    responses = ["".join(row) for row in tokens]
     scores = call_reward(reward, [p for p in prompts for _ in range(n)], responses, tokens).view(len(prompts), n)
     candidates = tuple(tuple(responses[start : start + n]) for start in range(0, len(responses), n))
     best = scores.argmax(1).tolist()  # of equal ones the first
@@ -180,15 +180,15 @@ def _best_probabilities(N: int, n: int) -> NDArray[np.float64]:
     return np.array([math.comb(i, n - 1) / every for i in range(N)])
 
 
-def loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[GPT2, Tokenizer]:
+def loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[Decoder, Tokenizer]:
     """The language model and the tokenizer of what `best_of_n` takes, with its errors."""
     if isinstance(policy, (str, os.PathLike)):
-        model, tokenizer = GPT2.from_pretrained(policy), tokenizer or Tokenizer.from_pretrained(policy)
-    elif isinstance(policy, (GPT2, ActorCritic)):
+        model, tokenizer = load_decoder(policy), tokenizer or Tokenizer.from_pretrained(policy)
+    elif isinstance(policy, (Decoder, ActorCritic)):
         model = language_model(policy)
     else:
         raise ValueError(f"policy must be a GPT2, an ActorCritic or a folder, got a {type(policy).__name__}")
     if tokenizer is None:
         raise ValueError("a policy that is a model needs tokenizer=")
-    check_vocabulary(tokenizer, model=model.config.vocab_size)
+    model.fit_vocabulary(len(tokenizer))
     return model, tokenizer

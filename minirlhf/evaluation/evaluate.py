@@ -17,22 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirlhf.common.validation import (
-    check_vocabulary,
-    require,
-    require_counts,
-    require_non_negative,
-    require_positive_ints,
-)
+from minirlhf.common.validation import require, require_counts, require_non_negative, require_positive_ints
+from minirlhf.device.precision import Precision
 from minirlhf.evaluation.best_of import BestOfN, best_of_n, best_of_n_kl, encode_prompts, expected_best_of_n, n_of_kl
 from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
 from minirlhf.evaluation.optimum import Optimum, OptimumPoint, Spending, described
 from minirlhf.evaluation.statistics import Bootstrap
+from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import ActorCritic
+from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.rewards.base import RewardFunction, call_reward
-from minirlhf.rl.rollout import Rollout, collect_rollout, score_in_batches
+from minirlhf.rl.config import PPOConfig
+from minirlhf.rl.rollout import Rollout, collect_rollout, logprobs_in_batches
 from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu, unit_of, units
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -84,8 +81,8 @@ class EvaluationConfig:
 
 
 def evaluate(
-    policy: ActorCritic | GPT2,
-    reference: GPT2,
+    policy: ActorCritic | Decoder,
+    reference: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     reward_fn: RewardFunction,
@@ -103,14 +100,15 @@ def evaluate(
     not fit each other, and scores that are not finite numbers; of prompts and models before anything is sampled.
     """
     config = config or EvaluationConfig()
-    sampler = _Sampler(_with_value_head(policy), reference, tokenizer, reward_fn, second_scorer, config)
-    sizes = {"policy": sampler.policy.gpt2.config.vocab_size, "reference": reference.config.vocab_size}
-    check_vocabulary(tokenizer, **sizes)
-    devices = _device(sampler.policy), _device(reference)
+    sampler = _Sampler(with_value_head(policy, None), reference, tokenizer, reward_fn, second_scorer, config)
+    models = {"policy": sampler.policy.decoder, "reference": reference}
+    for name, model in models.items():
+        model.fit_vocabulary(len(tokenizer), name)
+    devices = [model.device for model in models.values()]
     if devices[0] != devices[1]:
         raise ValueError(f"policy and reference must be on one device, they are on {devices[0]} and {devices[1]}")
     lists = [prompts] if held_out_prompts is None else [prompts, held_out_prompts]
-    context = min(sampler.policy.gpt2.config.n_positions, reference.config.n_positions)
+    context = min(sampler.policy.decoder.n_positions, reference.n_positions)
     for texts in lists:
         encode_prompts(tokenizer, texts, context, config.gen_len)
     seen = set(prompts) & set(held_out_prompts or ())
@@ -129,7 +127,7 @@ class _Sampler:
     """Draws and scores samples of two models."""
 
     policy: ActorCritic
-    reference: GPT2
+    reference: Decoder
     tokenizer: Tokenizer
     reward_fn: RewardFunction
     second_scorer: RewardFunction | None
@@ -141,16 +139,15 @@ class _Sampler:
         The seed is the same for both models: pairs have prompt and random numbers in common, their differences less
         noise.
         """
-        c = self.config
-        return collect_rollout(
-            model, self.reference, self.tokenizer, _in_turn(prompts, c.samples), self.reward_fn, c.gen_len, c.sampling,
-            eos_token_id=c.eos_token_id, generator=self._generator(0), forward_batch_size=c.batch_size,
-        )  # fmt: skip
+        c, s = self.config, self.config.sampling
+        settings = PPOConfig(gen_len=c.gen_len, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+                             eos_token_id=c.eos_token_id)  # fmt: skip
+        drawn = _in_turn(prompts, c.samples)
+        return collect_rollout(self._models(model), drawn, self.reward_fn, settings, self._generator(0))
 
     def full_softmax(self, model: ActorCritic, rollout: Rollout) -> dict[str, Tensor]:
-        """What both models say of a rollout's tokens (N, R) in their full softmax (see `score_in_batches`)."""
-        c = self.config
-        return score_in_batches(model, self.reference, rollout.tokens, rollout.mask, c.gen_len, 1.0, None, c.batch_size)
+        """What both models say of a rollout's tokens (N, R) in their full softmax (see `logprobs_in_batches`)."""
+        return logprobs_in_batches(self._models(model), rollout.tokens, rollout.mask, self.config.gen_len, 1.0)
 
     def candidates(self, prompts: Sequence[str], n: int) -> BestOfN:
         """n responses of the reference to each prompt."""
@@ -169,17 +166,12 @@ class _Sampler:
         except ValueError as error:
             raise ValueError(f"the second scorer: {error}") from error
 
+    def _models(self, model: ActorCritic) -> Models:
+        precision = Precision("fp32", self.reference.device)
+        return Models(model, self.reference, self.tokenizer, precision, None, self.config.batch_size)
+
     def _generator(self, use: int) -> torch.Generator:
-        return torch.Generator(_device(self.reference)).manual_seed((self.config.seed + use) % 2**63)
-
-
-def _with_value_head(model: GPT2 | ActorCritic) -> ActorCritic:
-    """The model as a policy; the value head of a plain GPT-2 is not used."""
-    return model if isinstance(model, ActorCritic) else ActorCritic(model).to(next(model.parameters())).eval()
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
+        return torch.Generator(self.reference.device).manual_seed((self.config.seed + use) % 2**63)
 
 
 def _in_turn(prompts: Sequence[str], count: int) -> list[str]:
@@ -205,7 +197,7 @@ def _pairs(before: Rollout, after: Rollout) -> list[Pair]:
 
 def _comparison(sampler: _Sampler, prompts: list[str]) -> Comparison:
     c, interval = sampler.config, sampler.config.bootstrap
-    head = _with_value_head(sampler.reference)
+    head = with_value_head(sampler.reference, None)
     after, before = sampler.draw(sampler.policy, prompts), sampler.draw(head, prompts)
     full = sampler.full_softmax(sampler.policy, after)
     seconds = [sampler.second(rollout.prompts, rollout.responses) for rollout in (after, before)]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 import torch
 
 from minirlhf.common.printing import show, text_table
 from minirlhf.common.text import printable
-from minirlhf.rl import ppo
+from minirlhf.rl.advantages import with_advantages
+from minirlhf.rl.logprobs import response_logprobs
+from minirlhf.rl.losses import log_ratio
+from minirlhf.rl.shaping import token_kl, with_token_rewards
 
 if TYPE_CHECKING:
     from minirlhf.rl.rollout import Rollout
     from minirlhf.rl.trainer import PPOTrainer
+
+
+COLUMNS = ("token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "value", "returns", "advantage", "ratio",
+           "clipped")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class TokenExplanation:
 
     logprob, old_logprob, ref_logprob: under the policy as it is now, as it was when it sampled, and the reference.
     kl: the KL estimate of the token before the update, as it was penalised. ratio: exp(logprob - old_logprob).
-    clipped: whether clipping of the ratio keeps this token from moving the policy further.
+    clipped: whether clipping of the ratio keeps this token from moving the policy further. value, returns: None for a
+    policy without a value head.
     """
 
     token: str
@@ -31,11 +39,11 @@ class TokenExplanation:
     ref_logprob: float
     kl: float
     reward: float
-    value: float
-    returns: float
     advantage: float
     ratio: float
     clipped: bool
+    value: float | None = None
+    returns: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Explanation:
     tokens: tuple[TokenExplanation, ...]
 
     def __str__(self) -> str:
-        names = [field.name for field in fields(TokenExplanation)]
+        names = [name for name in COLUMNS if getattr(self.tokens[0], name) is not None]
         rows = [[_cell(getattr(token, name)) for name in names] for token in self.tokens]
         head = f"prompt {printable(self.prompt)!r}, score {self.score:.4f}"
         return "\n".join([head, *text_table([names, *rows], left=0)])
@@ -64,34 +72,32 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
     """
     if not 0 <= i < len(rollout):
         raise ValueError(f"the rollout has rows 0 to {len(rollout) - 1}, got {i}")
-    c, mask = trainer.config, rollout.response_mask
-    kl, rewards = trainer._token_kl(rollout), trainer._token_rewards(rollout, update=False)[0]
-    advantages, returns = trainer.advantages(rewards, rollout.values, mask)
-    row = rollout.rows(torch.tensor([i]))
+    c = trainer.config
+    row = with_advantages(with_token_rewards(rollout, trainer.kl_controller.coef, c)[0], c).rows(torch.tensor([i]))
     width = row.response_mask.size(1)
     with trainer.precision.autocast():
-        scored = trainer.policy.score(row.tokens, row.mask, width, trainer.score_temperature, row.sampling_sets)
-    advantage = advantages[i : i + 1, :width]
-    ratio = ppo.log_ratio(scored.logprobs, row.logprobs, c.log_ratio_limit).exp()
-    clipped = torch.where(advantage > 0, ratio > 1 + c.cliprange, ratio < 1 - c.cliprange)
+        now = response_logprobs(trainer.policy, row.tokens, row.mask, width, c.logprobs_divisor, row.sampling_sets)
+    ratio = log_ratio(now.logprobs, row.logprobs).exp()
+    clipped = torch.where(row.advantages > 0, ratio > 1 + c.cliprange, ratio < 1 - c.cliprange)
     columns = {
-        "logprob": scored.logprobs,
+        "logprob": now.logprobs,
         "old_logprob": row.logprobs,
         "ref_logprob": row.ref_logprobs,
-        "kl": kl[i : i + 1, :width],
-        "reward": rewards[i : i + 1, :width],
+        "kl": token_kl(row, c),
+        "reward": row.token_rewards,
         "value": row.values,
-        "returns": returns[i : i + 1, :width],
-        "advantage": advantage,
+        "returns": row.returns,
+        "advantage": row.advantages,
         "ratio": ratio,
     }
-    numbers = torch.cat(list(columns.values())).T.tolist()  # one list a token
+    known = {name: x for name, x in columns.items() if x is not None}  # without a value head some are missing
+    numbers = torch.cat(list(known.values())).T.tolist()  # one list a token
     texts = [trainer.tokenizer.vocab[token] for token in row.tokens[0, -width:].tolist()]
     explanation = Explanation(
         rollout.prompts[i] if rollout.prompts else trainer.tokenizer.decode(row.tokens[0, :-width]),
         rollout.scores[i].item(),
         tuple(
-            TokenExplanation(text, clipped=bool(cut), **dict(zip(columns, values, strict=True)))
+            TokenExplanation(text, clipped=bool(cut), **dict(zip(known, values, strict=True)))
             for text, values, cut in zip(texts, numbers, clipped[0].tolist(), strict=True)
         ),
     )

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from minirlhf.evaluation.best_of import best_of_n, loaded
 from minirlhf.evaluation.statistics import Array, Bootstrap, Estimate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.text.tokenizer import Tokenizer
@@ -291,7 +291,7 @@ class Optimum:
 
 
 def optimum(
-    reference: GPT2 | ActorCritic | str | os.PathLike[str],
+    reference: Decoder | ActorCritic | str | os.PathLike[str],
     prompts: Sequence[str],
     reward: RewardFunction,
     *,

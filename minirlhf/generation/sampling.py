@@ -126,29 +126,28 @@ def restrict(logits: Tensor, temperature: float = 1.0, keep: Tensor | None = Non
     return logits if keep is None else logits.masked_fill(~keep, -torch.inf)
 
 
-def sample(
-    logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def sample(logits: Tensor, config: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token a row.
 
-    logits: (B, V). generator: on the same device; None: PyTorch's global one.
+    logits: (B, V). uniforms: (B,) fp64 in [0, 1), the randomness of each row's draw.
     Returns tokens (B,) int64, their log-probabilities (B,) in nats, fp32, under the distribution that was sampled
     from, and the sampling set, bool (B, V) or None.
     Raises FloatingPointError on the CPU if a row of logits has a NaN, or no finite maximum.
     """
     probs, keep = _truncate(logits, config)
-    tokens, total = draw(probs, generator)
+    tokens, total = draw(probs, uniforms)
     share = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / total  # fp64
     return tokens, share.log().to(probs.dtype), keep
 
 
-def draw(weights: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw an index a row with a probability in proportion to its weight, by the inverse distribution function.
 
-    weights: (B, V), not negative. It is inverted in two levels: first which block of about sqrt(V) weights, then which
-    one in the block, so that the running sums, in fp64, are short. No weight of 0 is ever drawn.
+    weights: (B, V), not negative. uniforms: (B,) fp64 in [0, 1). The function is inverted in two levels: first which
+    block of about sqrt(V) weights, then which weight in the block, so that the running sums, in fp64, are short. A
+    weight of 0 is never drawn.
     Returns the indices (B,) int64, and the sum of each row's weights (B,) fp64.
-    Raises FloatingPointError on the CPU if the sum of a row is 0, infinite or NaN; a GPU would have to be waited for.
+    Raises FloatingPointError on the CPU if the sum of a row is 0, infinite or NaN; a GPU would need a synchronisation.
     """
     width = math.isqrt(weights.size(-1))
     blocks = F.pad(weights, (0, -weights.size(-1) % width)).unflatten(-1, (-1, width))  # (B, blocks, width)
@@ -156,7 +155,7 @@ def draw(weights: Tensor, generator: torch.Generator | None = None) -> tuple[Ten
     total = upto[:, -1:]
     if total.device.type == "cpu" and not (total.isfinite() & (total > 0)).all():
         raise FloatingPointError("cannot sample: the logits of a row have a NaN, or no finite maximum")
-    target = torch.rand(total.shape, generator=generator, dtype=torch.float64, device=total.device) * total
+    target = uniforms.unsqueeze(-1) * total
     block, rest = _invert(upto, target)
     within = blocks[torch.arange(len(blocks), device=block.device), block.squeeze(-1)].double().cumsum(-1)
     place, _ = _invert(within, rest)
@@ -171,6 +170,15 @@ def _invert(upto: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return place, target - before
 
 
+def draw_uniforms(tokens: int, rows: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """The randomness of a whole batch, (R, B) fp64 in [0, 1): token t of row b is drawn with entry [t, b].
+
+    A sample then depends neither on which other rows have ended nor on how the batch is decoded.
+    generator: on the device; None: PyTorch's global one.
+    """
+    return torch.rand(tokens, rows, generator=generator, dtype=torch.float64, device=device)
+
+
 def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Draw one token a row from the nucleus: the smallest set of most probable tokens whose mass reaches p.
 
@@ -180,7 +188,8 @@ def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = No
     """
     if not 0 < p <= 1:
         raise ValueError(f"p must be in (0, 1], got {p}")
-    return draw(torch.where(top_p_set(probs, p), probs, 0.0), generator)[0]
+    uniforms = draw_uniforms(1, len(probs), probs.device, generator)[0]
+    return draw(torch.where(top_p_set(probs, p), probs, 0.0), uniforms)[0]
 
 
 def pack_set(keep: Tensor) -> Tensor:

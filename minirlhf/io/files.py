@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: JSON, atomic files, folders replaced as one.
+"""Files and folders that are whole or not there: text, JSON, atomic files, folders replaced as one.
 
 A write goes to a temporary name beside its target, is flushed to the disk, and takes the target's name in one rename.
 A reader, or a crash at any moment, sees the old content or the new, never a part.
@@ -8,39 +8,91 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import hashlib
+import importlib
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
+T = TypeVar("T")
+LOCKED_BYTE = 2**30  # of a file on Windows, where nobody else can read it: far behind the text
 PARTIAL = ".partial"  # ends the names of what a save has not finished
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+JSON_TYPES = {str: "a text", int: "an integer", float: "a number", bool: "true or false", list: "a list",
+              dict: "an object"}  # fmt: skip
+
+
+def check_content(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError unless a path is a regular file, ValueError if it is a git-lfs pointer to one."""
+    if not Path(path).is_file():  # opening a pipe would wait for a writer
+        raise FileNotFoundError(f"{path} does not exist, or is not a file")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in its "
+                "repository"
+            )
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read UTF-8, with or without a byte-order mark. Raises as `check_content`, ValueError for other bytes."""
+    check_content(path)
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid UTF-8: {error}") from error
 
 
 def read_json(
     path: str | os.PathLike[str], pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict
 ) -> dict[str, Any]:
-    """Read a JSON object. Raises FileNotFoundError, or ValueError with the path if it is not a JSON object.
+    """Read a JSON object. Raises as `read_text`, ValueError with the path if it is not a JSON object.
 
     pairs: makes a dict of an object's names and values; the default lets the last of equal names win.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of too many digits
+        content = json.loads(text, object_pairs_hook=pairs, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
 
 
+def _finite(number: str) -> float:
+    """A number of a JSON file. Raises ValueError for NaN, Infinity, and what no float holds (1e400)."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:40]} is not a finite number")
+    return value
+
+
+def field(content: Mapping[str, Any], name: str, kind: type[T], where: object, default: T | None = None) -> T:
+    """The field of a JSON object, of exactly this type (True is not an int). null counts as missing.
+
+    where: what the error says the object is. default: for a missing field; None: it may not be missing.
+    Raises ValueError that names field, type and value.
+    """
+    value = content.get(name)
+    if value is None and default is not None:
+        return default
+    if type(value) is not kind:
+        found = f"got {value!r:.80}" if name in content else "but it is missing"
+        raise ValueError(f"{where}: {name} must be {JSON_TYPES[kind]}, {found}")
+    return value
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within it a ValueError, raised about content that was read from there, gets the path before its message."""
+    """Put a path before the message of a ValueError that is raised inside, about content read from there."""
     try:
         yield
     except ValueError as error:
@@ -50,16 +102,78 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write a JSON object, atomically, in UTF-8, its keys in the order given."""
     text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    atomic_write(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate's escape is JSON's own
+    atomic_write(path, text.encode("utf-8", "backslashreplace"))  # the escape of a lone surrogate is valid JSON
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file that is durable when this returns. Raises OSError, and leaves no part behind."""
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def open_for_writing(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
+    """`open` for files of our own that are written in place: logs, locks, partial downloads.
+
+    mode: as in `open`; text is UTF-8. Missing files are created where the mode creates them.
+    Raises OSError if the path is a symbolic link (what it points to may belong to someone else) or not a regular file.
+    """
+    path = os.fspath(path)
+
+    def opener(_: str, flags: int) -> int:
+        if os.path.islink(path):  # also where O_NOFOLLOW does not exist
+            raise OSError(errno.ELOOP, "is a symbolic link, and files are not written through links", path)
+        # O_NONBLOCK: opening a pipe must not wait for a reader.
+        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", path)
+
+    return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
+
+
+def lock_descriptor(descriptor: int) -> None:
+    """Lock an open file for this process, without waiting; the lock ends with the file or the process.
+
+    Raises BlockingIOError if another process has it, OSError if files cannot be locked here.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        pass
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has neither fcntl nor msvcrt") from None
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(error.errno, "locked by another process") from error
+        raise
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)
+
+
+def atomic_write(path: str | os.PathLike[str], *content: bytes | memoryview) -> None:
+    """Write a file, durable when this returns, from pieces of content. Raises OSError and leaves no part behind.
+
+    A symbolic link at the path is replaced, not followed.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for piece in content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner can read
@@ -72,12 +186,12 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Within it files are written, by `atomic_write`, into a folder that takes the place of `folder` at the end.
+    """A new folder to write into, by `atomic_write`; it takes the place of `folder` when the block ends.
 
-    Files of the old folder that are not written anew stay. If the body raises, or the process is killed, the old
-    folder is as it was; what a killed save left is removed by the next one. A folder that cannot give its place, since
-    it is a mount point, the current directory, or in a folder that may not be written, gets its files one by one at
-    the end: each is whole, but a kill just then leaves old ones beside new ones.
+    Files of the old folder that are not written anew stay. If the block raises, or the process is killed, the old
+    folder is unchanged; the next save removes what a killed one left. A mount point, the current directory and a
+    folder whose parent is not writable cannot be replaced: they get their files one by one at the end. Each file is
+    whole then, but a kill at that moment leaves old files beside new ones.
     Raises OSError if the folder cannot be written.
     """
     folder = Path(os.path.realpath(folder))
@@ -92,7 +206,7 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(staged, 0o777 & ~_umask())
         if folder.is_dir():
             shutil.copytree(
-                folder, staged, copy_function=_link_or_copy, symlinks=True, dirs_exist_ok=True,
+                folder, staged, copy_function=link_or_copy, symlinks=True, dirs_exist_ok=True,
                 ignore=lambda _, names: [name for name in names if name == staged.name],
             )  # fmt: skip
         yield staged
@@ -103,11 +217,11 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             _exchange(staged, folder)
             flush_folder(folder.parent)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)  # by now the old folder, or what an error left
+        shutil.rmtree(staged, ignore_errors=True)  # the old folder, or what an error left
 
 
 def flush_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the names in a folder durable (fsync of the directory); without effect where a system has no such thing."""
+    """Make the names in a folder durable (fsync of the directory); does nothing on systems without it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -118,11 +232,17 @@ def flush_folder(folder: str | os.PathLike[str]) -> None:
 
 def is_running(pid: int) -> bool:
     """Whether a process of this number runs on this machine."""
+    if os.name == "nt":  # where os.kill would interrupt it
+        windows = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
+        handle = windows.OpenProcess(0x100000, False, pid)  # SYNCHRONIZE
+        running = bool(handle) and windows.WaitForSingleObject(handle, 0) != 0  # 0: it has ended
+        windows.CloseHandle(handle)
+        return running
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it runs, as somebody else
+    except PermissionError:  # it runs as another user
         return True
     return True
 
@@ -136,7 +256,7 @@ def _exchange(staged: Path, folder: Path) -> None:
     at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux: both names change at one moment
     if rename is not None and rename(at_cwd, os.fsencode(staged), at_cwd, os.fsencode(folder), exchange) == 0:
         return
-    # Elsewhere two renames: a kill between them leaves both folders whole under the names of partial ones.
+    # Two renames: a kill between them leaves both folders whole, under names of partial ones.
     old = staged.with_name(staged.name.removesuffix(PARTIAL) + ".old" + PARTIAL)
     os.rename(folder, old)
     try:
@@ -148,12 +268,12 @@ def _exchange(staged: Path, folder: Path) -> None:
 
 
 def _is_fixed(folder: Path) -> bool:
-    """Whether another folder cannot take the place of this one, or would take it from under our feet."""
+    """Whether this folder cannot be replaced by a rename."""
     return os.path.ismount(folder) or os.path.samefile(folder, os.curdir) or not os.access(folder.parent, os.W_OK)
 
 
 def _fill(folder: Path, staged: Path) -> None:
-    """Give a folder the content of one within it, file by file."""
+    """Move the content of `staged`, which is inside `folder`, into `folder`, file by file."""
     gone = {path.name for path in folder.iterdir() if path != staged} - {path.name for path in staged.iterdir()}
     for path in sorted(staged.rglob("*")):
         target = folder / path.relative_to(staged)
@@ -167,17 +287,18 @@ def _fill(folder: Path, staged: Path) -> None:
 
 
 def _remove_abandoned(folder: Path, place: Path) -> None:
-    """Remove what saves of this folder left whose process was killed."""
+    """Remove what killed processes left of their saves of this folder."""
     for left in place.glob(f".{folder.name}.*{PARTIAL}"):
         owner = left.name.removeprefix(f".{folder.name}.").split(".")[0]
         if folder.exists() and owner.isdigit() and not is_running(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
-    except OSError:  # a file system without hard links
+    except OSError:
         shutil.copy2(source, target)
 
 
@@ -188,8 +309,8 @@ def _umask() -> int:
 
 
 def remove_partial(*folders: str | os.PathLike[str]) -> None:
-    """Remove what a killed process had not finished writing in these folders. Only for who owns them: nobody else is
-    writing.
+    """Remove what a killed process had not finished writing in these folders. Only their owner may call this: a
+    running save of another process would lose its files.
 
     Raises OSError for a file that cannot be removed.
     """
@@ -201,7 +322,7 @@ def remove_partial(*folders: str | os.PathLike[str]) -> None:
 
 
 def read_jsonl(path: str | os.PathLike[str], length: int | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if there is no file. A last line that a crash cut short is dropped.
+    """The objects of a JSON-lines file, [] if there is no file. A last line that a crash cut short is dropped.
 
     length: of the part to read, bytes; None: all of it.
     Raises ValueError with the line number for any other line that is not a JSON object.
@@ -209,7 +330,7 @@ def read_jsonl(path: str | os.PathLike[str], length: int | None = None) -> list[
     path = Path(path)
     if not path.exists():
         return []
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would wait for a writer
         raise ValueError(f"{path} is not a file")
     whole = path.read_bytes()[:length].split(b"\n")[:-1]  # a whole line ends in a line feed
     content = []

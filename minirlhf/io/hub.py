@@ -1,29 +1,29 @@
-"""Models by name: where a downloaded one lies, and the download, through `huggingface_hub`.
+"""Models by name: where a downloaded one lies, and the download, by `huggingface_hub`.
 
-Loading a model never fetches anything: `locate` only looks. A download is whole or not there: the files are collected
-in a store beside their place, named by their hash, and take their names when all have come. What a broken transfer
-left in the store is where the next run goes on, by a Range request (huggingface_hub itself starts a file anew).
+Loading a model never fetches anything: `locate` only looks. A download fetches only files of an allow-list, and a
+folder that it fills is complete or unchanged. Within one run a broken transfer goes on where it stopped; the next run
+fetches only the files that had not come whole.
 
-Left out: conversion (see `conversion`), uploads, Xet (plain HTTP serves every file), several transfers at once.
+Left out: conversion (see `model_folder.convert`), uploads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import inspect
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any
 
-from minirlhf.io.files import PARTIAL, atomic_write, is_running, replaced_folder
+from minirlhf.io.files import atomic_write, link_or_copy, replaced_folder, sha256
 
 WEIGHTS_FOLDER = "weights"
 TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-# The forms that weights are published in; of a model that has several, the first one here is fetched.
+# The forms in which weights are published; only the first one here that a model has is fetched.
 WEIGHT_FORMS = (
     re.compile(r"model\.safetensors"),
     re.compile(r"model\.safetensors\.index\.json|model-\d{5}-of-\d{5}\.safetensors"),
@@ -36,6 +36,10 @@ REVISION = re.compile(r"\w(?:[\w./-]*\w)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ETAG = re.compile(r"[\w-]+", re.ASCII)
+
+
+class DamagedError(ValueError):
+    """A file that is not what the server announced."""
 
 
 def is_name(text: str) -> bool:
@@ -74,11 +78,12 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
 
     name: `owner/model`, or `model`. to: the files go into the folder `to/name`; None: into the hub's cache.
     revision: a branch, a tag or a commit. HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN count as usual.
-    safetensors are preferred; without them `pytorch_model.bin` comes, which is to be converted. A file that is there
-    already is not fetched again. Files of large models (those with a SHA-256 on the hub) are checked against it.
+    safetensors are preferred; without them `pytorch_model.bin` is fetched, which has to be converted. Weights that are
+    already there are not fetched again. A transfer that exceeds the announced size is stopped, and large files (those
+    with a SHA-256 on the hub) are checked against it.
     Raises ValueError for a bad name or revision before any work, and for a model without config or weights, or a file
     that is not what the server announced; OSError that says what to do if the hub has no such model, refuses it or
-    cannot be reached; ImportError without huggingface_hub. A folder `to/name` that was there stays as it was.
+    cannot be reached; ImportError without huggingface_hub. An existing folder `to/name` is unchanged then.
     """
     if not is_name(name):
         raise ValueError(
@@ -88,38 +93,123 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
     if not REVISION.fullmatch(revision) or ".." in revision or "//" in revision:
         raise ValueError(f"revision must be the name of a branch or tag, or a commit, got {revision!r}")
     try:
-        from huggingface_hub import HfApi, constants, hf_hub_download
+        from huggingface_hub import HfApi, constants
     except ImportError as error:
         raise ImportError("downloads need huggingface_hub: pip install huggingface_hub") from error
 
-    request = _Request(name, revision, to)
     folder = None if to is None else Path(to) / name
+    store = None if folder is None else folder.with_name(f".{folder.name}.download")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
-    with _explained(request):
+    links = [] if store is None else [path for path in (store, *store.rglob("*")) if path.is_symlink()]
+    if links:  # huggingface_hub would write through them
+        raise FileExistsError(f"{links[0]} is a symbolic link, and files are not written through links: remove {store}")
+    elsewhere = _elsewhere(name, to, revision)
+    with _explained(name, revision, elsewhere):
         info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        commit, listing = str(info.sha), [file.rfilename for file in info.siblings or ()]
+    commit = str(info.sha)
     if not COMMIT.fullmatch(commit):
-        raise ValueError(f"{constants.ENDPOINT} gives {name} the commit {commit!r}, which is none")
-    files = needed_files(name, listing)
-
-    store = _cached(name) / "blobs" if folder is None else folder.with_name(f".{folder.name}.download")
-    store.mkdir(parents=True, exist_ok=True)
-    blobs = {file: _fetch(request, commit, file, store, None if folder is None else folder / file) for file in files}
-    if folder is not None:
-        _place(folder, blobs)
-        shutil.rmtree(store, ignore_errors=True)
+        raise ValueError(f"{constants.ENDPOINT} gives {name} the commit {commit!r}, which is not a commit")
+    files = needed_files(name, [file.rfilename for file in info.siblings or ()])
+    for file in files:
+        if folder is not None and store is not None and file.endswith((".safetensors", ".bin")):
+            store.mkdir(parents=True, exist_ok=True)
+            if (folder / file).is_file() and not (store / file).exists():  # is kept if its SHA-256 is the hub's
+                link_or_copy(os.path.realpath(folder / file), store / file)
+        with _explained(name, revision, elsewhere):
+            _fetch(name, commit, file, store)
+    if folder is not None and store is not None:
+        _place(folder, store, files)
         return folder
-    for file in files:  # the blobs are there: this gives them their names in the snapshot
-        with _explained(request):
-            hf_hub_download(name, file, revision=commit)
     if revision != commit:
-        reference = _cached(name) / "refs" / revision  # by which others find the snapshot without a network
+        reference = _cached(name) / "refs" / revision  # by which other tools find the snapshot without a network
         reference.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(reference, commit.encode())
     snapshot = _cached(name) / "snapshots" / commit
-    os.utime(snapshot)  # the newest one, whenever its files came
+    os.utime(snapshot)  # `locate` takes the newest one
     return snapshot
+
+
+def _fetch(name: str, commit: str, file: str, store: Path | None) -> None:
+    """Bring a file into the store, or the hub's cache. Raises ValueError if it is not what the server announced."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import tqdm
+
+    announced = get_hf_file_metadata(hf_hub_url(name, file, revision=commit))
+    etag, size = announced.etag, announced.size
+    if etag is None or not ETAG.fullmatch(etag):
+        raise DamagedError(f"the server gives {file} of {name} the ETag {etag!r}, which cannot name a file")
+
+    class Bounded(tqdm):
+        """A progress bar that stops a transfer beyond the announced size."""
+
+        came = 0.0
+
+        def update(self, n: float | None = 1) -> Any:
+            self.came += n or 0
+            if size is not None and self.came > size:
+                raise DamagedError(f"{file} of {name} came damaged: the server announced {size} bytes and sent more")
+            return super().update(n)
+
+    arguments: dict[str, Any] = {"revision": commit, "local_dir": store}
+    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # not in old versions
+        arguments["tqdm_class"] = Bounded
+    path = Path(hf_hub_download(name, file, **arguments))
+    came = path.stat().st_size
+    problem = None
+    if size is not None and came != size:
+        problem = f"the server announced {size} bytes and sent {came}"
+    elif SHA256.fullmatch(etag) and sha256(path) != etag:
+        problem = f"its SHA-256 is not {etag}, which the server announced"
+    if problem:
+        os.unlink(os.path.realpath(path))  # the blob of the cache
+        path.unlink(missing_ok=True)
+        raise DamagedError(f"{file} of {name} came damaged: {problem}; run the command again")
+
+
+def _place(folder: Path, store: Path, files: list[str]) -> None:
+    """Move the fetched files into the folder, all at one moment, and remove weights that they replace."""
+    with replaced_folder(folder) as staged:
+        for old in list(staged.iterdir()):
+            if _is_weights(old.name) and old.name not in files:
+                old.unlink()
+        for file in files:
+            os.replace(store / file, staged / file)
+    shutil.rmtree(store, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(name: str, revision: str, elsewhere: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises, with whichever HTTP client, into an OSError that says what to do."""
+    from huggingface_hub import constants, get_token, utils
+
+    endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+    try:
+        yield
+    except utils.OfflineModeIsEnabled:
+        raise ConnectionError(f"HF_HUB_OFFLINE is set, so {name} is not fetched; unset it, or {elsewhere}") from None
+    except utils.GatedRepoError:
+        raise PermissionError(
+            f"{name} is gated: ask for access at {endpoint}/{name}, then set HF_TOKEN to your access token"
+        ) from None
+    except utils.RevisionNotFoundError:
+        raise FileNotFoundError(f"{name} has no revision {revision!r} at {endpoint}") from None
+    except utils.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{endpoint} has no model {name}, or shows it only to those who may see it: check the name, or set "
+            "HF_TOKEN to your access token"
+        ) from None
+    except Exception as error:
+        # An OSError with a number is of this machine: a full disk, no permission.
+        if isinstance(error, DamagedError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?[^\s'\"]*", "", reason))  # signed addresses, passwords
+        reason = reason.replace(get_token() or "\0", "***")
+        raise ConnectionError(
+            f"{name} did not come from {endpoint} ({reason}). Run the command again and it keeps the files that have "
+            f"come; without a network, {elsewhere}"
+        ) from None
 
 
 def needed_files(name: str, listing: Iterable[str]) -> list[str]:
@@ -136,104 +226,6 @@ def needed_files(name: str, listing: Iterable[str]) -> list[str]:
         f"{name} cannot be loaded: it must have config.json and model.safetensors or pytorch_model.bin, "
         f"and has {', '.join(present[:20]) or 'no files'}"
     )
-
-
-class _Request(NamedTuple):
-    """What was asked for; the errors speak of it."""
-
-    name: str
-    revision: str
-    to: str | os.PathLike[str] | None
-
-
-def _fetch(request: _Request, commit: str, file: str, store: Path, placed: Path | None) -> Path | None:
-    """Bring a file into the store under its ETag; None if `placed` is that file already."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    url = hf_hub_url(request.name, file, revision=commit)
-    with _explained(request):
-        metadata = get_hf_file_metadata(url)
-    etag, size = metadata.etag, metadata.size
-    if etag is None or not ETAG.fullmatch(etag):
-        raise ValueError(f"the server gives {file} of {request.name} the ETag {etag!r}, which cannot name a file")
-    blob = store / etag
-    if blob.is_file():
-        return blob
-    if placed is not None and placed.is_file() and SHA256.fullmatch(etag) and _sha256(placed) == etag:
-        return None
-    partial = _claim(blob)
-    with open(partial, "ab") as collected:
-        if size is None or collected.tell() < size:
-            _transfer(request, url, file, collected)
-        collected.flush()
-        os.fsync(collected.fileno())
-    _check(partial, f"{file} of {request.name}", size, etag)
-    os.replace(partial, blob)
-    return blob
-
-
-def _transfer(request: _Request, url: str, file: str, collected: BinaryIO) -> None:
-    """Append what is missing of a file; a transfer that breaks is gone on with as long as each try brings something."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    while True:
-        done = collected.tell()
-        try:
-            with _explained(request):
-                http_get(url, collected, resume_size=done, headers=build_hf_headers(), displayed_filename=file)
-            return
-        except ConnectionError:
-            if collected.tell() <= done:
-                raise
-
-
-def _claim(blob: Path) -> Path:
-    """The file that collects a blob, of this process alone: what processes that are gone left of it, or a new one."""
-    ours = blob.with_name(f"{blob.name}.{os.getpid()}{PARTIAL}")
-    found = sorted(blob.parent.glob(f"{blob.name}.*{PARTIAL}"), key=lambda path: path.stat().st_size)
-    for left in found:  # the largest comes last and stays
-        owner = left.name.removeprefix(f"{blob.name}.").removesuffix(PARTIAL)
-        if owner.isdigit() and not is_running(int(owner)):
-            os.replace(left, ours)
-    return ours
-
-
-def _check(path: Path, file: str, size: int | None, etag: str) -> None:
-    """Remove a collected file that is not what the server announced, and raise ValueError."""
-    came = path.stat().st_size
-    problem = None
-    if size is not None and came != size:
-        problem = f"the server announced {size} bytes and sent {came}"
-    elif SHA256.fullmatch(etag) and _sha256(path) != etag:
-        problem = f"its SHA-256 is not {etag}, which the server announced"
-    if problem:
-        path.unlink()
-        raise ValueError(f"{file} came damaged: {problem}; run the command again")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _place(folder: Path, blobs: dict[str, Path | None]) -> None:
-    """Give the fetched blobs their names in the folder, all at one moment; weights that they replace go."""
-    fetched = {file: blob for file, blob in blobs.items() if blob is not None}
-    with replaced_folder(folder) as staged:
-        if any(_is_weights(file) for file in fetched):
-            for old in list(staged.iterdir()):
-                if _is_weights(old.name) and old.name not in blobs:
-                    old.unlink()
-        moved: dict[Path, Path] = {}
-        for file, blob in fetched.items():
-            if blob in moved:  # two names of one content
-                shutil.copyfile(moved[blob], staged / file)
-            else:
-                moved[blob] = Path(shutil.move(blob, staged / file))
 
 
 def _is_weights(file: str) -> bool:
@@ -269,35 +261,3 @@ def _elsewhere(name: str, to: str | os.PathLike[str] | None = None, revision: st
         "the weights (model.safetensors or pytorch_model.bin, or all shards and their .index.json) and the tokenizer "
         "(vocab.txt, or vocab.json and merges.txt, or tokenizer.json)"
     )
-
-
-@contextlib.contextmanager
-def _explained(request: _Request) -> Iterator[None]:
-    """What huggingface_hub raises, of whichever HTTP client it uses, as an OSError that says what to do."""
-    from huggingface_hub import constants, utils
-
-    name, endpoint = request.name, constants.ENDPOINT
-    elsewhere = _elsewhere(name, request.to, request.revision)
-    try:
-        yield
-    except utils.OfflineModeIsEnabled as error:
-        raise ConnectionError(f"HF_HUB_OFFLINE is set, so {name} is not fetched; unset it, or {elsewhere}") from error
-    except utils.GatedRepoError as error:
-        raise PermissionError(
-            f"{name} is gated: ask for access at {endpoint}/{name}, then set HF_TOKEN to your access token"
-        ) from error
-    except utils.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{name} has no revision {request.revision!r} at {endpoint}") from error
-    except utils.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{endpoint} has no model {name}, or shows it only to those who may see it: check the name, or set "
-            "HF_TOKEN to your access token"
-        ) from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of this machine: a full disk, no permission
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConnectionError(
-            f"{name} did not come from {endpoint} ({reason}). Run the command again and it goes on where it stopped; "
-            f"without a network, {elsewhere}"
-        ) from error

@@ -1,15 +1,17 @@
 """Model folders in the Hugging Face layout: `config.json` and `model.safetensors` to and from a dict and tensors.
 
-This module knows files, names and tensors, and no model. A model hands in the names and shapes that it expects
-(`check_tensors`) and gets back exactly those tensors, or one error that lists everything that is wrong.
+This module knows files, names and tensors, and no model. A model passes the names and shapes that it expects to
+`check_tensors` and gets exactly those tensors, or one error that lists everything that is wrong.
 
-Left out: downloads, and writing in shards: what is written is one file.
+Left out: writing in shards; what is written is one file.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,36 +21,139 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minirlhf.io.conversion import INDEX_FILE, WEIGHTS_FILE, convert
-from minirlhf.io.files import atomic_write, read_json, replaced_folder, write_json
+from minirlhf.io.conversion import read_pickle, untied
+from minirlhf.io.files import atomic_write, check_content, field, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard, Origin, write_card
-from minirlhf.io.shards import read_shards
+from minirlhf.io.shards import read_index, read_shards
 
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Keys of a loaded config.json that do not hold of what is saved: how it was stored, by whom, and code beside it.
 NOT_KEPT = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels", "_num_labels", "auto_map"}
+# What training wrappers put before a tensor's name: DataParallel, Lightning and TRL at the start, torch.compile and
+# fully sharded or checkpointed modules anywhere.
+WRAPPERS = re.compile(
+    r"^(?:(?:module|model|pretrained_model)\.)+|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read `config.json` and the weights of a model folder: safetensors, whole or sharded, or a pickle, converted once.
+    """Read `config.json` and the weights of a model folder: safetensors, whole or sharded, or a pickle.
 
     folder: or the name of a model that was downloaded (see `hub`).
     Returns the config as a dict and the tensors by name, as stored.
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name the file.
     """
     folder = locate(folder)
-    config = read_json(folder / CONFIG_FILE)
-    weights = convert(folder)
-    return config, read_shards(weights, read_tensors) if weights.name == INDEX_FILE else read_tensors(weights)
+    return read_json(folder / CONFIG_FILE), read_weights(folder)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder. A pickle is converted as in `convert`, or in memory if the folder cannot be written."""
+    weights = _readable(folder)
+    if weights is None:
+        tensors, metadata = _from_pickle(folder)
+        try:
+            write_tensors(folder / WEIGHTS_FILE, tensors, metadata)
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be written ({error.strerror or error}), so {metadata['converted_from']} is converted "
+                "in memory each time it is loaded",
+                stacklevel=2,
+            )
+        return tensors
+    return read_shards(weights, read_tensors) if weights.name == INDEX_FILE else read_tensors(weights)
+
+
+def convert(folder: str | os.PathLike[str]) -> Path:
+    """The safetensors file of a model folder, written first if the folder has only a pickle, or a newer one.
+
+    Returns the path of `model.safetensors`, or of `model.safetensors.index.json` if the folder has that instead.
+    Tensors that share memory in the pickle (a head tied to the embedding) are stored once. The metadata names the
+    others, and records size, time and SHA-256 of the files that were converted: if they change, so does the conversion.
+    Raises FileNotFoundError if there are no weights, ValueError for a pickle that is damaged or needs more than
+    tensors, OSError if the folder cannot be written; it leaves nothing behind then.
+    """
+    folder = Path(folder)
+    weights = _readable(folder)
+    if weights is None:
+        weights = folder / WEIGHTS_FILE
+        write_tensors(weights, *_from_pickle(folder))
+    return weights
+
+
+def _readable(folder: Path) -> Path | None:
+    """The safetensors file or index of a folder, None if a pickle has to be converted."""
+    weights = folder / WEIGHTS_FILE
+    if weights.is_file():
+        return None if _is_stale(weights) else weights
+    return folder / INDEX_FILE if (folder / INDEX_FILE).is_file() else None
+
+
+def _is_stale(weights: Path) -> bool:
+    """Whether a file is our conversion of a pickle that has been replaced since."""
+    try:
+        metadata = read_metadata(weights)
+    except ValueError:  # not ours; loading it raises the error
+        return False
+    sources = _pickle_files(weights.parent) if "converted_from" in metadata else []
+    if not sources or not all(path.is_file() for path in sources):
+        return False
+    try:
+        recorded = json.loads(metadata.get("sources", ""))
+    except (ValueError, RecursionError):
+        return True
+    if not isinstance(recorded, dict) or recorded.keys() != {path.name for path in sources}:
+        return True
+    return not all(_is_unchanged(path, recorded[path.name]) for path in sources)
+
+
+def _is_unchanged(path: Path, recorded: Any) -> bool:
+    """Whether a file is the recorded one: by size and times, or by its hash if only the times differ (a copy)."""
+    if not isinstance(recorded, dict) or recorded.get("size") != path.stat().st_size:
+        return False
+    return recorded.get("times") == _times(path) or recorded.get("sha256") == sha256(path)
+
+
+def _times(path: Path) -> list[int]:
+    """When content and inode of a file last changed, ns. The second cannot be set back by `touch` or `cp -p`."""
+    found = path.stat()
+    return [found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _pickle_files(folder: Path) -> list[Path]:
+    """The pickle of a folder, or its index and shards; empty if there is none. Raises ValueError for a bad index."""
+    if (folder / PICKLE_FILE).is_file():
+        return [folder / PICKLE_FILE]
+    index = folder / PICKLE_INDEX_FILE
+    return [index, *(folder / name for name in read_index(index))] if index.is_file() else []
+
+
+def _from_pickle(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a pickle, and the metadata of their conversion. Raises as `convert`."""
+    sources = _pickle_files(folder)
+    if not sources:
+        others = ", ".join((INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE))
+        raise FileNotFoundError(f"{folder / WEIGHTS_FILE} does not exist, nor does any of {others}")
+    recorded = {
+        path.name: {"size": path.stat().st_size, "times": _times(path), "sha256": sha256(path)}
+        for path in sources
+        if path.is_file()  # else reading it raises the error
+    }
+    whole = sources[0].name == PICKLE_FILE
+    tensors, aliases = untied(read_pickle(sources[0]) if whole else read_shards(sources[0], read_pickle))
+    # The aliases are written as safetensors' own `save_model` writes them.
+    return tensors, {**aliases, "format": "pt", "converted_from": sources[0].name, "sources": json.dumps(recorded)}
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a safetensors file. Raises FileNotFoundError, or ValueError with the path for a damaged file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    check_content(path)
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -56,7 +161,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text metadata of a safetensors file. Raises ValueError with the path for a damaged file."""
+    """The text metadata of a safetensors file. Raises as `read_tensors`."""
+    check_content(path)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -96,13 +202,14 @@ def renamed(
 ) -> dict[str, Tensor]:
     """Tensors under a model's own names.
 
-    own_name: a published name in the model's form, None for a tensor that the model does not hold. The old names of
-        LayerNorm's parameters, gamma and beta, are read as weight and bias.
+    own_name: a published name in the model's form, None for a tensor that the model does not hold. It gets names
+        without the prefixes of training wrappers (WRAPPERS), and LayerNorm's gamma and beta as weight and bias.
     Raises ValueError if two tensors get one name.
     """
     named: dict[str, Tensor] = {}
     for published, tensor in tensors.items():
-        own = own_name(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", published)))
+        bare = WRAPPERS.sub("", published)
+        own = own_name(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", bare)))
         if own in named:
             raise ValueError(f"the weights in {origin} hold {own} twice, once as {published}")
         if own is not None:
@@ -117,12 +224,13 @@ def check_published(
 
     fixed: field -> the supported values, of which the first is what a missing field means.
     """
-    if content.get("model_type", model_type) != model_type:
-        raise ValueError(f"{folder} holds a {content['model_type']!r} model, expected {model_type!r}")
+    found = field(content, "model_type", str, f"{folder}: {CONFIG_FILE}", model_type)
+    if found != model_type:
+        raise ValueError(f"{folder} holds a {found!r} model, expected {model_type!r}")
     for name, values in fixed.items():
         if content.get(name, values[0]) not in values:
             supported = " or ".join(repr(value) for value in values)
-            raise ValueError(f"{folder}: config.json has {name}={content[name]!r}; only {supported} is supported")
+            raise ValueError(f"{folder}: {CONFIG_FILE} has {name}={content[name]!r:.80}; only {supported} is supported")
 
 
 def published_config(content: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]:
@@ -132,7 +240,7 @@ def published_config(content: Mapping[str, Any], origin: Origin | None) -> dict[
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors in another floating-point type. Raises ValueError for a value that it cannot hold."""
+    """Tensors in another floating-point type. Raises ValueError for a value that the type cannot hold."""
     if dtype not in WEIGHT_TYPES:
         raise ValueError(f"weights are stored as one of {', '.join(map(str, WEIGHT_TYPES))}, got {dtype}")
     stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -153,8 +261,9 @@ def write_folder(
 
     tensors: tied ones must be given once. card: also the metadata of the weights; None: no card.
     beside: further safetensors files, name -> (tensors, metadata).
-    Other files of the folder stay, also a README.md that is not ours; but shards of an older model go, as other tools
-    would read them as part of this one. Raises OSError if the folder cannot be written; it is as it was then.
+    Other files of the folder stay, also a README.md that is not ours; but shards of an older model are removed, since
+    other tools would read them as part of this one. Raises OSError if the folder cannot be written; it is unchanged
+    then.
     """
     with replaced_folder(folder) as staged:
         for old in [*staged.glob("model-*-of-*.safetensors"), staged / INDEX_FILE]:
@@ -177,7 +286,13 @@ def write_folder(
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a safetensors file, atomically."""
+    """Write tensors to a safetensors file, atomically; equal content gives equal bytes."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # transformers refuses a file whose metadata lacks "format".
-    atomic_write(path, save(on_cpu, metadata={"format": "pt", **(metadata or {})}))
+    raw = save(on_cpu, metadata={"format": "pt", **(metadata or {})})
+    end = 8 + int.from_bytes(raw[:8], "little")  # of the header, JSON whose metadata safetensors writes in any order
+    header = json.loads(raw[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    atomic_write(path, len(text).to_bytes(8, "little"), text, memoryview(raw)[end:])

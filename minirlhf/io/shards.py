@@ -1,9 +1,8 @@
 """Sharded checkpoints: an index file that says which file of its folder holds which tensor.
 
-An index is text that may come from anywhere, so it may name plain files beside itself and nothing else: no `..`, no
-folders, no absolute paths. What stands under such a name, a file or a link, is the business of whoever made the
-folder: the snapshots of a hub cache consist of links, and large files are often linked from another disk. Following
-one gives nothing away, since what it leads to is read as tensors or refused.
+An index may come from a stranger, so it may name only plain files beside itself: no `..`, no folders, no absolute
+paths. Such a file may be a symbolic link: the snapshots of a hub cache consist of links, and large files are often
+linked from another disk. Following a link gives nothing away, because its target is read as tensors or refused.
 """
 
 from __future__ import annotations

@@ -20,13 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.common.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
+from minirlhf.common.validation import (
+    require,
+    require_above,
+    require_fraction,
+    require_one_of,
+    require_positive_ints,
+    require_rates,
+)
 from minirlhf.io.files import naming
 from minirlhf.io.model_card import ModelCard, Origin
-from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed, write_folder
+from minirlhf.io.model_folder import (
+    cast,
+    check_published,
+    check_tensors,
+    published_config,
+    read_folder,
+    renamed,
+    write_folder,
+)
 from minirlhf.models.layers import (
     ACTIVATIONS,
     attention,
+    check_vocabulary,
     config_from_json,
     fill,
     global_rng_kept,
@@ -42,9 +58,11 @@ NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars
 FIXED_FIELDS = {
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
-    "problem_type": (None, "single_label_classification"),
 }
 LAYER_TENSORS = 16  # of one layer
+# Prefix of tensors -> a model that is not this one (other positions, no segments, shared layers, ...).
+RELATIVES = {"roberta.": "RoBERTa", "distilbert.": "DistilBERT", "albert.": "ALBERT", "electra.": "ELECTRA",
+             "deberta.": "DeBERTa", "xlm-roberta.": "XLM-RoBERTa", "ernie.": "ERNIE"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,8 @@ class BertConfig:
             "intermediate_size",
         )
         require_rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        require_positive(self, "layer_norm_eps", "initializer_range")
+        require_fraction(self, "layer_norm_eps")
+        require_above(self, 0, "initializer_range")
         require_one_of(self, "hidden_act", ACTIVATIONS)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -218,6 +237,10 @@ class BertClassifier(nn.Module):
         pooled = torch.tanh(self.bert.pooler["dense"](hidden[:, 0]))  # (B, C)
         return self.classifier(self.dropout(pooled))
 
+    def fit_vocabulary(self, n_tokens: int) -> None:
+        """Raise ValueError unless a tokenizer of `n_tokens` tokens fits (see `check_vocabulary`)."""
+        check_vocabulary(self.config.vocab_size, n_tokens)
+
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of hidden states (..., C) by the word embedding, for masked-token training."""
         return F.linear(hidden, self.bert.embeddings.word_embeddings.weight)
@@ -226,29 +249,50 @@ class BertClassifier(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> BertClassifier:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
-        Read are the names that published checkpoints have: with or without `bert.`, LayerNorm's parameters as weight
-        and bias or as gamma and beta. The heads of the pretraining tasks, `cls.`, are dropped.
+        Names may have the prefixes of training wrappers and `bert.` or not; LayerNorm's parameters are weight and bias
+        or gamma and beta. The heads of the pretraining tasks, `cls.`, are dropped.
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor, or
         one without a classification head.
         """
-        content, tensors = read_folder(folder)
-        check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS)
-        most = len(tensors) // LAYER_TENSORS
-        with naming(folder), shapes_only():
-            if content.get("id2label") is None:  # no names, so none are invented
-                content["id2label"] = _nameless_labels(content.get("num_labels"))
-            config = config_from_json(BertConfig, content)
-            fits = config.num_hidden_layers <= most  # even an empty layer costs memory
-            require(config, "num_hidden_layers", fits, f"at most {most}, the layers that are stored")
-            model = cls(config)
-        named = renamed(tensors, _own_name, folder)
+        content, named = _read_published(folder)
         if not any(name.startswith("classifier.") for name in named):
             raise ValueError(
                 f"{folder} holds no classification head (classifier.weight, classifier.bias): it is a BERT that was "
                 "not yet trained to classify"
             )
+        if content.get("id2label") is None:  # no names, so none are invented
+            with naming(folder):
+                content["id2label"] = _nameless_labels(content.get("num_labels"))
+        with naming(folder), shapes_only():
+            model = cls(_config(content, len(named)))
         fill(model, named, folder)
         model.origin = Origin.of(folder, content)
+        return model.eval()
+
+    @classmethod
+    def from_trunk(cls, folder: str | os.PathLike[str], id2label: Mapping[int, str], seed: int = 0) -> BertClassifier:
+        """A new classification head on the encoder of any BERT folder, in eval mode, without the folder's own heads.
+
+        id2label: the labels of the new head. seed: of the generator that draws it, and a pooler if the folder holds
+            none (a BertForMaskedLM).
+        Raises as `from_pretrained`, but needs no classification head.
+        """
+        content, named = _read_published(folder)
+        trunk = {name: tensor for name, tensor in named.items() if name.startswith("bert.")}
+        with naming(folder), shapes_only():
+            model = cls(_config({**content, "id2label": id2label}, len(named)))
+        new = [part for part in ("bert.pooler.dense", "classifier") if not any(name.startswith(part) for name in trunk)]
+        shapes = {name: p.shape for name, p in model.state_dict().items()}
+        check_tensors(trunk, {name: shapes[name] for name in shapes if not name.startswith(tuple(new))}, folder)
+        generator = torch.Generator().manual_seed(seed)
+        for part in new:
+            weight, bias = f"{part}.weight", f"{part}.bias"
+            std = model.config.initializer_range
+            trunk[weight] = torch.empty(shapes[weight]).normal_(0.0, std, generator=generator)
+            trunk[bias] = torch.zeros(shapes[bias])
+        fill(model, trunk, folder)
+        of_head = ("id2label", "label2id", "problem_type")
+        model.origin = Origin.of(folder, {name: value for name, value in content.items() if name not in of_head})
         return model.eval()
 
     def save_pretrained(
@@ -274,6 +318,27 @@ class BertClassifier(nn.Module):
         write_folder(folder, config, tensors, ModelCard("BertClassifier", self.origin, summary))
 
 
+def _read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of a BERT folder's `config.json`, and all its tensors by their names in the model.
+
+    Raises as `BertClassifier.from_pretrained`, naming models that descend from BERT and compute something else.
+    """
+    content, tensors = read_folder(folder)
+    for prefix, relative in RELATIVES.items():
+        if any(name.startswith(prefix) for name in tensors):
+            raise ValueError(f"{folder} holds a {relative}, which computes something else than BERT: not supported")
+    check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS)
+    return content, renamed(tensors, _own_name, folder)
+
+
+def _config(content: Mapping[str, Any], stored: int) -> BertConfig:
+    """The BertConfig of a published `config.json`, for a file of `stored` tensors. Raises ValueError if it is bad."""
+    config, most = config_from_json(BertConfig, content), stored // LAYER_TENSORS
+    fits = config.num_hidden_layers <= most  # even an empty layer costs memory
+    require(config, "num_hidden_layers", fits, f"at most {most}, the layers that are stored")
+    return config
+
+
 def _own_name(published: str) -> str | None:
     if published.endswith("position_ids") or published.startswith("cls."):
         return None
@@ -289,9 +354,11 @@ def _nameless_labels(count: Any) -> dict[int, str]:
 def _checked_labels(id2label: Any) -> dict[int, str]:
     """id2label with int keys 0 .. L-1 (JSON has them as text)."""
     try:
-        labels = {int(i): str(label) for i, label in id2label.items()}
+        labels = {int(i): str(label) for i, label in id2label.items() if isinstance(label, (str, int, float))}
+        if len(labels) != len(id2label):
+            raise ValueError
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"BertConfig.id2label must map class numbers to names, got {id2label!r}") from None
+        raise ValueError(f"BertConfig.id2label must map class numbers to names, got {id2label!r:.200}") from None
     if sorted(labels) != list(range(len(labels))) or not labels:
         raise ValueError(f"BertConfig.id2label must have the keys 0, 1, ... without gaps, got {sorted(labels)}")
     if len(set(labels.values())) != len(labels):

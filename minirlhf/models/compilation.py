@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.decoder import Decoder
 
 
-def compile_blocks(*models: GPT2) -> None:
+def compile_blocks(*models: Decoder) -> None:
     """Let the blocks of these models run compiled where they see whole sequences, in scoring and training.
 
     In place: names in the state dict stay, copies of a model are plain again. Sizes are symbols from the start, as
@@ -13,5 +13,5 @@ def compile_blocks(*models: GPT2) -> None:
     time. The first passes take the time that compiling needs, for each combination of gradient and padding anew.
     """
     for model in models:
-        for block in model.h:
+        for block in model.blocks:
             block.compile(dynamic=True)

@@ -7,13 +7,12 @@ embedding. Parameter names are those of the published checkpoints (`wte`, `h.0.a
 Shapes: B batch, T tokens of this call, S tokens in the cache and this call together, C width, nh heads, hs = C / nh
 head size, V vocabulary.
 
-Left out: attention variants that no GPT-2 checkpoint uses (cross-attention, scaling by layer index).
+Left out: cross-attention.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -25,14 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.common.validation import require, require_one_of, require_positive, require_positive_ints, require_rates
+from minirlhf.common.validation import (
+    require,
+    require_above,
+    require_bools,
+    require_fraction,
+    require_one_of,
+    require_positive_ints,
+    require_rates,
+)
 from minirlhf.io.files import naming
-from minirlhf.io.model_card import ModelCard, Origin
-from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed, write_folder
+from minirlhf.io.model_card import Origin
+from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed
+from minirlhf.models.cache import KVCache, StaticKVCache
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import (
     ACTIVATIONS,
     Conv1D,
     attention,
+    check_vocabulary,
     config_from_json,
     fill,
     global_rng_kept,
@@ -43,10 +53,11 @@ from minirlhf.models.packing import Packing
 
 # Variants of the computation that published configs can ask for and this model does not have.
 FIXED_FIELDS = {
-    "scale_attn_weights": (True,),
+    "scale_attn_weights": (True,),  # `read_published` turns other values of these two into other query weights
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
+TRUNK = ("wte", "wpe", "h", "ln_f")  # what every head stands on
 LAYER_TENSORS = 12  # of one block
 # Other names that published configs have for fields of ours.
 FIELD_NAMES = {
@@ -75,11 +86,14 @@ class GPT2Config:
     attn_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True  # False: the LM head has a weight of its own
 
     def __post_init__(self) -> None:
         require_positive_ints(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
         require_rates(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
-        require_positive(self, "layer_norm_epsilon", "initializer_range")
+        require_fraction(self, "layer_norm_epsilon")
+        require_above(self, 0, "initializer_range")
+        require_bools(self, "tie_word_embeddings")
         require_one_of(self, "activation_function", ACTIVATIONS)
         if self.n_inner is not None:
             require_positive_ints(self, "n_inner")
@@ -87,33 +101,8 @@ class GPT2Config:
             raise ValueError(f"GPT2Config.n_embd must be a multiple of n_head={self.n_head}, got {self.n_embd}")
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, allocated once for `max_length` tokens a row.
-
-    layers: one tensor (2, B, nh, max_length, hs) a layer, keys and values.
-    length: how many tokens are filled.
-    """
-
-    def __init__(self, config: GPT2Config, batch_size: int, max_length: int, like: Tensor):
-        shape = (2, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
-        self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this call's keys and values (B, nh, T, hs) of a layer; return all so far (B, nh, S, hs)."""
-        end = self.length + k.size(2)
-        store = self.layers[layer]
-        store[0, :, :, self.length : end] = k
-        store[1, :, :, self.length : end] = v
-        return store[0, :, :, :end], store[1, :, :, :end]
-
-    def take_rows(self, rows: Tensor | slice) -> None:
-        """Go on with these rows (int64 indices, or a slice): finished sequences then cost nothing."""
-        self.layers = [store[:, rows] for store in self.layers]
-
-
-class Pass(NamedTuple):
-    """What all blocks of one forward pass are told.
+class BlockInputs(NamedTuple):
+    """Inputs shared by every block of one forward pass.
 
     allowed: bool (B or 1, 1, T, S), which keys each token may attend to; None: all that are not after it.
     cache: to read from and to extend. packing: of the tokens that go through; None: they are (B, T, C).
@@ -133,19 +122,19 @@ class Attention(nn.Module):
         self.attn_pdrop = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, way: Pass, layer: int) -> Tensor:
-        packing = way.packing
+    def forward(self, x: Tensor, inputs: BlockInputs, layer: int) -> Tensor:
+        packing = inputs.packing
         qkv = self.c_attn(x)
         if packing is not None:
             qkv = packing.unpack(qkv)
         B, T, C = qkv.size(0), qkv.size(1), x.size(-1)
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        if way.cache is not None:
-            k, v = way.cache.extend(layer, k, v)  # (B, nh, S, hs)
+        if inputs.cache is not None:
+            k, v = inputs.cache.extend(layer, k, v)  # (B, nh, S, hs)
         dropout = self.attn_pdrop if self.training else 0.0
         # After others in a cache it is one token, which may see all. (No sizes: to the compiler they are symbols.)
-        causal = way.allowed is None and (way.cache is None or way.cache.length == 0)
-        y = attention(q, k, v, way.allowed, dropout, is_causal=causal)
+        causal = inputs.allowed is None and (inputs.cache is None or inputs.cache.length == 0)
+        y = attention(q, k, v, inputs.allowed, dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y if packing is None else packing.pack(y)))
 
@@ -171,21 +160,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, way: Pass, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), way, layer)
+    def forward(self, x: Tensor, inputs: BlockInputs, layer: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), inputs, layer)
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2(nn.Module):
-    """GPT-2 with a tied LM head: `model(ids, attention_mask=None) -> logits (B, T, V)`.
+class GPT2(Decoder):
+    """GPT-2 with an LM head: `model(ids, attention_mask=None) -> logits (B, T, V)`.
 
-    config: a GPT2Config.
-    seed: of the generator that draws the initial weights.
+    config: a GPT2Config. seed: of the generator that draws the initial weights.
     """
-
-    origin: Origin | None = None  # what it was loaded from
-    # Keep no activations but those between blocks; the backward pass computes the rest again (Chen et al. 2016).
-    checkpoint_activations = False
 
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
@@ -196,133 +180,148 @@ class GPT2(nn.Module):
             self.drop = nn.Dropout(config.embd_pdrop)
             self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+            tied = config.tie_word_embeddings
+            self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self._init_weights(seed)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) of the next token after each position; arguments as in `hidden_states`."""
-        return self.lm_logits(self.hidden_states(ids, attention_mask, cache))
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens that have a logit."""
+        return self.n_tokens or self.config.vocab_size
 
-    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, C) after the final LayerNorm.
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight (V, C) of the LM head: the token embedding's, unless the head is untied."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        return weight if self.n_tokens is None else weight[: self.n_tokens]
 
-        ids: (B, T) int64, the new tokens.
-        attention_mask: (B, S), 1 at real tokens and 0 at padding, for the tokens in the cache and the new ones.
-            Padding may stand on either side; positions count real tokens only; what comes out at padding means
-            nothing. None: no padding.
-        cache: a KVCache to read from and to extend by the new tokens.
-        Raises ValueError for a mask of the wrong shape or a sequence longer than `n_positions`.
-        """
-        x, way = self._begin(ids, attention_mask, cache)
-        x = self._blocks(x, way, range(len(self.h)))
-        if cache is not None:
-            cache.length += ids.size(1)
-        return self._end(x, way)
+    def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
+        """See `Decoder.fit_vocabulary`."""
+        check_vocabulary(self.config.vocab_size, n_tokens, name)
+        self.n_tokens = None if n_tokens == self.config.vocab_size else n_tokens
 
-    def hidden_states_of_both(
-        self, other: GPT2, ids: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`hidden_states` of this model and, without gradient, of another one; layers that they share run once."""
-        shared = self.layers_shared_with(other)
-        if shared == 0:
-            with torch.no_grad():
-                theirs = other.hidden_states(ids, attention_mask)
-            return self.hidden_states(ids, attention_mask), theirs
-        x, way = self._begin(ids, attention_mask, None)
-        x = self._blocks(x, way, range(shared))
-        with torch.no_grad():
-            theirs = other._end(other._blocks(x, way, range(shared, len(other.h))), way)
-        return self._end(self._blocks(x, way, range(shared, len(self.h))), way), theirs
+    @property
+    def n_positions(self) -> int:
+        return self.config.n_positions
 
-    def _begin(self, ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Pass]:
-        """What goes into the first block. Raises as `hidden_states`."""
-        B, T = ids.shape
-        past = 0 if cache is None else cache.length
-        S, limit = past + T, self.config.n_positions
-        if limit < S:
-            raise ValueError(f"a sequence of {S} tokens is longer than the model's {limit} positions")
-        if attention_mask is not None and attention_mask.shape != (B, S):
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, S)}")
-        way = Pass(_allowed(attention_mask, past, T, ids.device), cache, self._packing(ids, attention_mask, past))
-        x = self.drop(self.wte(ids) + self.wpe(_positions(attention_mask, past, S, ids.device)))  # (B, T, C)
-        x = x if way.packing is None else way.packing.pack(x)  # (N, C)
-        return x, way
+    @property
+    def width(self) -> int:
+        return self.config.n_embd
 
-    def _packing(self, ids: Tensor, attention_mask: Tensor | None, past: int) -> Packing | None:
-        """The packing of the new tokens. Rows of a cache have different pasts, and dropout makes equal ones differ."""
-        mask = None if attention_mask is None else attention_mask[:, past:]
-        return Packing.of(ids, mask, share=past == 0 and not any(module.training for module in self.modules()))
+    @property
+    def n_heads(self) -> int:
+        return self.config.n_head
 
-    def _blocks(self, x: Tensor, way: Pass, layers: range) -> Tensor:
-        """Through these blocks."""
-        for layer in layers:
-            if self.checkpoint_activations and way.cache is None and torch.is_grad_enabled():
-                x = checkpoint(self.h[layer], x, way, layer, use_reentrant=False)
-            elif way.cache is None:
-                x = self.h[layer](x, way, layer)
+    @property
+    def embeddings(self) -> list[nn.Module]:
+        return [self.wte, self.wpe]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """See `Decoder.hidden_states`."""
+        T, past = ids.size(1), 0 if cache is None else cache.length
+        if attention_mask is not None and attention_mask.shape != (len(ids), past + T):
+            expected = (len(ids), past + T)
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {expected}")
+        packing, allowed = None, None  # type: Packing | None, Tensor | None
+        if isinstance(cache, StaticKVCache):
+            positions, allowed = cache.positions, cache.allowed
+        elif segments is not None:
+            positions, allowed = segment_positions(segments), segment_mask(segments)
+        else:
+            positions = token_positions(attention_mask, past, past + T, ids.device)
+            allowed = causal_mask(attention_mask, past, T, ids.device)
+            # Rows in a cache have different pasts, and dropout makes equal rows differ: only then nothing is shared.
+            alike = past == 0 and not any(module.training for module in self.modules())
+            packing = Packing.of(ids, None if attention_mask is None else attention_mask[:, past:], share=alike)
+        if past + T > self.n_positions:
+            self._check_length(positions)
+        inputs = BlockInputs(allowed, cache, packing)
+        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+        x = x if packing is None else packing.pack(x)  # (N, C)
+        for layer, block in enumerate(self.h):
+            if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, inputs, layer, use_reentrant=False)
+            elif cache is None:
+                x = block(x, inputs, layer)
             else:  # not what `torch.compile` made of it: see `compilation`
-                x = self.h[layer].forward(x, way, layer)
-        return x
-
-    def _end(self, x: Tensor, way: Pass) -> Tensor:
-        """The final LayerNorm, (B, T, C)."""
+                x = block.forward(x, inputs, layer)
+        if cache is not None:
+            cache.advance(T)
         x = self.ln_f(x)
-        return x if way.packing is None else way.packing.unpack(x)
+        return x if packing is None else packing.unpack(x)  # (B, T, C)
 
-    def layers_shared_with(self, other: GPT2) -> int:
-        """How many blocks, counted from the embeddings up, are the very same in both models (`share_frozen_layers`)."""
-        if self.wte is not other.wte or self.wpe is not other.wpe:
-            return 0
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(self.h, other.h, strict=False)))
+    def _check_length(self, positions: Tensor) -> None:
+        longest = int(positions.max()) + 1
+        if longest > self.n_positions:
+            raise ValueError(f"a sequence of {longest} tokens is longer than the model's {self.n_positions} positions")
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C), by the tied token embedding."""
-        return F.linear(hidden, self.wte.weight)
+        """Logits (..., V) of hidden states (..., C)."""
+        return F.linear(hidden, self.head_weight)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty KVCache for `max_length` tokens a row, on the model's device in its compute type."""
-        weight = self.wte.weight
+        """See `Decoder.new_cache`."""
+        weight, c = self.wte.weight, self.config
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return KVCache(self.config, batch_size, max_length, weight.new_empty(0, dtype=dtype))
+        like = weight.new_empty(0, dtype=dtype)
+        return KVCache(c.n_layer, batch_size, c.n_head, max_length, c.n_embd // c.n_head, like)
+
+    @staticmethod
+    def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `gpt2.read_published`."""
+        return read_published(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
-        Read are the names that published checkpoints have: with or without `transformer.`, with or without a tied
-        `lm_head.weight`, with attention masks, which are dropped.
+        Names may have the prefixes of training wrappers and `transformer.` or not; `lm_head.weight` may be stored,
+        tied or untied. Causal masks and a value head of TRL (`v_head.*`) are dropped.
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
-        content, tensors = read_folder(folder)
-        check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+        content, named = read_published(folder)
+        return cls.from_tensors(
+            folder, content, {name: t for name, t in named.items() if not name.startswith("v_head.")}
+        )
+
+    @classmethod
+    def from_trunk(cls, folder: str | os.PathLike[str]) -> GPT2:
+        """Load the transformer of a GPT-2 folder without its heads, of whatever kind, with a tied LM head.
+
+        Raises as `from_pretrained`.
+        """
+        content, named = read_published(folder)
+        trunk = {name: tensor for name, tensor in named.items() if name.split(".")[0] in TRUNK}
+        return cls.from_tensors(folder, {**content, "tie_word_embeddings": True}, trunk)
+
+    @classmethod
+    def from_tensors(cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]) -> GPT2:
+        """A model of what `read_published` read from a folder, less what the model does not hold."""
         with naming(folder), shapes_only():
-            model = cls(read_config(content, len(tensors)))
-        named = renamed(tensors, own_name, folder)
-        head = named.pop("lm_head.weight", None)
-        if head is None and not content.get("tie_word_embeddings", True):
-            raise ValueError(f"{folder}: config.json has an LM head that is not tied, but there is no lm_head.weight")
-        if head is not None:
-            named.setdefault("wte.weight", head)
-        fill(model, named, folder)  # which says first if the values are none
+            model = cls(read_config(content, len(named)))
+        head = None
+        if model.config.tie_word_embeddings:
+            head = named.pop("lm_head.weight", None)
+            if head is not None:
+                named.setdefault("wte.weight", head)
+        fill(model, named, folder)
         if head is not None and not torch.equal(model.wte.weight, head.float()):
-            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied LM heads are supported")
+            raise ValueError(
+                f"{folder}: lm_head.weight differs from wte.weight; config.json must say tie_word_embeddings=false then"
+            )
         model.origin = Origin.of(folder, content)
         return model.eval()
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
-
-        dtype: the type the weights are stored in. summary: of the training, names to JSON values, for the README and
-            the metadata of the weights.
-        Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
-        """
-        config, tensors = self.published(dtype)
-        write_folder(folder, config, tensors, ModelCard("GPT2", self.origin, summary))
 
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The content of `config.json` and the tensors by their published names, as transformers has them.
@@ -335,10 +334,12 @@ class GPT2(nn.Module):
             "model_type": "gpt2",
             **dataclasses.asdict(self.config),
             "n_ctx": self.config.n_positions,  # what llama.cpp's converter reads
-            "tie_word_embeddings": True,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        tensors = {f"transformer.{name}": tensor for name, tensor in self.state_dict().items()}
+        tensors = {
+            name if name.startswith("lm_head.") else f"transformer.{name}": tensor
+            for name, tensor in self.state_dict().items()
+        }
         config = published_config(content, self.origin)
         if self.config.vocab_size <= TRANSFORMERS_EOS:  # no token of this vocabulary
             config = {"bos_token_id": None, "eos_token_id": None, **config}
@@ -353,37 +354,35 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, 0.0, std / math.sqrt(2 * self.config.n_layer), generator=generator)
 
 
-def share_frozen_layers(model: GPT2, reference: GPT2) -> int:
-    """Let a reference use the model's own embeddings and lower layers, as far up as these are frozen.
+def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of a GPT-2 folder's `config.json`, and all its tensors by their names in the model.
 
-    They are the same numbers, held and computed once; the layers above stay the reference's own.
-    Returns the number of blocks that are shared. Raises ValueError, before anything is shared, if the embeddings are
-    trained (the first block is then not reached), or a frozen layer is not what it is in the reference.
+    Variants of the scale of attention become the usual one, 1 / sqrt(hs), with the difference in the query weights.
+    Raises as `GPT2.from_pretrained`.
     """
-
-    def frozen(module: nn.Module) -> bool:
-        return not any(p.requires_grad for p in module.parameters())
-
-    if not (frozen(model.wte) and frozen(model.wpe)):
-        raise ValueError("a reference can share nothing with a model that trains its embeddings, wte and wpe")
-    for name in ("n_head", "activation_function", "layer_norm_epsilon"):
-        ours, theirs = getattr(model.config, name), getattr(reference.config, name)
-        if ours != theirs:
-            raise ValueError(f"GPT2Config.{name} is {ours!r} in the model and {theirs!r} in the reference: they differ")
-    shared = sum(1 for _ in itertools.takewhile(frozen, model.h))
-    modules = ["wte", "wpe", *(f"h.{i}" for i in range(shared))]
-    for name in modules:
-        mine, others = model.get_submodule(name).state_dict(), reference.get_submodule(name).state_dict()
-        if mine.keys() != others.keys() or not all(torch.equal(mine[key], others[key]) for key in mine):
-            raise ValueError(f"{name} is frozen, but differs from the reference's: they cannot share it")
-    reference.wte, reference.wpe = model.wte, model.wpe
-    for i in range(shared):
-        reference.h[i] = model.h[i]
-    return shared
+    content, tensors = read_folder(folder)
+    by_layer = content.get("scale_attn_by_inverse_layer_idx") is True
+    unscaled = content.get("scale_attn_weights") is False
+    if by_layer:
+        content["scale_attn_by_inverse_layer_idx"] = False
+    if unscaled:
+        content["scale_attn_weights"] = True
+    check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+    named = renamed(tensors, own_name, folder)
+    if by_layer or unscaled:
+        with naming(folder):
+            config = read_config(content, len(tensors))
+        scale = math.sqrt(config.n_embd / config.n_head) if unscaled else 1.0
+        for layer in range(config.n_layer):
+            for name in (f"h.{layer}.attn.c_attn.weight", f"h.{layer}.attn.c_attn.bias"):
+                if name in named and named[name].is_floating_point():
+                    named[name] = named[name].float()
+                    named[name][..., : config.n_embd] *= scale / (layer + 1 if by_layer else 1)  # the queries
+    return content, named
 
 
 def read_config(content: Mapping[str, Any], stored: int) -> GPT2Config:
-    """The GPT2Config of a published `config.json`, by whichever names, for a file of `stored` tensors.
+    """The GPT2Config of a published `config.json`, with any of its names for a field, for a file of `stored` tensors.
 
     Raises ValueError for a bad field, or more layers than the file can hold: even an empty one costs memory.
     """
@@ -401,15 +400,15 @@ def own_name(published: str) -> str | None:
     return published.removeprefix("transformer.")
 
 
-def _positions(attention_mask: Tensor | None, past: int, total: int, device: torch.device) -> Tensor:
-    """Position ids of the new tokens, (B, T) or (T,): real tokens are numbered 0, 1, 2, ... in every row."""
+def token_positions(attention_mask: Tensor | None, past: int, total: int, device: torch.device) -> Tensor:
+    """Positions of the new tokens, (B, T) or (T,): real tokens are numbered 0, 1, 2, ... in every row."""
     if attention_mask is None:
         return torch.arange(past, total, device=device)
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
 
 
-def _allowed(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
-    """Which keys each new token may attend to, bool (B or 1, 1, T, S); None stands for all that are not after it."""
+def causal_mask(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
+    """Bool (B or 1, 1, T, S), which keys each new token may attend to; None stands for all that are not after it."""
     if attention_mask is None and (past == 0 or new == 1):
         return None
     total = past + new
@@ -419,3 +418,17 @@ def _allowed(attention_mask: Tensor | None, past: int, new: int, device: torch.d
     # A padding token may attend to itself: a softmax over nothing would be NaN.
     itself = torch.ones_like(causal).triu(past)  # with `causal`: the diagonal
     return causal & (attention_mask.bool()[:, None, None, :] | itself)
+
+
+def segment_positions(segments: Tensor) -> Tensor:
+    """Positions (B, T) that begin at 0 in every segment of contiguous equal numbers in segments (B, T)."""
+    places = torch.arange(segments.size(1), device=segments.device).expand_as(segments)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return places - torch.where(begins, places, 0).cummax(-1).values
+
+
+def segment_mask(segments: Tensor) -> Tensor:
+    """Bool (B, 1, T, T), causal and block-diagonal (Krell et al. 2021, "Efficient Sequence Packing")."""
+    T = segments.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+    return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]

@@ -1,4 +1,4 @@
-"""What the GPT-2 and BERT modules share: activation functions, and configs read from published JSON."""
+"""Parts that GPT-2 and BERT share: activations, attention, initial weights, and loading of configs and weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from minirlhf.io.model_folder import check_tensors
 
 Config = TypeVar("Config")
+MOST_PADDING = 1024  # rows by which an embedding may exceed the vocabulary
 SHORT_SEQUENCE = 128  # keys up to which the plain formula of attention is faster on a CPU
 
 
@@ -25,12 +26,18 @@ def gelu_new(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU approximated by a sigmoid, x sigmoid(1.702 x) (Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_python": F.gelu,
     "gelu_new": gelu_new,
     "gelu_fast": gelu_new,
     "gelu_pytorch_tanh": gelu_new,
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
@@ -75,19 +82,25 @@ def attention(
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def check_vocabulary(rows: int, n_tokens: int, name: str = "model") -> None:
+    """Raise ValueError unless an embedding has a row for every token, and otherwise only rows that pad it."""
+    if not 0 <= rows - n_tokens < MOST_PADDING:
+        raise ValueError(f"the vocabulary has {n_tokens} tokens, but the {name} was made for {rows}")
+
+
 def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
-    """Build a config dataclass from a published `config.json`; keys that the library has no use for are ignored."""
+    """Build a config dataclass from a published `config.json`; keys that are not its fields are ignored."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in content.items() if name in names})
 
 
 def global_rng_kept() -> contextlib.AbstractContextManager[Any]:
-    """Within it layers may be built: PyTorch's own initial weights move the global random state, which is put back."""
+    """Restore the global random state at the end; PyTorch's own initial weights of new layers advance it."""
     return torch.random.fork_rng(devices=[])
 
 
 class _WithoutDraws(TorchFunctionMode):
-    """Within it the functions that draw initial weights do nothing. On the meta device they would load the compiler."""
+    """Skip the functions that draw initial weights. On the meta device they would load the compiler."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
@@ -97,7 +110,7 @@ class _WithoutDraws(TorchFunctionMode):
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Within it a model is built without memory or random numbers, whatever its config asks for, to be filled later.
+    """Build models without memory or random numbers, whatever their config asks for; `fill` gives them weights.
 
     Raises ValueError for a shape that no tensor can have.
     """
@@ -111,7 +124,7 @@ def shapes_only() -> Iterator[None]:
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | os.PathLike[str]) -> None:
     """Give a model that was built under `shapes_only` its weights, copied to fp32 on the CPU.
 
-    Raises ValueError as `check_tensors`, before it takes any memory.
+    Raises ValueError as `check_tensors`, before it allocates memory.
     """
     check_tensors(tensors, {name: p.shape for name, p in model.state_dict().items()}, origin)
     own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}

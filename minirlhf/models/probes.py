@@ -9,12 +9,12 @@ from torch import Tensor
 
 from minirlhf.device.precision import full_precision
 from minirlhf.models.bert import BertClassifier
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.decoder import Decoder
 
 ROWS, TOKENS = 4, 16  # of the batch that the choice looks at
 
 
-def language_model_probe(model: GPT2, temperature: float = 1.0) -> Callable[[], Tensor]:
+def language_model_probe(model: Decoder, temperature: float = 1.0) -> Callable[[], Tensor]:
     """A probe of 64 log-probabilities: of a token drawn from the model after each token of 4 random rows.
 
     temperature: what logits are divided by. The rows and the draws come from a generator of their own.
@@ -22,13 +22,13 @@ def language_model_probe(model: GPT2, temperature: float = 1.0) -> Callable[[], 
     drawn: list[Tensor] = []
 
     def probe() -> Tensor:
-        generator, c = torch.Generator().manual_seed(0), model.config
-        ids = torch.randint(c.vocab_size, (ROWS, min(TOKENS, c.n_positions)), generator=generator)
-        hidden = model.hidden_states(ids.to(model.wte.weight.device)).flatten(0, 1)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.vocab_size, (ROWS, min(TOKENS, model.n_positions)), generator=generator)
+        hidden = model.hidden_states(ids.to(model.device)).flatten(0, 1)
         logprobs = (full_precision(model.lm_logits(hidden)) / temperature).log_softmax(-1)  # (64, V)
         if not drawn:  # in fp32: the token where the sum of probabilities passes a uniform number
             uniform = torch.rand(len(logprobs), 1, generator=generator).to(logprobs)
-            drawn.append((logprobs.exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(c.vocab_size - 1))
+            drawn.append((logprobs.exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(model.vocab_size - 1))
         return logprobs.gather(-1, drawn[0])
 
     return probe

@@ -1,34 +1,16 @@
-"""Rewards: any callable that scores texts, and the sentiment classifier of the original recipe.
-
-Judges behind an API are in `chat_judge`, rewards made of rewards in `composed_rewards`, learned ones in
-`models.reward`.
-"""
+"""What a reward is: a callable that scores texts, responses or tokens, and how its scores are checked."""
 
 from __future__ import annotations
 
 import inspect
-import os
 import threading
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-
-from minirlhf.device.placement import resolve_device
-from minirlhf.device.precision import Precision
-from minirlhf.device.precision_choice import choose_precision
-from minirlhf.io.files import naming
-from minirlhf.models.bert import BertClassifier
-from minirlhf.models.probes import classifier_probe
-from minirlhf.rewards.classifier import predict
-from minirlhf.rewards.judge import ChatJudge as ChatJudge
-from minirlhf.rewards.judge import ChatJudgeConfig as ChatJudgeConfig
-from minirlhf.text.tokenizer import Tokenizer
-
-CANARIES = ("房间干净，服务很好，非常满意，推荐", "房间很脏，服务太差，非常失望，差评")  # positive, negative
 
 
 class TextReward(Protocol):
@@ -54,13 +36,6 @@ class TokenReward(Protocol):
 
 
 RewardFunction = TextReward | PromptResponseReward | TokenReward | Callable[..., Any]
-
-
-class Classification(TypedDict):
-    """The most probable label of a text, and its probability."""
-
-    label: str
-    score: float
 
 
 def call_reward(
@@ -129,19 +104,28 @@ def within(seconds: float | None, function: Callable[..., Tensor], *arguments: A
 
 
 def checked_scores(scores: Any, count: int) -> Tensor:
-    """Scores as a tensor (count,), fp64, on the CPU. Raises ValueError if they are not `count` finite numbers."""
-    if isinstance(scores, (list, tuple)):  # numbers, or tensors of one element
-        scores = [score.item() if isinstance(score, Tensor) and score.numel() == 1 else score for score in scores]
+    """Scores as a tensor (count,), fp64, on the CPU.
+
+    scores: a list, an array or a tensor of numbers, of shape (count,) or (count, 1). Numbers in a list are not rounded.
+    Raises ValueError if they are not `count` finite numbers.
+    """
     try:
-        tensor = torch.as_tensor(scores).detach()
-        if tensor.is_complex() or tensor.layout != torch.strided:  # else the imaginary part is dropped in silence
-            raise TypeError(f"they have dtype {tensor.dtype} and layout {tensor.layout}")
-        tensor = tensor.to("cpu", torch.float64, copy=True)
+        if isinstance(scores, (list, tuple)):
+            tensor = torch.tensor([_number(score) for score in scores], dtype=torch.float64)
+        else:
+            if not isinstance(scores, Tensor) and hasattr(scores, "__array__"):  # a pandas Series and the like
+                scores = np.asarray(scores)
+            tensor = torch.as_tensor(scores).detach()
+            if tensor.is_complex() or tensor.layout != torch.strided:  # a cast would drop the imaginary part
+                raise TypeError(f"they have dtype {tensor.dtype} and layout {tensor.layout}")
+            tensor = tensor.to("cpu", torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"scores must be {count} numbers, got {type(scores).__name__}: {error}") from error
+    if tensor.shape == (count, 1):
+        tensor = tensor[:, 0]
     if tensor.shape != (count,):
         raise ValueError(f"scores must be {count} numbers, one a text, got shape {tuple(tensor.shape)}")
-    bad = (~torch.isfinite(tensor.float())).nonzero().flatten().tolist()  # also what fp32 cannot hold
+    bad = (~torch.isfinite(tensor.float())).nonzero().flatten().tolist()  # a rollout holds scores in fp32
     if bad:
         first = tensor[bad[0]].item()
         raise ValueError(f"scores must be finite, got {first} for text {bad[0]} ({len(bad)} bad in all)")
@@ -154,7 +138,7 @@ def checked_token_scores(scores: Any, lengths: Sequence[int]) -> Tensor:
     scores: B lists of as many numbers as `lengths` says, or an array (B, R) with R the most; padding is not read.
     Raises ValueError for anything else, naming the response.
     """
-    padded = getattr(scores, "ndim", 0) == 2
+    padded = getattr(scores, "ndim", 0) == 2 and (scores.shape[1] != 1 or max(lengths, default=0) == 1)
     if not padded and not (isinstance(scores, (list, tuple)) and any(map(_is_row, scores))):
         return checked_scores(scores, len(lengths))
     if len(scores) != len(lengths):
@@ -170,92 +154,20 @@ def checked_token_scores(scores: Any, lengths: Sequence[int]) -> Tensor:
     return table
 
 
-class SentimentReward:
-    """P(positive) of a text under a BERT sentiment classifier: `reward(texts) -> (B,)`, fp32 on the CPU.
-
-    positive_label: the name of the positive label; None: the only label whose name begins with "positive" or "正".
-    batch_size: texts a forward pass. precision: of the forward passes, as of `optimization.Precision`, or auto (see
-        `precision_choice`). Not auto by itself: it also measures policies against each other, whose figures should not
-        depend on the machine, and is a small part of the time of PPO.
-    Longer texts than the classifier's positions are cut at the end.
-    Raises ValueError if there is but one label, the positive one is not found, or the vocabulary does not match the
-    model.
-    """
-
-    def __init__(
-        self,
-        model: BertClassifier,
-        tokenizer: Tokenizer,
-        positive_label: str | None = None,
-        batch_size: int = 64,
-        device: str | torch.device = "auto",
-        precision: str = "fp32",
-    ):
-        if len(tokenizer) != model.config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {model.config.vocab_size}"
-            )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model = model.eval().to(resolve_device(device))
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.precision_choice = choose_precision(precision, model, classifier_probe(model))
-        self.precision = Precision(self.precision_choice.name, next(model.parameters()).device, model)
-        self.positive = _positive_index(model.config.labels, positive_label)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> SentimentReward:
-        """Load a classifier folder. Warns if two plain sentences, one positive and one negative, come out reversed.
-
-        options: as of the constructor. Raises as `BertClassifier.from_pretrained` and the constructor.
-        """
-        model, tokenizer = BertClassifier.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-        with naming(folder):
-            reward = cls(model, tokenizer, **options)
-            good, bad = reward(list(CANARIES)).tolist()
-        if not good > bad:  # so written, NaN warns too
-            warnings.warn(
-                f"{folder} gives {CANARIES[0]!r} a lower P(positive), {good:.2f}, than {CANARIES[1]!r}, {bad:.2f}: "
-                "are its labels in the right order?",
-                stacklevel=2,
-            )
-        return reward
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """P(positive) (B,) of each text, in the order given. An empty text is scored as [CLS] [SEP]."""
-        return self.probabilities(texts)[:, self.positive]
-
-    def classify(self, texts: Sequence[str]) -> list[Classification]:
-        """The most probable label of each text with its probability, `{"label": ..., "score": ...}`."""
-        scores, labels = self.probabilities(texts).max(-1)
-        names = self.model.config.labels
-        return [{"label": names[i], "score": s} for i, s in zip(labels.tolist(), scores.tolist(), strict=True)]
-
-    def probabilities(self, texts: Sequence[str]) -> Tensor:
-        """Probabilities (B, L) of all labels, fp32 on the CPU, computed in batches of similar length."""
-        if isinstance(texts, str):
-            raise ValueError("texts must be a list of texts, got a single one")
-        limit = self.model.config.max_position_embeddings
-        with self.precision.autocast():
-            logits = predict(self.model, self.tokenizer, texts, limit, self.batch_size)
-        return logits.softmax(-1)
-
-
-def _positive_index(labels: Sequence[str], name: str | None) -> int:
-    if len(labels) < 2:
-        raise ValueError(
-            f"a classifier with the only label {labels[0]!r} gives it to every text; a reward model of one score loads "
-            "with RewardModel.from_pretrained"
+def _number(score: Any) -> Any:
+    """A score out of an array of one element. Raises TypeError for what a transformers pipeline says of a text."""
+    row = score[0] if isinstance(score, (list, tuple)) and score else score
+    if isinstance(row, Mapping):
+        wanted = (
+            'row["score"] if row["label"] == "positive" else 1 - row["score"]' if row is score
+            else 'next(x["score"] for x in row if x["label"] == "positive")'
+        )  # fmt: skip
+        raise TypeError(
+            f"a pipeline's {row!r:.80}, which says how sure a label is and not how good the text; return "
+            f"[{wanted} for row in output], with the name of your good label"
         )
-    if name is not None:
-        if name not in labels:
-            raise ValueError(f"positive_label must be one of {list(labels)}, got {name!r}")
-        return list(labels).index(name)
-    found = [i for i, label in enumerate(labels) if label.lower().startswith(("positive", "正"))]
-    if len(found) != 1:
-        raise ValueError(f"cannot tell the positive label among {list(labels)}; pass positive_label=")
-    return found[0]
+    size = score.numel() if isinstance(score, Tensor) else getattr(score, "size", 0)
+    return score.item() if size == 1 else score
 
 
 def _is_row(scores: object) -> bool:

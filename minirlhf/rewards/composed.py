@@ -20,7 +20,6 @@ from torch import Tensor
 
 from minirlhf.common.validation import require, require_bools, require_positive_ints
 from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
-from minirlhf.text.statistics import distinct_n
 from minirlhf.text.tokenizer import Tokenizer
 
 
@@ -139,17 +138,24 @@ class RepetitionPenalty:
     ) -> list[float] | list[list[float]]:
         if self.per_token and tokens is not None:
             return [self._charges(row) for row in tokens]
-        return [distinct_n([response], self.n) - 1.0 if len(response) >= self.n else 0.0 for response in responses]
+        return [-len(self._repeats(response)) / max(1, len(response) - self.n + 1) for response in responses]
+
+    def _repeats(self, text: str) -> list[int]:
+        """The places of the characters that complete an n-gram that occurred before."""
+        places, seen = [], set()
+        for end in range(self.n, len(text) + 1):
+            gram = text[end - self.n : end]
+            if gram in seen:
+                places.append(end - 1)
+            seen.add(gram)
+        return places
 
     def _charges(self, tokens: Sequence[str]) -> list[float]:
         text = "".join(tokens)
         of_character = [t for t, piece in enumerate(tokens) for _ in piece]  # which token each character is of
-        charges, seen = [0.0] * len(tokens), set()
-        for end in range(self.n, len(text) + 1):
-            gram = text[end - self.n : end]
-            if gram in seen:
-                charges[of_character[end - 1]] -= 1 / (len(text) - self.n + 1)
-            seen.add(gram)
+        charges = [0.0] * len(tokens)
+        for place in self._repeats(text):
+            charges[of_character[place]] -= 1 / (len(text) - self.n + 1)
         return charges
 
 

@@ -10,9 +10,9 @@ Left out: ties in rankings (skip what you cannot tell apart, or give scores), an
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from minirlhf.common.text import json_line, printable
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io.files import flush_folder, read_jsonl
+from minirlhf.io.files import flush_folder, lock_descriptor, open_for_writing, read_jsonl
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.rewards.keyboard import BACKSPACE, END
 from minirlhf.text.tokenizer import Tokenizer
@@ -52,19 +52,24 @@ class FeedbackFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._file = open_for_writing(self.path, "ab+")
+        self._fd = self._file.fileno()
         try:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_descriptor(self._fd)
             except BlockingIOError:
                 raise BlockingIOError(f"{self.path} is in use by another process") from None
+            except OSError as error:
+                warnings.warn(
+                    f"{self.path} cannot be locked, so a second process goes unnoticed: {error}", stacklevel=2
+                )
             self._mend()
             self.records: list[dict[str, Any]] = read_jsonl(self.path)
             for number, record in enumerate(self.records, 1):
                 _check(record, f"{self.path}, line {number}")
             self._ends = [i + 1 for i, byte in enumerate(self.path.read_bytes()) if byte == ord("\n")]
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
         flush_folder(self.path.parent)
 
@@ -95,7 +100,7 @@ class FeedbackFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     def _mend(self) -> None:
         """End or cut off a last line that has no end. Raises ValueError if it is not the beginning of one of ours."""
@@ -253,7 +258,8 @@ def draw_answers(
             model, [ids] * count, gen_len, sampling,
             eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, generator=generator,
         )  # fmt: skip
-        for answer in map(tokenizer.decode, drawn.responses):
+        for row in drawn.responses:
+            answer = "".join(tokenizer.decode_response(ids, row))
             if answer.strip():
                 found.setdefault(answer.strip(), answer)
         if len(found) >= count:

@@ -1,7 +1,4 @@
-"""Single keys from a terminal, without Enter.
-
-Left out: systems without termios, which are those that are not POSIX.
-"""
+"""Single keys from a terminal, without Enter where the system has termios (POSIX); elsewhere Enter ends each line."""
 
 from __future__ import annotations
 
@@ -10,22 +7,20 @@ import os
 import select
 import signal
 import sys
-import termios
 import threading
-import tty
 import unicodedata
 from typing import Any
 
 ESCAPE = "\x1b"
 BACKSPACE = ("\x7f", "\b")
 END = ("", "\x04")  # of the input: closed, or Ctrl-D
-PATIENCE = 0.05  # seconds within which the rest of an arrow key arrives
+PATIENCE = 0.05  # seconds in which the rest of an arrow key arrives
 
 
 class Keyboard:
-    """The keys of a terminal, used in a `with`; of a pipe or a file its characters.
+    """Reads the keys of a terminal, or the characters of a pipe or a file; used in a `with`.
 
-    Within the `with` a terminal neither waits for Enter nor shows what is typed, and Ctrl-C raises KeyboardInterrupt
+    Inside the `with`, a terminal neither waits for Enter nor shows what is typed, and Ctrl-C raises KeyboardInterrupt
     at once, whatever it did outside.
 
     file: with a file descriptor; None: standard input.
@@ -38,9 +33,9 @@ class Keyboard:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def read(self) -> str:
-        """The next key, in lower case and half width (as of an input method that is on); "" at the end of the input.
+        """The next key, in lower case and half width (an input method may be on); "" at the end of the input.
 
-        Of keys that send several characters, such as the arrows, the first alone: "\\x1b".
+        A key that sends several characters, such as an arrow, gives the first one: "\\x1b".
         """
         key = ""
         while not key:
@@ -53,12 +48,17 @@ class Keyboard:
         return unicodedata.normalize("NFKC", key).lower()
 
     def __enter__(self) -> Keyboard:
+        try:
+            import termios
+            import tty
+        except ImportError:  # not POSIX
+            return self
         if os.isatty(self._fd):
             self._modes = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd)
             if threading.current_thread() is threading.main_thread():
                 self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-                # After Ctrl-Z the shell has set the terminal as it likes it.
+                # After Ctrl-Z the shell has set the terminal to its own modes.
                 self._handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: tty.setcbreak(self._fd))
         return self
 
@@ -66,10 +66,12 @@ class Keyboard:
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
         if self._modes is not None:
+            import termios
+
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._modes)
 
     def _pass_over_sequence(self) -> None:
-        """Read what follows an escape: of an arrow, say, "[A" (ECMA-48, section 5.4), of Alt with a key that key."""
+        """Read what follows an escape: "[A" for an arrow (ECMA-48, section 5.4), the key itself for Alt with a key."""
 
         def next_byte() -> bytes:
             return self._byte() if select.select([self._fd], [], [], PATIENCE)[0] else b""

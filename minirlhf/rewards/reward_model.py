@@ -27,18 +27,10 @@ from minirlhf.device.random import eval_mode
 from minirlhf.io.files import naming, read_json, replaced_folder, write_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard, Origin, write_card
-from minirlhf.io.model_folder import (
-    CONFIG_FILE,
-    cast,
-    check_published,
-    published_config,
-    read_folder,
-    renamed,
-    write_folder,
-)
+from minirlhf.io.model_folder import CONFIG_FILE, cast, published_config, write_folder
 from minirlhf.models.bert import BertClassifier
-from minirlhf.models.gpt2 import FIXED_FIELDS, GPT2, own_name, read_config
-from minirlhf.models.layers import fill, global_rng_kept, shapes_only
+from minirlhf.models.gpt2 import GPT2, read_config, read_published
+from minirlhf.models.layers import check_vocabulary, fill, global_rng_kept, shapes_only
 from minirlhf.text.batching import length_sorted_batches, right_pad
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -77,11 +69,12 @@ class GPT2Scorer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2Scorer:
         """Load a folder in the published layout, in fp32 and in eval mode. Raises as `GPT2.from_pretrained`."""
-        content, tensors = read_folder(folder)
-        check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+        content, tensors = read_published(folder)
+        content["tie_word_embeddings"] = True  # there is no LM head to be untied
+        named = {name if name.startswith("score.") else f"transformer.{name}": x for name, x in tensors.items()}
         with naming(folder), shapes_only():
             model = cls(GPT2(read_config(content, len(tensors))))
-        fill(model, renamed(tensors, _own_name, folder), folder)
+        fill(model, named, folder)
         model.origin = Origin.of(folder, content)
         return model.eval()
 
@@ -124,10 +117,7 @@ class RewardModel(nn.Module):
         super().__init__()
         if isinstance(network, BertClassifier) and len(network.config.labels) != 1:
             raise ValueError(f"a reward model has one label, this classifier has {network.config.labels}")
-        if len(tokenizer) != network.config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {len(tokenizer)} tokens, but the model was made for {network.config.vocab_size}"
-            )
+        check_vocabulary(network.config.vocab_size, len(tokenizer))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network = network
@@ -138,17 +128,15 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_trunk(cls, folder: str | os.PathLike[str], seed: int = 0, **options: Any) -> RewardModel:
-        """A new scalar head, drawn with `seed`, on the GPT-2 or the BERT classifier of a folder, whose head is dropped.
+        """A new scalar head, drawn with `seed`, on the GPT-2 or BERT of a folder, whose own heads are dropped if any.
 
-        options: as of the constructor. Raises as `GPT2.from_pretrained` and `BertClassifier.from_pretrained`.
+        options: as of the constructor. Raises as `GPT2.from_trunk` and `BertClassifier.from_trunk`.
         """
         network: GPT2Scorer | BertClassifier
         if _model_type(folder) == "gpt2":
-            network = GPT2Scorer(GPT2.from_pretrained(folder), seed)
+            network = GPT2Scorer(GPT2.from_trunk(folder), seed)
         else:
-            trunk = BertClassifier.from_pretrained(folder)
-            network = BertClassifier(dataclasses.replace(trunk.config, id2label={0: LABEL}), seed)
-            network.bert, network.origin = trunk.bert, trunk.origin
+            network = BertClassifier.from_trunk(folder, {0: LABEL}, seed)
         return cls(network, Tokenizer.from_pretrained(folder), **options)
 
     @classmethod
@@ -229,11 +217,6 @@ class RewardModel(nn.Module):
         if not rounding < std < math.inf:
             raise ValueError(f"the scores of {len(scores)} texts have no spread to normalise by; give different texts")
         self.mean, self.std = scores.mean().item(), std
-
-
-def _own_name(published: str) -> str | None:
-    own = own_name(published)
-    return own if own is None or own.startswith("score.") else f"transformer.{own}"
 
 
 def _model_type(folder: str | os.PathLike[str]) -> str:

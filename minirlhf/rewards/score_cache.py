@@ -11,11 +11,13 @@ import os
 import zlib
 from pathlib import Path
 
+from minirlhf.io.files import open_for_writing
+
 
 class ScoreCache:
     """key -> score, in a file of JSON lines that is made if it is not there.
 
-    key: any text, best a hash. Raises OSError if the file cannot be written.
+    key: any text, best a hash. Raises OSError if the file cannot be written, or is a symbolic link or no regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -23,14 +25,14 @@ class ScoreCache:
         self._scores: dict[str, float] = {}
         self._read = 0  # bytes of the file that are in `_scores`
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "ab+", buffering=0) as file:
+        with open_for_writing(self._path, "ab+") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             if file.read(1) not in (b"", b"\n"):  # a crash cut the last line short: the next one begins a new line
                 file.write(b"\n")
 
     def refresh(self) -> int:
-        """Take in what was appended since the last call, by any process. Returns how many lines were damaged."""
+        """Read what any process appended since the last call. Returns how many lines were damaged."""
         with open(self._path, "rb") as file:
             file.seek(self._read)
             added = file.read()
@@ -54,8 +56,8 @@ class ScoreCache:
         """Keep a score, on the disk when this returns. From any thread. Raises OSError if it cannot be written."""
         self._scores[key] = score
         line = _line(key, score)
-        with open(self._path, "ab", buffering=0) as file:  # one write of a whole line
-            if file.write(line) != len(line):
+        with open_for_writing(self._path, "ab") as file:
+            if os.write(file.fileno(), line) != len(line):  # one write of a whole line
                 raise OSError(f"{self._path} took only a part of a line: is the disk full?")
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from minirlhf.io.files import read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
-from minirlhf.rewards.base import RewardFunction, SentimentReward
+from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.ngrams import MODEL_TYPE, NGramScorer
 from minirlhf.rewards.reward_model import NORMALISATION, RewardModel
+from minirlhf.rewards.sentiment import SentimentReward
 
 
 def load_scorer(

@@ -5,30 +5,28 @@ Shapes: B batch, P longest prompt, R longest response, T = P + R, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.device.gpu import to_device
-from minirlhf.device.placement import in_batches_that_fit
+from minirlhf.device.gpu import PhaseClock, to_device
+from minirlhf.device.placement import sizes_that_fit
 from minirlhf.generation.generate import generate
-from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.generation.static_decode import GraphedDecoder
-from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import ActorCritic, TokenScores, language_model
-from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, reward_by_token
-from minirlhf.text.batching import Ids, left_pad, length_sorted_batches, right_pad
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, reward_by_token, within
+from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
+from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
-Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+if TYPE_CHECKING:
+    from minirlhf.generation.models import Models
+    from minirlhf.rl.config import PPOConfig
+
+NOT_YET: Any = None  # in the place of a tensor that a later phase of the step computes
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,19 @@ class Rollout:
     response_mask: (B, R) bool, True at real response tokens; each row has at least one, and they are contiguous.
     logprobs, ref_logprobs: (B, R) fp32, nats, of the response tokens under policy and reference before the update,
         in the distribution that was sampled from; 0 at padding.
-    values: (B, R) fp32, of the state before each response token; 0 at padding.
     entropy, exact_kl: (B, R) fp32, nats, of the policy, and KL(policy || reference) over the whole sampling set.
     scores: (B,) fp32, the reward of each sequence.
-    token_scores: (B, R) fp32, the shares of single tokens in the scores; 0 at padding. None: the last token has it all.
+    values: (B, R) fp32, of the state before each response token; 0 at padding. None without a value head.
+    score_shares: (B, R) fp32, the shares of single tokens in the scores. None: the last token has the whole score.
     sampling_sets: (B, R, ceil(V / 8)) uint8, packed (see `sampling.pack_set`); None: nothing was truncated.
     sampler_logprobs: (B, R) fp32, what the sampler itself computed while generating; None if not sampled here.
     prompts, responses: the B texts; empty if the rollout was made from tokens alone.
+    group_size: responses of each prompt, side by side.
     seconds: the time of each phase of collecting.
+
+    Set within a step, (B, R) fp32: token_rewards, advantages, returns (None: the method has none), advantage_scale,
+    the factor by which whitening multiplied the advantages (None without it), and weights, of the tokens in the mean
+    over their minibatch.
     """
 
     tokens: Tensor
@@ -55,16 +58,22 @@ class Rollout:
     response_mask: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
     entropy: Tensor
     exact_kl: Tensor
     scores: Tensor
-    token_scores: Tensor | None = None
+    values: Tensor = NOT_YET
+    score_shares: Tensor | None = None
     sampling_sets: Tensor | None = None
     sampler_logprobs: Tensor | None = None
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
+    group_size: int = 1
     seconds: Mapping[str, float] = field(default_factory=dict)
+    token_rewards: Tensor = NOT_YET
+    advantages: Tensor = NOT_YET
+    returns: Tensor | None = None
+    advantage_scale: Tensor | None = None
+    weights: Tensor = NOT_YET
 
     def __len__(self) -> int:
         return self.tokens.size(0)
@@ -76,100 +85,84 @@ class Rollout:
 
     @functools.cached_property
     def lengths(self) -> Tensor:
-        """(B, 2) int64, the real tokens of prompt and response, on the CPU: a GPU is waited for once a rollout."""
+        """(B, 2) int64, the real tokens of prompt and response, on the CPU: a GPU synchronises once a rollout."""
         R = self.response_mask.size(1)
         return torch.stack([self.mask[:, :-R].sum(-1), self.response_mask.sum(-1)], -1).cpu()
 
     @property
-    def padded(self) -> bool:
-        """Whether there is any padding; without, attention needs no mask, and a GPU can take its quick kernel."""
-        return int(self.lengths.sum()) < self.tokens.numel()
+    def attention_mask(self) -> Tensor | None:
+        """The mask (B, T), or None without any padding: then attention needs no mask and takes its fastest kernel."""
+        return None if int(self.lengths.sum()) == self.tokens.numel() else self.mask
+
+    def replace(self, **fields: Any) -> Rollout:
+        """The same rollout with other values of some fields."""
+        other = dataclasses.replace(self, **fields)
+        other.__dict__["lengths"] = self.lengths  # cached: they do not change
+        return other
 
     def rows(self, index: Tensor) -> Rollout:
-        """These rows (int64), without columns that are padding in all of them. Texts and times are left out.
-
-        With an index on the CPU a GPU is not waited for.
-        """
-        R, index = self.response_mask.size(1), index.cpu()
+        """These rows (int64, on the CPU), without columns that are padding in all of them, texts and times."""
+        R = self.response_mask.size(1)
         lengths = self.lengths[index]
         left, right = lengths.amax(0).tolist()
         columns = slice(self.mask.size(1) - R - left, self.mask.size(1) - R + right)
         index = to_device(index, self.tokens.device)
         cut: dict[str, Any] = {name: getattr(self, name)[index, columns] for name in ("tokens", "mask")}
-        cut["scores"] = self.scores[index]
+        cut |= {"scores": self.scores[index], "group_size": self.group_size}
         for f in dataclasses.fields(self):
             x = getattr(self, f.name)
             if f.name not in cut and isinstance(x, Tensor):
                 cut[f.name] = x[index, :right]
         part = Rollout(**cut)
-        part.__dict__["lengths"] = lengths  # known already
+        part.__dict__["lengths"] = lengths
         return part
 
 
 def collect_rollout(
-    policy: ActorCritic,
-    ref_policy: GPT2 | ActorCritic,
-    tokenizer: Tokenizer,
+    models: Models,
     prompts: Sequence[str],
     reward_fn: RewardFunction,
-    gen_len: int = 16,
-    sampling: SamplingConfig | None = None,
-    *,
-    eos_token_id: int | None = None,
+    config: PPOConfig,
     generator: torch.Generator | None = None,
-    forward_batch_size: int = 128,
-    score_full_softmax: bool = False,
-    score_temperature: float | None = None,
-    score_from_decode: bool = False,
-    autocast: Autocast = contextlib.nullcontext,
-    decoder: GraphedDecoder | None = None,
 ) -> Rollout:
-    """Sample a response to each prompt, and score it with policy, reference and reward function.
+    """Sample `config.group_size` responses to each prompt, and score them with reward function, policy and reference.
 
-    policy, ref_policy: in eval mode, on one device, with the same vocabulary.
-    prompts: B texts; each is tokenised without a final [SEP].
+    models: policy, reference and tokenizer, in eval mode on one device.
+    prompts: texts; each is tokenised without a final [SEP].
     reward_fn: a reward of any form that `rewards.call_reward` takes.
-    gen_len: R, new tokens a prompt; fewer where `eos_token_id` is drawn.
-    generator: on the models' device, the source of all randomness.
-    forward_batch_size: sequences a scoring pass; it changes memory and speed only.
-    score_full_softmax: score with the full softmax though the tokens come from a truncated one, as the original
-        recipe does.
-    score_temperature: what logits are divided by when scoring; None: the sampling temperature.
-    score_from_decode: take the policy's hidden states from the decode instead of computing them once more for
-        log-probabilities and values. In fp32 both agree to 1e-5 nats; in 16 bits they differ by some hundredths.
-    autocast: makes the context for the forward passes (see `optimization.Precision.autocast`).
-    decoder: as of `generation.generate`.
-    Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers.
+    config: its sampling, `gen_len`, `eos_token_id` and `logprobs_*` are used.
+    generator: on the models' device, the source of all randomness; None: PyTorch's global one.
+    Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers; TimeoutError
+    if the reward function takes longer than `reward_timeout`.
     """
-    sampling = sampling or SamplingConfig()
-    clock = _Clock(policy.gpt2.wte.weight.device)
+    c, tokenizer = config, models.tokenizer
+    clock = PhaseClock(models.policy.decoder.device)
     if len(prompts) == 0:
         raise ValueError("prompts is empty: there is nothing to continue")
-    with autocast():
+    prompts = [prompt for prompt in prompts for _ in range(c.group_size)]
+    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    with models.precision.autocast():
         sampled = generate(
-            policy.gpt2,
-            [tokenizer.encode_prompt(prompt) for prompt in prompts],
-            gen_len,
-            sampling,
-            eos_token_id=eos_token_id,
+            models.policy.decoder,
+            prompt_ids,
+            c.gen_len,
+            c.sampling,
+            eos_token_id=c.eos_token_id,
             pad_token_id=tokenizer.pad_id,
             generator=generator,
-            keep_sampling_sets=not score_full_softmax,
-            keep_states=score_from_decode,
-            decoder=decoder,
+            keep_sampling_sets=not c.logprobs_full_softmax,
+            # In fp32 states from the decode give the same log-probabilities to 1e-5 nats; in 16 bits they do not.
+            keep_states=models.precision.name == "fp32",
+            graphed=models.graphed,
         )
-    sampled_ids = sampled.responses
-    responses = [tokenizer.decode(response) for response in sampled_ids]
+    pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
+    responses = ["".join(row) for row in pieces]
     clock.stop("generation")
-    tokens = [tokenizer.decode_pieces(response) for response in sampled_ids]
-    scores = reward_by_token(reward_fn, prompts, responses, tokens)
+    scores = within(c.reward_timeout, reward_by_token, reward_fn, prompts, responses, pieces)
     clock.stop("reward")
-    temperature = sampling.temperature if score_temperature is None else score_temperature
-    with autocast():
-        scored = score_in_batches(
-            policy, ref_policy, sampled.tokens, sampled.mask, gen_len, temperature, sampled.sampling_sets,
-            forward_batch_size, sampled.states,
-        )  # fmt: skip
+    found = logprobs_in_batches(
+        models, sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states
+    )
     clock.stop("scoring")
     return Rollout(
         tokens=sampled.tokens,
@@ -179,125 +172,92 @@ def collect_rollout(
         sampler_logprobs=sampled.logprobs,
         prompts=tuple(prompts),
         responses=tuple(responses),
+        group_size=c.group_size,
         seconds=clock.seconds,
-        **_score_fields(scores, scored["values"]),
-        **scored,
+        **_score_fields(scores, found["logprobs"]),
+        **found,
     )
 
 
 def rollout_from_tokens(
-    policy: ActorCritic,
-    ref_policy: GPT2 | ActorCritic,
-    queries: Sequence[Ids],
-    responses: Sequence[Ids],
-    scores: Any,
-    temperature: float = 1.0,
-    *,
-    pad_token_id: int = 0,
-    forward_batch_size: int = 128,
-    autocast: Autocast = contextlib.nullcontext,
+    models: Models, queries: Sequence[Ids], responses: Sequence[Ids] | None, scores: Any, config: PPOConfig
 ) -> Rollout:
-    """A Rollout of B queries and responses that were sampled elsewhere, scored here with the full softmax.
+    """A Rollout of B queries and responses that were sampled elsewhere, with log-probabilities of the full softmax.
 
     queries, responses: token ids, 1-D, of any lengths of at least 1. scores: B finite numbers, or B lists of them with
         one a token.
     Raises ValueError for lists of unequal or no length, empty sequences, bad token ids, sequences longer than the
     model's context, or bad scores.
     """
-    config = policy.gpt2.config
+    model, pad_id = models.policy.decoder, models.tokenizer.pad_id
+    if responses is None or scores is None:
+        raise ValueError("step takes a Rollout, or queries, responses and scores")
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
+    if len(queries) % config.group_size:
+        raise ValueError(f"{len(queries)} responses cannot be cut into groups of group_size={config.group_size}")
     for name, sequences in (("query", queries), ("response", responses)):
         for i, ids in enumerate(sequences):
-            _check_ids(f"{name} {i}", torch.as_tensor(ids), config.vocab_size)
+            check_ids(f"{name} {i}", torch.as_tensor(ids), model.vocab_size)
     checked = checked_token_scores(scores, [len(ids) for ids in responses])
-    query_ids, query_mask = left_pad(queries, pad_token_id)
-    response_ids, response_mask = right_pad(responses, pad_token_id)
-    device = policy.gpt2.wte.weight.device
-    tokens = to_device(torch.cat([query_ids, response_ids], 1), device)
-    mask = to_device(torch.cat([query_mask, response_mask], 1), device)
-    if tokens.size(1) - 1 > config.n_positions:
+    longest = max((len(q) + len(r) for q, r in zip(queries, responses, strict=True)), default=0)
+    if longest - 1 > model.n_positions:
         raise ValueError(
-            f"the longest query and the longest response have {query_ids.size(1)} + {response_ids.size(1)} tokens, "
-            f"more than the model's {config.n_positions} positions"
+            f"the longest query with its response has {longest} tokens, more than the model's {model.n_positions} "
+            "positions"
         )
-    with autocast():
-        scored = score_in_batches(
-            policy, ref_policy, tokens, mask, response_ids.size(1), temperature, None, forward_batch_size
-        )
+    query_ids, query_mask = left_pad(queries, pad_id)
+    response_ids, response_mask = right_pad(responses, pad_id)
+    tokens = to_device(torch.cat([query_ids, response_ids], 1), model.device)
+    mask = to_device(torch.cat([query_mask, response_mask], 1), model.device)
+    found = logprobs_in_batches(models, tokens, mask, response_ids.size(1), config.logprobs_divisor)
     return Rollout(
         tokens=tokens,
         mask=mask,
-        response_mask=to_device(response_mask.bool(), device),
-        **_score_fields(checked, scored["values"]),
-        **scored,
+        response_mask=to_device(response_mask.bool(), model.device),
+        group_size=config.group_size,
+        **_score_fields(checked, found["logprobs"]),
+        **found,
     )
 
 
 @torch.no_grad()
-def score_in_batches(
-    policy: ActorCritic,
-    ref_policy: GPT2 | ActorCritic,
+def logprobs_in_batches(
+    models: Models,
     tokens: Tensor,
     mask: Tensor,
     response_length: int,
     temperature: float,
-    sampling_sets: Tensor | None,
-    batch_size: int,
+    sampling_sets: Tensor | None = None,
     states: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The fields of a Rollout that come from scoring, each (B, R); `score` in batches of similar length.
+    """The fields of a Rollout that `response_logprobs` computes, each (B, R), in batches of similar length.
 
-    On a GPU that runs out of memory in smaller ones.
+    On a GPU that runs out of memory in smaller ones. Arguments as of `response_logprobs`.
     """
-    reference, lengths = language_model(ref_policy), mask.sum(-1).tolist()
-
-    def in_batches_of(size: int) -> dict[str, Any]:
-        parts: list[TokenScores] = []
-        batches = list(length_sorted_batches(lengths, size))
-        for batch in batches:
-            index = to_device(torch.tensor(batch), tokens.device)
-            sets, known = (None if x is None else x[index] for x in (sampling_sets, states))
-            real = mask[index] if lengths[batch[-1]] < tokens.size(1) else None  # the last is the shortest
-            parts.append(policy.score(tokens[index], real, response_length, temperature, sets, reference, known))
-        back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), tokens.device)
-        return {
-            name: torch.cat([getattr(part, name) for part in parts])[back]
-            for name in ("logprobs", "values", "entropy", "ref_logprobs", "exact_kl")
-        }
-
-    return in_batches_that_fit(in_batches_of, min(batch_size, len(tokens)))[0]
+    lengths, device = mask.sum(-1).tolist(), tokens.device
+    for attempt in sizes_that_fit(min(models.scoring_batch_size, len(tokens))):
+        with attempt, models.precision.autocast():
+            parts: list[TokenLogprobs] = []
+            batches = list(length_sorted_batches(lengths, attempt.size))
+            for batch in batches:
+                index = to_device(torch.tensor(batch), device)
+                sets, known = (None if x is None else x[index] for x in (sampling_sets, states))
+                real = mask[index] if lengths[batch[-1]] < tokens.size(1) else None  # the last is the shortest
+                parts.append(
+                    response_logprobs(
+                        models.policy, tokens[index], real, response_length, temperature, sets, models.reference, known
+                    )
+                )
+    back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), device)
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(TokenLogprobs)}
+    return {name: torch.cat(column)[back] for name, column in columns.items() if column[0] is not None}
 
 
 def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:
-    """The fields `scores` and `token_scores` from scores, (B,) or (B, up to R). like: (B, R), for the type."""
+    """The fields `scores` and `score_shares` from scores, (B,) or (B, up to R). like: (B, R), for the type."""
     if scores.ndim == 1:
         return {"scores": to_device(scores.to(like.dtype), like.device)}
-    totals = checked_scores(scores.sum(-1), len(scores))  # of finite numbers it may not be one
-    fields = {"scores": totals, "token_scores": F.pad(scores, (0, like.size(1) - scores.size(1)))}
+    totals = checked_scores(scores.sum(-1), len(scores))  # a sum of finite numbers may not be finite
+    fields = {"scores": totals, "score_shares": F.pad(scores, (0, like.size(1) - scores.size(1)))}
     return {name: to_device(x.to(like.dtype), like.device) for name, x in fields.items()}
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
-        raise ValueError(f"{name} must be 1-D with at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")
-
-
-class _Clock:
-    """Seconds between stops; on a GPU the queued work is waited for, so that a phase is charged with its own."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}  # type: tuple[torch.device, dict[str, float]]
-        self._last = self._now()
-
-    def stop(self, phase: str) -> None:
-        now = self._now()
-        self.seconds[phase] = now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

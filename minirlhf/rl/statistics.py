@@ -9,46 +9,45 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minirlhf.rl import ppo
+from minirlhf.rl.kl import kl_estimate
+from minirlhf.rl.masked import explained_variance, masked_mean
 
 if TYPE_CHECKING:
     from minirlhf.rl.rollout import Rollout
 
 Stats = dict[str, float]
-
 TensorStats = dict[str, Tensor]
 
 
-def rollout_statistics(rollout: Rollout, scores: Tensor, rewards: Tensor, returns: Tensor) -> Stats:
-    """Statistics of one batch of experience, before its update; the README has their glossary.
+def rollout_statistics(batch: Rollout, scores: Tensor) -> Stats:
+    """Statistics of one batch of experience, before its update.
 
-    scores: (B,), as they became rewards. rewards, returns: (B, R), as the trainer computed them. "A sequence" means
-    the sum over its response tokens, averaged over the batch; "a token" the mean over all response tokens.
+    batch: with token rewards, advantages and returns. scores: (B,), as they became rewards. "A sequence" means the
+    sum over its response tokens, averaged over the batch; "a token" the mean over all response tokens.
     """
-    mask = rollout.response_mask
+    mask, rewards = batch.response_mask, batch.token_rewards
 
     def per_sequence(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum(-1).mean()
 
-    return read_stats(
-        [
-            {
-                "objective/kl": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")),
-                "objective/kl_k2": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k2")),
-                "objective/kl_k3": per_sequence(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")),
-                "objective/kl_exact": per_sequence(rollout.exact_kl),
-                "objective/entropy": per_sequence(rollout.entropy),
-                "objective/reward_with_kl": per_sequence(rewards),
-                "reward/mean": rollout.scores.mean(),
-                "reward/std": rollout.scores.std(correction=0),
-                "reward/shaped": scores.mean(),
-                "ppo/val/mean": ppo.masked_mean(rollout.values, mask),
-                "ppo/val/var_explained": ppo.explained_variance(rollout.values, returns, mask),
-                "ppo/returns/mean": ppo.masked_mean(returns, mask),
-                "tokens/response": mask.sum(-1).double().mean(),
-            }
-        ]
-    )[0]
+    stats = {f"objective/kl{end}": per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, kind))
+             for end, kind in (("", "k1"), ("_k2", "k2"), ("_k3", "k3"))}  # fmt: skip
+    stats |= {
+        "objective/kl_exact": per_sequence(batch.exact_kl),
+        "objective/entropy": per_sequence(batch.entropy),
+        "objective/reward_with_kl": per_sequence(rewards),
+        "reward/mean": batch.scores.mean(),
+        "reward/std": batch.scores.std(correction=0),
+        "reward/shaped": scores.mean(),
+    }
+    if batch.returns is not None:
+        stats |= {
+            "ppo/val/mean": masked_mean(batch.values, mask),
+            "ppo/val/var_explained": explained_variance(batch.values, batch.returns, mask),
+            "ppo/returns/mean": masked_mean(batch.returns, mask),
+        }
+    stats["tokens/response"] = mask.sum(-1).double().mean()
+    return read_stats([stats])[0]
 
 
 def time_statistics(stats: Stats, seconds: Mapping[str, float], count: int) -> Stats:

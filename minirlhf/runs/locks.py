@@ -1,30 +1,33 @@
-"""One process a folder: a lock that goes with its owner, however the owner ends.
+"""One process a folder: a lock that the system releases when its owner ends, however it ends.
 
-It is the system's own lock on an open file (flock), so there is no stale one to recognise, and no process number to
-look up that belongs to another process by now. What the file says is for people.
-
-Left out: systems without flock, which are those that are not POSIX.
+The lock is the system's own on an open file, `flock` on POSIX and `msvcrt.locking` on Windows. So no lock outlives its
+owner, and no process number is looked up that may belong to another process by now. The text in the file is for people.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
+import importlib
 import os
 import socket
 import time
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from minirlhf.io.files import open_for_writing
 
 LOCK_FILE = "lock"
+FAR = 2**30  # the byte that is locked on Windows, which lets nobody else read it: far behind the text
 
 
 class FolderLock:
-    """The lock of an existing folder, held until `release`, or the end of the process and of all forked from it.
+    """The lock of an existing folder, held until `release` or the end of the process and of all forked from it.
 
-    Raises BlockingIOError, which names the owner, if it is held already, OSError if the folder cannot be written.
-    A file system that has no locks is used without, and a warning says so.
+    If the file system or the system lacks locking, continues without a lock and warns.
+    Raises BlockingIOError, which names the owner, if it is held already, OSError if the folder cannot be written or
+    the lock file is a symbolic link.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -38,23 +41,28 @@ class FolderLock:
 
     @staticmethod
     def check(folder: str | os.PathLike[str]) -> None:
-        """Raises BlockingIOError if the folder is locked; changes nothing."""
+        """Raise BlockingIOError if the folder is locked; changes nothing."""
         path = Path(folder) / LOCK_FILE
         if path.is_file():
             _acquire(path).close()
 
     def release(self) -> None:
-        """Remove the file, and let go of it."""
-        self._path.unlink(missing_ok=True)  # while it is locked: afterwards it may be another's
-        self._file.close()
+        """Remove the file and let go of it."""
+        if os.name == "nt":  # an open file cannot be removed there: neither this one nor, afterwards, another owner's
+            self._file.close()
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        else:
+            self._path.unlink(missing_ok=True)  # while it is locked: afterwards it may be another's
+            self._file.close()
 
 
 def _acquire(path: Path) -> IO[str]:
     """The file, opened and locked."""
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (the lock lives as long as the open file)
+        file = open_for_writing(path, "a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file.fileno())
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
@@ -66,3 +74,25 @@ def _acquire(path: Path) -> IO[str]:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()  # its owner removed it after it was opened here: the lock is another file by now
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file without waiting. Raises BlockingIOError if it is locked, OSError if it cannot be."""
+    try:
+        import fcntl
+    except ImportError:
+        pass
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has neither fcntl nor msvcrt") from None
+    os.lseek(descriptor, FAR, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(error.errno, "locked by another process") from error
+        raise

@@ -1,118 +1,134 @@
-"""What a run leaves behind: statistics, metrics.jsonl, samples.jsonl, config.json, the curve.
+"""The log of a run: metrics.jsonl, a line of statistics a step, and samples.jsonl, texts with their scores.
 
-A run folder is written by one `RunLog`. A line is in its file when the call returns, where a killed process leaves it,
-and on the disk after `flush`, where a power failure does. `resume` cuts the files back to how long they were at a
-checkpoint, so that no step is missing or counted twice.
+A line is in its file when the call returns, where a killed process leaves it, and on the disk after `flush`, where a
+power failure does. `flush` also says what the files are, so that a checkpoint can record it and `resume` can cut them
+back to that point: no step is then missing or counted twice, and damage is noticed.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import math
 import os
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from minirlhf.rl import ppo
 from minirlhf.common.text import json_line
-from minirlhf.io.files import flush_folder, read_json, read_jsonl, write_json
-
-if TYPE_CHECKING:
-    from minirlhf.rl.rollout import Rollout
-
+from minirlhf.io.files import atomic_write, flush_folder, open_for_writing, read_jsonl
 
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
-
-
-
-
-
-
-
-
+LOG_FILES = (METRICS_FILE, SAMPLES_FILE)
+Marks = dict[str, dict[str, Any]]  # for each file of the log its length in bytes and its SHA-256
 
 
 class RunLog:
-    """The files of a run in a folder of its own.
+    """The log in an existing folder; one process at a time appends to it.
 
-    folder: made here; Raises FileExistsError if it exists and is not empty (a run is never overwritten), OSError if
-    it cannot be made. config: written to config.json.
+    Raises OSError if one of its files is a symbolic link or no regular file.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any]):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise FileExistsError(f"{self.folder} exists and is not empty; choose another --output, or --resume it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / CONFIG_FILE, config)
+        self._digests, self._lengths = {}, {}  # type: tuple[dict[str, Any], dict[str, int]]
+        for name in LOG_FILES:
+            content = _read(self.folder / name)
+            self._digests[name], self._lengths[name] = hashlib.sha256(content), len(content)
 
     @classmethod
-    def resume(cls, folder: str | os.PathLike[str], lengths: Mapping[str, int]) -> RunLog:
-        """Go on with a run: its files are cut back to these lengths, which `flush` gave; later lines are dropped.
+    def resume(
+        cls, folder: str | os.PathLike[str], marks: Marks, step: int, rewards: Mapping[int, float | None]
+    ) -> RunLog:
+        """Go on with a log as it was when `flush` returned these marks; later lines are dropped.
 
-        Raises FileNotFoundError if it is not a run folder, ValueError before anything is cut if lines are lost.
+        step: the last one whose lines belong to it. rewards: mean rewards of some of the steps.
+        A file that is damaged is named in a warning and kept under another name; in its place come the lines that can
+        be read, and for steps whose line is lost one with their mean reward.
+        Raises OSError as the constructor, before anything is changed.
         """
-        log = cls.__new__(cls)
-        log.folder = Path(folder)
-        read_json(log.folder / CONFIG_FILE)
-        for name, length in lengths.items():
-            if name not in (METRICS_FILE, SAMPLES_FILE) or type(length) is not int or length < 0:
-                raise ValueError(f"{log.folder} has no log {name!r} that could be cut back to {length!r} bytes")
-            there = log._length(name)
-            if there < length:
-                raise ValueError(f"{log.folder / name} lost lines: it has {there} bytes, {length} when it was saved")
-        for name, length in lengths.items():
-            if log._length(name) > length:
-                os.truncate(log.folder / name, length)
-        return log
+        folder = Path(folder)
+        contents = {name: _read(folder / name) for name in LOG_FILES}
+        for name, content in contents.items():
+            path, mark = folder / name, marks[name]
+            saved = content[: mark["bytes"]]
+            if len(saved) == mark["bytes"] and hashlib.sha256(saved).hexdigest() == mark["sha256"]:
+                if len(content) > len(saved):
+                    with open_for_writing(path, "r+b") as file:
+                        file.truncate(len(saved))
+                continue
+            lines, restored = _salvage(content, step, rewards if name == METRICS_FILE else {})
+            repaired, aside = b"".join(lines), path.with_name(f"{name}.damaged")
+            warnings.warn(
+                f"{path} is damaged: it is not what it was when step {step} was saved; {len(lines) - restored} lines "
+                f"can be read, and {restored} are restored from what the checkpoint knows"
+                + (f"; the damaged file is kept as {aside.name}" if repaired != content else ""),
+                stacklevel=3,
+            )
+            if repaired != content:
+                atomic_write(aside, content)
+                atomic_write(path, repaired)
+        return cls(folder)
 
     def metrics(self, step: int, stats: Mapping[str, float]) -> None:
-        """Append the statistics of a step to metrics.jsonl; NaN and infinities, which JSON has not, become null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
-        self._append(METRICS_FILE, {"step": step, **finite})
+        """Append statistics of a step to metrics.jsonl; NaN and infinities, which JSON lacks, become null."""
+        self._append(METRICS_FILE, {"step": step, **{name: finite(value) for name, value in stats.items()}})
 
     def samples(self, step: int, texts: Sequence[str], scores: Sequence[float | None]) -> None:
-        """Append texts and their scores, None where there is none, to samples.jsonl."""
+        """Append texts and their scores to samples.jsonl; a text without a score has None."""
         self._append(SAMPLES_FILE, {"step": step, "samples": [list(pair) for pair in zip(texts, scores, strict=True)]})
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
         return read_jsonl(self.folder / METRICS_FILE)
 
-    def flush(self) -> dict[str, int]:
-        """Put all lines on the disk. Returns the lengths of the files in bytes, for `resume`."""
-        for name in (METRICS_FILE, SAMPLES_FILE):
+    def flush(self) -> Marks:
+        """Put all lines on the disk. Returns lengths and hashes of the files, for `resume`."""
+        for name in LOG_FILES:
             if (self.folder / name).exists():
-                with open(self.folder / name, "ab") as file:
+                with open_for_writing(self.folder / name, "ab") as file:
                     os.fsync(file.fileno())
         flush_folder(self.folder)
-        return {name: self._length(name) for name in (METRICS_FILE, SAMPLES_FILE)}
+        return {name: {"bytes": self._lengths[name], "sha256": self._digests[name].hexdigest()} for name in LOG_FILES}
 
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
-        line = json_line(content) + "\n"
-        with open(self.folder / name, "ab") as file:
-            file.write(line.encode("utf-8"))
-
-    def _length(self, name: str) -> int:
-        path = self.folder / name
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError(f"{path} is not a file")
-        return path.stat().st_size if path.exists() else 0
+        line = (json_line(content) + "\n").encode("utf-8")
+        with open_for_writing(self.folder / name, "ab") as file:
+            file.write(line)
+        self._digests[name].update(line)
+        self._lengths[name] += len(line)
 
 
+def finite(value: float) -> float | None:
+    """A number as JSON has it: None for one that is not finite."""
+    return value if math.isfinite(value) else None
 
 
+def _read(path: Path) -> bytes:
+    """The bytes of a file that will be written; none if it does not exist. Raises OSError if it may not be written."""
+    try:
+        with open_for_writing(path, "r+b") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
-
-
-
-
-
-
+def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> tuple[list[bytes], int]:
+    """The readable lines up to a step, in order, and how many of them were made from `rewards`, theirs being lost."""
+    found = []
+    for line in (line.strip(b"\0") for line in content.split(b"\n")):  # what a power failure leaves unwritten
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] <= step:
+            found.append((entry["step"], line + b"\n"))
+    lost = {number: reward for number, reward in rewards.items() if number <= step}
+    for number, _ in found:
+        lost.pop(number, None)
+    found += [
+        (number, (json_line({"step": number, "reward/mean": reward}) + "\n").encode())
+        for number, reward in lost.items()
+    ]
+    return [line for _, line in sorted(found, key=lambda pair: pair[0])], len(lost)

@@ -1,13 +1,15 @@
 """The folder of a run: one owner, its log, its checkpoints, how it stops and how it goes on.
 
-    RUN/config.json, metrics.jsonl, samples.jsonl    see `metrics.RunLog`
-    RUN/checkpoints/step-000010/    the newest ones (see `training_state`), and the best
-    RUN/checkpoints/best            a link to the one whose batch had the highest mean reward of all that were saved
-    RUN/lock                        while a process works in the folder (see `locks`)
+    RUN/config.json                    what the caller wants to remember
+    RUN/metrics.jsonl, samples.jsonl   see `log`
+    RUN/checkpoints/step-000010/       the newest ones (see `checkpoint`), and the best
+    RUN/checkpoints/best               for PPO, a link to the one whose batch had the highest mean reward of all saved
+    RUN/lock                           while a process works in the folder (see `locks`)
 
 The order of writing is the promise. The lines of a step are on the disk before its checkpoint takes its name, and the
-checkpoint says how long the files were then. So whenever a process is killed, the newest checkpoint and the files cut
-back to these lengths are the run as it was after that step.
+checkpoint records what the log was then. So whenever a process is killed, the newest checkpoint and the log cut back
+to that record are the run as it was after that step. What the log says decides nothing: the mean rewards of all steps
+are in the checkpoint as well.
 """
 
 from __future__ import annotations
@@ -19,27 +21,32 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from minirlhf.runs import training_state
-from minirlhf.io.files import PARTIAL, flush_folder, read_json, remove_partial, write_json
-from minirlhf.runs.locks import FolderLock, LOCK_FILE
-from minirlhf.io.files import read_jsonl
-from minirlhf.rl.statistics import Stats
-from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, RunLog, SAMPLES_FILE
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.io.files import PARTIAL, flush_folder, naming, read_json, remove_partial, write_json
+from minirlhf.io.training_state import check_counters, is_count, is_number, is_record, is_text
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rl.rollout import Rollout
+from minirlhf.runs.checkpoint import (
+    COUNTERS_FILE,
+    MANIFEST_FILE,
+    DamagedCheckpoint,
+    Trainable,
+    load_checkpoint,
+    save_checkpoint,
+)
+from minirlhf.runs.locks import LOCK_FILE, FolderLock
+from minirlhf.runs.log import CONFIG_FILE, LOG_FILES, RunLog, finite
 from minirlhf.runs.stopping import Stopped as Stopped
 from minirlhf.runs.stopping import StopRequest
-from minirlhf.rl.trainer import PPOTrainer
-from minirlhf.runs.training_state import DamagedCheckpoint
 
 CHECKPOINTS, BEST = "checkpoints", "best"
-SHOWN = 5  # samples that are logged at a save
+SHOWN = 5  # samples of a rollout that are logged at a save
+Trainer = TypeVar("Trainer", bound=Trainable)
 
 
 class RunFailed(RuntimeError):
@@ -53,59 +60,71 @@ class RunFailed(RuntimeError):
         self.folder = folder
 
 
-class Run:
-    """A run in a folder that no other process may use meanwhile; made by `start` or `resume`, used in a `with`.
+class Run(Generic[Trainer]):
+    """A run of PPO, SFT or reward-model training in a folder that no other process may use meanwhile.
 
         with Run.start("runs/mine", trainer, {"why": "a first try"}) as run:
-            trainer.train(prompts, reward, run.record)
+            trainer.train(prompts, reward, run.record)      # PPO
+            trainer.train(run.record)                       # supervised
 
-    Within the `with`, the first Ctrl-C or SIGTERM lets the step end, saves and raises `Stopped`; a second one ends the
-    process at once. An error raises `RunFailed`; the last whole step is saved before, if it can be.
+    `start` or `resume` makes it. Inside the `with`, the first Ctrl-C or SIGTERM lets the step end, saves and raises
+    `Stopped`; a second one ends the process at once. An error raises `RunFailed`, after the last complete step was
+    saved if possible.
 
     trainer: the one whose run it is.
     """
 
-    def __init__(self, folder: Path, trainer: PPOTrainer, log: RunLog, lock: FolderLock, keep_last: int):
+    def __init__(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        log: RunLog,
+        lock: FolderLock,
+        keep_last: int,
+        rewards: dict[int, float | None],
+    ):
         self.folder, self.trainer = folder, trainer
         self._log, self._lock, self._keep_last = log, lock, keep_last
-        self._rewards = _rewards(folder / METRICS_FILE)
-        self._recorded = self._saved = trainer.iteration  # steps whose lines are written; that are in a checkpoint
+        self._rewards = rewards  # mean reward of each step; None: not finite
+        self._recorded = self._saved = trainer.steps_done  # steps whose lines are written; that are in a checkpoint
         self._saving = False
         self._stop = StopRequest()
         self._rotate()
 
     @classmethod
     def start(
-        cls, folder: str | os.PathLike[str], trainer: PPOTrainer, config: Mapping[str, Any], keep_last: int = 2
-    ) -> Run:
+        cls, folder: str | os.PathLike[str], trainer: Trainer, config: Mapping[str, Any], keep_last: int = 2
+    ) -> Run[Trainer]:
         """A new run, with a checkpoint of the trainer as it is.
 
         folder: made here. config: written to config.json when all else is there. keep_last: checkpoints to keep,
         besides the best.
         Raises FileExistsError for a folder that is not empty (a run is never overwritten), BlockingIOError if another
-        process works in it, OSError if it cannot be written, ValueError for a bad keep_last.
+        process works in it, OSError if it cannot be written, ValueError for a bad keep_last, and as the trainer's
+        `state_dict`.
         """
         _check_keep_last(keep_last)
+        trainer.state_dict()  # what cannot be saved is refused before anything is written
         folder = Path(folder)
-        taken = FileExistsError(f"{folder} exists and is not empty; choose another --output, or --resume it")
+        taken = FileExistsError(f"{folder} exists and is not empty; choose another folder, or resume the run in it")
         if folder.exists() and not _is_unused(folder):
-            FolderLock.check(folder)  # in use is the better word for what is wrong
+            FolderLock.check(folder)  # "in use" says better what is wrong
             raise taken
         folder.mkdir(parents=True, exist_ok=True)
         flush_folder(folder.parent)
         lock = FolderLock(folder)
         try:
-            if not _is_unused(folder):  # another process was quicker, and is done since
+            if not _is_unused(folder):  # another process was quicker, and has ended since
                 raise taken
             remove_partial(folder, folder / CHECKPOINTS)
-            nothing = {METRICS_FILE: 0, SAMPLES_FILE: 0}
+            log = RunLog(folder)
             try:
-                training_state.save(trainer, _checkpoint(folder, trainer.iteration), nothing)
+                save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), {"log": log.flush(), "rewards": {}})
                 write_json(folder / CONFIG_FILE, config)
             except BaseException:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
                 raise
-            return cls(folder, trainer, RunLog.resume(folder, nothing), lock, keep_last)
+            return cls(folder, trainer, log, lock, keep_last, {})
         except BaseException:
             lock.release()
             raise
@@ -114,19 +133,26 @@ class Run:
     def resume(
         cls,
         folder: str | os.PathLike[str],
-        ref_policy: ActorCritic | GPT2 | str | os.PathLike[str] | None = None,
+        ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None = None,
+        *,
+        data: Sequence[Any] | None = None,
         keep_last: int = 2,
         **overrides: Any,
-    ) -> Run:
+    ) -> Run[Any]:
         """Go on with a run from its newest checkpoint; from the one before, with a warning, if that is damaged.
 
-        ref_policy, overrides: as of `PPOTrainer.resume`. What is damaged is kept under another name.
-        Raises FileNotFoundError if it is no run, BlockingIOError if another process works in it, ValueError if no
-        checkpoint can be read, or as `PPOTrainer.resume`.
+        ref_policy, data, overrides: as in `load_checkpoint`. A damaged checkpoint is kept under another name; a damaged
+        log is named in a warning and repaired as far as possible (see `RunLog.resume`).
+        Raises FileNotFoundError if it is no run, BlockingIOError if another process works in it, OSError if a file to
+        be written is a symbolic link, ValueError if no checkpoint can be read, or as `load_checkpoint`.
         """
         _check_keep_last(keep_last)
         folder = Path(folder)
         read_json(folder / CONFIG_FILE)
+        if (folder / "checkpoint").is_dir():
+            raise ValueError(f"{folder} is a run of supervised fine-tuning by minirlhf 0.1.0, which can resume it")
+        if (folder / CHECKPOINTS).is_symlink():
+            raise OSError(f"{folder / CHECKPOINTS} is a symbolic link, and checkpoints are not written through links")
         lock = FolderLock(folder)
         try:
             remove_partial(folder, folder / CHECKPOINTS)
@@ -134,58 +160,71 @@ class Run:
             for step in sorted(_steps(folder), reverse=True):
                 checkpoint = _checkpoint(folder, step)
                 try:
-                    trainer = PPOTrainer.resume(checkpoint, ref_policy, **overrides)
+                    trainer = load_checkpoint(checkpoint, ref_policy, data, **overrides)
                     break
                 except DamagedCheckpoint as error:
                     warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
                     damaged.append(checkpoint)
             else:
                 raise ValueError(f"{folder} has no checkpoint that can be read")
-            lengths = read_json(checkpoint / training_state.COUNTERS_FILE)["log"]
-            if lengths is None:
-                raise ValueError(f"{checkpoint} does not say how long the log was: no run saved it")
-            _rewards(folder / METRICS_FILE, lengths[METRICS_FILE])  # what is wrong there is said before anything is cut
-            log = RunLog.resume(folder, lengths)
+            marks, rewards = _read_record(checkpoint)
+            log = RunLog.resume(folder, marks, step, rewards)
             for path in damaged:
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            return cls(folder, trainer, log, lock, keep_last)
+            return cls(folder, trainer, log, lock, keep_last, rewards)
         except BaseException:
             lock.release()
             raise
 
-    def record(self, rollout: Rollout, stats: Stats) -> list[tuple[str, float]]:
-        """Write down the step that the trainer has just done: the `on_step` of `PPOTrainer.train`.
+    @property
+    def due(self) -> bool:
+        """Whether `record` will save the step just done: every `save_freq` steps, and the last."""
+        step = self.trainer.steps_done
+        return step % self.trainer.config.save_freq == 0 or step == self.trainer.steps_total
 
-        A line goes to metrics.jsonl. Every `save_freq` steps, and after the last, some samples go to samples.jsonl,
-        and a checkpoint is saved.
-        Returns these samples, texts with their scores; none after any other step.
+    def record(
+        self, batch: object, stats: Mapping[str, float], texts: Sequence[str] = ()
+    ) -> list[tuple[str, float | None]]:
+        """Write down the step that the trainer has just done: the `on_step` of every trainer's `train`.
+
+        batch: of the step; of a Rollout, some samples go to samples.jsonl whenever a checkpoint is due.
+        stats: a line of metrics.jsonl. texts: more samples, without scores.
+        Returns the samples that were logged, texts with their scores.
         Raises Stopped, with the step saved, if the run was asked to stop; OSError if something cannot be written.
         """
-        c, step = self.trainer.config, self.trainer.iteration
+        step, total = self.trainer.steps_done, self.trainer.steps_total
         if step != self._recorded + 1:
             raise ValueError(f"record must be called once after every step: after step {self._recorded} came {step}")
-        due = step % c.save_freq == 0 or step == c.iterations
-        shown: list[tuple[str, float]] = []
-        self._log.metrics(step, stats)
-        if due:
-            texts, scores = rollout.texts, rollout.scores.tolist()
-            rows = random.Random(f"{c.seed} {step - 1} shown").sample(range(len(texts)), min(SHOWN, len(texts)))
-            shown = [(texts[i], scores[i]) for i in rows]
-            self._log.samples(step, [text for text, _ in shown], [score for _, score in shown])
-        self._rewards[step], self._recorded = _rating(stats["reward/mean"]), step
-        if due or self._stop.made:
+        shown: list[tuple[str, float | None]] = []
+        if self.due and isinstance(batch, Rollout):
+            all_texts, scores, seed = batch.texts, batch.scores.tolist(), self.trainer.config.seed
+            count = len(all_texts)
+            rows = random.Random(f"{seed} {step - 1} shown").sample(range(count), min(SHOWN, count))
+            shown = [(all_texts[i], scores[i]) for i in rows]
+        shown += [(text, None) for text in texts]
+        self.log(stats, shown)
+        self._recorded = step
+        if "reward/mean" in stats:
+            self._rewards[step] = finite(stats["reward/mean"])
+        if self.due or self._stop.made:
             self._save()
         if self._stop.made:
-            raise Stopped(self.folder, f"step {step} of {c.iterations}")
+            raise Stopped(self.folder, f"step {step} of {total}")
         return shown
+
+    def log(self, stats: Mapping[str, float], samples: Sequence[tuple[str, float | None]] = ()) -> None:
+        """Append statistics and samples of the present step to the log, such as figures measured before the first."""
+        self._log.metrics(self.trainer.steps_done, stats)
+        if samples:
+            self._log.samples(self.trainer.steps_done, [text for text, _ in samples], [score for _, score in samples])
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
         return self._log.history()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Run[Trainer]:
         self._stop.__enter__()
         return self
 
@@ -195,9 +234,9 @@ class Run:
         try:
             if isinstance(error, Exception) and not isinstance(error, Stopped):
                 failed = self._doing()
-                whole = not self.trainer.within_step and self.trainer.iteration == self._recorded
-                if whole and self._recorded > self._saved and not self._saving:
-                    with contextlib.suppress(Exception):  # the first error is the one to tell of
+                complete = not self.trainer.interrupted and self.trainer.steps_done == self._recorded
+                if complete and self._recorded > self._saved and not self._saving:
+                    with contextlib.suppress(Exception):  # the first error is the one to report
                         self._save()
                 raise RunFailed(
                     self.folder,
@@ -209,15 +248,15 @@ class Run:
             self._lock.release()
 
     def _doing(self) -> str:
-        done, steps = self._recorded, self.trainer.config.iterations
+        done, steps = self._recorded, self.trainer.steps_total
         if self._saving:
             return f"saving step {done} of {steps}"
         return f"step {done + 1} of {steps}" if done < steps else f"what comes after the last step, {steps},"
 
     def _save(self) -> None:
         self._saving = True
-        lengths = self._log.flush()
-        training_state.save(self.trainer, _checkpoint(self.folder, self._recorded), lengths)
+        record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
+        save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
         self._saved = self._recorded
         self._rotate()
         self._saving = False
@@ -228,24 +267,28 @@ class Run:
         kept = steps[-self._keep_last :]
         rated = [step for step in steps if step in self._rewards]  # the very first one has no reward yet
         if rated:
-            kept.append(max(rated, key=lambda step: self._rewards[step]))
+            kept.append(max(rated, key=lambda step: _rating(self._rewards[step])))
             _link(self.folder / CHECKPOINTS / BEST, _checkpoint(self.folder, kept[-1]).name)
         for step in set(steps) - set(kept):
-            path = _checkpoint(self.folder, step)
-            doomed = path.with_name(f".{path.name}{PARTIAL}")  # gone at one moment, though not its bytes
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(_checkpoint(self.folder, step))
 
 
-def _rewards(path: Path, length: int | None = None) -> dict[int, float]:
-    """Mean reward of each step in metrics.jsonl, or its first bytes. Raises ValueError for any other line."""
-    rewards = {}
-    for number, line in enumerate(read_jsonl(path, length), 1):
-        step, reward = line.get("step"), line.get("reward/mean", "missing")
-        if type(step) is not int or not (reward is None or isinstance(reward, (int, float))):
-            raise ValueError(f"{path}, line {number} has no step number or no reward/mean")
-        rewards[step] = _rating(reward)
-    return rewards
+def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[int, float | None]]:
+    """What `Run._save` recorded in a checkpoint: the marks of the log, and the mean reward of each step."""
+    record = read_json(checkpoint / COUNTERS_FILE).get("run")
+    if record is None:
+        raise ValueError(f"{checkpoint} was saved by no run: it does not say what the log was")
+
+    def are_rewards(value: Any) -> bool:
+        fine = isinstance(value, dict) and all(re.fullmatch("[0-9]{1,18}", step) for step in value)
+        return fine and all(reward is None or is_number(reward) for reward in value.values())
+
+    def are_marks(value: Any) -> bool:
+        return is_record(value, **dict.fromkeys(LOG_FILES, lambda x: is_record(x, bytes=is_count, sha256=is_text)))
+
+    with naming(checkpoint / COUNTERS_FILE):
+        check_counters({"run": record}, {"run": lambda value: is_record(value, log=are_marks, rewards=are_rewards)})
+    return record["log"], {int(step): reward for step, reward in record["rewards"].items()}
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
@@ -256,28 +299,60 @@ def _steps(folder: Path) -> list[int]:
     """The steps that a run has checkpoints of."""
     if not (folder / CHECKPOINTS).is_dir():
         return []
-    names = [path.name for path in (folder / CHECKPOINTS).iterdir() if path.is_dir()]
-    return [int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{6,}", name)]
+    names = [path.name for path in (folder / CHECKPOINTS).iterdir() if path.is_dir() and not path.is_symlink()]
+    steps = [int(name.removeprefix("step-")) for name in names if re.fullmatch("step-[0-9]{6,18}", name)]
+    return [step for step in steps if _checkpoint(folder, step).name in names]
 
 
 def _rating(reward: float | None) -> float:
-    """A mean reward that can be compared: what is not finite, or null in the log, is the worst."""
-    return reward if reward is not None and abs(reward) < math.inf else -math.inf
+    """A mean reward that can be compared: one that was not finite is the worst."""
+    return -math.inf if reward is None else reward
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder. Its name goes at one moment, though not its bytes."""
+    doomed = path.with_name(f".{path.name}{PARTIAL}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _link(link: Path, target: str) -> None:
     """Make a symbolic link, or let it point elsewhere, at one moment."""
     if link.is_symlink() and os.readlink(link) == target:
         return
+    if link.is_dir() and not link.is_symlink():
+        _clear(link)
     temporary = link.with_name(f".{link.name}{PARTIAL}")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
+    try:
+        temporary.symlink_to(target)
+    except OSError as error:
+        if os.name != "nt":
+            raise
+        warnings.warn(f"{link} cannot be made, as Windows allows links to developers only: {error}", stacklevel=2)
+        return
     os.replace(temporary, link)
     flush_folder(link.parent)
 
 
+def _clear(best: Path) -> None:
+    """Make room for the link `best` where a tool that follows links copied the run: a checkpoint is there twice."""
+    manifest = best / MANIFEST_FILE
+    content = manifest.read_bytes() if manifest.is_file() else b""
+    others = [path for path in best.parent.glob(f"step-*/{MANIFEST_FILE}") if path.read_bytes() == content]
+    if content and others:
+        _remove(best)
+        return
+    aside = best.with_name(f"{best.name}.copy")
+    warnings.warn(f"{best} is a folder and no copy of a checkpoint beside it; it is kept as {aside.name}", stacklevel=2)
+    shutil.rmtree(aside, ignore_errors=True)
+    best.rename(aside)
+
+
 def _is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds no more than a killed `Run.start` leaves: no config.json yet."""
+    if not folder.is_dir() or (folder / CHECKPOINTS).is_symlink():
+        return False
     names = {path.name for path in folder.iterdir()}
     ours = {LOCK_FILE, CHECKPOINTS, *(name for name in names if name.startswith(".") and name.endswith(PARTIAL))}
     return not names or (LOCK_FILE in names and names <= ours)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that a run finishes what it is doing, and saves it, before it ends."""
+"""Graceful shutdown: finish the step and save on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and is saved. folder: of the run. done: how far it came."""
+    """The run was asked to stop, and is saved. folder: of the run. done: how far it got."""
 
     def __init__(self, folder: Path, done: str):
         super().__init__(f"stopped after {done}, which is saved")
@@ -21,9 +21,9 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Within it the first Ctrl-C or SIGTERM only sets `made`; a second one does what it does to any process.
+    """Inside this context the first Ctrl-C or SIGTERM only sets `made`; a second one has its usual effect.
 
-    Without effect outside the main thread, where Python sets no handlers.
+    Has no effect outside the main thread, where Python cannot set handlers.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it: who ignores it means it
+                if signal.getsignal(number) is not signal.SIG_IGN:  # an ignored signal, as under nohup, stays ignored
                     self._handlers[number] = signal.signal(number, self._make)
         return self
 
@@ -42,10 +42,10 @@ class StopRequest:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _make(self, number: int, frame: FrameType | None) -> None:
-        """The first signal: stop after this step. From now on they do what they do to any process."""
+        """The first signal: stop after this step. Further signals have their usual effect."""
         self.made = True
         for each in self._handlers:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        # Not print, which this may have interrupted.
+        # Not print, which the signal may have interrupted.
         os.write(2, f"\n{name}: finishing the step, then saving; once more ends it at once\n".encode())

@@ -1,11 +1,13 @@
-"""The loop that supervised fine-tuning and reward models share."""
+"""The loop of supervised fine-tuning and reward models: AdamW over epochs of batches, saved between two steps."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +21,30 @@ from minirlhf.common.validation import (
     require_unit_interval,
 )
 from minirlhf.device.precision import PRECISIONS, Precision
-from minirlhf.device.random import seeded_dropout
+from minirlhf.device.random import DropoutStream
 from minirlhf.device.schedules import SCHEDULES, lr_factor
-from minirlhf.supervised.fit_state import FitState
+from minirlhf.io.model_card import Origin
+from minirlhf.io.training_state import (
+    State,
+    frozen,
+    load_moments,
+    moments,
+    require_fp32,
+)
 
 Batch = TypeVar("Batch")
+Stats = dict[str, float]
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of the supervised loop. Raises ValueError for a bad one."""
+    """Settings of supervised training. Raises ValueError with the field, the value and what is allowed."""
 
-    PRECISIONS: ClassVar[tuple[str, ...]] = PRECISIONS  # no "auto": a loss alone does not say what bf16 does to it
+    PRECISIONS: ClassVar[tuple[str, ...]] = PRECISIONS  # without "auto", which needs to know the model's outputs
 
     epochs: int = 3
+    max_length: int = 128  # tokens a text, special tokens included; longer texts are cut at the end
+    tokens_per_batch: int = 4096  # of one forward pass, padding included
     lr: float = 5e-4  # peak learning rate
     schedule: str = "cosine"
     warmup: float = 0.05  # share of all steps
@@ -46,77 +58,182 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         require_positive_ints(self, "epochs")
+        require(self, "max_length", type(self.max_length) is int and self.max_length >= 2, "an integer of at least 2")
+        fits = type(self.tokens_per_batch) is int and self.tokens_per_batch >= self.max_length
+        require(self, "tokens_per_batch", fits, f"an integer of at least max_length={self.max_length}")
         require_positive(self, "lr", "max_grad_norm")
         require_unit_interval(self, "warmup", "lr_floor")
         require_non_negative(self, "weight_decay")
-        require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        fits = isinstance(self.betas, tuple) and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(self, "betas", fits, "two numbers in [0, 1)")
         require(self, "seed", type(self.seed) is int, "an integer")
         require_one_of(self, "schedule", SCHEDULES)
         require_one_of(self, "precision", self.PRECISIONS)
 
 
-def fit(
-    model: nn.Module,
-    epoch_batches: Callable[[int], Sequence[Batch]],
-    loss_of: Callable[[Batch], Tensor],
-    config: FitConfig,
-    on_step: Callable[[float, float], None] | None = None,
-    parts_of: Callable[[Batch], Sequence[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)],
-    state: FitState | None = None,
-) -> None:
-    """Minimise a loss over epochs of batches with AdamW, in training mode; the model is left in eval mode.
+class SupervisedTrainer(Generic[Batch]):
+    """Minimises a loss over epochs of batches; a subclass has `kind`, `loss` and `parts`.
 
-    epoch_batches: epoch number (0, 1, ...) -> its batches, shuffled by the caller.
-    loss_of: batch -> loss, 0-d, run under autocast.
-    on_step: called after every optimizer step with the progress in (0, 1] and the loss.
-    parts_of: batch -> its parts with the share that the loss of each has in the loss of the whole. Their gradients are
-        added up before the optimizer's step, so a batch needs the memory of one part.
-    state: where to begin; kept up to date, so that `on_step` may save it.
-    Raises FloatingPointError at a loss or gradient that is not finite, before it reaches the weights. (With fp16 a
-    gradient that overflows is skipped, and the loss scale lowered.)
+    model: trained in place; dropout is on in training, off afterwards.
+    epochs: the batches of each epoch, shuffled. They must depend on data and config only, so that a resumed run
+        gets the same ones.
+    data_hash: of the data, to recognise it; data_count: how many texts or rankings it has.
+    interrupted: True inside a step, where the state is inconsistent and must not be saved.
     """
-    device = next(model.parameters()).device
-    precision = Precision(config.precision, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        fused=True,
-    )
-    model.train()
-    try:
-        with seeded_dropout(config.seed, device):
-            state = FitState() if state is None else state
-            state.begin(optimizer, precision.scaler, device)
-            for epoch in range(state.epoch, config.epochs):
-                batches = epoch_batches(epoch)
-                for i in range(state.batch, len(batches)):
-                    # The middle of the step: neither the first nor the last one has a learning rate of 0.
-                    progress = (epoch + (i + 0.5) / len(batches)) / config.epochs
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.lr * lr_factor(config.schedule, progress, config.warmup, config.lr_floor)
-                    total = torch.zeros((), device=device)
-                    for part, share in parts_of(batches[i]):
-                        with precision.autocast():
-                            loss = loss_of(part) * share
-                        precision.backward(loss)
-                        total = total + loss.detach()
-                    if not torch.isfinite(total):
-                        raise FloatingPointError(
-                            f"the loss became {total.item()} in epoch {epoch}, batch {i}; lower the learning rate"
-                        )
-                    norm = precision.step(optimizer, parameters, config.max_grad_norm, total).item()
-                    if not math.isfinite(norm) and config.precision != "fp16":
-                        raise FloatingPointError(
-                            f"the gradient became {norm} in epoch {epoch}, batch {i}; lower the learning rate"
-                        )
-                    state.advance(i + 1)
-                    if on_step is not None:
-                        on_step((epoch + (i + 1) / len(batches)) / config.epochs, total.item())
-                state.epoch, state.batch = epoch + 1, 0
-    finally:
-        model.eval()
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FitConfig,
+        epochs: Iterable[Sequence[Batch]],
+        data_hash: str = "",
+        data_count: int = 0,
+    ):
+        self.model, self.config, self.epochs = model, config, epochs
+        self.data = {"sha256": data_hash, "count": data_count}
+        self.device = next(model.parameters()).device
+        self.precision = Precision(config.precision, self.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            fused=True,
+        )
+        self.dropout = DropoutStream(config.seed, self.device)
+        self.steps_done = 0  # optimizer steps
+        self.interrupted = False
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, 0-d; computed under autocast."""
+        raise NotImplementedError
+
+    def parts(self, batch: Batch) -> Sequence[tuple[Batch, float]]:
+        """A batch in parts, each with its share in the loss of the whole: a step needs the memory of one part."""
+        return [(batch, 1.0)]
+
+    @property
+    def steps_total(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(map(len, self.epochs))
+
+    def train(self, on_step: Callable[[Batch, Stats], object] | None = None) -> None:
+        """Train to the end of the last epoch; the model is left in eval mode.
+
+        on_step: called after every optimizer step with its batch and statistics: `KIND/loss`, before the step, and
+            `KIND/progress`, the share of the run that is done; `Run.record` is one. After an error that it raised,
+            training may go on, here or from a checkpoint.
+        Raises FloatingPointError at a loss or gradient that is not finite, before it reaches the weights (with fp16 a
+        gradient that overflows is skipped, and the loss scale lowered); RuntimeError after an error within a step.
+        """
+        if self.interrupted:
+            raise RuntimeError("training stopped within a step, so its state is inconsistent; go back to a checkpoint")
+        try:
+            for epoch, i, count, batch in self._remaining():
+                # At the middle of the step, so that neither the first nor the last one has a learning rate of 0.
+                loss = self._step(batch, (epoch + (i + 0.5) / count) / self.config.epochs, f"epoch {epoch}, batch {i}")
+                progress = (epoch + (i + 1) / count) / self.config.epochs
+                if on_step is not None:
+                    on_step(batch, {f"{self.kind}/progress": progress, f"{self.kind}/loss": loss})
+        finally:
+            self.model.eval()
+
+    def _remaining(self) -> Iterator[tuple[int, int, int, Batch]]:
+        """Epoch, number in the epoch, batches of the epoch, and batch, of all steps that are not done yet."""
+        number = 0
+        for epoch, batches in enumerate(self.epochs):
+            for i, batch in enumerate(batches):
+                number += 1
+                if number > self.steps_done:
+                    yield epoch, i, len(batches), batch
+
+    def _step(self, batch: Batch, progress: float, where: str) -> float:
+        """One optimizer step. Returns the loss before it."""
+        c, self.interrupted = self.config, True
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * lr_factor(c.schedule, progress, c.warmup, c.lr_floor)
+        total = torch.zeros((), device=self.device)
+        with self.dropout.use():
+            for part, share in self.parts(batch):
+                with self.precision.autocast():
+                    loss = self.loss(part) * share
+                self.precision.backward(loss)
+                total = total + loss.detach()
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"the loss became {total.item()} in {where}; lower the learning rate")
+        norm = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm, total).item()
+        if not math.isfinite(norm) and c.precision != "fp16":
+            raise FloatingPointError(f"the gradient became {norm} in {where}; lower the learning rate")
+        self.steps_done += 1
+        self.interrupted = False
+        return total.item()
+
+    # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where the model came from."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write model and tokenizer as a model folder. Raises OSError if it cannot be written."""
+        raise NotImplementedError
+
+    def state_dict(self) -> State:
+        """Everything besides the weights that the next step depends on; of the data, the hash.
+
+        Raises RuntimeError for a trainer that an error stopped within a step, ValueError for weights that are not fp32.
+        """
+        if self.interrupted:
+            raise RuntimeError(
+                f"the trainer stopped within step {self.steps_done + 1}, so its state is inconsistent; "
+                "go back to its last checkpoint"
+            )
+        require_fp32(self.model)
+        streams = {f"generator.{name}": state for name, state in self.dropout.states.items()}
+        counters: dict[str, Any] = {
+            "steps": self.steps_done,
+            "scaler": self.precision.scaler.state_dict(),
+            "data": self.data,
+            "frozen": frozen(self.model),
+            "origin": None if self.origin is None else dataclasses.asdict(self.origin),
+            "config": dataclasses.asdict(self.config),
+        }
+        return {"tensors": streams | moments(self.optimizer, self.model.named_parameters()), "counters": counters}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on where `state_dict` was called; on the CPU bit for bit. The constructor's model must have the weights.
+
+        Raises ValueError for other data, another kind of device, or a state that does not fit; the trainer must not be
+        used then.
+        """
+        tensors, c = state["tensors"], state["counters"]
+        if self.data != c["data"]:
+            raise ValueError(
+                f"the run began with other data: with {c['data']['count']} texts or rankings, {self.data['count']} are "
+                "given, and they are not the same tokens in the same order"
+            )
+        streams = {name: tensors.get(f"generator.{name}") for name in self.dropout.states}
+        for name, stream in streams.items():
+            if stream is None or (stream.dtype, stream.shape) != (torch.uint8, self.dropout.states[name].shape):
+                raise ValueError(f"generator.{name} is missing, or was saved on another kind of device")
+            self.dropout.states[name] = stream
+        load_moments(self.optimizer, self.model.named_parameters(), tensors)
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(c["scaler"])
+        self.steps_done = c["steps"]
+
+
+def check_positions(longest: int, positions: int, max_length: int) -> None:
+    """Raise ValueError if the longest text, cut to `max_length`, has more tokens than the model has positions."""
+    if longest > positions:
+        raise ValueError(
+            f"a text has {longest} tokens within max_length={max_length}, more than the model's {positions} positions; "
+            f"set max_length to at most {positions}"
+        )

@@ -1,57 +1,58 @@
 """Training and measuring a reward model on ranked answers: stage 2 of InstructGPT (Ouyang et al. 2022).
 
 All pairs of a ranking are in one batch, and each answer goes through the model once: K forward passes for K (K - 1) / 2
-comparisons, and no pair seen in a later step with the answers already learned.
+comparisons, and no pair is seen in a later step, when its answers are already learned.
 
-Left out: the language-model loss beside the ranking loss, ensembles, early stopping (the figures of every epoch are
-returned; one epoch is often best).
+Left out: the language-model loss beside the ranking loss, ensembles, early stopping (one epoch is often best).
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.common.validation import require
+from minirlhf.common.validation import require_positive_ints
 from minirlhf.device.placement import resolve_device
+from minirlhf.io.model_card import Origin
 from minirlhf.rewards.reward_model import RewardModel
-from minirlhf.supervised.classification import reliability_table
-from minirlhf.supervised.loop import FitConfig, fit
+from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches
 from minirlhf.text.preferences import Ranking
 
 
 @dataclass(frozen=True)
 class RewardTrainingConfig(FitConfig):
-    """Settings of reward modelling. Raises ValueError for a bad one."""
+    """Settings of reward modelling. Raises ValueError with the field, the value and what is allowed.
+
+    A ranking is never divided, even if its answers exceed `tokens_per_batch`.
+    """
 
     epochs: int = 1  # InstructGPT found that more overfit
     lr: float = 1e-4
-    max_length: int = 128  # tokens a text, prompt, answer, [CLS] and [SEP] together; longer texts are cut at the end
-    tokens_per_batch: int = 4096  # padding included; a ranking is never divided
+    save_freq: int = 100  # optimizer steps between two checkpoints of a run
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "max_length", type(self.max_length) is int and self.max_length >= 2, "an integer of at least 2")
-        fits = type(self.tokens_per_batch) is int and self.tokens_per_batch >= self.max_length
-        require(self, "tokens_per_batch", fits, f"an integer of at least max_length={self.max_length}")
+        require_positive_ints(self, "save_freq")
 
 
 @dataclass(frozen=True)
 class RankingFigures:
-    """How well a reward model knows rankings.
+    """How well a reward model predicts rankings.
 
     pairs: compared answers. loss: `ranking_loss`, nats, margins included.
     accuracy: share of pairs whose better answer has the higher score; equal scores count as half.
     calibration_error: expected calibration error (Guo et al. 2017) of sigmoid(r_w - r_l), the probability that the
-        better answer is the better one; reliability: its table. A pair is in it in both directions, as the direction
-        in which it was written down says nothing.
+        first answer is the better one; reliability: its table. Each pair counts in both directions, because the order
+        in which it was written down carries no information.
     """
 
     pairs: int
@@ -67,53 +68,48 @@ class RankingFigures:
         )
 
 
-def train_reward_model(
-    model: RewardModel,
-    rankings: Sequence[Ranking],
-    config: RewardTrainingConfig | None = None,
-    held_out: Sequence[Ranking] = (),
-    on_step: Callable[[float, float], None] | None = None,
-    on_epoch: Callable[[int, RankingFigures], None] | None = None,
-) -> list[RankingFigures]:
-    """Train a reward model in place; it is left in eval mode, and without a normalisation (see `normalise`).
+class RewardModelTrainer(SupervisedTrainer[list[int]]):
+    """Training of a reward model in place, without a normalisation (see `RewardModel.normalise`).
 
-    held_out: rankings to measure on, before the first epoch and after each.
-    on_step: called after every optimizer step with the progress in (0, 1] and the loss.
-    on_epoch: called with every measurement and the number of epochs done.
-    Returns the measurements, 1 + epochs of them; none without `held_out`.
-    Warns with a count if texts are cut, or pairs are the same to the model. Raises ValueError for no rankings, or a
-    `max_length` beyond the model's positions.
+    A batch is a list of rankings by number. `runs.Run` saves the trainer and goes on with it; measure with
+    `evaluate_rankings`.
+    Warns with a count if texts are cut, or if answers of a ranking are the same tokens. Raises ValueError for no
+    rankings, or a text of more tokens than the model has positions.
     """
-    config = config or RewardTrainingConfig()
-    if len(rankings) == 0:
-        raise ValueError("rankings is empty: there is nothing to train on")
-    if config.max_length > model.max_length:
-        raise ValueError(f"max_length={config.max_length} exceeds the model's {model.max_length} positions")
-    model.to(resolve_device(config.device))
-    model.mean, model.std = 0.0, 1.0  # those of the old weights
-    encoded = _encode(model, rankings, config.max_length)
-    generator = torch.Generator().manual_seed(config.seed)
-    history: list[RankingFigures] = []
 
-    def measure() -> None:
-        if held_out:
-            history.append(evaluate_rankings(model, held_out))
-            if on_epoch is not None:
-                on_epoch(len(history) - 1, history[-1])
+    kind = "reward_model"
+    model: RewardModel
+    config: RewardTrainingConfig
 
-    def epoch_batches(epoch: int) -> list[list[int]]:
-        measure()
-        longest = [max(map(len, answers)) for answers in encoded]
-        return bucketed_batches(longest, config.tokens_per_batch, generator, [len(answers) for answers in encoded])
+    def __init__(self, model: RewardModel, rankings: Sequence[Ranking], config: RewardTrainingConfig | None = None):
+        config = config or RewardTrainingConfig()
+        if len(rankings) == 0:
+            raise ValueError("rankings is empty: there is nothing to train on")
+        self.encoded = _encode(model, rankings, config.max_length)
+        self.margins = [ranking.margin for ranking in rankings]
+        lengths = [max(map(len, answers)) for answers in self.encoded]
+        check_positions(max(lengths), model.max_length, config.max_length)
+        generator, sizes = torch.Generator().manual_seed(config.seed), [len(answers) for answers in self.encoded]
+        epochs = [bucketed_batches(lengths, config.tokens_per_batch, generator, sizes) for _ in range(config.epochs)]
+        model.to(resolve_device(config.device))
+        model.mean, model.std = 0.0, 1.0  # the old ones belong to the old weights
+        content = "".join(f"{margin!r} {answers}\n" for margin, answers in zip(self.margins, self.encoded, strict=True))
+        super().__init__(model, config, epochs, hashlib.sha256(content.encode()).hexdigest(), len(rankings))
 
-    def loss_of(batch: list[int]) -> Tensor:
-        scores = model.score([ids for i in batch for ids in encoded[i]])  # one forward pass of each answer
-        margins = torch.tensor([rankings[i].margin for i in batch]).to(scores)
-        return ranking_loss(scores, [len(encoded[i]) for i in batch], margins)
+    def loss(self, batch: list[int]) -> Tensor:
+        """`ranking_loss` of these rankings, with one forward pass of each answer."""
+        scores = self.model.score([ids for i in batch for ids in self.encoded[i]])
+        margins = torch.tensor([self.margins[i] for i in batch]).to(scores)
+        return ranking_loss(scores, [len(self.encoded[i]) for i in batch], margins)
 
-    fit(model, epoch_batches, loss_of, config, on_step)
-    measure()
-    return history
+    @property
+    def origin(self) -> Origin | None:
+        """Where the network came from."""
+        return self.model.network.origin
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the reward model and its tokenizer as a model folder. Raises OSError if it cannot be written."""
+        self.model.save_pretrained(folder)
 
 
 def comparisons(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +142,7 @@ def ranking_loss(scores: Tensor, sizes: Sequence[int], margins: Tensor | None = 
 
 
 def evaluate_rankings(model: RewardModel, rankings: Sequence[Ranking], bins: int = 10) -> RankingFigures:
-    """Accuracy and calibration on rankings that were not trained on. Raises ValueError for none."""
+    """Accuracy and calibration on held-out rankings. Raises ValueError for an empty list."""
     if len(rankings) == 0:
         raise ValueError("rankings is empty: there is nothing to measure on")
     scores = model.scores([text for ranking in rankings for text in ranking.texts]).double()
@@ -166,6 +162,28 @@ def evaluate_rankings(model: RewardModel, rankings: Sequence[Ranking], bins: int
     )
 
 
+def reliability_table(probabilities: Tensor, labels: Tensor, bins: int = 10) -> list[dict[str, float]]:
+    """Calibration of a binary classifier: for each bin of P(positive) its count, mean prediction and positive share.
+
+    probabilities: (N,) P(label 1); labels: (N,) 0 or 1. Empty bins are left out.
+    """
+    index = (probabilities * bins).long().clamp_max(bins - 1)
+    rows = []
+    for b in range(bins):
+        inside = index == b
+        if inside.any():
+            rows.append(
+                {
+                    "from": b / bins,
+                    "to": (b + 1) / bins,
+                    "count": int(inside.sum()),
+                    "predicted": probabilities[inside].mean().item(),
+                    "positive": labels[inside].float().mean().item(),
+                }
+            )
+    return rows
+
+
 def expected_calibration_error(table: Sequence[dict[str, float]]) -> float:
     """Mean distance of prediction and truth over the bins of a reliability table, weighted by their counts."""
     total = sum(row["count"] for row in table)
@@ -173,7 +191,7 @@ def expected_calibration_error(table: Sequence[dict[str, float]]) -> float:
 
 
 def _encode(model: RewardModel, rankings: Sequence[Ranking], max_length: int) -> list[list[list[int]]]:
-    """Token ids of every answer behind its prompt, cut to `max_length`; warns of what is lost by it."""
+    """Token ids of every answer after its prompt, cut to `max_length`; warns of what is lost."""
     tokenizer = model.tokenizer
     texts = [text for ranking in rankings for text in ranking.texts]
     whole, cut = tokenizer.encode_batch(texts), tokenizer.encode_batch(texts, max_length)

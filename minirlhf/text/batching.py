@@ -104,3 +104,11 @@ def packed_rows(lengths: Sequence[int], width: int, generator: torch.Generator) 
             room[n] -= lengths[i]
         rows += begun
     return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless ids is a 1-D integer tensor of at least one id below `vocab_size`."""
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
+        raise ValueError(f"{name} must be 1-D with at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")

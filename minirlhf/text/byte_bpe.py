@@ -104,6 +104,8 @@ class ByteBPE(TokenizerModel):
             )
         found = []
         for i, token in enumerate(self.vocab):
+            if token == "":
+                raise ValueError(f"the vocabulary has an empty token at id {i}")
             if i in self.special_ids:
                 found.append(token.encode("utf-8"))
             elif all(char in alphabet for char in token):

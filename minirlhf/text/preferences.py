@@ -9,7 +9,7 @@ Two formats, told apart by the name of the file:
   is the prompt if the first line is a header that begins with "prompt", or if the caller says so; otherwise there is
   no prompt, and every column is an answer.
 
-Left out: ties. Two answers that nobody can tell apart belong into different lines.
+Left out: ties. Two answers that cannot be told apart belong on different lines.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from minirlhf.text.text_files import hash_fraction, json_object, numbered_lines, text_of
 
 MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
+MAX_SCORED = 64  # scored answers to one prompt: at most 2,016 pairs
 PAIR_KEYS = ("prompt", "chosen", "rejected")
 SPLITS = ("prompt", "answers")
 
@@ -114,13 +115,15 @@ def rankings_of_scores(
 ) -> list[Ranking]:
     """What scores of the answers to one prompt say of their order.
 
-    One ranking if all scores differ, a ranking of two for each pair that differs if some are equal, none if all are.
-    Raises ValueError for what is no list, unequal numbers of answers and scores, a score that is no finite number,
-    or an answer that no `Ranking` takes.
+    Up to 9 answers whose scores all differ make one ranking; otherwise each pair whose scores differ makes one.
+    Raises ValueError for what is no list, more than 64 answers (their pairs grow with the square), unequal numbers of
+    answers and scores, a score that is no finite number, or an answer that no `Ranking` takes.
     """
     for name, value in (("answers", answers), ("scores", scores)):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name} must be a list, got a {type(value).__name__}")
+    if len(answers) > MAX_SCORED:
+        raise ValueError(f"a prompt has at most {MAX_SCORED} scored answers, got {len(answers)}")
     if len(answers) != len(scores) or len(answers) == 0:
         raise ValueError(f"there are {len(answers)} answers, but {len(scores)} scores")
     for score in scores:

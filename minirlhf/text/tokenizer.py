@@ -1,7 +1,6 @@
 """Text to token ids and back: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's byte-level BPE.
 
-Built on the `tokenizers` package. The kinds are `tokenization.wordpiece` and `tokenization.byte_bpe`;
-`tokenization.folder` tells which of them a folder holds.
+Built on the `tokenizers` package. The kinds are `wordpiece` and `byte_bpe`; `tokenizer_folder` reads either from files.
 """
 
 from __future__ import annotations
@@ -115,6 +114,16 @@ class Tokenizer:
             if not 0 <= i < len(self.vocab):
                 raise ValueError(f"token id {i} is outside the vocabulary of {len(self.vocab)} tokens")
         return self.model.decode(ids)
+
+    def decode_response(self, prompt_ids: Iterable[int] | Tensor, response_ids: Iterable[int] | Tensor) -> list[str]:
+        """What each token of a response adds to the text of its prompt; joined, they are the text of the response.
+
+        It begins with the space that separates two Latin words of WordPiece, and with a character that the prompt's
+        last token left incomplete: prompt and response together are `decode` of all tokens.
+        Raises ValueError for an id outside the vocabulary.
+        """
+        prompt, response = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (prompt_ids, response_ids))
+        return self.decode_pieces([*prompt, *response])[len(prompt) :]
 
     def decode_pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
         """What each token adds to the text: as many texts as ids, which `decode` would give if joined.

@@ -1,27 +1,30 @@
 """The tokenizer of a model folder: `tokenizer.json`, or `vocab.json` with `merges.txt`, or `vocab.txt`.
 
+A setting under which a text would get other ids than ours is an error that names the file, the setting and what is
+supported. Settings that change no id are ignored; those of KEPT are saved again.
+
 Left out: Unigram and SentencePiece, other ways to split a text than BERT's and GPT-2's, and added tokens that are not
 special.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from minirlhf.io.files import read_json
+from minirlhf.io.files import naming, read_json, read_text
 from minirlhf.io.hub import locate
+from minirlhf.io.model_folder import CONFIG_FILE
 from minirlhf.text import byte_bpe, wordpiece
-from minirlhf.text.byte_bpe import MERGES_FILE, ByteBPE
+from minirlhf.text.byte_bpe import END_OF_TEXT, MERGES_FILE, ByteBPE
 from minirlhf.text.tokenizer_model import SETTINGS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, TokenizerModel
-from minirlhf.text.tokenizer_settings import BYTE_BPE, KEPT, WORDPIECE, check, read_settings
-from minirlhf.text.wordpiece import WordPiece
+from minirlhf.text.wordpiece import MAX_CHARS_PER_WORD, PREFIX, ROLES, WordPiece
 
 ADDED_TOKENS_FILE = "added_tokens.json"
 # Every file by which a folder can describe a tokenizer of these kinds.
@@ -34,7 +37,88 @@ TOKENIZER_FILES = (
     SETTINGS_FILE,
     SPECIAL_TOKENS_FILE,
 )
+
+# ---- what the files may say -----------------------------------------------------------------------------------------
+
+Supported = Mapping[str, Sequence[Any]]  # name -> what it may be; the first value is what a missing name means
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the files of one kind of tokenizer may say.
+
+    settings: of `tokenizer_config.json` and `special_tokens_map.json`. model, normalizer, pre_tokenizer, added_token:
+    of these parts of `tokenizer.json`.
+    """
+
+    settings: Supported
+    model: Supported
+    normalizer: Supported
+    pre_tokenizer: Supported
+    added_token: Supported
+
+
+# Setting -> the types that it may have.
+KEPT: dict[str, Any] = {
+    "model_max_length": (int, float),
+    "padding_side": str,
+    "truncation_side": str,
+    "model_input_names": list,
+    "chat_template": (str, list, dict),
+}
+COMMON = {"split_special_tokens": (False,)}
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
+ANY_CLASS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+ADDED_TOKEN = {"special": (True,), "lstrip": (False,), "rstrip": (False,), "single_word": (False,)}
+
+WORDPIECE = Kind(
+    settings={
+        **COMMON,
+        "tokenizer_class": (*ANY_CLASS, *BERT_CLASSES),
+        "do_lower_case": (True, False),
+        "tokenize_chinese_chars": (True, False),
+        "strip_accents": (None, True, False),
+        "do_basic_tokenize": (True,),
+        "never_split": (None, []),
+        **{role: (token, None) for role, token in ROLES.items()},
+        **{role: (None, *ROLES.values()) for role in ("bos_token", "eos_token")},
+    },
+    model={
+        "unk_token": (ROLES["unk_token"],),
+        "continuing_subword_prefix": (PREFIX,),
+        "max_input_chars_per_word": (MAX_CHARS_PER_WORD,),
+    },
+    normalizer={"type": ("BertNormalizer",), "clean_text": (True,)},
+    pre_tokenizer={"type": ("BertPreTokenizer",)},
+    added_token={**ADDED_TOKEN, "normalized": (False,)},  # else a "[sep]" that became small would be special
+)
+
+BYTE_BPE = Kind(
+    settings={
+        **COMMON,
+        "tokenizer_class": (*ANY_CLASS, "GPT2Tokenizer", "GPT2TokenizerFast"),
+        "add_prefix_space": (False,),
+        "add_bos_token": (False, None),
+        "add_eos_token": (False, None),
+        "errors": ("replace",),
+        **{role: (END_OF_TEXT, None) for role in ("bos_token", "eos_token", "unk_token")},
+        **{role: (None,) for role in ("sep_token", "cls_token", "mask_token")},
+    },
+    model={
+        "dropout": (None, 0.0),
+        "continuing_subword_prefix": (None, ""),
+        "end_of_word_suffix": (None, ""),
+        "byte_fallback": (False,),
+        "ignore_merges": (False,),
+    },
+    normalizer={"type": (None,)},
+    pre_tokenizer={"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
+    added_token=ADDED_TOKEN,
+)
 KINDS = {"WordPiece": WORDPIECE, "BPE": BYTE_BPE}  # by their names in tokenizer.json
+
+
+# ---- reading a folder -----------------------------------------------------------------------------------------------
 
 
 def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerModel:
@@ -47,7 +131,10 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerModel:
     folder = locate(folder)
     model = _read(folder)
     settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
-    model.kept = {name: settings[name] for name in KEPT if name in settings}
+    model.kept = {name: settings[name] for name in KEPT if settings.get(name) is not None}
+    for name, value in model.kept.items():
+        if isinstance(value, bool) or not isinstance(value, KEPT[name]):
+            raise ValueError(f"{folder / SETTINGS_FILE}: {name} has a value of the wrong type, {value!r:.80}")
     return model
 
 
@@ -72,19 +159,23 @@ def _read(folder: Path) -> TokenizerModel:
 
 def _from_vocab_txt(folder: Path) -> WordPiece:
     path = folder / wordpiece.VOCAB_FILE
-    vocab = _read_lines(path)
+    lines = _read_lines(path)
+    while lines and lines[-1] == "":
+        lines.pop()
+    last = {token: i for i, token in enumerate(lines)}  # of a token on two lines the second counts, as in transformers
+    vocab = [token if last[token] == i else "" for i, token in enumerate(lines)]
     settings, special = read_settings(folder, WORDPIECE)
-    with _naming(path):
+    with naming(path):
         return _wordpiece(vocab, settings, special)
 
 
 def _from_vocab_and_merges(folder: Path) -> ByteBPE:
     path, merges_path = folder / byte_bpe.VOCAB_FILE, folder / MERGES_FILE
     ids, lines = read_json(path), _read_lines(merges_path)
-    with _naming(merges_path):
+    with naming(merges_path):
         merges = _pairs(lines[1:] if lines and lines[0].startswith("#version") else lines)
     settings, special = read_settings(folder, BYTE_BPE)
-    with _naming(f"{path} with {MERGES_FILE}"):
+    with naming(f"{path} with {MERGES_FILE}"):
         return _byte_bpe(_in_order(ids), merges, settings, special)
 
 
@@ -95,21 +186,22 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
     if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{path} holds a tokenizer of the type {name!r}; only {' and '.join(KINDS)} are supported")
     kind = KINDS[name]
-    with _naming(path):
+    with naming(path):
         rules, frame = _rules(content)
         for part in ("model", "normalizer", "pre_tokenizer"):
             check(rules[part] or {"type": None}, getattr(kind, part), part)
         for token in rules["added_tokens"]:
             check(token, kind.added_token, f"the added token {token['content']!r}")
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-        vocab = _in_order(_joined(content["model"].get("vocab"), added))
+        vocab = _in_order(_joined(content["model"].get("vocab"), added), gaps=kind is WORDPIECE)
         merges = _pairs(content["model"].get("merges")) if kind is BYTE_BPE else []
     settings, special = read_settings(folder, kind)
-    with _naming(path):
+    with naming(path):
         if kind is BYTE_BPE:
             model: TokenizerModel = _byte_bpe(vocab, merges, settings, [*added, *special])
         else:
-            model = _wordpiece(vocab, {**_bert_options(rules["normalizer"]), **settings}, [*added, *special])
+            options = settings if _is_bert(folder, settings) else _bert_options(rules["normalizer"])
+            model = _wordpiece(vocab, options, [*added, *special])
         expected = [*model.opening, *model.closing]
         brings_its_own = kind is WORDPIECE and rules["post_processor"] is None  # BertTokenizer's is always the same
         if frame != expected and not brings_its_own:
@@ -155,6 +247,15 @@ def _rules(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
         raise ValueError(f"not a readable tokenizer: {error}") from error
 
 
+def _is_bert(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether transformers loads a folder as its BertTokenizer, which ignores the normalizer of `tokenizer.json`."""
+    name = settings.get("tokenizer_class")
+    if name is None and (folder / CONFIG_FILE).is_file():
+        config = read_json(folder / CONFIG_FILE)
+        name = config.get("tokenizer_class") or ("BertTokenizer" if config.get("model_type") == "bert" else None)
+    return name in BERT_CLASSES
+
+
 def _bert_options(normalizer: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of BertTokenizer in the normalizer of a `tokenizer.json`."""
     return {
@@ -174,14 +275,19 @@ def _joined(vocab: Any, added: Mapping[str, int]) -> dict[str, Any]:
     return {**vocab, **added}
 
 
-def _in_order(ids: Mapping[str, Any]) -> list[str]:
-    """The tokens by id. Raises ValueError unless the ids are 0, 1, 2, ... without a gap."""
+def _in_order(ids: Mapping[str, Any], gaps: bool = False) -> list[str]:
+    """The tokens by id. Raises ValueError unless the ids are 0, 1, 2, ... without a gap.
+
+    gaps: whether ids may be missing, at most as many as there are tokens; "" stands at their places.
+    """
     tokens: dict[int, str] = {}
     for token, i in ids.items():
         if type(i) is not int:
             raise ValueError(f"the token {token!r} has the id {i!r}, which is not a whole number")
         if tokens.setdefault(i, token) != token:
             raise ValueError(f"the tokens {tokens[i]!r} and {token!r} have the same id {i}")
+    if gaps and tokens and min(tokens) >= 0 and max(tokens) < 2 * len(tokens):
+        return [tokens.get(i, "") for i in range(max(tokens) + 1)]
     missing = [i for i in range(len(tokens)) if i not in tokens]
     if missing:
         raise ValueError(f"{len(tokens)} tokens must have the ids 0 to {len(tokens) - 1}, but {missing[0]} is missing")
@@ -200,20 +306,56 @@ def _pairs(merges: Any) -> list[tuple[str, str]]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The lines of a text file; unlike with `str.splitlines`, only line feeds end one: tokens hold other separators."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8: {error}") from error
+    """The lines of a text file. Only line feeds end one: tokens hold other characters that `str.splitlines` cuts at."""
+    lines = read_text(path).split("\n")
     if lines[-1] == "":
         lines.pop()
     return [line.rstrip("\r") for line in lines]
 
 
-@contextlib.contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A ValueError within it gets the name of the file that it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def read_settings(folder: Path, kind: Kind) -> tuple[dict[str, Any], list[str]]:
+    """Read `tokenizer_config.json` and `special_tokens_map.json`, where they are.
+
+    Returns the settings, a token as its text, and the special tokens that are named in lists of their own.
+    Raises ValueError with the file for a damaged one, or a value that is not supported.
+    """
+    settings: dict[str, Any] = {}
+    special: list[str] = []
+    for path in (folder / SETTINGS_FILE, folder / SPECIAL_TOKENS_FILE):
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        for name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            listed = content.pop(name, None) or []
+            if not isinstance(listed, (list, dict)):
+                raise ValueError(f"{path}: {name} must be a list or an object, got {listed!r:.80}")
+            for token in listed.values() if isinstance(listed, dict) else listed:
+                special.append(_token_text(token, kind, f"{path}: {name}"))
+        for name, value in content.items():
+            if name.endswith("_token") and value is not None and not isinstance(value, bool):
+                content[name] = _token_text(value, kind, f"{path}: {name}")
+        check(content, kind.settings, str(path))
+        settings |= content
+    return settings, special
+
+
+def check(content: Mapping[str, Any], supported: Supported, where: str) -> None:
+    """Raise ValueError for the first name whose value is not supported."""
+    for name, allowed in supported.items():
+        value = content.get(name, allowed[0])
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            choices = " or ".join(repr(choice) for choice in allowed)
+            raise ValueError(f"{where} has {name}={value!r:.200}; only {choices} is supported")
+
+
+def _token_text(token: Any, kind: Kind, where: str) -> str:
+    """The text of a token that a file has as a text, or as an object with its flags."""
+    if isinstance(token, dict):
+        check(token, kind.added_token, where)
+        token = token.get("content")
+    if not isinstance(token, str):
+        raise ValueError(f"{where} must hold the text of a token, got {token!r:.80}")
+    return token

@@ -15,16 +15,17 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 
 class TokenizerModel(abc.ABC):
-    """The vocabulary and the rules of one kind of tokenizer; `Tokenizer` is what callers see of it.
+    """The vocabulary and the rules of one kind of tokenizer; callers use it through `Tokenizer`.
 
-    vocab: the tokens in the order of their ids. ids: token -> id.
+    vocab: the tokens in the order of their ids, "" at an id that no text gets (a blank line of a file). ids: token ->
+        id.
     roles: what special tokens are for, under the names that transformers has for it ("pad_token" -> token).
     extra_special: more special tokens. A special token is found literally in a text, and left out of decoded text.
     opening, closing: the ids that stand before and after an encoded text.
     eos_id: ends a document. pad_id: fills batches; a mask, not this id, says what is padding.
     backend: the `tokenizers` object that encodes; `tokenizer.json` is its text.
     kept: settings that change no id, as the folder had them, written again for other tools.
-    Raises ValueError for an empty or a duplicate token, one that is not valid Unicode, or a missing special token.
+    Raises ValueError for a duplicate token, one that is not valid Unicode, or a missing special token.
     """
 
     class_name: str  # of the same tokenizer in transformers
@@ -88,11 +89,11 @@ def is_unicode(text: str) -> bool:
 
 
 def _index(vocab: Sequence[str], special: Sequence[str]) -> dict[str, int]:
-    """Token -> id of a vocabulary in which no token is empty or double and no special token is missing."""
+    """Token -> id of a vocabulary in which no token is double and no special token is missing."""
     ids: dict[str, int] = {}
     for i, token in enumerate(vocab):
         if token == "":
-            raise ValueError(f"the vocabulary has an empty token at id {i}")
+            continue
         if not is_unicode(token):
             raise ValueError(f"the vocabulary has {token!r} at id {i}, which is not valid Unicode")
         if ids.setdefault(token, i) != i:

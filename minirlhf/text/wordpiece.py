@@ -76,9 +76,9 @@ class WordPiece(TokenizerModel):
         """Clean text: no spaces between Chinese characters, a space between Latin words."""
         text = ""
         for i in ids:
-            if i in self.special_ids:
-                continue
             token = self.vocab[i]
+            if i in self.special_ids or token == "":
+                continue
             if token.startswith(PREFIX) and len(token) > len(PREFIX):
                 text += token[len(PREFIX) :]
             else:

@@ -13,9 +13,9 @@ from folders import snapshot
 from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentReward, Tokenizer
 from minirlhf.commands.main import main
 from minirlhf.io.files import read_json, write_json
-from minirlhf.rewards.base import CANARIES
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.rewards.scorers import load_scorer
+from minirlhf.rewards.sentiment import CANARIES
 
 SMALL = ["--samples", 6, "--best-of", 2, 3]
 

@@ -13,7 +13,7 @@ from minirlhf.device import cpu
 
 FAULTS = """
 import resource, sys, torch
-from minirlhf.cpu import keep_freed_memory
+from minirlhf.device.cpu import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,9 +36,9 @@ def precision():
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
 def test_the_setting_is_put_back_after_an_error_too(precision, setting):
     precision(setting)
-    with cpu.fast_matmul():
+    with cpu.onednn_matmul():
         assert torch.get_float32_matmul_precision() == ("medium" if cpu._medium_is_full() else setting)
-    with pytest.raises(ZeroDivisionError), cpu.fast_matmul():
+    with pytest.raises(ZeroDivisionError), cpu.onednn_matmul():
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == setting
 
@@ -46,7 +46,7 @@ def test_the_setting_is_put_back_after_an_error_too(precision, setting):
 def test_products_stay_as_exact_as_fp32():
     a, b = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(3))
     truth = a.double() @ b.double()
-    with cpu.fast_matmul():
+    with cpu.onednn_matmul():
         error = ((a @ b).double() - truth).abs().max() / truth.abs().max()
     assert error < 2e-6
     rounded = ((a.bfloat16() @ b.bfloat16()).double() - truth).abs().max() / truth.abs().max()
@@ -56,8 +56,28 @@ def test_products_stay_as_exact_as_fp32():
 def test_where_medium_rounds_more_nothing_is_changed(precision, monkeypatch):
     precision("highest")
     monkeypatch.setattr(cpu, "_medium_is_full", lambda: False)
-    with cpu.fast_matmul():
+    with cpu.onednn_matmul():
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("onednn", "expected"), [(0.5, "onednn"), (0.99, "default"), (2.0, "default")])
+def test_the_library_is_the_one_that_was_faster(monkeypatch, onednn, expected):
+    """With a clock that counts what a product costs: 1 by default, `onednn` through oneDNN."""
+    now = [0.0]
+
+    def clock():
+        now[0] += onednn if torch.get_float32_matmul_precision() == "medium" else 1.0
+        return now[0]
+
+    monkeypatch.setattr(cpu, "_medium_is_full", lambda: True)
+    monkeypatch.setattr(cpu.time, "perf_counter", clock)
+    assert cpu.fastest_matmul.__wrapped__(64, 256) == expected
+
+
+def test_where_medium_rounds_more_no_library_is_timed(monkeypatch):
+    monkeypatch.setattr(cpu, "_medium_is_full", lambda: False)
+    monkeypatch.setattr(cpu.time, "perf_counter", None)
+    assert cpu.fastest_matmul.__wrapped__(64, 256) == "default"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
@@ -77,10 +97,10 @@ def test_other_systems_are_left_alone(monkeypatch):
 
 def test_a_setting_by_the_newer_interface_is_left_alone():
     code = (
-        "import torch\nfrom minirlhf.cpu import fast_matmul\n"
+        "import torch\nfrom minirlhf.device.cpu import onednn_matmul\n"
         "if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):\n"
         "    torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "    with fast_matmul():\n        pass\n"
+        "    with onednn_matmul():\n        pass\n"
         "    assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -161,7 +181,7 @@ def test_threads_are_never_raised_and_a_number_that_was_set_stays(machine):
 def test_a_number_that_is_set_afterwards_stays():
     """In a process of its own, as the number is lowered once in each."""
     code = (
-        "import torch\nfrom minirlhf import cpu\ncpu.cpu_quota = lambda: 1.0\n"
+        "import torch\nfrom minirlhf.device import cpu\ncpu.cpu_quota = lambda: 1.0\n"
         "import os\nos.sched_getaffinity = lambda process: set(range(torch.get_num_threads()))\n"
         "torch.set_num_threads(4)\nassert cpu.limit_threads() == 1 and torch.get_num_threads() == 1\n"
         "torch.set_num_threads(4)\ncpu.limit_threads()\nassert torch.get_num_threads() == 4\n"

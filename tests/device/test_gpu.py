@@ -20,6 +20,7 @@ from minirlhf.device.precision import Precision
 from minirlhf.generation.static_decode import CHECK_EVERY, GraphedDecoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import score_tokens
+from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.supervised.loop import FitConfig
 
 EVEN_PROMPTS = ["酒店", "房间", "早餐", "位置"]
@@ -354,9 +355,9 @@ def test_no_memory_of_the_size_of_batch_times_length_times_vocabulary():
 def test_a_resumed_run_goes_on_as_one_that_was_not_cut(tmp_path):
     trainer = make_trainer()
     trainer.step(trainer.collect(EVEN_PROMPTS, reward))
-    trainer.save_checkpoint(tmp_path / "saved")
+    save_checkpoint(trainer, tmp_path / "saved")
     reference = copy.deepcopy(trainer.reference)
-    resumed = PPOTrainer.resume(tmp_path / "saved", reference)
+    resumed = load_checkpoint(tmp_path / "saved", reference)
     assert resumed.device.type == "cuda"
     rollouts = [t.collect(EVEN_PROMPTS, reward) for t in (trainer, resumed)]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)

@@ -1,4 +1,4 @@
-"""Devices, precision, learning-rate schedules and the supervised loop."""
+"""Devices, precision and learning-rate schedules."""
 
 import contextlib
 import math
@@ -13,11 +13,8 @@ from minirlhf.device.placement import in_batches_that_fit, resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
-from minirlhf.supervised.fit_state import FitState
-from minirlhf.supervised.loop import FitConfig, fit
 
 CPU = torch.device("cpu")
-PLAIN = dict(lr=0.05, schedule="constant", warmup=0.0, device="cpu")
 
 
 def small_model(seed: int = 0) -> nn.Linear:
@@ -27,13 +24,6 @@ def small_model(seed: int = 0) -> nn.Linear:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
     return model
-
-
-def regression(model: nn.Module):
-    """A batch and its loss, which a linear model can bring to 0."""
-    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
-    y = x @ torch.tensor([[1.0, -1.0], [0.5, 2.0], [0.0, 1.0]]) + 0.3
-    return (x, y), lambda batch: (model(batch[0]).float() - batch[1]).square().mean()
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -227,177 +217,6 @@ def test_lr_factor_golden_values(schedule, progress, warmup, floor, expected):
 def test_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match=r"constant, linear, cosine.*'step'"):
         lr_factor("step", 0.5)
-
-
-# ---- configuration --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("field", "value"), [
-    *(("epochs", v) for v in (0, -1, 1.5, "3")), *(("lr", v) for v in (0, -1e-3, math.nan)),
-    *(("max_grad_norm", v) for v in (0, -1, math.nan)), *(("warmup", v) for v in (-0.1, 1.1, math.nan)),
-    *(("lr_floor", v) for v in (-0.1, 1.1, math.nan)), *(("weight_decay", v) for v in (-0.1, math.nan)),
-    ("schedule", "step"), ("precision", "fp8"), ("precision", None), ("precision", "auto"),
-])  # fmt: skip
-def test_bad_settings_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=field):
-        FitConfig(**{field: value})
-
-
-def test_settings_are_frozen_and_misspelt_ones_refused():
-    with pytest.raises(AttributeError):
-        FitConfig().lr = 1.0
-    with pytest.raises(TypeError):
-        FitConfig(learning_rate=1.0)
-
-
-# ---- the loop -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fit_brings_the_loss_down_and_leaves_evaluation_mode(precision):
-    model = small_model().eval()
-    batch, loss_of = regression(model)
-    before = loss_of(batch).item()
-    seen = []
-
-    def recording_loss(batch):
-        seen.append(model.training)
-        return loss_of(batch)
-
-    config = FitConfig(epochs=60, precision=precision, weight_decay=0.0, **PLAIN)
-    fit(model, lambda epoch: [batch, batch], recording_loss, config)
-    assert loss_of(batch).item() < 0.01 * before
-    assert len(seen) == 120 and all(seen) and not model.training
-
-
-def test_fit_equals_a_loop_by_hand():
-    model, other = small_model(), small_model()
-    batch, loss_of = regression(model)
-    _, other_loss = regression(other)
-    config = FitConfig(epochs=2, lr=0.1, schedule="linear", warmup=0.0, lr_floor=0.2, weight_decay=0.5,
-                       betas=(0.8, 0.9), max_grad_norm=0.7, device="cpu")  # fmt: skip
-    fit(model, lambda epoch: [batch, batch], loss_of, config)
-    groups = [{"params": [other.weight], "weight_decay": 0.5}, {"params": [other.bias], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
-    for factor in (0.9, 0.7, 0.5, 0.3):  # linear from 1 to 0.2, at the middle of each of four steps
-        optimizer.zero_grad()
-        other_loss(batch).backward()
-        nn.utils.clip_grad_norm_(other.parameters(), 0.7)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 * factor
-        optimizer.step()
-    torch.testing.assert_close(model.weight, other.weight)
-    torch.testing.assert_close(model.bias, other.bias)
-
-
-def test_fit_reports_every_step():
-    model = small_model()
-    batch, loss_of = regression(model)
-    first = loss_of(batch).item()
-    epochs, steps = [], []
-
-    def epoch_batches(epoch):
-        epochs.append(epoch)
-        return [batch] * (epoch + 1)
-
-    fit(model, epoch_batches, loss_of, FitConfig(epochs=3, **PLAIN), lambda *step: steps.append(step))
-    assert epochs == [0, 1, 2]
-    assert [progress for progress, _ in steps] == pytest.approx([1 / 3, 1 / 2, 2 / 3, 7 / 9, 8 / 9, 1])
-    assert steps[0][1] == pytest.approx(first)
-
-
-def test_parts_of_a_batch_make_one_step_of_it():
-    """Their shares weigh them, so unequal parts are the mean over all rows; it is the sum whose gradient is clipped."""
-    config = FitConfig(epochs=3, max_grad_norm=0.3, **PLAIN)
-    losses, models = [], []
-    for sizes in ([16], [1, 10, 5]):
-        model = small_model()
-        (x, y), loss_of = regression(model)
-        batch, seen = (x, y), []
-        rows = list(zip(x.split(sizes), y.split(sizes), strict=True))
-        fit(
-            model, lambda epoch, batch=batch: [batch], loss_of, config, lambda _, loss, seen=seen: seen.append(loss),
-            lambda _, rows=rows: [(part, len(part[0]) / 16) for part in rows],
-        )  # fmt: skip
-        losses.append(seen)
-        models.append(model)
-    assert len(losses[1]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
-    torch.testing.assert_close(models[1].weight, models[0].weight)
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_a_state_is_gone_on_from_bit_for_bit(stop):
-    """Moments, the stream of dropout and the position, within an epoch and at its end."""
-    config = FitConfig(epochs=2, **PLAIN)
-
-    def run(model, state, on_step=None):
-        (x, y), _ = regression(model)
-        batches = [(x[i : i + 6], y[i : i + 6]) for i in (0, 5, 10)]
-
-        def loss_of(batch):
-            return (model(nn.functional.dropout(batch[0], 0.5, model.training)) - batch[1]).square().mean()
-
-        fit(model, lambda epoch: batches, loss_of, config, on_step, state=state)
-
-    whole, model, state = small_model(), small_model(), FitState()
-    run(whole, None)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, state, stop_at(stop))
-    saved = state.tensors(), state.counters()
-    assert saved[1]["epoch"] * 3 + saved[1]["batch"] == stop
-    torch.rand(5)
-    again = FitState()
-    again.load(*saved)
-    run(model, again)
-    assert torch.equal(model.weight, whole.weight) and torch.equal(model.bias, whole.bias)
-    with pytest.raises(RuntimeError, match="begun before"):
-        run(model, state)
-
-
-def stop_at(step: int):
-    def on_step(progress, loss):
-        nonlocal step
-        step -= 1
-        if step == 0:
-            raise KeyboardInterrupt
-
-    return on_step
-
-
-def test_a_single_step_with_the_default_schedule_trains():
-    model = small_model()
-    batch, loss_of = regression(model)
-    before = model.weight.detach().clone()
-    fit(model, lambda epoch: [batch], loss_of, FitConfig(epochs=1, device="cpu"))
-    assert not torch.equal(model.weight, before)
-
-
-def test_frozen_parameters_stay():
-    model = small_model()
-    model.bias.requires_grad_(False)
-    bias, weight = model.bias.clone(), model.weight.detach().clone()
-    batch, loss_of = regression(model)
-    fit(model, lambda epoch: [batch], loss_of, FitConfig(epochs=2, **PLAIN))
-    assert torch.equal(model.bias, bias) and not torch.equal(model.weight, weight)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(bad):
-    model = small_model()
-    before = model.weight.detach().clone()
-    with pytest.raises(FloatingPointError, match="epoch 0, batch 0"):
-        fit(model, lambda epoch: [0], lambda _: model.weight.sum() * bad, FitConfig(**PLAIN))
-    assert torch.equal(model.weight, before)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(bad):
-    model = small_model()
-    before = model.weight.detach().clone()
-    model.weight.register_hook(lambda gradient: gradient * bad)
-    with pytest.raises(FloatingPointError, match=r"gradient became .* in epoch 0, batch 0"):
-        fit(model, lambda epoch: [0], lambda _: model.weight.square().sum(), FitConfig(**PLAIN))
-    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize(("size", "matmul"), [(10, "highest"), (1000, "medium")])

@@ -1,5 +1,6 @@
-"""The README keeps its word: its code runs, its files and names exist, its glossary is complete."""
+"""The documentation keeps its word: its code runs, its files and names exist, its glossary is complete."""
 
+import importlib.util
 import inspect
 import re
 import sys
@@ -8,29 +9,44 @@ from pathlib import Path
 import pytest
 import torch
 
+import minirlhf
 from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, ActorCritic, PPOConfig, PPOTrainer, Tokenizer
-from minirlhf.rl import ppo
+from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.rl import advantages
+from test_architecture import WINGS
 
 REPO = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "README.zh-CN.md", "examples/README.md"]
+DOCS = sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))
+PAGES = [
+    "README.md",
+    "README.zh-CN.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    "weights/README.md",
+    *DOCS,
+]
 KEY = r"(?:ppo|objective|reward|tokens|time)/[\w/]+"
 
 
 def read(name):
-    if name == "README.zh-CN.md" and not (REPO / name).exists():
-        pytest.skip("there is no README.zh-CN.md")
     return (REPO / name).read_text(encoding="utf-8")
-
-
-def section(text, title):
-    """From a heading to the next one of the same level."""
-    (found,) = re.findall(rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    return found
 
 
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def links(text):
+    """Targets of the links and pictures of a page that lead to files or headings of this repository."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+
+
+def anchors(text):
+    """The anchors of a page's headings, as they are made on the web."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def marked(text, mark):
@@ -48,7 +64,7 @@ def substitute(code, old, new):
     return code.replace(old, new)
 
 
-def test_the_python_block_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+def test_the_python_block_runs_as_it_stands_and_its_run_resumes(tmp_path, monkeypatch, capsys):
     policy = make_gpt2(0, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     with torch.no_grad():  # it likes breakfast, or there would be no reward to learn from
         policy.ln_f.weight[0], policy.ln_f.bias[0] = 0.0, 4.0
@@ -59,16 +75,33 @@ def test_the_python_block_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     (code,) = blocks(read("README.md"), "python")
     code = substitute(code, '"weights/gpt2-chinese-reviews-small"', '"tiny"')
     code = substitute(code, "steps=1280, batch_size=64", "steps=12, batch_size=4")
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    exec(compile(code, "README.md", "exec"), names)
 
-    shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 3  # a line a step
-    means, texts = zip(*(line.split("  ", 1) for line in shown), strict=True)
-    assert any(float(mean) > 0 for mean in means)
-    assert all(text.startswith(("酒店", "这家酒店", "房间")) for text in texts)
-    saved = ActorCritic.from_pretrained("runs/breakfast")
-    assert Tokenizer.from_pretrained("runs/breakfast").vocab == VOCAB
-    assert not torch.equal(saved.gpt2.wte.weight, GPT2.from_pretrained("tiny").wte.weight)
+    history = [line["reward/mean"] for line in names["run"].history()]
+    assert len(history) == 3 and max(history) > 0
+    assert capsys.readouterr().out.count("'") == 6  # three texts
+    assert not torch.equal(GPT2.from_pretrained("runs/breakfast/policy").wte.weight, policy.wte.weight)
+    (resume,) = re.findall(r"Run\.resume\(.*?\)", code)
+    with eval(resume, names) as run:
+        assert run.trainer.iteration == 3
+
+
+def test_the_estimator_of_the_contributor_s_guide_trains_without_a_value_head(monkeypatch):
+    (code,) = blocks(read("CONTRIBUTING.md"), "python")
+    names = vars(advantages).copy()
+    exec(compile("from __future__ import annotations\n" + code, "CONTRIBUTING.md", "exec"), names)
+    assert names["ADVANTAGES"].keys() == {*advantages.ADVANTAGES, "reinforce"}
+    monkeypatch.setitem(advantages.ADVANTAGES, "reinforce", names["reinforce"])
+    sizes = dict(n_embd=16, n_layer=1, n_head=2)
+    trainer = PPOTrainer(
+        make_gpt2(0, **sizes), make_gpt2(0, **sizes), Tokenizer(VOCAB), advantages="reinforce", group_size=2,
+        batch_size=4, minibatch_size=4, steps=4, gen_len=4, device="cpu",
+    )  # fmt: skip
+    before = trainer.policy.decoder.wte.weight.clone()
+    trainer.train(["酒店"], lambda texts: [float(len(set(text))) for text in texts])
+    assert trainer.policy.value_head is None
+    assert not torch.equal(trainer.policy.decoder.wte.weight, before)
 
 
 def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
@@ -82,13 +115,13 @@ def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
     seen = []
     for arguments in commands:
         if "--resume" in arguments:
-            assert "--resume" in inspect.getsource(positive_reviews.read_settings)
+            assert "resume=" in inspect.getsource(positive_reviews.read_settings)
             continue
         monkeypatch.setattr(sys, "argv", ["positive_reviews.py", *arguments])
         args, config = positive_reviews.read_settings()
         seen.append((args, config))
     (plain, own), (mine, config), (original, recipe) = seen
-    assert own.steps == positive_reviews.STARTER["steps"] and Path(plain.policy).parent == REPO / "weights"
+    assert own.iterations == 40 and Path(plain.policy).parent == REPO / "weights"
     assert mine.prompts == ["房间", "早餐", "服务员"] and (config.steps, config.seed) == (6400, 3)
     assert original.policy == "GPT2_FOLDER" and recipe.precision == "bf16" and recipe.minibatch_size == 1
 
@@ -97,42 +130,84 @@ def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_linked_file_exists(page):
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", read(page)) if not link.startswith(("http", "#"))]
-    named = re.findall(r"`((?:tests|examples|minirlhf|weights)/[\w./-]+)`", read(page))
-    assert links or named
+def test_every_linked_file_and_heading_exists(page):
     folder = (REPO / page).parent
-    missing = [link for link in links if not (folder / link.split("#")[0]).exists()]
-    assert not missing + [name for name in named if not (REPO / name).exists()]
+    for link in links(read(page)):
+        path, _, anchor = link.partition("#")
+        target = (folder / path).resolve() if path else REPO / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_the_map_names_each_link_as_the_file_is_called():
-    rows = re.findall(r"\[([\w/]+\.\w+)\]\(([^)]+)\)", section(read("README.md"), "Read it"))
-    assert len(rows) >= 15
-    assert all(link.endswith(name) for name, link in rows)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_exists(page):
+    named = re.findall(r"`((?:tests|examples|minirlhf|weights|docs)/[\w./-]+)`", read(page))
+    named += re.findall(r"\b((?:examples|tests|weights)/[\w/-]+\.\w+)", "\n".join(blocks(read(page), "sh")))
+    assert [name for name in named if not (REPO / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_link_with_the_name_of_a_file_or_function_leads_to_it(page):
+    """[trainer.py](.../trainer.py), and [`gae`](file that defines it)."""
+    folder = (REPO / page).parent
+    for name, link in re.findall(r"\[([\w./-]+\.\w+)\]\(([^)#]+)\)", read(page)):
+        assert link.endswith(name)
+    for name, link in re.findall(r"\[`(\w+)`\]\(([^)]+\.py)\)", read(page)):
+        source = (folder / link).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b.* = ", source, re.MULTILINE), (name, link)
+
+
+def test_every_page_of_docs_is_reached_from_the_readme():
+    assert {link for link in links(read("README.md")) if link.startswith("docs/")} == set(DOCS)
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_a_page_of_docs_begins_with_a_title_and_a_paragraph(page):
+    title, blank, first, *_ = read(page).splitlines()
+    assert title.startswith("# ") and blank == "" and re.match(r"[\w!]", first)
 
 
 def test_the_examples_readme_lists_the_scripts_and_no_others():
-    rows = re.findall(r"^\| `(\w+\.py)` \|", read("examples/README.md"), re.MULTILINE)
-    there = {path.name for path in (REPO / "examples").glob("*.py")}
-    assert rows and set(rows) <= there
-    assert {name for name in there if f"`{name}`" not in read("examples/README.md")} == set()
+    text = read("examples/README.md")
+    rows = re.findall(r"^\| `(\w+\.py)` \|", text, re.MULTILINE)
+    there = {path.name for path in (REPO / "examples").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    assert len(rows) == len(set(rows)) <= 10 and set(rows) == there
 
 
-@pytest.mark.parametrize(("page", "title"), [("README.md", "What it promises"), ("README.zh-CN.md", "它保证什么")])
-def test_the_test_of_every_promise_exists(page, title):
+def test_the_wings_are_listed_in_their_order():
+    for page in ("README.md", "README.zh-CN.md"):
+        assert tuple(re.findall(r"^(\w+)/ +\S", "\n".join(blocks(read(page), "text")), re.MULTILINE)) == WINGS
+    assert "    " + "  ".join(WINGS) + "\n" in read("CONTRIBUTING.md")
+
+
+def test_the_test_of_every_promise_exists():
     tests = {path.name: path.read_text(encoding="utf-8") for path in (REPO / "tests").rglob("*.py")}
     defined = {name for text in tests.values() for name in re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)}
-    rows = section(read(page), title).split("|---|---|\n")[1].split("\n\n")[0].splitlines()
+    rows = read("docs/promises.md").split("|---|---|\n")[1].split("\n\n")[0].splitlines()
     named = [set(re.findall(r"`((?:test_)?\w+(?:\.py)?)`", row.split(" | ")[1])) for row in rows]
     assert len(rows) >= 12 and all(named)
     assert set().union(*named) <= defined | tests.keys()
 
 
-def test_the_functions_of_the_mathematics_exist():
-    names = re.findall(r"`ppo\.(\w+)`", section(read("README.md"), "Read it"))
-    assert {"token_rewards", "gae", "whiten", "policy_loss", "value_loss", "AdaptiveKL"} <= set(names)
-    assert [name for name in names if not hasattr(ppo, name)] == []
+def test_the_changes_say_where_each_module_is():
+    rows = re.findall(r"^\| `minirlhf\.(\w+)` \| (.*) \|$", read("CHANGELOG.md"), re.MULTILINE)
+    assert tuple(wing for wing, _ in rows if wing in WINGS) == WINGS
+    for wing, modules in rows:
+        for name in re.findall(r"`([\w.]+)`", re.sub(r"\(.*?\)", "", modules)) if wing in WINGS else ():
+            assert importlib.util.find_spec(f"minirlhf.{wing}.{name}"), (wing, name)
+
+
+def test_the_changes_begin_with_the_version():
+    assert re.findall(r"^## (\S+)$", read("CHANGELOG.md"), re.MULTILINE)[0] == minirlhf.__version__
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_whole(page):
+    """All rows of a table have as many cells as its head; `\\Vert` stands for a bar inside a formula."""
+    for table in re.findall(r"(?:^\|.*\n)+", read(page), re.MULTILINE):
+        rows = [re.sub(r"\$[^$]*\$|`[^`]*`", "", row).rstrip() for row in table.splitlines()]
+        assert all(row.endswith("|") for row in rows) and len({row.count("|") for row in rows}) == 1, table
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -147,14 +222,27 @@ def test_the_command_blocks(mark):
     assert marked(read("README.zh-CN.md"), mark) == command
 
 
-def test_the_chinese_page_has_the_same_code_links_and_metrics():
+def test_the_readme_is_short_and_the_chinese_one_has_the_same_content():
     english, chinese = read("README.md"), read("README.zh-CN.md")
+    assert len(english.splitlines()) <= 160 and len(chinese.splitlines()) <= 160
     for found in (
         lambda text: [re.sub(r"\s*#.*", "", line) for b in blocks(text, "(?:python|sh)") for line in b.splitlines()],
-        lambda text: sorted(link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("README")),
-        lambda text: sorted(re.findall(rf"`({KEY})`", "\n".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))),
+        lambda text: [link for link in links(text) if not link.startswith("README")],
+        lambda text: [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)],
+        lambda text: [line.count("|") for line in text.splitlines() if line.startswith("|")],
+        lambda text: [len(block.splitlines()) for block in blocks(text, "text")],
+        lambda text: sorted(re.findall(r"\d+\.\d+", text)),
+        lambda text: len(re.findall(r"^(?:- |\d\. )", text, re.MULTILINE)),
     ):
         assert found(english) and found(chinese) == found(english)
+
+
+def test_the_chinese_readme_is_in_chinese():
+    """Every heading, table head, link of docs and list item has Chinese characters."""
+    text = read("README.zh-CN.md")
+    lines = re.findall(r"^(?:## |- |\d\. ).*", text, re.MULTILINE) + re.findall(r"^\|.*(?=\n\|---)", text, re.MULTILINE)
+    lines += re.findall(r"\[([^\]]*)\]\(docs/", text)
+    assert lines and [line for line in lines if not re.search(r"[\u4e00-\u9fff]", line)] == []
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -166,7 +254,7 @@ def test_the_glossary_has_every_key_of_a_step_and_no_other():
         make_gpt2(0, **sizes), make_gpt2(1, **sizes), Tokenizer(VOCAB), batch_size=4, steps=8, gen_len=4, device="cpu"
     )
     stats = trainer.step(trainer.collect(["酒店"] * 4, lambda texts: [len(set(text)) for text in texts]))
-    rows = re.findall(r"^\| (`.*?) \|", section(read("README.md"), "Glossary of the logged metrics"), re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", read("docs/metrics.md"), re.MULTILINE)
     explained = [name for row in rows for name in re.findall(rf"`({KEY})`", row)]
     assert len(explained) == len(set(explained))
     assert {"not in the glossary": stats.keys() - set(explained), "not logged": set(explained) - stats.keys()} == {
@@ -176,7 +264,7 @@ def test_the_glossary_has_every_key_of_a_step_and_no_other():
 
 
 def test_the_defaults_that_it_lists_are_those_of_the_config():
-    text = section(read("README.md"), "What differs from the original recipe, and why")
+    text = read("docs/recipe.md")
     (inside,) = re.findall(r"recipe \((steps.*?)\)", text, re.DOTALL)
     pairs = [pair.split() for pair in inside.split(",")]
     assert len(pairs) == 15
@@ -184,11 +272,10 @@ def test_the_defaults_that_it_lists_are_those_of_the_config():
     assert f"a minibatch of {PPOConfig().minibatch_size} " in text
 
 
-def test_the_presets_of_examples_readme_are_those_of_the_config():
+def test_the_presets_of_the_table_are_those_of_the_config():
     """Rows of one field whose cells are numbers, yes or no, never, or the field's own values."""
-    text = section(read("examples/README.md"), "Presets: where implementations of PPO on language models differ")
+    text = read("docs/presets.md")
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    table = [row for row in table if len(row) == len(table[0])]  # the table of the defects is another one
     names = table[0][2:]
     assert names == ["default", "original", "oai2019", "trl2020", "trl0.11"]
     configs = [PPOConfig(), *map(PPOConfig.preset, names[1:])]
@@ -217,6 +304,6 @@ def test_the_presets_of_examples_readme_are_those_of_the_config():
 
 
 def test_the_size_of_the_sampling_sets():
-    text = read("examples/README.md")
+    text = read("docs/sampling.md")
     a_token = -(-21128 // 8)
     assert f"{a_token / 1000:.1f} kB at V = 21128, {a_token * 128 * 16 / 1e6:.1f} MB for a batch of 128 x 16" in text

@@ -36,8 +36,8 @@ from minirlhf.evaluation.doctor import run_checks
 from minirlhf.evaluation.doctor.doctor import CHECKS
 from minirlhf.evaluation.doctor.setup import PROMPT_LENGTHS, Setup, words
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.rewards.base import CANARIES
 from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.rl.config import PRESETS
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"

@@ -1,31 +1,32 @@
-"""examples/benchmark.py: its counting against hand-worked numbers and torch's own counter, its tables, whole runs."""
+"""examples/benchmark: its counting against hand-worked numbers and torch's own counter, its tables, whole runs."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import mmap
 import os
-import runpy
 import shlex
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmark import __main__ as benchmark
+from benchmark import floor, load, peer_trl, peers, report, studies
+from benchmark.load import Load
+from benchmark.work import PROMPTS, Sample, Work, characters, iteration, peak_memory
 from conftest import make_bert, make_gpt2
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config
+from minirlhf.rl.logprobs import response_logprobs
 
 REPO = Path(__file__).resolve().parents[2]
-EXAMPLES = REPO / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import benchmark_floor as floor  # noqa: E402
-import benchmark_peers as peers  # noqa: E402
-import benchmark_report as report  # noqa: E402
-from benchmark_work import PROMPTS, Sample, Work, iteration, peak_memory  # noqa: E402
+SCRIPT = REPO / "examples" / "benchmark"
 
 TINY = Work(size="tiny", batch=3, new_tokens=2, minibatch=2)
 CPU = torch.device("cpu")
@@ -165,14 +166,14 @@ def test_the_work_is_what_it_says():
 
 def test_an_iteration_is_timed_by_phases():
     trainer, reward = TINY.trainer(), TINY.reward_function()
-    before = trainer.policy.gpt2.wte.weight.clone()
+    before = trainer.policy.decoder.wte.weight.clone()
     samples = {s.phase: s for s in iteration(trainer, TINY.prompts, reward, "us")}
     assert tuple(samples) == report.PHASES and {s.peer for s in samples.values()} == {"us"}
     seconds = {name: s.seconds for name, s in samples.items()}
     assert min(seconds.values()) > 0 and seconds["step"] == seconds["passes"] + seconds["update"]
     parts = sum(seconds[name] for name in ("generate", "score", "step"))
     assert parts <= seconds["iteration"] + 1e-3  # clocks are read one after the other
-    assert trainer.iteration == 1 and not torch.equal(trainer.policy.gpt2.wte.weight, before)
+    assert trainer.iteration == 1 and not torch.equal(trainer.policy.decoder.wte.weight, before)
     assert samples["iteration"].peak_mb == max(s.peak_mb for s in samples.values())
 
 
@@ -198,7 +199,7 @@ def test_transformers_does_the_same_work():
     assert tokens.shape == mask.shape == (4, 5 + 2) and mask.sum(-1).tolist() == [5, 5, 5, 7]
     policy = TINY.trainer().policy
     with torch.no_grad():
-        ours = policy.score(tokens, mask, 2).logprobs
+        ours = response_logprobs(policy, tokens, mask, 2).logprobs
         theirs, _ = peer._score(peer.policy, tokens, mask)
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
     texts = [p + peer.tokenizer.decode(row[-2:]) for p, row in zip([*TINY.prompts, "酒店周围"], tokens, strict=True)]
@@ -232,12 +233,84 @@ def test_commands_that_time_themselves():
         peers.run_command("no-such-program-anywhere")
 
 
-def test_sides_take_turns():
-    told = []
-    sides = [(name, lambda name=name: [Sample(name, "step", 1.0)]) for name in "AB"]
-    samples = peers.in_turns(sides, 2, lambda turn, name, found: told.append((turn, name, len(found))))
-    assert [s.peer for s in samples] == list("ABAB")
-    assert told == [(0, "A", 1), (0, "B", 1), (1, "A", 1), (1, "B", 1)]
+QUIET, BUSY = Load(wall=1.0, own=2.0, other=0.0), Load(wall=1.0, own=1.0, other=1000.0)
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """Take turns of two sides whose iterations take so many seconds, under such loads.
+
+    Returns the seconds of the turns that count and of the others, by side, and the order in which the sides ran.
+    """
+
+    def take(rounds, seconds, loads=None):
+        told, left = [], {name: list(zip(values, (loads or {}).get(name, [QUIET] * 9), strict=False))
+                          for name, values in seconds.items()}  # fmt: skip
+        current = []
+        monkeypatch.setattr(peers, "Meter", lambda: SimpleNamespace(load=lambda: current[-1]))
+
+        def side(name):
+            taken, load = left[name].pop(0)
+            current.append(load)
+            return [Sample(name, "step", taken / 2), Sample(name, "iteration", taken)]
+
+        sides = [(name, functools.partial(side, name)) for name in seconds]
+        kept, dropped = peers.in_turns(sides, rounds, lambda number, turn: told.append((number, turn.name)))
+        by_side = [{name: [turn.seconds for turn in part if turn.name == name] for name in seconds}
+                   for part in (kept, dropped)]  # fmt: skip
+        return *by_side, told
+
+    return take
+
+
+def test_sides_take_turns(turns):
+    kept, dropped, told = turns(2, {"A": [1.0, 1.1], "B": [5.0, 5.5]})
+    assert kept == {"A": [1.0, 1.1], "B": [5.0, 5.5]} and dropped == {"A": [], "B": []}
+    assert told == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
+
+
+def test_a_turn_that_is_an_outlier_is_repeated(turns):
+    """The 91 s beside 63 s: it gives way to what repeats it, and a repetition that is slow as well does not count."""
+    kept, dropped, told = turns(2, {"A": [91.0, 63.0, 64.0], "B": [80.0, 81.0]})
+    assert kept == {"A": [63.0, 64.0], "B": [80.0, 81.0]} and dropped == {"A": [91.0], "B": []}
+    assert told[-1] == (2, "A") and len(told) == 5
+    kept, dropped, _ = turns(2, {"A": [91.0, 63.0, 95.0, 92.0]})
+    assert kept == {"A": [91.0, 63.0]} and dropped == {"A": [95.0, 92.0]}  # no more than two repetitions
+
+
+def test_a_turn_beside_other_work_is_repeated(turns):
+    kept, dropped, _ = turns(1, {"A": [70.0, 60.0]}, {"A": [BUSY, QUIET]})
+    assert kept == {"A": [60.0]} and dropped == {"A": [70.0]}
+    kept, dropped, _ = turns(1, {"A": [70.0, 60.0]}, {"A": [QUIET, BUSY]})
+    assert kept == {"A": [70.0]} and dropped == {"A": []}
+
+
+def test_whose_load_it_was(monkeypatch, tmp_path):
+    """user, nice, system, idle, iowait, irq, softirq, steal and guest in ticks; idle and guest are no load."""
+    monkeypatch.setattr(load.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    stat = "cpu  {} 20 30 9000 5000 40 50 60 70 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
+    assert load.busy_seconds(stat.format(100)) == 3.0
+    monkeypatch.setattr(load, "STAT", tmp_path / "stat")
+    clock = iter([(10.0, 1.0), (20.0, 13.0)])  # by the clock, own CPU seconds
+    now = []
+    monkeypatch.setattr(load.time, "perf_counter", lambda: now[0])
+    own = lambda: SimpleNamespace(user=now[1] / 2, system=now[1] / 4, children_user=now[1] / 4, children_system=0)  # noqa: E731
+    monkeypatch.setattr(load.os, "times", own)
+
+    def at(ticks):
+        now[:] = next(clock)
+        load.STAT.write_text(stat.format(ticks))
+
+    at(100)
+    meter = load.Meter()
+    at(100 + 1300)
+    found = meter.load()
+    assert (found.wall, found.own, found.other) == (10.0, 12.0, pytest.approx(1.0))
+    assert found.own_cores == 1.2 and found.other_cores == pytest.approx(0.1) and not found.shared
+    assert Load(10.0, 12.0, 1.1).shared and "NOT ITS OWN" in str(Load(10.0, 12.0, 1.1))
+    load.STAT.unlink()
+    assert not Load(10.0, 12.0, None).shared and load.Meter().start[2] is None
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -250,7 +323,7 @@ def test_medians_spread_and_outliers():
     first, *others = report.summarise(SAMPLES, {"us": {"generate": 1.6}}, new_tokens=32)
     assert first == {
         "peer": "us", "phase": "generate", "median s": 2.0, "min s": 1.0, "max s": 9.0, "spread": 4.0, "repeats": 3,
-        "outliers": 1, "new tokens/s": 16.0, "peak MB": 70.0, "floor s": 1.6, "times the floor": 1.25,
+        "outliers": 2, "new tokens/s": 16.0, "peak MB": 70.0, "floor s": 1.6, "times the floor": 1.25,
     }  # fmt: skip
     assert [(row["peer"], row["phase"], row["floor s"], row["new tokens/s"]) for row in others] == [
         ("them", "generate", None, 4.0), ("them", "step", None, None),
@@ -259,7 +332,7 @@ def test_medians_spread_and_outliers():
 
 def test_ratios_are_of_what_both_timed():
     (row,) = report.ratios(report.summarise(SAMPLES), ["us"])
-    assert row == {"ours": "us", "over": "them", "generate": 0.25, "peak memory": 0.5}
+    assert row == {"ours": "us", "over": "them", "generate": 0.25, "shortest iteration": None, "peak memory": 0.5}
 
 
 def test_exponents_of_known_powers():
@@ -272,6 +345,27 @@ def test_the_bounds_of_a_phase():
     costs = {"update": [floor.Cost(30e9, 1e9), floor.Cost(0, 4e9)]}
     (row,) = report.bounds(costs, floor.Rates(10e9, 2e9))
     assert row == {"phase": "update", "GFLOP": 30, "GB": 5, "arithmetic s": 3, "memory s": 2.5, "floor s": 5}
+
+
+def test_the_shortest_iterations_are_compared_as_well():
+    samples = [Sample(peer, "iteration", s) for peer, times in (("us", (4, 5, 9)), ("them", (8, 9, 9))) for s in times]
+    (row,) = report.ratios(report.summarise(samples), ["us"])
+    assert row["iteration"] == 5 / 9 and row["shortest iteration"] == 0.5
+
+
+def test_the_report_says_whose_load_it_was():
+    def said(*turns):
+        names = ("other cores", "shared", "dropped")
+        return report.load_line([dict(zip(names, turn, strict=True)) for turn in turns])
+
+    quiet, busy = (0.02, False, False), (0.9, True, True)
+    assert said(quiet, quiet) == (
+        "Load: its own in all turns; other work took up to 0.02 cores. Turns that were repeated: 0."
+    )
+    assert said(busy, quiet) == (
+        "Load: **not its own in 1 of 2 turns**; other work took up to 0.90 cores. Turns that were repeated: 1."
+    )
+    assert "does not say" in said((None, False, False))
 
 
 def test_tables_in_markdown():
@@ -288,30 +382,18 @@ def test_tables_in_markdown():
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run the script in this process. Returns the error it ended with or None, and what it printed."""
-    for package in ("tqdm", "matplotlib"):
-        pytest.importorskip(package)
+def timed(call, monkeypatch, tmp_path):
+    """Run the benchmark in an empty folder: the error that it ended with or None, and what it printed."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
-        except SystemExit as exit:
-            return exit.code, capsys.readouterr().out
-        return None, capsys.readouterr().out
-
-    return run
+    return functools.partial(call, SCRIPT)
 
 
 SMALL = ["--size", "tiny", "--quick", "--batch", 3, "--new-tokens", 2]
 
 
-def test_everything_at_once(call, tmp_path):
+def test_everything_at_once(timed, tmp_path):
     tables = ["iteration", "scaling", "ragged", "overhead"]
-    error, shown = call(*tables, *SMALL, "--precision", "bf16", "--output", "out")
+    error, shown = timed(*tables, *SMALL, "--precision", "bf16", "--output", "out")
     assert error is None
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["phases.png", "report.md", "results.json", "scaling.png"]
@@ -323,6 +405,7 @@ def test_everything_at_once(call, tmp_path):
     peers_timed = {row["peer"] for row in result["iteration"]}
     assert peers_timed == {"minirlhf bf16 minibatch 16"}
     assert all(row["times the floor"] > 0 and row["peak MB"] > 50 for row in result["iteration"])
+    assert 1 <= len(result["load"]) <= 2 and all(turn["own cores"] > 0 for turn in result["load"]) and "Load: " in shown
     assert [row["batch"] for row in result["scaling"] if row["over"] == "batch"] == [4, 8]
     assert [row["new tokens"] for row in result["scaling"] if row["over"] == "new tokens"] == [8, 16]
     assert {row["what"].split()[0] for row in result["ragged"]} == {"prompts", "responses"}
@@ -331,21 +414,21 @@ def test_everything_at_once(call, tmp_path):
     assert total["phase"] == "step of the default run" and total["times bare"] == total["s"] / total["bare s"]
 
 
-def test_in_turns_with_a_command(call, tmp_path):
+def test_in_turns_with_a_command(timed, tmp_path):
     """Both are processes, so that each has its own memory."""
-    error, _ = call(*SMALL, "--threads", 1, "--config", "cliprange=0.1", "--output", "out",
+    error, _ = timed(*SMALL, "--threads", 1, "--config", "cliprange=0.1", "--output", "out",
                     "--peer-command", printing(*map(json.dumps, LINES)))  # fmt: skip
     assert error is None
     result = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
     ours = "minirlhf fp32 minibatch 16 cliprange=0.1"
     order = [peer for peer, _ in itertools.groupby(s["peer"] for s in result["samples"])]
-    assert order == [ours, "x"]
+    assert order == [ours, "x"]  # those that count
     (ratio,) = result["ratios"]
     assert (ratio["ours"], ratio["over"]) == (ours, "x") and ratio["iteration"] > 0 and ratio["peak memory"] > 1
 
 
-def test_our_timings_as_json_lines(call, tmp_path):
-    error, shown = call(*SMALL, "--json-lines", "--repeats", 2)
+def test_our_timings_as_json_lines(timed, tmp_path):
+    error, shown = timed(*SMALL, "--json-lines", "--repeats", 2)
     assert error is None and list(tmp_path.iterdir()) == []
     samples = peers.read_lines(shown)
     assert len(samples) == len(shown.splitlines()) == 2 * len(report.PHASES)
@@ -353,10 +436,8 @@ def test_our_timings_as_json_lines(call, tmp_path):
 
 
 def test_the_commands_of_the_readme_are_commands(monkeypatch):
-    import benchmark
-
-    text = (EXAMPLES / "README.md").read_text(encoding="utf-8").split("\n## Benchmark\n")[1]
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python examples/benchmark.py")]
+    text = (REPO / "examples/README.md").read_text(encoding="utf-8").split("\n## Benchmark\n")[1]
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python examples/benchmark")]
     assert len(commands) >= 8
     for command in commands:
         monkeypatch.setattr(sys, "argv", command[1:])
@@ -369,23 +450,20 @@ def test_the_commands_of_the_readme_are_commands(monkeypatch):
 def test_the_other_side_has_the_same_work():
     """128 prompts of four kinds and 3 tokens, 16 new tokens, texts of 20: what its own tokenizer says."""
     pytest.importorskip("transformers")
-    import benchmark_trl as other
-    from benchmark_work import characters
-
     batch = Work(size="tiny").lengths()
-    assert [len(query) for query in other.QUERIES] == [len(ids) for ids in batch.prompts]
-    assert len({tuple(query.tolist()) for query in other.QUERIES}) == len(set(map(tuple, batch.prompts)))
-    assert [len(response) for response in other.RESPONSES] == batch.responses
-    tokenizer = other.characters()
-    assert [len(ids) for ids in tokenizer(other.TEXTS)["input_ids"]] == batch.texts
+    assert [len(query) for query in peer_trl.QUERIES] == [len(ids) for ids in batch.prompts]
+    assert len({tuple(query.tolist()) for query in peer_trl.QUERIES}) == len(set(map(tuple, batch.prompts)))
+    assert [len(response) for response in peer_trl.RESPONSES] == batch.responses
+    tokenizer = peer_trl.characters()
+    assert [len(ids) for ids in tokenizer(peer_trl.TEXTS)["input_ids"]] == batch.texts
     assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get) == characters(21128)
-    assert other.RESPONSES[5].tolist() == tokenizer(other.TEXTS[5])["input_ids"][3:-1]
+    assert peer_trl.RESPONSES[5].tolist() == tokenizer(peer_trl.TEXTS[5])["input_ids"][3:-1]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_same_tables_on_a_gpu(call, tmp_path):
-    error, _ = call("iteration", "scaling", "ragged", "overhead", *SMALL, "--device", "cuda", "--precision", "bf16",
+def test_the_same_tables_on_a_gpu(timed, tmp_path):
+    error, _ = timed("iteration", "scaling", "ragged", "overhead", *SMALL, "--device", "cuda", "--precision", "bf16",
                     "tf32", "--output", "out", "--against", "transformers")  # fmt: skip
     assert error is None
     result = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
@@ -403,8 +481,8 @@ def test_the_same_tables_on_a_gpu(call, tmp_path):
     (["--batch", "0"], 2),
     (["--config", "lr"], 2),
 ])  # fmt: skip
-def test_bad_input_is_one_line(call, arguments, message, tmp_path):
-    error, _ = call(*SMALL, *arguments, "--output", "out")
+def test_bad_input_is_one_line(timed, arguments, message, tmp_path):
+    error, _ = timed(*SMALL, *arguments, "--output", "out")
     if message == 2:  # of argparse, which has said why
         assert error == 2
     else:
@@ -413,8 +491,6 @@ def test_bad_input_is_one_line(call, arguments, message, tmp_path):
 
 
 def test_a_policy_that_ends_its_texts(monkeypatch):
-    import benchmark_studies as studies
-
     policy = studies.ending_policy(GPT2(TINY.gpt2().config).eval(), chance=0.1)
     ids = torch.randint(100, 20000, (4, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from conftest import VOCAB, make_bert, make_gpt2
 from folders import snapshot
 from minirlhf import NGramScorer, SentimentReward, Tokenizer
-from minirlhf.rewards.base import CANARIES
+from minirlhf.rewards.sentiment import CANARIES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

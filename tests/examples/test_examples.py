@@ -4,14 +4,10 @@ Runs that must be undisturbed, killed or in another process are processes; bad i
 script's own `__main__`, where `sys.exit("error: ...")` is an exit code of 1 and that line on stderr.
 """
 
-import csv
 import errno
-import importlib.util
 import json
 import math
 import os
-import random
-import runpy
 import shlex
 import shutil
 import signal
@@ -23,13 +19,13 @@ import pytest
 import torch
 from lives import process, script, wait_for
 
-from conftest import VOCAB, make_bert, make_gpt2
+from conftest import VOCAB
 from folders import content, snapshot
-from minirlhf import GPT2, ActorCritic, PPOConfig, SentimentReward, Tokenizer
-from minirlhf.rewards.base import CANARIES
-from minirlhf.runs import training_state
+from minirlhf import GPT2, ActorCritic, PPOConfig, Tokenizer
+from minirlhf.runs.checkpoint import read_checkpoint
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
+from shared import read_prompts
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples"
@@ -45,23 +41,6 @@ PROMISED_KEYS = {
 }  # fmt: skip
 ITERATIONS, BATCH = 5, 4
 SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--gen-len", "5", "--save-freq", "2"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A folder with policy/ and reward/ of small random models, whose labels are in the right order."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(VOCAB)
-    make_gpt2(0, n_embd=16, n_layer=1, n_head=2, n_positions=32).save_pretrained(folder / "policy")
-    bert = make_bert(0, id2label={0: "negative", 1: "positive"})
-    good, bad = SentimentReward(bert, tokenizer, device="cpu")(list(CANARIES)).tolist()
-    if good <= bad:
-        with torch.no_grad():
-            bert.classifier.weight.neg_()
-    bert.save_pretrained(folder / "reward")
-    for name in ("policy", "reward"):
-        tokenizer.save_pretrained(folder / name)
-    return folder
 
 
 def models(tiny):
@@ -116,28 +95,6 @@ def runs(tiny, tmp_path_factory):
 
     get.output = made
     return get
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script of examples/ in this process. Returns what it said: the error it ended with or None, and stdout."""
-    pytest.importorskip("tqdm")
-    monkeypatch.chdir(REPO)
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        capsys.readouterr()
-        error = None
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as exit:
-            error = exit.code
-        captured = capsys.readouterr()
-        run.stderr = captured.err
-        return error, captured.out
-
-    return run
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -202,7 +159,7 @@ def test_the_reference_is_the_input_and_the_policy_is_not(runs, tiny):
     kept = GPT2.from_pretrained(runs("plain") / "reference").state_dict()
     tuned = ActorCritic.from_pretrained(runs("plain") / "policy")
     assert all(torch.equal(given[name], kept[name]) for name in given)
-    assert not any(torch.equal(given[name], x) for name, x in tuned.gpt2.state_dict().items() if x.ndim == 2)
+    assert not any(torch.equal(given[name], x) for name, x in tuned.decoder.state_dict().items() if x.ndim == 2)
     assert tuned.value_head.summary.weight.abs().max() > 0  # it started at zero and was saved with the policy
     for name in ("policy", "reference"):
         assert Tokenizer.from_pretrained(runs("plain") / name).vocab == VOCAB
@@ -237,7 +194,7 @@ def test_a_killed_run_resumes_to_the_same_end(runs, tmp_path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "rewa')
     assert [line["step"] for line in lines(run / "metrics.jsonl", whole=True)] == [1, 2, 3]
-    assert training_state.read(run / "checkpoints" / "best").counters["iteration"] == 2
+    assert read_checkpoint(run / "checkpoints" / "best")["counters"]["iteration"] == 2
 
     resumed = process(script, tmp_path / "output", run, "", 0, SCRIPT, "--resume", run)
     resumed.join()
@@ -265,7 +222,7 @@ def test_ctrl_c_and_sigterm_stop_a_run_and_print_the_command_that_goes_on(tiny, 
         assert child.exitcode == 0, shown
         step = len(lines(run / "metrics.jsonl"))
         assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, step + 1))
-        assert training_state.read(run / "checkpoints" / f"step-{step:06d}").counters["iteration"] == step
+        assert read_checkpoint(run / "checkpoints" / f"step-{step:06d}")["counters"]["iteration"] == step
         told, printed = shown.splitlines()[-1].split("; to go on: python ")
         assert told == f"stopped after step {step} of 10000, which is saved"
         command = [Path(shlex.split(printed)[0]), *shlex.split(printed)[1:]]
@@ -322,10 +279,9 @@ def test_a_file_of_prompts_with_a_text_a_line(tiny, tmp_path, call):
     assert [row.split(" | ")[0] for row in table] == ["| 房间干净", "| 早餐", "| 服务很好"] * 4
 
 
-def test_a_long_prompt_is_a_prompt(call, tmp_path):
+def test_a_long_prompt_is_a_prompt():
     """Longer than a file's name may be, and within the starter model's 128 positions."""
-    prompts = load("positive_reviews").read_prompts(["很好" * 50])
-    assert prompts == ["很好" * 50]
+    assert read_prompts(["很好" * 50]) == ["很好" * 50]
 
 
 def test_the_original_recipe_is_the_chapter_s(runs):
@@ -477,21 +433,6 @@ def test_the_error_of_a_process(tiny, tmp_path):
 # ---- the small scripts ----------------------------------------------------------------------------------------------
 
 
-def load(name):
-    """A script of examples/ as a module."""
-    if name in ("positive_reviews", "seed_table"):
-        pytest.importorskip("tqdm")
-        pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look for it there
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-    return module
-
-
 def test_explain_step_prints_a_row_a_token(tiny, call):
     error, shown = call(EXAMPLES / "explain_step.py", *models(tiny), "--prompt", "房间", "--batch-size", 4)
     assert error is None
@@ -518,125 +459,33 @@ def test_explain_step_prints_a_row_a_token(tiny, call):
 
 
 def test_seed_table_reads_the_summary_of_a_run(runs):
-    module = load("seed_table")
+    pytest.importorskip("matplotlib")
+    import seed_table
+
     summary = json.loads((runs("plain") / "summary.json").read_text(encoding="utf-8"))
-    rows = [module.row(seed, 90.0, {**summary, "policy/reward": seed / 4}) for seed in (1, 3)]
-    header, _, first, second, mean, std = module.markdown(rows).splitlines()
+    rows = [seed_table.row(seed, 90.0, {**summary, "policy/reward": seed / 4}) for seed in (1, 3)]
+    header, _, first, second, mean, std = seed_table.markdown(rows).splitlines()
     column = header.split(" | ").index("reward after")
     cells = [line.split(" | ")[column] for line in (first, second, mean, std)]
     assert cells == ["0.250", "0.750", "0.500", "0.354"]  # std with n - 1
     assert rows[0]["minutes"] == 1.5
 
 
-# ---- the reviews ----------------------------------------------------------------------------------------------------
+def test_the_seeds_are_drawn_as_a_mean_with_a_band(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
 
-HOTEL = [("1", "房间很好。"), ("0", "太差"), ("1", "一般"), ("0", "一般"), ("1", ""), ("0", "。。！")]
-SHOPPING = [
-    ("书籍", "1", "房间很好！！"),  # differs from the hotel review in punctuation alone
-    ("书籍", "0", "推荐，推荐"),
-    ("书籍", "1", "\ufeff推荐 推荐  。"),  # the same with the other label
-    ("平板", "1", "WiFi  很\n好"),
-    ("平板", "1", "wifi很好"),
-]
+    import seed_table
 
+    bands, lines, fill, plot = [], [], Axes.fill_between, Axes.plot
 
-def write_csv(path, header, rows, encoding="utf-8-sig"):
-    with open(path, "w", encoding=encoding, newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    def noting(kept, drawn):
+        return lambda ax, x, *ys, **style: (kept.append([list(v) for v in (x, *ys)]), drawn(ax, x, *ys, **style))[1]
 
-
-@pytest.fixture
-def reviews_data():
-    return load("reviews_data")
-
-
-@pytest.fixture
-def data(tmp_path, reviews_data):
-    write_csv(tmp_path / reviews_data.HOTEL_FILE, ["label", "review"], HOTEL)
-    write_csv(tmp_path / reviews_data.SHOPPING_FILE, ["cat", "label", "review"], SHOPPING)
-    return tmp_path
-
-
-def test_reviews_are_loaded_without_duplicates_contradictions_and_marks(reviews_data, data):
-    loaded = [(r.text, r.label, r.category) for r in reviews_data.load_reviews(data)]
-    assert loaded == [("房间很好。", 1, "酒店"), ("太差", 0, "酒店"), ("WiFi 很 好", 1, "平板")]
-
-
-def test_a_file_without_byte_order_mark_is_the_same(reviews_data, data):
-    before = reviews_data.load_reviews(data)
-    write_csv(data / reviews_data.HOTEL_FILE, ["label", "review"], HOTEL, encoding="utf-8")
-    assert reviews_data.load_reviews(data) == before
-
-
-def test_a_missing_file_is_named(reviews_data, data):
-    for name in (reviews_data.SHOPPING_FILE, reviews_data.HOTEL_FILE):
-        (data / name).unlink()
-        with pytest.raises(FileNotFoundError, match=name):
-            reviews_data.load_reviews(data)
-
-
-@pytest.mark.parametrize("column", ["cat", "label", "review"])
-def test_a_missing_column_is_named_with_its_file(reviews_data, data, column):
-    header = [name if name != column else "other" for name in ("cat", "label", "review")]
-    write_csv(data / reviews_data.SHOPPING_FILE, header, SHOPPING)
-    with pytest.raises(ValueError, match=rf"{reviews_data.SHOPPING_FILE} has no column '{column}'"):
-        reviews_data.load_reviews(data)
-
-
-def test_bad_rows_and_damaged_files_are_named(reviews_data, data):
-    path = data / reviews_data.HOTEL_FILE
-    write_csv(path, ["label", "review"], [("1", "好"), ("2", "差")])
-    with pytest.raises(ValueError, match=rf"{path.name}, line 3: bad column 'label'"):
-        reviews_data.load_reviews(data)
-    path.write_text("label,review\n1,好\n1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{path.name}, line 3: bad column 'review'"):
-        reviews_data.load_reviews(data)
-    path.write_bytes("label,review\n1,好\n".encode("gb18030"))
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
-        reviews_data.load_reviews(data)
-
-
-def make_reviews(reviews_data, count=4000, seed=0):
-    """Distinct random texts, two of three positive."""
-    rng = random.Random(seed)
-    texts = ["".join(rng.choices("酒店房间干净服务很好非常满意脏太差", k=rng.randint(25, 40))) for _ in range(count)]
-    assert len(set(texts)) == count
-    return [reviews_data.Review(text, int(i % 3 > 0), "酒店") for i, text in enumerate(texts)]
-
-
-def test_the_split_is_balanced_disjoint_and_a_tenth(reviews_data):
-    reviews = make_reviews(reviews_data)
-    train, held_out = reviews_data.split_reviews(reviews)
-    assert not set(train) & set(held_out) and set(train) | set(held_out) <= set(reviews)
-    for side in (train, held_out):
-        assert sum(review.label for review in side) * 2 == len(side)
-    # All of the rarer label stay: 1334 negatives.
-    assert len(train) + len(held_out) == 2 * sum(review.label == 0 for review in reviews)
-    assert 0.08 < len(held_out) / (len(train) + len(held_out)) < 0.12
-    kept = set(train)
-    assert train == [review for review in reviews if review in kept]  # in the order given
-
-
-def test_the_split_depends_on_the_texts_alone(reviews_data):
-    reviews = make_reviews(reviews_data)
-    shuffled = random.Random(1).sample(reviews, len(reviews))
-    random.seed(5)  # nor on the global generator
-    for one, other in zip(reviews_data.split_reviews(reviews), reviews_data.split_reviews(shuffled), strict=True):
-        assert set(one) == set(other) and one != other
-
-
-def test_texts_with_the_same_beginning_fall_on_the_same_side(reviews_data):
-    reviews = make_reviews(reviews_data, 300)
-    copies = [reviews_data.Review(r.text[:22] + "，" + r.text[22:] + "推荐", r.label, r.category) for r in reviews]
-    train, held_out = ({r.text[:20] for r in side} for side in reviews_data.split_reviews([*reviews, *copies]))
-    assert train and held_out and not train & held_out
-
-
-def test_openings_are_prefixes_of_10_to_20_characters(reviews_data):
-    texts = [review.text for review in make_reviews(reviews_data, 500)]
-    openings = [reviews_data.opening(text) for text in texts]
-    assert all(text.startswith(part) for text, part in zip(texts, openings, strict=True))
-    assert {len(part) for part in openings} == set(range(10, 21))
-    assert openings == [reviews_data.opening(text) for text in texts]
-    assert {len(reviews_data.opening(text, 3, 5)) for text in texts} == {3, 4, 5}
-    assert reviews_data.opening("很好") == "很好"
+    monkeypatch.setattr(Axes, "fill_between", noting(bands, fill))
+    monkeypatch.setattr(Axes, "plot", noting(lines, plot))
+    histories = [[{"reward/mean": r / 10, "objective/kl": r} for r in run] for run in ((1, 5), (3, 5), (8, 5))]
+    seed_table.draw(histories, tmp_path / "curves.png")
+    assert bands == [[[1, 2], [0.1, 0.5], [0.8, 0.5]], [[1, 2], [1, 5], [8, 5]]]
+    assert lines == [[[1, 2], pytest.approx([0.4, 0.5])], [[1, 2], [4, 5]]]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

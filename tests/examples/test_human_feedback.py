@@ -134,7 +134,7 @@ def test_a_person_is_the_reward_of_ppo_and_comes_back_later(policy, tmp_path):
     assert terminal.close() == 0
     metrics = lines(run / "metrics.jsonl")
     assert [(line["step"], line["reward/mean"]) for line in metrics] == [(1, 0.0), (2, 0.0)]
-    assert ActorCritic.from_pretrained(run / "policy").gpt2.config.n_positions == 32
+    assert ActorCritic.from_pretrained(run / "policy").decoder.config.n_positions == 32
 
 
 @pytest.mark.parametrize(("arguments", "named"), [

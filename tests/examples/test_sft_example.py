@@ -1,33 +1,29 @@
 """examples/sft_reviews.py, run as a user runs it, on models of a few kilobytes."""
 
-import csv
 import json
 import random
-import runpy
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 from lives import process, script
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB
 from folders import snapshot
 from minirlhf import GPT2, Tokenizer
 from minirlhf.runs.locks import FolderLock
+from minirlhf.runs.run import Run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sft_reviews.py"
 LETTERS = list("酒店周围位置前台房间")
-RUN_FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoint", "policy"}
+RUN_FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "policy"}
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> list[str]:
+def given(tiny) -> list[str]:
     """Arguments with a small random model, and three epochs of a few steps."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_gpt2(0, n_embd=16, n_layer=1, n_head=2, n_positions=32).save_pretrained(folder)
-    Tokenizer(VOCAB).save_pretrained(folder)
     sizes = ["--max-length", "32", "--tokens-per-batch", "200", "--gen-len", "4", "--device", "cpu", "--lr", "0.01"]
-    return ["--model", str(folder), *sizes, "--save-freq", "3"]
+    return ["--model", str(tiny / "policy"), *sizes, "--save-freq", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -38,24 +34,6 @@ def data(tmp_path_factory) -> Path:
     lines = [json.dumps({"prompt": p, "response": p[::-1]}, ensure_ascii=False) for p in prompts]
     path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
     return path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the script in this process. Returns the error it ended with, or None, and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(SCRIPT.parent))
-        capsys.readouterr()
-        error = None
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exit:
-            error = exit.code
-        return error, capsys.readouterr().out
-
-    return run
 
 
 def lines(path) -> list[dict]:
@@ -82,47 +60,41 @@ def check_run(run, shown: str) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--packing", "--accumulation", "2", "--precision", "bf16"]])
-def test_pairs_of_one_s_own(tiny, data, tmp_path, call, more):
+def test_pairs_of_one_s_own(given, data, tmp_path, call, more):
     run = tmp_path / "run"
-    error, shown = call(*tiny, "--texts", data, *more, "--output", run)
+    error, shown = call(SCRIPT, *given, "--texts", data, *more, "--output", run)
     assert error is None
     check_run(run, shown)
     assert ("; precision: bf16\n" if more else "; precision auto: fp32 (the model has fewer than ") in shown
-    assert json.loads((run / "checkpoint" / "training.json").read_text())["config"]["packing"] == bool(more)
+    (last, *_) = sorted((run / "checkpoints").iterdir(), reverse=True)
+    assert json.loads((last / "training.json").read_text())["config"]["packing"] == bool(more)
 
 
-def test_positive_hotel_reviews(tiny, tmp_path, call):
+def test_held_out_texts_of_one_s_own(given, tmp_path, call):
     rng = random.Random(1)
-    for name, columns in (("ChnSentiCorp_htl_all.csv", 2), ("online_shopping_10_cats.csv", 3)):
-        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["cat", "label", "review"][-columns:])
-            for label, mark in ((1, "好"), (0, "差")):
-                for _ in range(150):
-                    text = "".join([mark, *rng.choices(LETTERS, k=12)])
-                    writer.writerow(["书籍", label, text][-columns:])
-    run = tmp_path / "run"
-    error, shown = call(*tiny, "--data", tmp_path, "--limit", "60", "--epochs", "4", "--output", run)
-    assert error is None and f"{run}: 60 demonstrations" in shown
+    for name, count in (("good.txt", 90), ("more.txt", 30)):
+        (tmp_path / name).write_text("".join("好" + "".join(rng.choices(LETTERS, k=12)) + "\n" for _ in range(count)))
+    run, files = tmp_path / "run", ["--texts", tmp_path / "good.txt", "--held-out", tmp_path / "more.txt"]
+    error, shown = call(SCRIPT, *given, *files, "--limit", "60", "--epochs", "4", "--output", run)
+    assert error is None and f"{run}: 60 demonstrations, 30 held out" in shown
     check_run(run, shown)
-    assert shown.count("好") > shown.count("差")  # what it writes is like what it was shown
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tiny, data, tmp_path_factory):
+def undisturbed(given, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    life = process(script, folder / "out", folder, "", 0, SCRIPT, *tiny, "--texts", data, "--output", folder / "run")
+    life = process(script, folder / "out", folder, "", 0, SCRIPT, *given, "--texts", data, "--output", folder / "run")
     life.join()
     assert life.exitcode == 0, (folder / "out").read_text()
     return snapshot(folder / "run")
 
 
 @pytest.mark.parametrize(("mention", "number"), [
-    ("metrics.jsonl", 9), ("checkpoint", 60), ("checkpoint", 200), ("summary.json", 1),
+    ("metrics.jsonl", 9), ("checkpoints", 60), ("checkpoints", 200), ("summary.json", 1),
 ])  # fmt: skip
-def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tiny, data, undisturbed, tmp_path, mention, number):
+def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(given, data, undisturbed, tmp_path, mention, number):
     run, output = tmp_path / "run", tmp_path / "output"
-    begin = [*tiny, "--texts", data, "--output", run]
+    begin = [*given, "--texts", data, "--output", run]
     killed = process(script, output, run, mention, number, SCRIPT, *begin)
     killed.join()
     assert killed.exitcode == -9, output.read_text()
@@ -136,26 +108,22 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tiny, data, undisturb
         assert name == "config.json" or found[name] == content, name  # the name of the folder is in config.json
 
 
-def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(tiny, data, tmp_path, call, monkeypatch):
-    import signal
+def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(given, data, tmp_path, call, monkeypatch):
+    record, run, output = Run.record, tmp_path / "run", tmp_path / "other"
 
-    from minirlhf.supervised.sft import SFTTrainer
-
-    save, run, output = SFTTrainer.save_checkpoint, tmp_path / "run", tmp_path / "other"
-
-    def interrupted(self, *arguments):
-        save(self, *arguments)
-        if self.steps == 3:
+    def interrupted(self, *step):
+        if self.trainer.steps_done == 3:
             signal.raise_signal(signal.SIGINT)
+        return record(self, *step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SFTTrainer, "save_checkpoint", interrupted)
-        error, shown = call(*tiny, "--texts", data, "--output", run)
-    assert error is None and "stopped after step 3, " in shown and f"--resume {run}" in shown
+        patched.setattr(Run, "record", interrupted)
+        error, shown = call(SCRIPT, *given, "--texts", data, "--output", run)
+    assert error is None and "stopped after step 3 of " in shown and f"--resume {run}" in shown
     assert lines(run / "metrics.jsonl")[-1]["step"] == 3 and not (run / "lock").exists()
-    error, shown = call("--resume", run)
+    error, shown = call(SCRIPT, "--resume", run)
     assert error is None and "step 0:" not in shown
-    assert call(*tiny, "--texts", data, "--output", output)[0] is None
+    assert call(SCRIPT, *given, "--texts", data, "--output", output)[0] is None
     assert (run / "metrics.jsonl").read_bytes() == (output / "metrics.jsonl").read_bytes()
 
 
@@ -166,41 +134,47 @@ def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(tiny, data, tmp_path, 
     (b'{"text": "a"}\n\n{"text": \n', "d.jsonl", "d.jsonl, line 3: this is not valid JSON"),
     (b"a\n", "d.csv", "must be named .txt"), (b"", "d.txt", "holds no texts"), (b"a\n", "d.txt", "give more of them"),
 ])  # fmt: skip
-def test_bad_data_is_one_line_and_writes_nothing(tiny, tmp_path, call, content, name, named):
+def test_bad_data_is_one_line_and_writes_nothing(given, tmp_path, call, content, name, named):
     (tmp_path / name).write_bytes(content)
-    error, shown = call(*tiny, "--texts", tmp_path / name, "--output", tmp_path / "run")
+    error, shown = call(SCRIPT, *given, "--texts", tmp_path / name, "--output", tmp_path / "run")
     assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error and named in error
     assert shown == "" and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (["--texts", "nowhere.txt"], "nowhere.txt"), (["--data", "nowhere"], "ChnSentiCorp_htl_all.csv"),
+    (["--texts", "nowhere.txt"], "nowhere.txt"), (["--held-out", "nowhere.txt"], "nowhere.txt"),
     (["--resume", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--epochs", "0"], "epochs"),
-    (["--max-length", "33"], "max_length"), (["--precision", "fp8"], "precision"), (["--save-freq", "0"], "save_freq"),
+    (["--precision", "fp8"], "precision"), (["--save-freq", "0"], "save_freq"),
     (["--accumulation", "0"], "accumulation"), (["--prompts", ""], "empty"), (["--gen-len", "32"], "leaves no room"),
     (["--encoding", "klingon"], "klingon"), (["--output", "full"], "full exists and is not empty"),
 ])  # fmt: skip
-def test_bad_arguments_are_one_line_and_write_nothing(tiny, data, tmp_path, call, monkeypatch, arguments, named):
+def test_bad_arguments_are_one_line_and_write_nothing(given, data, tmp_path, call, monkeypatch, arguments, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("keep me")
-    source = [] if arguments[0] in ("--texts", "--data", "--resume") else ["--texts", data]
-    error, _ = call(*tiny, "--output", "run", *source, *arguments)
+    source = [] if arguments[0] in ("--texts", "--resume") else ["--texts", data]
+    error, _ = call(SCRIPT, *given, "--output", "run", *source, *arguments)
     assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error and named in error
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"full", "full/thesis.txt"}
 
 
-def test_gbk_is_read_if_it_is_named(tiny, tmp_path, call):
+def test_gbk_is_read_if_it_is_named(given, tmp_path, call):
     path = tmp_path / "d.txt"
     path.write_bytes("".join(f"酒店很好{i}\r\n" for i in range(60)).encode("gbk"))
-    error, shown = call(*tiny, "--texts", path, "--encoding", "gbk", "--epochs", "1", "--output", tmp_path / "run")
+    error, shown = call(
+        SCRIPT, *given, "--texts", path, "--encoding", "gbk", "--epochs", "1", "--output", tmp_path / "run"
+    )
     assert error is None and "demonstrations" in shown
 
 
-def test_two_runs_never_share_a_folder(tiny, data, tmp_path, call):
+def test_two_runs_never_share_a_folder(given, data, tmp_path, call):
     run = tmp_path / "run"
-    assert call(*tiny, "--texts", data, "--epochs", "1", "--output", run)[0] is None
+    assert call(SCRIPT, *given, "--texts", data, "--epochs", "1", "--output", run)[0] is None
     lock = FolderLock(run)
-    assert "is in use by process" in call("--resume", run)[0]
-    assert "is in use by process" in call(*tiny, "--texts", data, "--output", run)[0]
+    assert "is in use by process" in call(SCRIPT, "--resume", run)[0]
+    assert "is in use by process" in call(SCRIPT, *given, "--texts", data, "--output", run)[0]
     lock.release()
+
+
+def test_texts_or_a_run_are_needed(given, call):
+    assert call(SCRIPT, *given)[0] == 2  # argparse has said why

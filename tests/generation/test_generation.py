@@ -5,8 +5,9 @@ import torch
 
 from conftest import make_gpt2
 from minirlhf import SamplingConfig, generate
-from minirlhf.generation.sampling import unpack_set
-from minirlhf.models.heads import score_tokens
+from minirlhf.generation.sampling import draw_uniforms, unpack_set
+from minirlhf.models.heads import ActorCritic
+from minirlhf.rl.logprobs import response_logprobs
 
 PROMPTS = [[5, 6, 7, 8], [9], [120, 30, 40], [7, 7], [150, 3, 160, 20, 11]]
 GREEDY = SamplingConfig(top_k=1)
@@ -28,6 +29,13 @@ def model():
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def counted_rows(model, monkeypatch):
+    """A list that gets the number of rows of every forward pass."""
+    rows, inner = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, *a, **more: rows.append(len(ids)) or inner(ids, *a, **more))
+    return rows
 
 
 def eos_of(model, column, prompts=PROMPTS, length=8):
@@ -89,7 +97,9 @@ def test_finished_rows_are_not_computed_again(model, monkeypatch):
     eos = eos_of(model, 5)
     rows = []
     inner = model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: rows.append(len(ids)) or inner(ids, *rest))
+    monkeypatch.setattr(
+        model, "hidden_states", lambda ids, *rest, **more: rows.append(len(ids)) or inner(ids, *rest, **more)
+    )
     result = generate(model, PROMPTS, 8, GREEDY, eos_token_id=eos)
     lengths = result.response_mask.sum(-1)
     # Column t needs one forward of the rows that are longer than t; the first is the prompts themselves.
@@ -101,7 +111,9 @@ def test_generation_stops_when_all_rows_are_finished(model, monkeypatch):
     eos = eos_of(model, 3, prompts)
     calls = []
     inner = model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: calls.append(len(ids)) or inner(ids, *rest))
+    monkeypatch.setattr(
+        model, "hidden_states", lambda ids, *rest, **more: calls.append(len(ids)) or inner(ids, *rest, **more)
+    )
     result = generate(model, prompts, 30, GREEDY, eos_token_id=eos)
     length = int(result.response_mask[0].sum())
     assert length < 30 and calls == [1] + [3] * (length - 1)  # the prompt that all share is read once
@@ -112,7 +124,9 @@ def test_equal_prompts_are_read_once_and_each_row_goes_on_with_its_own(model, mo
     prompts = [PROMPTS[i] for i in (1, 0, 2, 1, 1, 0)]
     calls = []
     inner = model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda ids, *rest: calls.append(len(ids)) or inner(ids, *rest))
+    monkeypatch.setattr(
+        model, "hidden_states", lambda ids, *rest, **more: calls.append(len(ids)) or inner(ids, *rest, **more)
+    )
     together = generate(model, prompts, 6, GREEDY).responses
     assert calls == [3] + [6] * 5
     for prompt, response in zip(prompts, together, strict=True):
@@ -132,7 +146,9 @@ def test_logprobs_are_those_of_scoring(sampling):
     eos = eos_of(model, 3)
     result = generate(model, PROMPTS, 8, sampling, generator=seeded(1), eos_token_id=eos, keep_sampling_sets=True)
     with torch.no_grad():
-        scored = score_tokens(model, result.tokens, result.mask, 8, sampling.temperature, result.sampling_sets)
+        scored = response_logprobs(
+            ActorCritic(model, None), result.tokens, result.mask, 8, sampling.temperature, result.sampling_sets
+        )
     torch.testing.assert_close(scored.logprobs, result.logprobs, atol=1e-5, rtol=0)
     assert (result.logprobs[result.response_mask] < 0).any()
 
@@ -217,3 +233,29 @@ def test_a_model_in_training_mode_is_refused():
 
 def test_no_gradient_is_kept(model):
     assert not generate(model, PROMPTS, 2, generator=seeded()).logprobs.requires_grad
+
+
+def test_a_row_depends_on_no_other_row_and_not_on_who_has_ended():
+    model = varied_gpt2(scale=3.0)
+    eos = eos_of(model, 3)
+    free = generate(model, PROMPTS, 12, TRUNCATED, generator=seeded(6))
+    stopped = generate(model, PROMPTS, 12, TRUNCATED, generator=seeded(6), eos_token_id=eos)
+    assert 0 < int((stopped.response_mask.sum(-1) < 12).sum()) < len(PROMPTS)
+    for ours, theirs in zip(stopped.responses, free.responses, strict=True):
+        assert ours.tolist() == theirs[: len(ours)].tolist()
+
+
+def test_the_stream_is_one_uniform_a_row_and_token(model):
+    """By hand: R * B numbers are drawn at once, token t of row b by number [t, b], as drawing them token by token."""
+    generator, expected = seeded(8), seeded(8)
+    generate(model, PROMPTS, 3, TRUNCATED, generator=generator)
+    one_by_one = [torch.rand(len(PROMPTS), 1, dtype=torch.float64, generator=expected) for _ in range(3)]
+    assert torch.equal(generator.get_state(), expected.get_state())
+    assert torch.equal(torch.cat(one_by_one, 1).T, draw_uniforms(3, len(PROMPTS), torch.device("cpu"), seeded(8)))
+
+
+def test_a_padded_batch_may_be_wider_than_the_context():
+    model = make_gpt2(n_positions=8)
+    prompts = [[5, 6, 7, 8], [9]]
+    alone = [generate(model, [prompt], 4, GREEDY).responses[0].tolist() for prompt in prompts]
+    assert [row.tolist() for row in generate(model, prompts, 4, GREEDY).responses] == alone

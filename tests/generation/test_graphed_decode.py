@@ -10,8 +10,8 @@ from test_generation import GREEDY, PROMPTS, TRUNCATED, eos_of, seeded, varied_g
 
 from conftest import make_gpt2
 from minirlhf import SamplingConfig, generate
-from minirlhf.generation.static_decode import CHECK_EVERY, COLUMNS, DecodeStep, GraphedDecoder
-from minirlhf.models.heads import score_tokens
+from minirlhf.generation.generate import CHECK_EVERY
+from minirlhf.generation.static_decode import COLUMNS, DecodeStep, GraphedDecoder
 
 EVEN = [[5, 6, 7], [9, 120, 4], [5, 6, 7]]
 SAMPLINGS = [GREEDY, SamplingConfig(), TRUNCATED, SamplingConfig(1.0, 0, 0.6)]
@@ -28,7 +28,7 @@ def both(model, prompts, length, sampling, autocast=contextlib.nullcontext, **op
     for decoder in (None, GraphedDecoder()):
         with autocast():
             results.append(generate(model, prompts, length, sampling, generator=seeded(3), keep_sampling_sets=True,
-                                    decoder=decoder, **options))  # fmt: skip
+                                    graphed=decoder, **options))  # fmt: skip
     return results
 
 
@@ -62,18 +62,14 @@ def test_rows_that_end_are_as_in_the_plain_way(model):
     assert lengths.min() < 8 and lengths.max() == 8
 
 
-def test_after_the_first_end_of_a_row_the_distribution_is_still_the_samplers():
+def test_after_rows_have_ended_both_ways_draw_the_same_tokens():
     model = varied_gpt2(scale=3.0)
     prompts = PROMPTS * 4
     eos = eos_of(model, 3)
     plain, static = both(model, prompts, 12, TRUNCATED, eos_token_id=eos)
-    first = int(static.response_mask.sum(-1).min())  # up to here no row has ended, so the random numbers are the same
-    assert 1 < first < 12
-    width = static.tokens.size(1) - 12 + first
-    assert torch.equal(plain.tokens[:, :width], static.tokens[:, :width])
-    with torch.no_grad():
-        scored = score_tokens(model, static.tokens, static.mask, 12, TRUNCATED.temperature, static.sampling_sets)
-    torch.testing.assert_close(scored.logprobs, static.logprobs, atol=1e-5, rtol=0)
+    lengths = static.response_mask.sum(-1)
+    assert 1 < lengths.min() < 12 and lengths.max() == 12
+    assert_same(plain, static)
     ended = ~static.response_mask
     assert (static.logprobs[ended] == 0).all() and (static.tokens[:, -12:][ended] == 0).all()
     assert (static.sampling_sets[ended] == 0).all()
@@ -134,12 +130,12 @@ def test_a_step_is_kept_and_sees_weights_that_changed_in_place(autocast):
     model, decoder = varied_gpt2(), GraphedDecoder()
     with autocast():
         kept = decoder.step_for(model, 5, 10)
-        before = generate(model, PROMPTS, 8, GREEDY, decoder=decoder)
+        before = generate(model, PROMPTS, 8, GREEDY, graphed=decoder)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-0.7)
     with autocast():
-        after = generate(model, PROMPTS, 8, GREEDY, decoder=decoder)
+        after = generate(model, PROMPTS, 8, GREEDY, graphed=decoder)
         assert decoder.step_for(model, 5, COLUMNS) is kept
         assert torch.equal(after.tokens, generate(model, PROMPTS, 8, GREEDY).tokens)
     assert not torch.equal(before.tokens, after.tokens)
@@ -154,13 +150,13 @@ def test_a_new_step_for_more_rows_more_columns_other_weights_or_another_type():
     with torch.autocast("cpu", torch.bfloat16):
         steps.append(decoder.step_for(other, 3, 10))
     assert len(set(map(id, steps))) == len(steps)
-    assert [step.every_column.numel() for step in steps] == [COLUMNS, COLUMNS, 2 * COLUMNS, COLUMNS, COLUMNS]
+    assert [step.columns for step in steps] == [COLUMNS, COLUMNS, 2 * COLUMNS, COLUMNS, COLUMNS]
 
 
 def test_the_weights_and_the_global_random_state_are_not_touched(model):
     weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
-        generate(model, PROMPTS, 5, TRUNCATED, generator=seeded(), decoder=GraphedDecoder())
+        generate(model, PROMPTS, 5, TRUNCATED, generator=seeded(), graphed=GraphedDecoder())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
@@ -174,8 +170,8 @@ def test_a_capture_that_fails_falls_back_with_one_warning(model, monkeypatch):
     decoder = GraphedDecoder()
     plain = generate(model, PROMPTS, 6, TRUNCATED, generator=seeded())
     with pytest.warns(UserWarning, match="without a CUDA graph.*not permitted"):
-        first = generate(model, PROMPTS, 6, TRUNCATED, generator=seeded(), decoder=decoder)
+        first = generate(model, PROMPTS, 6, TRUNCATED, generator=seeded(), graphed=decoder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second = generate(model, PROMPTS, 6, TRUNCATED, generator=seeded(), decoder=decoder)
+        second = generate(model, PROMPTS, 6, TRUNCATED, generator=seeded(), graphed=decoder)
     assert torch.equal(first.tokens, plain.tokens) and torch.equal(second.tokens, plain.tokens)

@@ -14,6 +14,7 @@ from minirlhf.generation.sampling import (
     SamplingConfig,
     _top_p_by_sort,
     draw,
+    draw_uniforms,
     pack_set,
     restrict,
     sample,
@@ -26,6 +27,10 @@ from minirlhf.generation.sampling import (
 
 # Probabilities in 64ths: every sum of them is exact in floating point.
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=7).filter(lambda c: sum(c) > 0)
+
+
+def uniforms(rows, seed):
+    return draw_uniforms(1, rows, torch.device("cpu"), torch.Generator().manual_seed(seed))[0]
 
 
 def dyadic(numbers):
@@ -129,7 +134,7 @@ def test_sampled_tokens_follow_the_truncated_renormalised_distribution(setting):
     expected[kept] = p[kept] / p[kept].sum()
 
     draws = 20000
-    tokens, logp, keep = sample(logits.repeat(draws, 1), config, torch.Generator().manual_seed(3))
+    tokens, logp, keep = sample(logits.repeat(draws, 1), config, uniforms(draws, 3))
     frequencies = np.bincount(tokens.numpy(), minlength=len(p))
     assert frequencies[expected == 0].sum() == 0
     np.testing.assert_allclose(logp.numpy(), np.log(expected[tokens.numpy()]), atol=1e-9)
@@ -140,14 +145,14 @@ def test_sampled_tokens_follow_the_truncated_renormalised_distribution(setting):
 def test_a_wrong_distribution_would_fail_the_frequency_test():
     """The power of the test above: a temperature 5 % off is seen."""
     logits = 1.5 * torch.randn(1, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    tokens, _, _ = sample(logits.repeat(60000, 1), SamplingConfig(1.05), torch.Generator().manual_seed(3))
+    tokens, _, _ = sample(logits.repeat(60000, 1), SamplingConfig(1.05), uniforms(60000, 3))
     expected = 60000 * logits[0].softmax(-1).numpy()
     assert stats.chisquare(np.bincount(tokens.numpy(), minlength=8), expected).pvalue < 1e-4
 
 
 def test_greedy_is_top_k_one():
     logits = torch.randn(30, 11, generator=torch.Generator().manual_seed(4))
-    tokens, logp, _ = sample(logits, SamplingConfig(top_k=1), torch.Generator().manual_seed(5))
+    tokens, logp, _ = sample(logits, SamplingConfig(top_k=1), uniforms(30, 5))
     assert torch.equal(tokens, logits.argmax(-1))
     assert logp.abs().max() == 0.0
 
@@ -172,7 +177,7 @@ def test_sampling_changes_neither_its_arguments_nor_the_global_random_state():
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(8))
     probs, before, state = logits.softmax(-1), logits.clone(), torch.get_rng_state()
     for config in (SamplingConfig(), SamplingConfig(0.5, 3, 0.7)):
-        sample(logits, config, torch.Generator().manual_seed(0))
+        sample(logits, config, uniforms(5, 0))
     sample_top_p(probs, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(logits, before) and torch.equal(probs, before.softmax(-1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -180,7 +185,7 @@ def test_sampling_changes_neither_its_arguments_nor_the_global_random_state():
 
 def test_bf16_logits_are_sampled_in_fp32():
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(9)).bfloat16()
-    tokens, logp, _ = sample(logits, SamplingConfig(0.9), torch.Generator().manual_seed(0))
+    tokens, logp, _ = sample(logits, SamplingConfig(0.9), uniforms(4, 0))
     assert logp.dtype == torch.float32
     expected = (logits.float() / 0.9).log_softmax(-1)[torch.arange(4), tokens]
     torch.testing.assert_close(logp, expected)
@@ -237,7 +242,7 @@ def test_the_histogram_finds_the_set_that_a_sort_finds(seed, scale, p, ties):
 def test_drawn_indices_follow_the_weights(size):
     weights = torch.rand(1, size, generator=torch.Generator().manual_seed(0)).pow(3)
     weights[0, 1::4] = 0
-    indices, total = draw(weights.expand(50000, -1), torch.Generator().manual_seed(1))
+    indices, total = draw(weights.expand(50000, -1), uniforms(50000, 1))
     expected = weights[0].double().numpy()
     np.testing.assert_allclose(total.numpy(), expected.sum(), rtol=1e-6)
     frequencies = np.bincount(indices.numpy(), minlength=size)
@@ -246,25 +251,22 @@ def test_drawn_indices_follow_the_weights(size):
     assert stats.chisquare(frequencies[some], 50000 * expected[some] / expected.sum()).pvalue > 1e-4
 
 
-def test_no_weight_of_zero_is_drawn_even_where_the_draw_is_rounded_up_to_the_end(monkeypatch):
+def test_no_weight_of_zero_is_drawn_even_where_the_draw_is_rounded_up_to_the_end():
     weights = torch.tensor([[0.3, 0.7, 0.0, 0.1, 0.0], [0.0, 1e-30, 0.0, 0.0, 0.0]])
     for number, expected in ((1.0, [3, 1]), (0.0, [0, 1])):
-        monkeypatch.setattr(
-            torch, "rand", lambda shape, number=number, **_: torch.full(shape, number, dtype=torch.float64)
-        )
-        assert draw(weights)[0].tolist() == expected
+        assert draw(weights, torch.full((2,), number, dtype=torch.float64))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_no_distribution_are_refused(bad):
     for config in (SamplingConfig(), SamplingConfig(top_p=0.9), SamplingConfig(top_k=2)):
         with pytest.raises(FloatingPointError, match="logits of a row"):
-            sample(torch.full((1, 6), bad), config)
+            sample(torch.full((1, 6), bad), config, uniforms(1, 0))
 
 
 def test_a_p_below_all_numbers_of_fp32_keeps_the_most_probable_token():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs, keep = sample(logits, SamplingConfig(top_p=1e-50))
+    tokens, logprobs, keep = sample(logits, SamplingConfig(top_p=1e-50), uniforms(3, 0))
     assert torch.equal(tokens, logits.argmax(-1)) and keep.sum() == 3 and logprobs.abs().max() == 0
 
 

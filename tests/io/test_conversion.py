@@ -1,8 +1,11 @@
 """Pickles become safetensors once: the same tensors, tied ones once, and nothing that the pickle says is run."""
 
+import errno
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import zipfile
 
 import pytest
@@ -12,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.torch_version import TorchVersion
 
 from minirlhf.io import conversion
-from minirlhf.io.conversion import convert, untied
+from minirlhf.io.conversion import untied
+from minirlhf.io.model_folder import convert, read_weights
 
 LEGACY = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -54,7 +58,12 @@ def test_a_pickle_is_converted_to_the_same_tensors(tmp_path, zipped):
     assert stored.keys() == expected.keys() - {"lm_head.weight"}
     for name, tensor in stored.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
-    assert metadata(tmp_path / "model.safetensors") == {
+    content = metadata(tmp_path / "model.safetensors")
+    raw = (tmp_path / "pytorch_model.bin").read_bytes()
+    (source,) = json.loads(content.pop("sources")).items()
+    assert source[0] == "pytorch_model.bin" and source[1].pop("times")
+    assert source[1] == {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    assert content == {
         "format": "pt", "converted_from": "pytorch_model.bin", "lm_head.weight": "transformer.wte.weight",
     }  # fmt: skip
 
@@ -79,8 +88,116 @@ def test_existing_safetensors_are_left_alone(tmp_path, name):
 def test_the_second_time_nothing_is_done(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     before = convert(tmp_path).stat()
-    (tmp_path / "pytorch_model.bin").unlink()
     assert convert(tmp_path).stat() == before
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert convert(tmp_path).stat() == before and read_weights(tmp_path)["a"].tolist() == [1, 1]
+
+
+# ---- a pickle that changes after it was converted -------------------------------------------------------------------
+
+
+def later(path):
+    """Another content in the place of a file, of the same size."""
+    torch.save({"a": torch.full((2,), 2.0)}, path)
+
+
+def later_as_if_it_were_old(path):
+    """As `cp -p` or rsync leave it: size and time are those of the old file."""
+    old = path.stat()
+    later(path)
+    assert path.stat().st_size == old.st_size
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+
+def later_by_a_rename(path):
+    later(path.with_name("new"))
+    path.with_name("new").replace(path)
+
+
+CHANGES = pytest.mark.parametrize("change", [later, later_as_if_it_were_old, later_by_a_rename])
+
+
+@CHANGES
+def test_a_newer_pickle_is_converted_anew(tmp_path, change):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.full((2,), 1.0)}, path)
+    assert read_weights(tmp_path)["a"].tolist() == [1, 1]
+    change(path)
+    assert read_weights(tmp_path)["a"].tolist() == [2, 2]
+    before = convert(tmp_path).stat()
+    assert load_file(convert(tmp_path))["a"].tolist() == [2, 2] and convert(tmp_path).stat() == before
+
+
+@CHANGES
+def test_a_newer_shard_of_a_pickle_is_converted_anew(tmp_path, change):
+    for name in "ab":
+        torch.save({name: torch.full((2,), 1.0)}, tmp_path / f"{name}.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "a.bin", "b": "b.bin"}}')
+    convert(tmp_path)
+    change(tmp_path / "a.bin")
+    assert {name: t.tolist() for name, t in read_weights(tmp_path).items()} == {"a": [2, 2], "b": [1, 1]}
+
+
+def test_a_copied_folder_is_not_converted_again(tmp_path):
+    """Its times are new, but the hash is the recorded one."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    convert(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "copy", copy_function=shutil.copyfile)
+    before = (tmp_path / "copy" / "model.safetensors").stat()
+    assert convert(tmp_path / "copy").stat() == before
+
+
+@pytest.mark.parametrize("sources", [None, "", "{", "[]", "{}", '{"pytorch_model.bin": 3}', "[" * 10**5])
+def test_a_conversion_that_does_not_say_of_what_is_made_anew(tmp_path, sources):
+    """Those of older versions do not."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    recorded = {} if sources is None else {"sources": sources}
+    save_file(
+        {"a": torch.zeros(2)}, tmp_path / "model.safetensors", {"converted_from": "pytorch_model.bin", **recorded}
+    )
+    assert read_weights(tmp_path)["a"].tolist() == [1, 1]
+
+
+def test_weights_that_were_saved_beside_a_pickle_are_no_conversion_of_it(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    assert read_weights(tmp_path)["a"].tolist() == [0, 0]
+
+
+def test_a_folder_that_cannot_be_written_is_read_in_memory_with_a_note(tmp_path, monkeypatch):
+    """A read-only disk, a full one, a folder of somebody else: reading needs no right to write."""
+    expected = state_dict()
+    torch.save(expected, tmp_path / "pytorch_model.bin")
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minirlhf.io.files.tempfile.mkstemp", refuse)
+        for _ in range(2):
+            with pytest.warns(
+                UserWarning, match="cannot be written .Read-only file system., so pytorch_model.bin"
+            ) as said:
+                in_memory = read_weights(tmp_path)
+            assert len(said) == 1
+        with pytest.raises(OSError):
+            convert(tmp_path)
+    assert names(tmp_path) == ["pytorch_model.bin"]
+    converted = read_weights(tmp_path)
+    assert in_memory.keys() == converted.keys()
+    assert all(torch.equal(in_memory[name], converted[name]) for name in converted)
+
+
+def test_a_conversion_replaces_a_link_and_is_not_written_through_it(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    victim = tmp_path / "victim"
+    save_file({"a": torch.zeros(2)}, victim, {"converted_from": "pytorch_model.bin"})
+    before = victim.read_bytes()
+    (tmp_path / "model.safetensors").symlink_to(victim)
+    assert not convert(tmp_path).is_symlink() and victim.read_bytes() == before
+
+
+# ---- other inputs ---------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
@@ -180,7 +297,10 @@ def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
 def test_a_tied_tensor_cannot_take_the_place_of_the_format(tmp_path):
     tensor = torch.ones(2)
     torch.save({"a": tensor, "format": tensor, "converted_from": tensor}, tmp_path / "pytorch_model.bin")
-    assert metadata(convert(tmp_path)) == {"format": "pt", "converted_from": "pytorch_model.bin"}
+    content = metadata(convert(tmp_path))
+    assert (content["format"], content["converted_from"]) == ("pt", "pytorch_model.bin") and content.keys() == {
+        "format", "converted_from", "sources",
+    }  # fmt: skip
 
 
 def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
@@ -216,7 +336,7 @@ def test_views_that_would_grow_beyond_all_measure_are_refused(tmp_path, zipped):
 @LEGACY
 @pytest.mark.parametrize("damage", [
     lambda raw: b"", lambda raw: raw[:10], lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-1],
-    lambda raw: b"<html>" + raw, lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n",
+    lambda raw: b"<html>" + raw,
 ])  # fmt: skip
 def test_a_damaged_pickle_is_named(tmp_path, damage, zipped):
     path = tmp_path / "pytorch_model.bin"

@@ -11,11 +11,121 @@ import sys
 import pytest
 
 from minirlhf.io import files
-from minirlhf.io.files import atomic_write, read_json, replaced_folder, write_json
+from minirlhf.io.conversion import read_pickle
+from minirlhf.io.files import (
+    atomic_write,
+    field,
+    open_for_writing,
+    read_json,
+    read_text,
+    replaced_folder,
+    write_json,
+)
+from minirlhf.io.model_folder import read_metadata, read_tensors
 
 
 def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+# ---- files that are read ---------------------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "config.json").write_bytes('\ufeff{"a": "评"}'.encode())
+    assert read_json(tmp_path / "config.json") == {"a": "评"} and read_text(tmp_path / "config.json")[0] == "{"
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, read_tensors, read_metadata, read_pickle])
+def test_a_git_lfs_pointer_is_named_with_the_command(tmp_path, read):
+    """`git clone` without git-lfs leaves these in the place of large files."""
+    path = tmp_path / "file"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 408343\n")
+    with pytest.raises(ValueError, match=r"file is a git-lfs pointer, .* `git lfs install` and `git lfs pull`"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, read_tensors, read_metadata, read_pickle])
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match=r"pipe does not exist, or is not a file"):
+        read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(("content", "kind", "problem"), [
+    ({"a": "3"}, int, "must be an integer, got '3'"), ({"a": True}, int, "must be an integer, got True"),
+    ({"a": 3.0}, int, "must be an integer, got 3.0"), ({}, int, "must be an integer, but it is missing"),
+    ({"a": None}, list, "must be a list, got None"), ({"a": {}}, list, "must be a list, got {}"),
+    ({"a": [1]}, dict, r"must be an object, got \[1\]"), ({"a": 1}, bool, "must be true or false, got 1"),
+    ({"a": 1}, str, "must be a text, got 1"), ({"a": "x" * 500}, dict, "must be an object, got 'x{79}$"),
+])  # fmt: skip
+def test_a_field_of_another_type_is_named(content, kind, problem):
+    with pytest.raises(ValueError, match=f"here: a {problem}"):
+        field(content, "a", kind, "here")
+
+
+def test_a_field_is_its_value_or_the_default():
+    assert field({"a": 3}, "a", int, "here") == 3 and field({"a": 0}, "a", int, "here", 5) == 0
+    assert field({}, "a", list, "here", [1]) == field({"a": None}, "a", list, "here", [1]) == [1]
+
+
+# ---- files written in place -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["w", "wb", "a", "ab", "ab+", "a+", "x"])
+def test_nothing_is_written_through_a_symbolic_link(tmp_path, mode):
+    victim, link = tmp_path / "victim", tmp_path / "link"
+    victim.write_text("precious")
+    for target in (victim, tmp_path / "missing"):
+        link.symlink_to(target)
+        with pytest.raises(OSError, match="link"):
+            open_for_writing(link, mode)
+        link.unlink()
+    assert victim.read_text() == "precious" and names(tmp_path) == ["victim"]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs O_NOFOLLOW")
+def test_a_link_that_appears_after_the_check_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(files.os.path, "islink", lambda path: False)
+    with pytest.raises(OSError):
+        open_for_writing(tmp_path / "link", "w")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_only_regular_files_are_opened_for_writing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/null"):
+        for mode in ("ab", "ab+"):
+            with pytest.raises(OSError):
+                open_for_writing(path, mode)
+
+
+def test_files_written_in_place_have_the_modes_and_the_text_of_open(tmp_path):
+    path = tmp_path / "log"
+    umask = os.umask(0o027)
+    try:
+        with open_for_writing(path, "a+") as file:
+            file.write("评")
+    finally:
+        os.umask(umask)
+    with open_for_writing(path, "ab") as file:
+        file.write(b"!")
+    assert path.read_bytes() == "评!".encode() and stat.S_IMODE(path.stat().st_mode) == 0o640
+    with open_for_writing(path, "w"):
+        pass
+    assert path.read_bytes() == b""
+    with pytest.raises(FileExistsError):
+        open_for_writing(path, "x")
+
+
+def test_an_atomic_write_replaces_a_link_and_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    atomic_write(tmp_path / "link", b"new ", b"content")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_bytes() == b"new content"
 
 
 # ---- atomic writes --------------------------------------------------------------------------------------------------
@@ -101,7 +211,7 @@ def test_json_round_trip_in_readable_utf8(tmp_path):
 ])  # fmt: skip
 def test_invalid_json_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid (JSON|UTF-8)"):
         read_json(tmp_path / "config.json")
 
 
@@ -221,7 +331,7 @@ def test_a_killed_save_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path
     with replaced_folder(folder) as staged:
         atomic_write(staged / "a", b"1")
     program = (
-        "import os, sys\nfrom minirlhf.files import *\n"
+        "import os, sys\nfrom minirlhf.io.files import *\n"
         "with replaced_folder(sys.argv[1]) as staged:\n"
         "    atomic_write(staged / 'a', b'2')\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -45,7 +46,7 @@ class Hub:
     """
 
     def __init__(self):
-        self.models, self.requests, self.faults, self.announced = {}, [], {}, {}
+        self.models, self.requests, self.faults, self.announced, self.etags = {}, [], {}, {}, {}
         self.missing = set()  # files that are listed, and answered with 404
         self.tokens = {}  # path -> Authorization header
         self.commit = COMMIT
@@ -93,6 +94,7 @@ class Hub:
             if hub._is_weights(file) and not file.endswith(".json"):
                 content = self.models[name][file]
                 etag, size = hashlib.sha256(content).hexdigest(), self.announced.get(file, len(content))
+                etag = self.etags.get(file, etag)
                 headers = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": size, "ETag": '"of-the-redirect"'}
                 headers |= {"Location": f"{self.cdn}{name}/{file}"}
                 self.head(request, 302, 0, {**headers, "X-Repo-Commit": self.commit})
@@ -389,30 +391,26 @@ def test_new_weights_in_another_form_replace_the_old_ones(client, published):
     assert names(folder) == sorted(["config.json", "vocab.txt", *SAFE_SHARDS])
 
 
-def test_a_broken_transfer_goes_on_in_the_next_run(client, published):
-    """What is there of a folder stays as it was until all files of the new one have come."""
+def test_after_a_broken_transfer_the_next_run_fetches_what_is_missing(client, published):
+    """An existing folder is unchanged until all files of the new one have come."""
     client.models["owner/model"] = published
     folder = put(Path("weights/owner/model"), "config.json", "old.txt")
-    client.faults["model.safetensors"] = [("reset", 5500), ("reset", 0)]
-    with pytest.raises(ConnectionError, match="Run the command again and it goes on where it stopped"):
+    client.faults["model.safetensors"] = [("reset", 5500)]
+    with pytest.raises(ConnectionError, match="Run the command again and it keeps the files that have come"):
         download("owner/model", "weights")
     assert names(folder) == ["config.json", "old.txt"] and (folder / "config.json").read_text() == "{}"
-    (partial,) = Path("weights/owner").glob(".model.download/*.partial")
-    assert partial.stat().st_size == 5000  # whole chunks
 
     client.requests.clear()
     download("owner/model", "weights")
-    assert client.transfers() == [("model.safetensors", "bytes=5000-")]  # the small files had come
+    assert client.transfers() == [("model.safetensors", None)]
     assert (folder / "model.safetensors").read_bytes() == published["model.safetensors"]
     assert names(folder) == sorted([*NEEDED, "old.txt"]) and names(folder.parent) == ["model"]
 
 
-@pytest.mark.parametrize("fault", ["cut", "reset"])
-def test_a_transfer_that_breaks_goes_on_in_the_same_run(client, published, monkeypatch, fault):
-    if fault == "cut":  # after which the client waits before it goes on by itself
-        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+def test_a_transfer_that_breaks_goes_on_in_the_same_run(client, published, monkeypatch):
+    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     client.models["owner/model"] = published
-    client.faults["model.safetensors"] = [(fault, 3000), (fault, 4000)]
+    client.faults["model.safetensors"] = [("cut", 3000), ("cut", 4000)]
     folder = download("owner/model", "weights")
     assert [wanted for file, wanted in client.transfers() if file == "model.safetensors"] == [
         None, "bytes=3000-", "bytes=7000-",
@@ -420,56 +418,115 @@ def test_a_transfer_that_breaks_goes_on_in_the_same_run(client, published, monke
     assert (folder / "model.safetensors").read_bytes() == published["model.safetensors"]
 
 
-def test_parts_of_processes_that_are_gone_are_taken_over_and_others_left_alone(tmp_path):
-    blob = tmp_path / "abc"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (tmp_path / f"abc.{gone.pid}.partial").write_bytes(b"12345")
-    (tmp_path / f"abc.{os.getppid()}.partial").write_bytes(b"123")  # it runs
-    assert hub._claim(blob) == tmp_path / f"abc.{os.getpid()}.partial"
-    assert hub._claim(blob).read_bytes() == b"12345"
-    assert len(names(tmp_path)) == 2
+def nothing_stays_of(name, to):
+    assert not Path("weights").joinpath(name).exists() and not list(Path().rglob("*.safetensors"))
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("announced", "problem"), [
-    (-7, "announced {} bytes and sent {}"), (7, "announced {} bytes and sent {}"),
-])  # fmt: skip
-def test_a_server_that_lies_about_the_size_is_named_and_nothing_of_it_stays(client, published, announced, problem):
+@pytest.mark.parametrize("to", [None, "weights"])
+@pytest.mark.parametrize("announced", [-7, 7])
+def test_a_server_that_lies_about_the_size_is_named_and_nothing_of_it_stays(client, published, announced, to):
     client.models["owner/model"] = published
-    size = len(published["model.safetensors"])
-    client.announced["model.safetensors"] = size + announced
-    message = "model.safetensors of owner/model came damaged: the server " + problem.format(size + announced, size)
+    client.announced["model.safetensors"] = size = len(published["model.safetensors"]) + announced
+    problem = "announced .* and sent more" if announced < 0 else f"should be of size {size}"
     for _ in range(2):  # and the next run starts anew
-        with pytest.raises(ValueError, match=message):
-            download("owner/model", "weights")
-        assert not Path("weights/owner/model").exists() and not list(Path("weights").rglob("*.partial"))
+        with pytest.raises((ValueError, ConnectionError), match=problem):
+            download("owner/model", to)
+        nothing_stays_of("owner/model", to)
     del client.announced["model.safetensors"]
-    assert names(download("owner/model", "weights")) == NEEDED
+    assert names(download("owner/model", to)) == NEEDED
 
 
-def test_a_content_of_another_hash_is_refused(client, published):
-    client.models["owner/model"] = published
-    store = put(Path("weights/owner/.model.download"))
-    etag = hashlib.sha256(published["model.safetensors"]).hexdigest()
-    (store / f"{etag}.{os.getpid()}.partial").write_bytes(b"x" * 100)  # of a disk that lost its power, say
-    with pytest.raises(ValueError, match=f"model.safetensors of owner/model came damaged: its SHA-256 is not {etag}"):
+def test_a_transfer_beyond_its_announced_size_is_stopped_while_it_is_written(client, published, monkeypatch):
+    """The disk is not filled first."""
+    client.models["owner/model"] = {**published, "model.safetensors": bytes(10_000_000)}
+    client.announced["model.safetensors"] = 5000
+    written = []
+
+    class Watched(io.FileIO):
+        def write(self, raw):
+            written.append(len(raw))
+            return super().write(raw)
+
+    def opened(path, *how, **options):
+        return Watched(path, *how) if "incomplete" in path.name else plain(path, *how, **options)
+
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(ValueError, match=r"model.safetensors of owner/model came damaged: the server announced 5000"):
         download("owner/model", "weights")
-    assert names(download("owner/model", "weights")) == NEEDED
+    small = sum(len(published[file]) for file in ("config.json", "vocab.txt"))
+    assert small <= sum(written) <= small + 5000
 
 
-@pytest.mark.parametrize("etag", ["../../escaped", "..", "", "a/b"])
-def test_an_etag_that_would_be_a_path_is_refused(client, published, monkeypatch, etag):
+@pytest.mark.parametrize("to", [None, "weights"])
+def test_a_content_of_another_hash_is_refused(client, published, to):
     client.models["owner/model"] = published
-    real = huggingface_hub.get_hf_file_metadata
+    client.etags["model.safetensors"] = etag = "0" * 64
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"of owner/model came damaged: its SHA-256 is not {etag}"):
+            download("owner/model", to)
+        nothing_stays_of("owner/model", to)
+    client.etags.clear()
+    assert names(download("owner/model", to)) == NEEDED
 
-    def metadata(url):
-        answer = real(url)
-        object.__setattr__(answer, "etag", etag)
-        return answer
 
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+@pytest.mark.parametrize("etag", ["../../escaped", "..", "a/b"])
+def test_an_etag_that_would_be_a_path_is_refused(client, published, etag):
+    client.models["owner/model"] = published
+    client.etags["model.safetensors"] = etag
     with pytest.raises(ValueError, match="which cannot name a file"):
         download("owner/model", "weights")
+
+
+@pytest.mark.parametrize("commit", ["../../escaped", "c0ffee", "", "C0FFEE" + "0" * 34])
+def test_a_commit_that_is_none_is_refused(client, published, commit):
+    client.models["owner/model"], client.commit = published, commit
+    with pytest.raises(ValueError, match=r"gives owner/model the commit .*, which is not a commit"):
+        download("owner/model")
+    assert client.transfers() == [] and not list(Path().parent.rglob("escaped"))
+
+
+@pytest.mark.parametrize("place", [".model.download", ".model.download/model.safetensors"])
+def test_nothing_is_downloaded_through_a_symbolic_link(client, published, tmp_path, place):
+    client.models["owner/model"] = published
+    download("owner/model")  # from the cache huggingface_hub would copy
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    link = Path("weights/owner") / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    with pytest.raises(FileExistsError, match="is a symbolic link, and files are not written through links: remove"):
+        download("owner/model", "weights")
+    assert victim.read_text() == "precious"
+
+
+def test_a_file_of_a_placed_model_is_never_written_in_place(client, published):
+    """The store shares files with the folder by hard links."""
+    client.models["owner/model"] = dict(published)
+    folder = download("owner/model", "weights")
+    os.link(folder / "model.safetensors", "kept")
+    client.models["owner/model"]["model.safetensors"] = b"newer weights"
+    client.commit = NEXT_COMMIT
+    download("owner/model", "weights")
+    assert (folder / "model.safetensors").read_bytes() == b"newer weights"
+    assert Path("kept").read_bytes() == published["model.safetensors"]
+
+
+def test_no_error_prints_a_token(client, published, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(constants, "ENDPOINT", client.endpoint.replace("//", "//user:pass@"))
+    client.models["owner/model"] = published
+
+    def leaking(*arguments, **options):
+        raise RuntimeError("GET https://user:pass@host/x?Signature=signed&token=hf_secret failed, Bearer hf_secret")
+
+    for name in ("owner/missing", "owner/gated", "owner/model"):
+        if name == "owner/model":
+            monkeypatch.setattr(file_download, "http_get", leaking)
+        code, out, err = run(capsys, name)
+        assert code == 1 and err
+        assert not any(secret in out + err for secret in ("hf_secret", "user:pass", "signed"))
 
 
 def test_a_token_goes_to_the_hub_and_to_nobody_else(client, published, monkeypatch):
@@ -630,7 +687,7 @@ import sys, types
 package = types.ModuleType("minirlhf")
 package.__path__ = [sys.argv[1]]
 sys.modules["minirlhf"] = package
-from minirlhf.hub import download, locate
+from minirlhf.io.hub import download, locate
 try:
     download(sys.argv[2])
 except ConnectionError as error:
@@ -656,31 +713,27 @@ def test_offline_by_the_environment_nothing_is_asked_for_and_what_is_there_is_fo
     assert done.stdout.endswith(f"models--owner--there/snapshots/{COMMIT}\n") and server.requests == []
 
 
-def test_a_process_that_is_killed_is_gone_on_from(server, published, tmp_path):
+def test_a_process_that_is_killed_leaves_nothing_that_passes_for_a_model(server, published, tmp_path):
     """By the environment alone: HF_ENDPOINT and HF_HOME; TQDM_POSITION=-1 shows progress outside of a terminal too."""
-    large = random.Random(0).randbytes(25_000_000)  # the client writes in pieces of 10 MiB
+    large = random.Random(0).randbytes(2_000_000)
     server.models["owner/large"] = {**published, "model.safetensors": large}
-    server.faults["model.safetensors"] = [("stall", 22_000_000)]
+    server.faults["model.safetensors"] = [("stall", 1_000_000)]
     environment = environment_for(server, tmp_path)
     killed = [sys.executable, "-c", LIGHT, str(REPO / "minirlhf"), "owner/large"]
-    command = [sys.executable, "-m", "minirlhf", "download", "owner/large"]
-
     with subprocess.Popen(killed, env=environment, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         for _ in range(6000):  # however busy the machine is
-            left = [path for path in (tmp_path / "home").rglob("*.partial") if path.stat().st_size > 20_000_000]
-            if left or process.poll() is not None:
+            if ("model.safetensors", None) in server.transfers() or process.poll() is not None:
                 break
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    (partial,) = left
-    size = partial.stat().st_size
+    assert not list((tmp_path / "home").rglob("snapshots/*/model.safetensors"))
 
+    server.requests.clear()
+    command = [sys.executable, "-m", "minirlhf", "download", "owner/large"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    ranges = [wanted for file, wanted in server.transfers() if file == "model.safetensors"]
-    assert ranges == [None, f"bytes={size}-"]
+    assert server.transfers() == [("model.safetensors", None)]
     assert "model.safetensors" in done.stderr and "100%" in done.stderr
     snapshot = tmp_path / "home/hub/models--owner--large/snapshots" / COMMIT
     assert done.stdout == f"{snapshot}\n" and names(snapshot) == NEEDED
     assert (snapshot / "model.safetensors").read_bytes() == large
-    assert not list((tmp_path / "home").rglob("*.partial"))

@@ -71,9 +71,9 @@ def test_a_step_of_a_compiled_policy_is_that_of_a_plain_one(quick_backend):
 def test_blocks_of_policy_and_reference_are_compiled_only_if_asked_for(quick_backend):
     for on in (False, True):
         trainer = make_trainer(compile=on)
-        blocks = [*trainer.policy.gpt2.h, *trainer.reference.h]
+        blocks = [*trainer.policy.decoder.h, *trainer.reference.h]
         assert all((block._compiled_call_impl is not None) == on for block in blocks)
-        assert all(block._compiled_call_impl is None for block in copy.deepcopy(trainer.policy).gpt2.h)
+        assert all(block._compiled_call_impl is None for block in copy.deepcopy(trainer.policy).decoder.h)
 
 
 def test_decoding_with_a_cache_compiles_nothing(quick_backend):

@@ -12,7 +12,8 @@ from transformers import GPT2Config as TheirConfig
 
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, SamplingConfig, generate
-from minirlhf.models.gpt2 import share_frozen_layers
+from minirlhf.models.decoder import share_frozen_parameters
+from minirlhf.models.gpt2 import segment_positions
 from minirlhf.text.batching import left_pad, right_pad
 
 SIZES = dict(vocab_size=50, n_positions=24, n_embd=16, n_layer=2, n_head=2)
@@ -360,7 +361,7 @@ def test_loading_draws_no_random_numbers(folder):
 
 def test_an_untied_head_that_is_not_there_is_refused(folder):
     rewrite_config(folder, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"LM head that is not tied, but there is no lm_head.weight"):
+    with pytest.raises(ValueError, match=r"do not fit the model: missing lm_head.weight"):
         GPT2.from_pretrained(folder)
     rewrite_tensors(folder, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()})
     GPT2.from_pretrained(folder)
@@ -547,44 +548,54 @@ def freeze(model, layers):
 
 
 @pytest.mark.parametrize("layers", [0, 2, 3])
-def test_frozen_layers_are_shared_and_run_once_with_the_same_bits(layers):
+def test_frozen_parameters_are_held_once_and_the_reference_computes_the_same_bits(layers):
     model, reference, apart = (make_gpt2(4, n_layer=3) for _ in range(3))
-    assert share_frozen_layers(freeze(model, layers), reference) == layers == model.layers_shared_with(reference)
+    frozen = [p for p in freeze(model, layers).parameters() if not p.requires_grad]
+    assert share_frozen_parameters(model, reference) == sum(p.numel() for p in frozen)
     with torch.no_grad():
         for parameter in model.parameters():  # the policy moves on, where it can
             if parameter.requires_grad:
                 parameter.mul_(1.5)
-    calls = []
-    handles = [block.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(model.h)]
     ids, mask = left_pad([torch.arange(1, 6), torch.arange(7, 9)])
-    with torch.no_grad():
-        mine, theirs = model.hidden_states_of_both(reference, ids, mask)
-        assert calls == list(range(3))
-        for handle in handles:
-            handle.remove()
-        assert torch.equal(theirs, apart.hidden_states(ids, mask)) and torch.equal(mine, model.hidden_states(ids, mask))
-    assert not torch.equal(mine, theirs)
-    mine, theirs = model.hidden_states_of_both(reference, ids, mask)
-    assert mine.requires_grad and not theirs.requires_grad
-    assert {p.data_ptr() for p in model.h[:layers].parameters()} <= {p.data_ptr() for p in reference.parameters()}
+    assert torch.equal(reference.hidden_states(ids, mask), apart.hidden_states(ids, mask))
+    assert not torch.equal(model.hidden_states(ids, mask), reference.hidden_states(ids, mask))
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in reference.parameters()}
+    assert shared == {p.data_ptr() for p in frozen}
 
 
 def test_what_is_trained_or_differs_is_not_shared():
     model, reference = make_gpt2(4), make_gpt2(4)
-    with pytest.raises(ValueError, match="trains its embeddings"):
-        share_frozen_layers(model, reference)
-    assert model.layers_shared_with(reference) == 0
+    addresses = {p.data_ptr() for p in reference.parameters()}
+    with pytest.raises(ValueError, match="trains all of its parameters"):
+        share_frozen_parameters(model, reference)
     with torch.no_grad():
         freeze(model, 2).h[1].ln_1.bias[0] += 1
-    with pytest.raises(ValueError, match=r"h\.1 is frozen, but differs"):
-        share_frozen_layers(model, reference)
-    assert model.layers_shared_with(reference) == 0  # nothing was shared before it was found
+    with pytest.raises(ValueError, match=r"h\.1\.ln_1\.bias is frozen, but differs"):
+        share_frozen_parameters(model, reference)
+    assert {p.data_ptr() for p in reference.parameters()} == addresses  # nothing was shared before it was found
 
 
-@pytest.mark.parametrize("other", [dict(n_head=2), dict(activation_function="relu"), dict(layer_norm_epsilon=1e-6)])
-def test_layers_that_compute_otherwise_are_not_shared(other):
-    with pytest.raises(ValueError, match=f"GPT2Config.{next(iter(other))} is"):
-        share_frozen_layers(freeze(make_gpt2(4), 1), make_gpt2(4, **other))
+def test_packed_segments_have_the_states_of_rows_of_their_own():
+    model = make_gpt2(3)
+    parts = [[5, 6, 7], [9, 4], [5, 6, 8, 2]]
+    ids = torch.tensor([[*parts[0], *parts[1], *parts[2]]])
+    segments = torch.tensor([[7] * 3 + [2] * 2 + [7] * 4])  # any numbers that differ from their neighbours
+    packed = model.hidden_states(ids, segments=torch.tensor([[0] * 3 + [1] * 2 + [2] * 4]))
+    alone = torch.cat([model.hidden_states(torch.tensor([part])) for part in parts], 1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    assert segment_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+
+
+def test_positions_count_real_tokens_so_padding_may_be_wider_than_the_context():
+    model = make_gpt2(3, n_positions=8)
+    ids, mask = torch.tensor([[0] * 4 + [5, 6, 7, 8, 9, 4]]), torch.tensor([[0] * 4 + [1] * 6])
+    torch.testing.assert_close(
+        model.hidden_states(ids, mask)[:, 4:], model.hidden_states(ids[:, 4:]), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="10 tokens is longer than the model's 8 positions"):
+        model.hidden_states(ids)
+    with pytest.raises(ValueError, match="9 tokens is longer"):
+        model.hidden_states(ids, torch.tensor([[0] + [1] * 9]))
 
 
 def test_with_a_cache_nothing_is_checkpointed():

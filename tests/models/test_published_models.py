@@ -44,8 +44,7 @@ from minirlhf import (
     ValueHead,
     generate,
 )
-from minirlhf.io.conversion import convert
-from minirlhf.io.model_folder import read_metadata, write_tensors
+from minirlhf.io.model_folder import convert, read_metadata, write_tensors
 from minirlhf.models.layers import shapes_only
 from minirlhf.rewards.reward_model import GPT2Scorer
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
-from minirlhf.rewards.base import CANARIES, call_reward, reward_by_token
+from minirlhf.rewards.base import call_reward, reward_by_token
 from minirlhf.rewards.composed import (
     TARGETS,
     Clipped,
@@ -26,6 +26,7 @@ from minirlhf.rewards.composed import (
     check_tags,
     split_tag,
 )
+from minirlhf.rewards.sentiment import CANARIES
 
 REPO = Path(__file__).resolve().parents[2]
 TAGS = {"positive": "[正向]", "neutral": "[中性]", "negative": "[负向]"}

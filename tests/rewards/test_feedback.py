@@ -1,7 +1,10 @@
 """Rankings and scores by keys: what is asked, what is written, what is taken back, and what stage 2 reads of it."""
 
+import errno
 import json
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from conftest import make_gpt2
 from minirlhf import PPOTrainer, SamplingConfig
 from minirlhf.rewards.human import FeedbackFile, FeedbackSession, HumanReward, Question, draw_answers
+from minirlhf.rewards.keyboard import Keyboard
 from minirlhf.text.preferences import Ranking, read_rankings
 
 SIZES = dict(n_embd=16, n_layer=1, n_head=2, n_positions=32)
@@ -174,6 +178,43 @@ def test_a_file_of_something_else_is_refused_and_stays(tmp_path, content):
     with pytest.raises(ValueError, match=r"f\.jsonl"):
         FeedbackFile(path)
     assert path.read_text() == content
+
+
+def test_a_file_is_not_written_through_a_symbolic_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "f.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        FeedbackFile(tmp_path / "f.jsonl")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_where_files_cannot_be_locked_a_warning_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("minirlhf.rewards.human.lock_descriptor", lambda fd: (_ for _ in ()).throw(OSError("no locks")))
+    with pytest.warns(UserWarning, match="cannot be locked, so a second process goes unnoticed: no locks"):
+        session(tmp_path / "f.jsonl", "12", rounds=1)
+    assert len(lines(tmp_path / "f.jsonl")) == 1
+
+
+def test_without_posix_modules_keys_come_with_enter_and_files_are_locked_by_the_system_s_own(tmp_path, monkeypatch):
+    for name in ("fcntl", "termios", "tty"):
+        monkeypatch.setitem(sys.modules, name, None)
+    calls = []
+
+    def locking(descriptor, mode, count):
+        calls.append((os.lseek(descriptor, 0, os.SEEK_CUR), mode, count))
+        if len(calls) > 1:
+            raise OSError(errno.EACCES, "locked")
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    held, done, _ = session(tmp_path / "f.jsonl", "12", rounds=1)
+    assert done and held.answered == 1 and calls == [(2**30, 2, 1)]
+    with pytest.raises(BlockingIOError, match="in use by another process"):
+        FeedbackFile(tmp_path / "f.jsonl")
+    reading, writing = os.pipe()
+    os.write(writing, b"2\n")
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file, Keyboard(file) as keyboard:
+        assert [keyboard.read() for _ in range(3)] == ["2", "\n", ""]
 
 
 def test_two_sessions_never_share_a_file(tmp_path):

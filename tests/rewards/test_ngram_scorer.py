@@ -11,7 +11,8 @@ import torch
 from minirlhf import NGramScorer
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.rewards.base import CANARIES, call_reward
+from minirlhf.rewards.base import call_reward
+from minirlhf.rewards.sentiment import CANARIES
 
 SHIPPED = Path(__file__).resolve().parents[2] / "weights" / "ngrams-chinese-reviews-sentiment"
 WEIGHTS = {"好": 2.0, "不": -0.5, "不好": -4.0, "very": 3.0}

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification as TheirModel
 from transformers import AutoTokenizer, BertForSequenceClassification, GPT2ForSequenceClassification
@@ -17,6 +18,7 @@ from minirlhf.io.model_folder import check_tensors
 from minirlhf.rewards import reward_model as module
 from minirlhf.rewards.base import call_reward
 from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.scorers import load_scorer
 
 TRUNKS = ["gpt2", "bert"]
 TEXTS = ["很好", "", "酒店位置很好，服务非常满意！推荐", "房间太脏", "hello world wifi", "差" * 30, "早餐一般。",
@@ -297,6 +299,48 @@ def test_a_new_model_on_the_trunk_of_a_folder(trunk, tmp_path):
     assert all(torch.equal(x, trunk_of.state_dict()[name]) for name, x in kept.state_dict().items())
     assert torch.equal(first(TEXTS), same(TEXTS)) and not torch.equal(first(TEXTS), other(TEXTS))
     assert not first.training and first(TEXTS).std() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [
+    transformers.BertModel, transformers.BertForMaskedLM, transformers.BertForPreTraining,
+    transformers.BertForSequenceClassification, transformers.GPT2Model, transformers.GPT2LMHeadModel,
+    transformers.GPT2ForSequenceClassification,
+], ids=lambda kind: kind.__name__)  # fmt: skip
+def test_a_trunk_needs_no_head_and_whatever_head_it_has_is_dropped(tmp_path, kind):
+    if "Bert" in kind.__name__:
+        config = TheirBertConfig(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 intermediate_size=16, max_position_embeddings=LIMIT, num_labels=3)  # fmt: skip
+    else:
+        config = TheirGPT2Config(vocab_size=len(VOCAB), n_positions=LIMIT, n_embd=16, n_layer=1, n_head=2, num_labels=3)
+    theirs = kind(config).eval()
+    theirs.save_pretrained(tmp_path)
+    Tokenizer(VOCAB).save_pretrained(tmp_path)
+    model = RewardModel.from_trunk(tmp_path, device="cpu")
+    ids = torch.tensor([model.tokenizer.encode("房间很干净")])
+    expected = theirs.base_model(ids).last_hidden_state
+    network = model.network
+    ours = network.transformer.hidden_states(ids) if isinstance(network, GPT2Scorer) else network.hidden_states(ids)
+    assert_relatively_close(ours, expected, 1e-5)
+    assert model(TEXTS).shape == (len(TEXTS),) and model(TEXTS).std() > 0
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(RewardModel.from_pretrained(tmp_path / "saved", device="cpu")(TEXTS), model(TEXTS))
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "single_label_classification", "multi_label_classification"])
+def test_the_loss_it_was_trained_by_does_not_decide_whether_it_loads(trunk, tmp_path, problem_type):
+    model = make_reward(trunk)
+    model.save_pretrained(tmp_path)
+    rewrite_config(tmp_path, problem_type=problem_type)
+    for load in (RewardModel.from_pretrained, load_scorer):
+        assert torch.equal(load(tmp_path, device="cpu")(TEXTS), model(TEXTS))
+
+
+def test_a_gpt2_whose_lm_head_was_untied_is_a_reward_model(tmp_path):
+    model = make_reward("gpt2")
+    model.save_pretrained(tmp_path)
+    rewrite_config(tmp_path, tie_word_embeddings=False)
+    assert torch.equal(RewardModel.from_pretrained(tmp_path, device="cpu")(TEXTS), model(TEXTS))
 
 
 def test_the_new_head_of_a_gpt2_starts_with_scores_of_about_one():

@@ -1,6 +1,8 @@
 """Scores in a file: read again, by other processes too, whole after kills, and damaged lines skipped."""
 
+import fcntl
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,18 +13,11 @@ import pytest
 from minirlhf.rewards import score_cache
 from minirlhf.rewards.score_cache import ScoreCache
 
-# A process of its own that imports this one module alone: cache, path = ..., sys.argv[1]
-OTHER_PROCESS = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("score_cache", {score_cache.__file__!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-cache = module.ScoreCache(sys.argv[1])
-"""
+OTHER_PROCESS = "import sys; from minirlhf.rewards.score_cache import ScoreCache; cache = ScoreCache(sys.argv[1])"
 
 
 def process(code, *arguments):
-    command = [sys.executable, "-c", OTHER_PROCESS + code, *map(str, arguments)]
+    command = [sys.executable, "-c", f"{OTHER_PROCESS}\n{code}", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
@@ -175,41 +170,41 @@ def test_a_cache_that_cannot_be_written_says_so_at_the_start(tmp_path):
         ScoreCache(tmp_path)
 
 
-class Recording:
-    """A file that notes how it was opened and what was written, and takes `lost` bytes fewer than it is given."""
-
-    def __init__(self, lost=0):
-        self.lost, self.calls = lost, []
-
-    def __call__(self, path, mode, **options):
-        self.calls.append((mode, options))
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def write(self, line):
-        self.calls.append(line)
-        return len(line) - self.lost
-
-
-def test_an_entry_is_one_unbuffered_write_at_the_end_of_the_file(tmp_path, monkeypatch):
+def test_an_entry_is_one_write_of_a_whole_line_at_the_end_of_the_file(tmp_path, monkeypatch):
     """That, and nothing less, is what processes do not interleave and a kill does not cut."""
-    cache, file = ScoreCache(tmp_path / "cache"), Recording()
-    monkeypatch.setattr(score_cache, "open", file, raising=False)
+    cache, calls = ScoreCache(tmp_path / "cache"), []
+    monkeypatch.setattr(score_cache.os, "write", lambda fd, line: calls.append((at_the_end(fd), line)) or len(line))
     cache.put("a", 1.0)
-    opened, line = file.calls
-    assert opened == ("ab", {"buffering": 0}) and line.startswith(b"{") and line.endswith(b"}\n")
+    ((appends, line),) = calls
+    assert appends and line.startswith(b"{") and line.endswith(b"}\n")
+
+
+def at_the_end(descriptor):
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND)
 
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     cache = ScoreCache(tmp_path / "cache")
-    monkeypatch.setattr(score_cache, "open", Recording(lost=1), raising=False)
+    monkeypatch.setattr(score_cache.os, "write", lambda fd, line: len(line) - 1)
     with pytest.raises(OSError, match=r"cache took only a part of a line"):
         cache.put("a", 1.0)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_cache_is_not_written_through_a_symbolic_link(tmp_path, later):
+    victim, path = tmp_path / "victim", tmp_path / "cache"
+    victim.write_text("precious")
+    if not later:
+        path.symlink_to(victim)
+        with pytest.raises(OSError, match="symbolic link"):
+            ScoreCache(path)
+    else:
+        cache = ScoreCache(path)
+        path.unlink()
+        path.symlink_to(victim)
+        with pytest.raises(OSError, match="symbolic link"):
+            cache.put("a", 1.0)
+    assert victim.read_text() == "precious"
 
 
 def test_the_file_is_json_lines(tmp_path):

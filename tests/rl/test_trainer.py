@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 import random
-import shutil
 import time
 
 import numpy as np
@@ -15,12 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import VOCAB, make_gpt2
-from folders import snapshot
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models import gpt2
 from minirlhf.rl.statistics import mean_stats, read_stats
-from minirlhf.runs import training_state
 
 PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
 EOS = VOCAB.index("##a")
@@ -551,23 +548,6 @@ def test_auto_is_bf16_for_a_large_model_and_moves_no_generator(favourable):
     assert names == ["bf16", "fp32"]
 
 
-def test_a_run_keeps_the_precision_that_auto_gave_it(favourable, monkeypatch, tmp_path):
-    trainer, named = make_trainer(**RUN), make_trainer(**RUN, precision="bf16")
-    for each in (trainer, named):
-        each.step(each.collect(PROMPTS, reward))
-    trainer.save_checkpoint(tmp_path / "state")
-    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: False)  # another machine
-    assert make_trainer().precision.name == "fp32"
-    for overrides in ({}, dict(precision="auto"), dict(precision="bf16")):
-        resumed = resume(tmp_path / "state", **overrides)
-        assert resumed.precision.name == "bf16" and resumed.config == trainer.config
-    with pytest.raises(ValueError, match=r"PPOConfig\.precision was 'bf16' .* and cannot become 'fp32'"):
-        resume(tmp_path / "state", precision="fp32")
-    expected = named.step(named.collect(PROMPTS, reward))
-    assert figures(resumed.step(resumed.collect(PROMPTS, reward))) == figures(expected)
-    same(weights(resumed), weights(named))
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_reduced_precision_keeps_fp32_weights_and_finite_figures(precision):
     trainer = make_trainer(precision=precision)
@@ -1058,7 +1038,7 @@ def test_a_reward_that_fails_leaves_the_trainer_as_it_was_after_the_last_step(na
     calls = itertools.count()
     with pytest.raises(error, match=message):
         trainer.train(PROMPTS, lambda texts: bad(texts) if next(calls) == 2 else reward(texts))
-    assert trainer.iteration == 2 and not trainer.within_step
+    assert trainer.iteration == 2 and not trainer.interrupted
     rest = trainer.train(PROMPTS, reward)
     assert [figures(stats) for stats in rest] == [figures(stats) for stats in expected[2:]]
     same(weights(plain), weights(trainer))
@@ -1076,292 +1056,6 @@ def test_a_batch_that_cannot_be_collected_was_never_drawn():
 def test_a_time_limit_changes_nothing_for_a_reward_that_keeps_it():
     plain, limited = make_trainer(), make_trainer(reward_timeout=60.0)
     assert [figures(s) for s in plain.train(PROMPTS, reward)] == [figures(s) for s in limited.train(PROMPTS, reward)]
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-RUN = dict(
-    steps=20, eos_token_id=EOS, lr_schedule="linear", lr_warmup=0.1, horizon=50.0, init_kl_coef=0.3, top_p=0.9,
-    score_whitening=True,
-)  # fmt: skip
-
-
-def make_reference():
-    return make_gpt2(1, scale=4.0, **SMALL)
-
-
-def resume(folder, **overrides):
-    return PPOTrainer.resume(folder, make_reference(), **overrides)
-
-
-@pytest.mark.parametrize("settings", [
-    {}, dict(precision="bf16"), dict(precision="fp16"),
-    dict(value_warmup=3),  # at the cut the trunk has no optimizer state yet
-    dict(adaptive_kl=False, max_grad_norm=math.inf, log_ratio_limit=math.inf),
-], ids=str)  # fmt: skip
-def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
-    whole = make_trainer(**RUN, **settings)
-    expected = whole.train(PROMPTS, reward)
-
-    cut = make_trainer(**RUN, **settings)
-
-    class Crash(Exception):
-        pass
-
-    def crash_at_two(rollout, stats):
-        if cut.iteration == 2:
-            cut.save_checkpoint(tmp_path / "cut")
-            raise Crash
-
-    with pytest.raises(Crash):
-        cut.train(PROMPTS, reward, crash_at_two)
-    resumed = resume(tmp_path / "cut")
-    assert resumed.iteration == 2 and resumed.config == whole.config
-    rest = resumed.train(PROMPTS, reward)
-    assert [figures(stats) for stats in rest] == [figures(stats) for stats in expected[2:]]
-    same(weights(whole), weights(resumed))
-    whole.save_checkpoint(tmp_path / "whole")
-    resumed.save_checkpoint(tmp_path / "resumed")
-    assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "whole")  # all else: moments, generators, counters
-
-
-def test_a_checkpoint_of_a_new_trainer_resumes(tmp_path):
-    trainer = make_trainer()
-    trainer.save_checkpoint(tmp_path / "state")
-    other = resume(tmp_path / "state")
-    same(weights(other), weights(trainer))
-    trainer.step(*batch())
-    other.step(*batch())
-    same(weights(other), weights(trainer))
-    trainer.save_checkpoint(tmp_path / "state")  # in the place of the old one
-    assert resume(tmp_path / "state").iteration == 1
-
-
-def test_bad_steps_and_small_micro_batches_are_remembered(tmp_path):
-    trainer = make_trainer(**WHOLE, ppo_epochs=3)
-    plant(trainer, range(100))
-    Small(trainer, room=2)
-    with pytest.warns(UserWarning, match="out of memory"):
-        trainer.step(*batch())
-    trainer.save_checkpoint(tmp_path / "state")
-    assert (trainer.bad_steps, trainer.micro_batch_size) == (3, 2)
-    resumed = resume(tmp_path / "state")
-    assert (resumed.bad_steps, resumed.micro_batch_size) == (3, 2)
-    assert resume(tmp_path / "state", forward_batch_size=4).micro_batch_size == 4
-
-
-def test_what_was_frozen_stays_frozen(tmp_path):
-    policy = ActorCritic(make_gpt2(0, **SMALL))
-    policy.gpt2.wte.requires_grad_(False)
-    trainer = PPOTrainer(policy, make_reference(), Tokenizer(VOCAB), **DEFAULTS)
-    trainer.step(*batch())
-    trainer.save_checkpoint(tmp_path / "state")
-    resumed = resume(tmp_path / "state")
-    for each in (trainer, resumed):
-        each.step(*batch())
-    assert not resumed.policy.gpt2.wte.weight.requires_grad
-    same(weights(resumed), weights(trainer))
-
-
-def test_a_checkpoint_is_a_model_folder_of_safetensors_and_json(tmp_path):
-    trainer = make_trainer(value_head="linear")
-    trainer.step(*batch())
-    trainer.save_checkpoint(tmp_path / "state")
-    policy = ActorCritic.from_pretrained(tmp_path / "state")
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), trainer.policy.parameters(), strict=True))
-    assert Tokenizer.from_pretrained(tmp_path / "state").vocab == VOCAB
-    names = {path.name for path in (tmp_path / "state").iterdir()}
-    assert {name for name in names if not name.endswith((".safetensors", ".json"))} == {"vocab.txt", "README.md"}
-
-
-# ---- the reference --------------------------------------------------------------------------------------------------
-
-
-def with_reference_folder(tmp_path):
-    make_reference().save_pretrained(tmp_path / "reference")
-    return PPOTrainer(ActorCritic(make_gpt2(0, **SMALL)), tmp_path / "reference", Tokenizer(VOCAB), **DEFAULTS)
-
-
-def test_a_reference_from_a_folder_is_found_again(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_reference().save_pretrained("reference")
-    trainer = PPOTrainer(ActorCritic(make_gpt2(0, **SMALL)), "reference", Tokenizer(VOCAB), **DEFAULTS)
-    assert fingerprint(trainer.reference) == fingerprint(make_reference())
-    trainer.save_checkpoint("state")
-    monkeypatch.chdir("/")
-    resumed = PPOTrainer.resume(tmp_path / "state")
-    assert fingerprint(resumed.reference) == fingerprint(make_reference())
-    assert resumed.reference_source == trainer.reference_source == str(tmp_path / "reference")
-
-
-def test_a_reference_that_moved_may_be_passed(tmp_path):
-    with_reference_folder(tmp_path).save_checkpoint(tmp_path / "state")
-    (tmp_path / "reference").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"reference.* pass ref_policy"):
-        PPOTrainer.resume(tmp_path / "state")
-    assert PPOTrainer.resume(tmp_path / "state", tmp_path / "moved").iteration == 0
-    assert resume(tmp_path / "state").iteration == 0
-
-
-def test_a_reference_without_a_folder_must_be_passed(tmp_path):
-    make_trainer().save_checkpoint(tmp_path / "state")
-    with pytest.raises(ValueError, match="ref_policy"):
-        PPOTrainer.resume(tmp_path / "state")
-
-
-def test_another_reference_is_refused(tmp_path):
-    """Other by one bit of one weight; in its folder, or passed."""
-    trainer = with_reference_folder(tmp_path)
-    trainer.save_checkpoint(tmp_path / "state")
-    other = make_reference()
-    with torch.no_grad():
-        weight = other.wpe.weight[3, :1]
-        weight.copy_(torch.nextafter(weight, torch.tensor(math.inf)))
-    with pytest.raises(ValueError, match=rf"another reference.*{trainer.reference_hash[:12]}"):
-        PPOTrainer.resume(tmp_path / "state", other)
-    other.save_pretrained(tmp_path / "reference")
-    with pytest.raises(ValueError, match="another reference"):
-        PPOTrainer.resume(tmp_path / "state")
-
-
-def test_the_hash_of_a_reference_is_of_names_types_shapes_and_bytes():
-    def hash_of(**tensors):
-        module = torch.nn.Module()
-        for name, x in tensors.items():
-            module.register_buffer(name, x)
-        return training_state.module_hash(module)
-
-    x = torch.arange(6.0)
-    digest = hashlib.sha256(b"a torch.float32 (2, 3)\n" + x.numpy().tobytes())
-    digest.update(b"b torch.int64 ()\n" + (7).to_bytes(8, "little"))
-    first = hash_of(a=x.view(2, 3), b=torch.tensor(7))
-    assert first == digest.hexdigest()
-    assert first == hash_of(b=torch.tensor(7), a=x.view(2, 3).t().contiguous().t())  # however it lies in memory
-    others = [hash_of(a=x.view(3, 2), b=torch.tensor(7)), hash_of(c=x.view(2, 3), b=torch.tensor(7)),
-              hash_of(a=x.view(2, 3).view(torch.int32), b=torch.tensor(7)), hash_of(a=x.view(2, 3))]  # fmt: skip
-    assert len({first, *others}) == 5
-
-
-# ---- other settings, other folders, damage --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changed", [dict(lr=2e-3), dict(seed=9), dict(top_p=0.5), dict(eos_token_id=None)])
-def test_settings_that_change_the_run_are_refused_by_name(tmp_path, changed):
-    make_trainer(**RUN).save_checkpoint(tmp_path / "state")
-    with pytest.raises(ValueError, match=next(iter(changed))):
-        resume(tmp_path / "state", **changed)
-    resume(tmp_path / "state", **{name: RUN.get(name, getattr(PPOConfig(), name)) for name in ("top_p", "gamma")})
-
-
-def test_a_run_may_be_made_longer_and_cut_differently(tmp_path):
-    make_trainer().save_checkpoint(tmp_path / "state")
-    config = resume(tmp_path / "state", steps=80, forward_batch_size=1, max_bad_steps=3, reward_timeout=9.0).config
-    assert (config.steps, config.forward_batch_size, config.max_bad_steps, config.reward_timeout) == (80, 1, 3, 9.0)
-    with pytest.raises(ValueError, match=r"stepz.*steps"):
-        resume(tmp_path / "state", stepz=80)
-    make_trainer(loss_averaging="micro_batches").save_checkpoint(tmp_path / "other")
-    with pytest.raises(ValueError, match="forward_batch_size"):  # there the cut is part of the loss
-        resume(tmp_path / "other", forward_batch_size=1)
-
-
-def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_state, "FORMAT", 2)
-    make_trainer().save_checkpoint(tmp_path / "state")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 2, this version reads 1"):
-        resume(tmp_path / "state")
-
-
-def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        resume(tmp_path / "nothing")
-
-
-FILES = ["README.md", "config.json", "manifest.json", "model.safetensors", "model.safetensors.index.json",
-         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "training.json", "training.safetensors",
-         "value_head.safetensors", "vocab.txt"]  # fmt: skip
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) * 2 // 3] ^= 4
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "empty": lambda path: path.write_bytes(b""),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
-    "a bit": flip_a_bit,
-    "missing": lambda path: path.unlink(),
-}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    trainer = make_trainer()
-    trainer.step(*batch())
-    folder = tmp_path_factory.mktemp("saved") / "state"
-    trainer.save_checkpoint(folder)
-    return folder
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_refused(saved, tmp_path, name, damage):
-    """A changed bit of the manifest may spoil its JSON, a name or a sum: all are noticed."""
-    assert sorted(path.name for path in saved.iterdir()) == FILES
-    shutil.copytree(saved, tmp_path / "state")
-    assert resume(tmp_path / "state").iteration == 1
-    DAMAGES[damage](tmp_path / "state" / name)
-    with pytest.raises(training_state.DamagedCheckpoint, match="state is damaged"):
-        resume(tmp_path / "state")
-
-
-def test_a_model_folder_is_no_checkpoint_and_is_not_overwritten_by_one(tmp_path):
-    make_reference().save_pretrained(tmp_path / "model")
-    before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=r"model is damaged, or no checkpoint.*manifest\.json does not exist"):
-        resume(tmp_path / "model")
-    with pytest.raises(FileExistsError, match="model is not empty, and no checkpoint"):
-        make_trainer().save_checkpoint(tmp_path / "model")
-    assert snapshot(tmp_path) == before
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "state"
-    trainer = make_trainer()
-    trainer.save_checkpoint(path)
-    before = snapshot(tmp_path)
-    trainer.step(*batch())
-    for function in ("replace", "fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"os.{function}", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-            with pytest.raises(OSError, match="disk full"):
-                trainer.save_checkpoint(path)
-        assert snapshot(tmp_path) == before
-    trainer.save_checkpoint(path)
-    assert resume(path).iteration == 1
-
-
-def test_a_trainer_that_stopped_within_a_step_is_not_saved(tmp_path):
-    """Some of its updates are made: it is in the state of no step."""
-    trainer = make_trainer(max_bad_steps=1, **WHOLE, ppo_epochs=2)
-    with pytest.raises(ValueError):
-        trainer.step(*BAD_BATCHES["a score that is not a number"])
-    trainer.save_checkpoint(tmp_path / "state")  # nothing was begun
-    plant(trainer, {1})
-    with pytest.raises(FloatingPointError):
-        trainer.step(*batch())
-    before = snapshot(tmp_path)
-    with pytest.raises(RuntimeError, match="within step 1"):
-        trainer.save_checkpoint(tmp_path / "state")
-    assert snapshot(tmp_path) == before
-
-
-def test_weights_that_a_checkpoint_cannot_hold_exactly_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="fp32"):
-        make_trainer(dtype=torch.float64).save_checkpoint(tmp_path / "state")
-    assert not (tmp_path / "state").exists()
 
 
 def test_mean_stats_is_the_mean_of_each_name():
@@ -1405,16 +1099,7 @@ def test_a_shared_reference_changes_no_bit_of_a_run():
     assert shared.reference_hash == apart.reference_hash and shared.policy.gpt2.h[1] is shared.reference.h[1]
 
 
-def test_a_shared_reference_is_resumed_and_guarded_by_its_hash(tmp_path):
-    trainer = make_frozen_trainer(reference="shared")
-    trainer.save_checkpoint(tmp_path / "state")
-    resumed = PPOTrainer.resume(tmp_path / "state", make_gpt2(0, n_layer=3))
-    assert resumed.policy.gpt2.layers_shared_with(resumed.reference) == 2
-    with torch.no_grad():
-        trainer.policy.gpt2.h[0].ln_1.bias += 1  # behind the trainer's back
-    with pytest.raises(RuntimeError, match="the reference is not what it was"):
-        trainer.save_checkpoint(tmp_path / "later")
-    assert not (tmp_path / "later").exists()
+def test_a_reference_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="trains its embeddings"):
         make_trainer(reference="shared")
     with pytest.raises(ValueError, match="reference must be one of"):

@@ -47,6 +47,7 @@ from minirlhf import GPT2, ActorCritic, BertClassifier, BertConfig, GPT2Config, 
 from minirlhf.io.conversion import read_pickle
 from minirlhf.io.files import read_json, read_jsonl, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
+from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.runs.log import RunLog
 from minirlhf.runs.run import Run
 from minirlhf.text.preferences import read_rankings
@@ -164,11 +165,11 @@ def write_pickle(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path) -> None:
-    PPOTrainer(a_gpt2(), a_gpt2(1), Tokenizer(VOCAB), device="cpu", gen_len=2).save_checkpoint(folder)
+    save_checkpoint(PPOTrainer(a_gpt2(), a_gpt2(1), Tokenizer(VOCAB), device="cpu", gen_len=2), folder)
 
 
 def resume_trainer(folder: Path) -> PPOTrainer:
-    return PPOTrainer.resume(folder, a_gpt2(1))
+    return load_checkpoint(folder, a_gpt2(1))
 
 
 def use_trainer(trainer: PPOTrainer) -> None:

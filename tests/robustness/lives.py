@@ -26,7 +26,7 @@ PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
 STEPS = 6
 SETTINGS = dict(
     steps=4 * STEPS, batch_size=4, minibatch_size=2, forward_batch_size=2, gen_len=4, ppo_epochs=1, lr=1e-2,
-    save_freq=2, device="cpu", score_whitening=True, lr_schedule="linear",
+    save_freq=2, device="cpu", lr_schedule="linear",
 )  # fmt: skip
 SIZES = dict(n_embd=8, n_layer=1, n_head=2, n_positions=32)
 

@@ -27,6 +27,7 @@ import torch
 
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.io.files import write_json
+from minirlhf.runs.checkpoint import save_checkpoint
 from minirlhf.runs.log import RunLog
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"酒店周围位置前台房间干净服务很好非常满意早餐脏差，。"]
@@ -49,7 +50,7 @@ def soak(steps: int, warmup: int, folder: Path, on_step: Callable[[], object] = 
             log.metrics(i, trainer.step(rollout))
             if i % 10 == 0:
                 log.samples(i, rollout.texts, rollout.scores.tolist())
-                trainer.save_checkpoint(folder / "checkpoint")
+                save_checkpoint(trainer, folder / "checkpoint")
             on_step()
             now = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
             if i == warmup:

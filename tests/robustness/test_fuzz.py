@@ -260,10 +260,10 @@ def test_a_checkpoint_that_leaves_nothing_to_train_is_refused(checkpoint):
 @pytest.mark.parametrize(("name", "tensor", "said"), [
     ("generator.sampling", None, "generator.sampling is missing"),
     ("generator.sampling", torch.zeros(4), "another kind of device"),
-    ("optimizer.exp_avg.gpt2.ln_f.bias", None, "exp_avg.gpt2.ln_f.bias is missing"),
-    ("optimizer.exp_avg.gpt2.ln_f.bias", torch.zeros(3), r"exp_avg.gpt2.ln_f.bias has shape \(3,\)"),
-    ("optimizer.step.gpt2.ln_f.bias", torch.zeros(1), r"step.gpt2.ln_f.bias has shape \(1,\)"),
-    ("optimizer.exp_avg_sq.gpt2.ln_f.bias", torch.zeros(4).double(), "dtype torch.float64, where the policy needs"),
+    ("optimizer.exp_avg.decoder.ln_f.bias", None, "exp_avg.gpt2.ln_f.bias is missing"),
+    ("optimizer.exp_avg.decoder.ln_f.bias", torch.zeros(3), r"exp_avg.gpt2.ln_f.bias has shape \(3,\)"),
+    ("optimizer.step.decoder.ln_f.bias", torch.zeros(1), r"step.gpt2.ln_f.bias has shape \(1,\)"),
+    ("optimizer.exp_avg_sq.decoder.ln_f.bias", torch.zeros(4).double(), "dtype torch.float64, where the policy needs"),
 ])  # fmt: skip
 def test_a_tensor_of_a_checkpoint_that_does_not_fit_is_named(checkpoint, name, tensor, said):
     tensors = read_tensors(checkpoint / "training.safetensors")

@@ -1,14 +1,17 @@
-"""One owner a folder, whoever died in it."""
+"""One owner a folder, whichever process died in it."""
 
 import errno
+import fcntl
 import os
+import sys
 import time
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-
 from lives import hold_lock, process, wait_for
-from minirlhf.runs import locks
+
 from minirlhf.runs.locks import LOCK_FILE, FolderLock
 
 
@@ -56,34 +59,102 @@ def test_a_check_changes_nothing(tmp_path):
     assert (tmp_path / LOCK_FILE).read_text() == "old"
 
 
-def test_a_lock_that_was_removed_while_it_was_being_taken_is_taken_anew(tmp_path, monkeypatch):
-    """Its owner lets go between another's open and lock: the other must not hold a file that is not there any more."""
-    owner, flock = FolderLock(tmp_path), locks.fcntl.flock
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_that_was_removed_while_it_was_being_taken_is_not_held(tmp_path, monkeypatch, replaced):
+    """Its owner lets go between our open and our lock. We must hold the file that has the name, or nothing.
+
+    replaced: a third one has taken the new file meanwhile.
+    """
+    owner, flock, third = FolderLock(tmp_path), fcntl.flock, []
 
     def late(file, flags):
         if not owner._file.closed:
             owner.release()
+            if replaced:
+                with monkeypatch.context() as patch:
+                    patch.setattr(fcntl, "flock", flock)
+                    third.append(FolderLock(tmp_path))
         flock(file, flags)
 
-    monkeypatch.setattr(locks.fcntl, "flock", late)
-    lock = FolderLock(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", late)
+    if replaced:
+        with pytest.raises(BlockingIOError, match="in use by process"):
+            FolderLock(tmp_path)
+        lock = third[0]
+    else:
+        lock = FolderLock(tmp_path)
     monkeypatch.undo()
     with pytest.raises(BlockingIOError):
         FolderLock(tmp_path)
     lock.release()
 
 
+def test_the_file_is_removed_while_it_is_still_locked(tmp_path, monkeypatch):
+    """Otherwise another could lock it in between, and lose its file."""
+    lock, unlink, held = FolderLock(tmp_path), Path.unlink, []
+
+    def watched(path, *arguments, **named):
+        with pytest.raises(BlockingIOError):
+            FolderLock.check(tmp_path)
+        held.append(path)
+        unlink(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    lock.release()
+    assert held == [tmp_path / LOCK_FILE]
+
+
+@pytest.mark.parametrize("target", ["victim", "nothing"])
+def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path, target):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_FILE).symlink_to(tmp_path / target)
+    with pytest.raises(OSError, match="symbolic link"):
+        FolderLock(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "victim"]
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
     def unsupported(file, flags):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.warns(UserWarning, match=r"lock cannot be locked.*not supported"):
         lock = FolderLock(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_locks_a_byte_far_behind_the_text(tmp_path, monkeypatch):
+    """What others could not read would not tell them who the owner is."""
+    flock, exclusive, free = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB, []
+
+    def locking(descriptor, mode, count):
+        assert (mode, count) == (7, 1) and os.lseek(descriptor, 0, os.SEEK_CUR) >= 2**20
+        try:
+            flock(descriptor, exclusive)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None  # as Windows says it
+        free.append(descriptor)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=7, locking=locking))
+    lock = FolderLock(tmp_path)
+    with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on"):
+        FolderLock(tmp_path)
+    assert len(free) == 1 and (tmp_path / LOCK_FILE).stat().st_size < 200
+    lock.release()
+    FolderLock(tmp_path).release()
+
+
+def test_a_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    for name in ("fcntl", "msvcrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.warns(UserWarning, match="neither fcntl nor msvcrt"):
+        FolderLock(tmp_path).release()
 
 
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):

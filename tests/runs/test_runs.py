@@ -9,13 +9,14 @@ import signal
 import subprocess
 import threading
 import time
+import warnings
 
 import pytest
+from lives import PROMPTS, STEPS, go_on, hang, live, new_trainer, process, reference, reward, wait_for
 
 from folders import snapshot
-from lives import PROMPTS, STEPS, go_on, hang, live, new_trainer, process, reference, reward, wait_for
 from minirlhf.io.files import read_jsonl
-from minirlhf.runs import training_state
+from minirlhf.runs.checkpoint import read_checkpoint, save_checkpoint
 from minirlhf.runs.run import Run, RunFailed, Stopped
 
 KILLS = int(os.environ.get("MINIRLHF_KILLS", "4"))  # 50 in the run that is documented
@@ -51,7 +52,7 @@ def whole(folder):
     """What must hold whenever a process has died: every checkpoint can be read, no line is missing or doubled."""
     if not (folder / "config.json").exists():
         return
-    steps = [training_state.read(path).counters["iteration"] for path in (folder / "checkpoints").glob("step-*")]
+    steps = [read_checkpoint(path)["counters"]["iteration"] for path in (folder / "checkpoints").glob("step-*")]
     lines = [line["step"] for line in read_jsonl(folder / "metrics.jsonl")]
     assert steps and lines == list(range(1, len(lines) + 1)) and len(lines) >= max(steps)
 
@@ -101,7 +102,7 @@ def test_the_newest_checkpoints_stay_and_the_first_of_the_best(tmp_path, keep_la
     shown = run_of_rewards(tmp_path / "run", rewards, keep_last=keep_last)
     assert shown == [["best", *(f"step-{step:06d}" for step in steps)] for steps in expected]
     assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == f"step-{best[-1]:06d}"
-    assert training_state.read(tmp_path / "run" / "checkpoints" / "best").counters["iteration"] == 6
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "best")["counters"]["iteration"] == 6
 
 
 @pytest.mark.parametrize("keep_last", [0, -1, 1.5, "2", None, True])
@@ -214,7 +215,7 @@ def test_another_reference_is_refused_and_nothing_is_touched(tmp_path, undisturb
     shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match="another reference"):
-        Run.resume(tmp_path / "run", new_trainer().policy.gpt2)
+        Run.resume(tmp_path / "run", new_trainer().policy.decoder)
     assert snapshot(tmp_path) == before
 
 
@@ -250,21 +251,150 @@ def test_a_run_without_a_readable_checkpoint_says_so_and_keeps_what_there_is(tmp
     assert snapshot(tmp_path) == before
 
 
-def test_lines_that_are_lost_are_an_error_and_not_made_up(tmp_path, undisturbed):
-    shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
-    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")
+def kept_run(folder, keep_last):
+    """A run of four steps, of which the first has the highest reward and the last ones are the newest."""
+    rewards = [9.0, 1.0, 2.0, 1.0]
+    with Run.start(folder, new_trainer(save_freq=1), {}, keep_last=keep_last) as run:
+        for score in rewards:
+            rollout = run.trainer.collect(PROMPTS, lambda texts, score=score: [score] * len(texts))
+            run.record(rollout, run.trainer.step(rollout))
+
+
+LOG_DAMAGES = {
+    "NULs": lambda content: b"\0" * len(content),
+    "empty": lambda content: b"",
+    "no rewards": lambda content: content.replace(b'"reward/mean"', b'"reward/sean"'),
+    "other rewards": lambda content: content.replace(b'"reward/mean": 9.0', b'"reward/mean": 0.0'),
+}
+
+
+@pytest.mark.parametrize("damage", LOG_DAMAGES)
+def test_a_damaged_log_is_repaired_and_deletes_no_checkpoint(tmp_path, damage):
+    folder = tmp_path / "run"
+    kept_run(folder, keep_last=1)
+    before, log = snapshot(folder / "checkpoints"), folder / "metrics.jsonl"
+    assert checkpoints(folder) == ["best", "step-000001", "step-000004"]
+    log.write_bytes(LOG_DAMAGES[damage](log.read_bytes()))
+    with (
+        pytest.warns(UserWarning, match=r"metrics\.jsonl is damaged"),
+        Run.resume(folder, reference(), keep_last=1) as run,
+    ):
+        assert os.readlink(folder / "checkpoints" / "best") == "step-000001"
+        assert snapshot(folder / "checkpoints") == before
+        history = run.history()
+        assert [line["step"] for line in history] == [1, 2, 3, 4]
+        if damage in ("NULs", "empty"):  # only what the checkpoint knows
+            assert history == [{"step": i, "reward/mean": x} for i, x in enumerate([9.0, 1.0, 2.0, 1.0], 1)]
+        rollout = run.trainer.collect(PROMPTS, lambda texts: [3.0] * len(texts))
+        run.record(rollout, run.trainer.step(rollout))
+    assert checkpoints(folder) == ["best", "step-000001", "step-000005"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the repaired log is the one that step 5 was saved with
+        with Run.resume(folder, reference(), keep_last=1) as run:
+            assert os.readlink(folder / "checkpoints" / "best") == "step-000001"
+
+
+@pytest.mark.parametrize("record", [
+    None, {}, {"log": {}, "rewards": {}}, {"log": {"../metrics.jsonl": 0}, "rewards": {}},
+    {"log": {name: {"bytes": -1, "sha256": ""} for name in ("metrics.jsonl", "samples.jsonl")}, "rewards": {}},
+    {"log": {name: {"bytes": 0, "sha256": ""} for name in ("metrics.jsonl", "samples.jsonl")}, "rewards": {"٣": 1.0}},
+    {"log": {name: {"bytes": 0, "sha256": ""} for name in ("metrics.jsonl", "samples.jsonl")}, "rewards": {"3": "1"}},
+])  # fmt: skip
+def test_a_checkpoint_without_the_record_of_a_run_is_refused(tmp_path, record):
+    run = finish(tmp_path / "run")
+    save_checkpoint(run.trainer, tmp_path / "run" / "checkpoints" / "step-000099", record)
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl lost lines"):
+    with pytest.raises(ValueError, match=r"step-000099.*(was saved by no run|holds no valid run)"):
         Run.resume(tmp_path / "run", reference())
     assert snapshot(tmp_path) == before
 
 
-def test_a_checkpoint_that_no_run_saved_is_refused(tmp_path):
-    run = finish(tmp_path / "run")
-    run.trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "step-000099")
-    with pytest.raises(ValueError, match="step-000099 does not say how long the log was"):
-        Run.resume(tmp_path / "run", reference())
-    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == STEPS
+# ---- folders that other tools made ----------------------------------------------------------------------------------
+
+
+def test_a_copy_that_followed_links_is_resumed(tmp_path, undisturbed):
+    """As by cp -rL, zip or object storage: `best` is a folder, a second copy of a checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    assert (folder / "checkpoints" / "best").is_dir() and not (folder / "checkpoints" / "best").is_symlink()
+    finish(folder)
+    same_end(folder, undisturbed)
+
+
+@pytest.mark.parametrize("manifest", ["other", "none"])
+def test_a_folder_in_the_place_of_best_that_is_no_copy_is_kept(tmp_path, undisturbed, manifest):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    best = folder / "checkpoints" / "best"
+    (best / "manifest.json").unlink() if manifest == "none" else (best / "manifest.json").write_text('{"sha256": {}}')
+    content = snapshot(best)
+    with pytest.warns(UserWarning, match=r"best is a folder and no copy .* kept as best\.copy"):
+        finish(folder)
+    assert snapshot(folder / "checkpoints" / "best.copy") == content
+    assert os.readlink(best) == os.readlink(undisturbed / "checkpoints" / "best")
+
+
+def test_a_file_in_the_place_of_best_is_replaced(tmp_path, undisturbed):
+    """As an archive without links unpacks it."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    (folder / "checkpoints" / "best").unlink()
+    (folder / "checkpoints" / "best").write_text("step-000002")
+    finish(folder)
+    same_end(folder, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "name", ["step-٠٠٠٠٠٩", "step-０００００９", "step-²²²²²²", "step-0000009", "step-9", "step-000009 "]
+)
+def test_names_that_are_not_ours_do_not_block_a_run(tmp_path, undisturbed, name):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    (folder / "checkpoints" / name).mkdir()
+    assert Run.resume(folder, reference()).trainer.iteration == STEPS
+    assert (folder / "checkpoints" / name).is_dir()
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "samples.jsonl", "checkpoints"])
+def test_nothing_is_written_through_a_link(tmp_path, undisturbed, name):
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    if name == "checkpoints":
+        (folder / name).rename(victim)
+    else:
+        victim.write_text("precious\n" * 100)
+        (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim)
+    before = snapshot(tmp_path)
+    with pytest.raises(OSError, match="is a symbolic link"):
+        Run.resume(folder, reference())
+    assert snapshot(tmp_path) == before
+
+
+def test_a_checkpoint_that_is_a_link_is_no_checkpoint_of_the_run(tmp_path, undisturbed):
+    """It is neither loaded nor rotated away, and nothing is saved through it."""
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    shutil.copytree(undisturbed / "checkpoints" / "step-000006", victim)
+    before, link = snapshot(victim), folder / "checkpoints" / "step-000008"
+    link.symlink_to(victim)
+    with (
+        pytest.raises(RunFailed, match=r"saving step 8 of 8 failed: FileExistsError: .*step-000008 is a symbolic link"),
+        Run.resume(folder, reference(), steps=4 * 8) as run,
+    ):
+        assert run.trainer.iteration == STEPS
+        run.trainer.train(PROMPTS, reward, run.record)
+    assert link.is_symlink() and snapshot(victim) == before
+
+
+def test_a_run_of_an_older_version_is_refused_by_name(tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    (folder / "checkpoint").mkdir()  # where version 0.1.0 kept a supervised run's
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"run of supervised fine-tuning by minirlhf 0\.1\.0, which can resume it"):
+        Run.resume(folder)
+    assert snapshot(tmp_path) == before
 
 
 # ---- killed ---------------------------------------------------------------------------------------------------------
@@ -341,7 +471,7 @@ def test_asked_to_stop_a_run_ends_its_step_and_saves_it(tmp_path, undisturbed, n
     assert stopped.value.folder == folder
     assert f"{number.name}: finishing the step, then saving; once more" in capfd.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-    assert training_state.read(folder / "checkpoints" / f"step-{step:06d}").counters["iteration"] == step
+    assert read_checkpoint(folder / "checkpoints" / f"step-{step:06d}")["counters"]["iteration"] == step
     assert not (folder / "lock").exists()
     finish(folder)
     assert figures(folder) == figures(undisturbed)
@@ -408,7 +538,7 @@ def test_a_reward_that_fails_ends_the_run_saved_up_to_the_step_before(tmp_path, 
     with pytest.raises(RunFailed, match=told), go_on(folder, reward_timeout=limit) as run:
         run.trainer.train(PROMPTS, lambda t: (fault if run.trainer.iteration + 1 == step else reward)(t), run.record)
     whole(folder)
-    assert training_state.read(folder / saved).counters["iteration"] == step - 1
+    assert read_checkpoint(folder / saved)["counters"]["iteration"] == step - 1
     finish(folder)
     assert figures(folder) == figures(undisturbed)
     last = f"checkpoints/step-{STEPS:06d}"

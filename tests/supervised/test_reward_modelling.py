@@ -16,12 +16,13 @@ from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, RewardModel, 
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.supervised.reward_modelling import (
     RankingFigures,
+    RewardModelTrainer,
     RewardTrainingConfig,
     comparisons,
     evaluate_rankings,
     expected_calibration_error,
     ranking_loss,
-    train_reward_model,
+    reliability_table,
 )
 from minirlhf.text.preferences import Ranking, split_rankings
 
@@ -147,6 +148,14 @@ def padded(sequences) -> tuple[torch.Tensor, torch.Tensor]:
 FILLERS = list("酒店周围位置前台房间")
 
 
+def train(model, rankings, config=CONFIG, held_out=()) -> list[RankingFigures]:
+    """Train to the end. Returns the figures on held-out rankings, before the first step and after each."""
+    figures = [evaluate_rankings(model, held_out)] if held_out else []
+    trainer = RewardModelTrainer(model, rankings, config)
+    trainer.train(lambda *_: figures.append(evaluate_rankings(model, held_out)) if held_out else None)
+    return figures
+
+
 def toy(count: int, wanted: str = "好", size: int = 2) -> list[Ranking]:
     """Random texts; better is the one with more of a character."""
     rng, rankings = random.Random(0), []
@@ -162,19 +171,19 @@ def toy(count: int, wanted: str = "好", size: int = 2) -> list[Ranking]:
 
 @pytest.mark.parametrize("trunk", ["gpt2", "bert"])
 def test_a_toy_preference_is_learned_to_the_last_held_out_pair(trunk):
-    train, held_out = split_rankings(toy(400), 0.25, by="answers")
+    rankings, held_out = split_rankings(toy(400), 0.25, by="answers")
     model = fresh(trunk)
-    history = train_reward_model(model, train, dataclasses.replace(CONFIG, epochs=3), held_out)
-    assert len(history) == 4 and len(held_out) > 60
+    history = train(model, rankings, dataclasses.replace(CONFIG, epochs=3), held_out)
+    assert len(history) > 4 and len(held_out) > 60
     assert 0.2 < history[0].accuracy < 0.8
     assert history[-1].accuracy == 1 and history[-1].loss < 0.1 < history[0].loss
     assert not model.training
 
 
 def test_lists_teach_the_order_of_all_their_answers():
-    train, held_out = split_rankings(toy(150, size=4), 0.3, by="answers")
+    rankings, held_out = split_rankings(toy(150, size=4), 0.3, by="answers")
     model = fresh()
-    history = train_reward_model(model, train, dataclasses.replace(CONFIG, epochs=3), held_out)
+    history = train(model, rankings, dataclasses.replace(CONFIG, epochs=3), held_out)
     assert history[-1].pairs == 6 * len(held_out) and history[-1].accuracy > 0.97
 
 
@@ -184,7 +193,7 @@ def test_disputed_pairs_get_the_log_odds_and_a_margin_holds_them_apart(margin):
     with x = exp(d) and M = exp(m): d = log 3 without a margin."""
     model, pair = fresh(), ("很好", "太差")
     votes = [Ranking("", pair, margin)] * 3 + [Ranking("", pair[::-1], margin)]
-    train_reward_model(model, votes, dataclasses.replace(CONFIG, epochs=150, weight_decay=0.0))
+    train(model, votes, dataclasses.replace(CONFIG, epochs=150, weight_decay=0.0))
     good, bad = model.scores(pair).tolist()
     assert good - bad == pytest.approx(math.log(math.exp(margin) + math.sqrt(math.exp(2 * margin) + 3)), abs=0.05)
 
@@ -195,10 +204,10 @@ def test_one_forward_pass_an_answer_and_a_ranking_in_one_batch(monkeypatch, toke
     model, seen, losses = fresh(), [], []
     original = model.score
     monkeypatch.setattr(model, "score", lambda ids: seen.append([list(x) for x in ids]) or original(ids))
-    train_reward_model(
-        model, RAGGED, dataclasses.replace(CONFIG, epochs=2, tokens_per_batch=tokens_per_batch),
-        on_step=lambda *step: losses.append(step),
-    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, epochs=2, tokens_per_batch=tokens_per_batch)
+    trainer = RewardModelTrainer(model, RAGGED, config)
+    trainer.train(lambda *step: losses.append(step))
+    assert trainer.steps_total == trainer.steps_done == len(losses)
     tokenizer = Tokenizer(VOCAB)
     rankings = [[tokenizer.encode(text, 16) for text in ranking.texts] for ranking in RAGGED]
     answers = sorted(ids for ranking in rankings for ids in ranking)
@@ -217,22 +226,13 @@ def test_the_first_loss_is_that_of_the_untrained_model():
     model = fresh()
     expected, seen = evaluate_rankings(model, RAGGED).loss, []
     config = dataclasses.replace(CONFIG, tokens_per_batch=4096)
-    train_reward_model(model, RAGGED, config, on_step=lambda *step: seen.append(step))
-    assert seen == [(1.0, pytest.approx(expected, rel=1e-5))]
+    RewardModelTrainer(model, RAGGED, config).train(lambda _, stats: seen.append(stats))
+    assert seen == [{"reward_model/progress": 1.0, "reward_model/loss": pytest.approx(expected, rel=1e-5)}]
 
 
-def test_every_epoch_is_reported_as_it_ends():
-    events = []
-    history = train_reward_model(
-        fresh(), toy(30), dataclasses.replace(CONFIG, epochs=2, tokens_per_batch=4096), toy(5),
-        on_step=lambda progress, loss: events.append(progress), on_epoch=lambda *seen: events.append(seen),
-    )  # fmt: skip
-    assert events == [(0, history[0]), 0.5, (1, history[1]), 1.0, (2, history[2])]
-    assert str(history[0]).startswith(f"accuracy {history[0].accuracy:.3f} on 5 pairs, loss ")
-
-
-def test_nothing_held_out_nothing_reported():
-    assert train_reward_model(fresh(), RAGGED, CONFIG, on_epoch=lambda *seen: pytest.fail("reported")) == []
+def test_figures_read_as_one_line():
+    figures = evaluate_rankings(fresh(), toy(5))
+    assert str(figures).startswith(f"accuracy {figures.accuracy:.3f} on 5 pairs, loss {figures.loss:.3f}, ")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -241,7 +241,7 @@ def test_the_same_seed_gives_the_same_weights(dropout):
 
     def trained(seed: int, held_out=()) -> dict[str, torch.Tensor]:
         model = fresh(dropout=dropout)
-        train_reward_model(model, toy(20), dataclasses.replace(CONFIG, epochs=2, seed=seed), held_out)
+        train(model, toy(20), dataclasses.replace(CONFIG, epochs=2, seed=seed), held_out)
         return model.state_dict()
 
     torch.rand(1)  # whatever the global generator has done before
@@ -258,7 +258,7 @@ def test_mixed_precision_learns_too(trunk, precision):
     model = fresh(trunk)
     losses = []
     config = dataclasses.replace(CONFIG, epochs=4, precision=precision)
-    train_reward_model(model, toy(100), config, on_step=lambda _, loss: losses.append(loss))
+    RewardModelTrainer(model, toy(100), config).train(lambda _, stats: losses.append(stats["reward_model/loss"]))
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
@@ -269,7 +269,7 @@ def test_training_ends_an_old_normalisation():
     model = fresh()
     model.normalise(["好", "差"])
     assert (model.mean, model.std) != (0.0, 1.0)
-    train_reward_model(model, RAGGED, CONFIG)
+    train(model, RAGGED)
     assert (model.mean, model.std) == (0.0, 1.0)
 
 
@@ -283,7 +283,7 @@ def test_long_texts_are_cut_with_a_count():
     model.score = lambda ids: seen.extend(ids) or original(ids)
     rankings = [Ranking("酒店", ("好" * 100_000, "差")), Ranking("", ("好" * 15, "差" * 14)), *RAGGED]
     with pytest.warns(UserWarning, match=r"^2 of 16 texts have more than max_length=16 tokens and are cut") as caught:
-        train_reward_model(model, rankings, CONFIG)
+        RewardModelTrainer(model, rankings, CONFIG).train()
     assert caught[0].filename == __file__  # it points at the caller
     assert max(map(len, seen)) == 16
     assert model.tokenizer.encode("酒店" + "好" * 100, 16) in seen
@@ -293,33 +293,34 @@ def test_pairs_that_are_the_same_to_the_model_are_counted():
     """Cut to the same tokens, or unknown characters both."""
     rankings = [Ranking("", ("好" * 20, "好" * 30, "好" * 5)), Ranking("", ("龘", "齉")), *RAGGED]
     with pytest.warns(UserWarning) as caught:
-        train_reward_model(fresh(), rankings, CONFIG)
+        RewardModelTrainer(fresh(), rankings, CONFIG)
     assert [str(w.message).split(" ")[:2] for w in caught] == [["2", "of"], ["2", "pairs"]]
     assert "the same tokens to the model" in str(caught[1].message)
 
 
 def test_nothing_to_warn_of(recwarn):
-    train_reward_model(fresh(), [*RAGGED, Ranking("", ("好" * 14, "差" * 14))], CONFIG)
+    RewardModelTrainer(fresh(), [*RAGGED, Ranking("", ("好" * 14, "差" * 14))], CONFIG)
     assert len(recwarn) == 0
 
 
 def test_nothing_to_train_or_measure_on_is_refused():
     with pytest.raises(ValueError, match="rankings is empty: there is nothing to train on"):
-        train_reward_model(fresh(), [], CONFIG)
+        RewardModelTrainer(fresh(), [], CONFIG)
     with pytest.raises(ValueError, match="rankings is empty: there is nothing to measure on"):
         evaluate_rankings(fresh(), [])
 
 
 @pytest.mark.parametrize("trunk", ["gpt2", "bert"])
-def test_more_tokens_than_positions_are_refused(trunk):
-    with pytest.raises(ValueError, match="max_length=17 exceeds the model's 16 positions"):
-        train_reward_model(fresh(trunk), RAGGED, dataclasses.replace(CONFIG, max_length=17))
+def test_more_tokens_than_positions_are_refused_where_a_text_has_them(trunk):
+    config = dataclasses.replace(CONFIG, max_length=128, tokens_per_batch=200)
+    fits = Ranking("", ("好" * 14, "差"))
+    assert RewardModelTrainer(fresh(trunk), [*RAGGED, fits], config).steps_total > 0
+    with pytest.raises(ValueError, match=r"17 tokens within max_length=128, more than the model's 16 positions"):
+        RewardModelTrainer(fresh(trunk), [*RAGGED, Ranking("", ("好" * 15, "差"))], config)
 
 
 @pytest.mark.parametrize(("changes", "field"), [
-    ({"max_length": 1}, "max_length"), ({"max_length": True}, "max_length"),
-    ({"tokens_per_batch": 127}, "tokens_per_batch"), ({"epochs": 0}, "epochs"), ({"lr": 0.0}, "lr"),
-    ({"precision": "fp8"}, "precision"), ({"precision": "auto"}, "precision"),
+    ({"epochs": 0}, "epochs"), ({"save_freq": 0}, "save_freq"), ({"precision": "auto"}, "precision"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(changes, field):
     with pytest.raises(ValueError, match=f"RewardTrainingConfig.{field} must be"):
@@ -390,3 +391,23 @@ def test_measuring_leaves_the_model_as_it_was():
     model = RewardModel(make_bert(id2label={0: "reward"}), Tokenizer(VOCAB), device="cpu").train()
     first, second = evaluate_rankings(model, RAGGED), evaluate_rankings(model, RAGGED)
     assert first == second and isinstance(first, RankingFigures) and model.training
+
+
+def test_reliability_table_by_hand():
+    probabilities = torch.tensor([0.0, 0.1, 0.24, 0.25, 0.6, 0.7, 0.9, 1.0])
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 1, 1])
+    rows = reliability_table(probabilities, labels, bins=4)
+    expected = [
+        {"from": 0.0, "to": 0.25, "count": 3, "predicted": 0.34 / 3, "positive": 1 / 3},
+        {"from": 0.25, "to": 0.5, "count": 1, "predicted": 0.25, "positive": 1.0},
+        {"from": 0.5, "to": 0.75, "count": 2, "predicted": 0.65, "positive": 0.5},
+        {"from": 0.75, "to": 1.0, "count": 2, "predicted": 0.95, "positive": 1.0},
+    ]
+    assert len(rows) == 4
+    for row, golden in zip(rows, expected, strict=True):
+        assert row == pytest.approx(golden, abs=1e-6)
+
+
+def test_reliability_table_leaves_empty_bins_out():
+    rows = reliability_table(torch.tensor([0.05, 0.95]), torch.tensor([0, 1]))
+    assert [(row["from"], row["count"]) for row in rows] == [(0.0, 1), (0.9, 1)]

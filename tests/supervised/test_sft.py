@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from minirlhf.runs.checkpoint_folder import read_checkpoint, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCAB, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
-from minirlhf.runs.checkpoint_folder import read_checkpoint, write_checkpoint
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity, token_nll
 from minirlhf.text.demonstrations import Demonstration
 

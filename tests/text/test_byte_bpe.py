@@ -265,6 +265,21 @@ def test_the_piece_of_a_character_of_several_tokens_is_the_last_one_s(ours):
     assert ours.decode_pieces(ids[:3]) == ["a", "", "\ufffd"]  # cut within a character
 
 
+def test_a_character_that_the_prompt_began_belongs_to_the_response(ours):
+    single = {bytes([b]): i for i, b in enumerate(ours.model.bytes) for b in b if len(ours.model.bytes[i]) == 1}
+    ids = [single[bytes([byte])] for byte in "a店 b".encode()]
+    found = ["".join(ours.decode_response(ids[:n], ids[n:])) for n in (1, 2, 3, 4)]
+    assert found == ["店 b", "店 b", "店 b", " b"]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, len(VOCAB) - 1), max_size=8), st.lists(st.integers(0, len(VOCAB) - 1), max_size=8))
+def test_any_prompt_and_response_join_to_the_whole_text(prompt, response):
+    tokenizer = Tokenizer(ByteBPE(VOCAB, MERGES))
+    pieces = tokenizer.decode_pieces([*prompt, *response])
+    assert tokenizer.decode_response(prompt, response) == pieces[len(prompt) :]
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(0, len(VOCAB) - 1), max_size=12))
 def test_pieces_of_any_tokens_make_up_the_text(ids):

@@ -329,12 +329,18 @@ def test_scores_say_what_every_unequal_pair_of_them_says(scores):
     *(({"answers": ["a", "b"], "scores": [1, bad]}, "a score must be a finite number")
       for bad in ("2", None, True, math.nan, 10**400)),
     ({"answers": ["a", "a "], "scores": [1, 2]}, "answers 1 and 2 are equal"),
+    ({"answers": [str(i) for i in range(65)], "scores": list(range(65))}, "at most 64 scored answers, got 65"),
 ])  # fmt: skip
 def test_a_bad_list_in_json_is_named_by_file_and_line(tmp_path, line, message):
     path = jsonl(tmp_path, PAIR, line)
     with pytest.raises(ValueError, match=message) as caught:
         read_rankings(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
+
+
+def test_as_many_scored_answers_as_are_allowed_give_a_ranking_for_each_pair(tmp_path):
+    path = jsonl(tmp_path, {"answers": [str(i) for i in range(64)], "scores": list(range(64))})
+    assert len(read_rankings(path)) == 64 * 63 // 2
 
 
 def test_equal_scores_alone_are_no_rankings(tmp_path):

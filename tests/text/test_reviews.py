@@ -1,10 +1,9 @@
 """Token ids of thousands of real reviews against transformers; the texts are not part of this repository.
 
-MINIRLHF_REVIEWS names the folder of the two CSV files (`examples/reviews_data.py` says which).
+MINIRLHF_REVIEWS names the folder of the two CSV files (`weights/train/reviews_data.py` says which).
 """
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,11 +25,8 @@ def reviews() -> list[str]:
     folder = os.environ.get("MINIRLHF_REVIEWS")
     if not folder:
         pytest.skip("MINIRLHF_REVIEWS names no folder with the files of reviews")
-    sys.path.insert(0, str(REPO / "examples"))
-    try:
-        from reviews_data import load_reviews
-    finally:
-        sys.path.pop(0)
+    from reviews_data import load_reviews
+
     texts = [review.text for review in load_reviews(folder)]
     assert len(texts) >= COUNT
     return texts[:: len(texts) // COUNT]

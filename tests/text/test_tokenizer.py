@@ -167,8 +167,6 @@ def test_widths_count_the_characters_of_a_text(tokenizer):
 
 
 @pytest.mark.parametrize(("vocab", "message"), [
-    ([*VOCAB, "好"], f"'好' twice, at ids {VOCAB.index('好')} and {len(VOCAB)}"),
-    ([*VOCAB[:5], "", *VOCAB[5:]], "empty token at id 5"),
     ([t for t in VOCAB if t not in ("[SEP]", "[MASK]")], r"lacks the special tokens \[SEP\], \[MASK\]"),
     ([], r"lacks the special tokens \[PAD\]"),
 ])  # fmt: skip
@@ -179,6 +177,12 @@ def test_bad_vocabularies_are_refused(tmp_path, vocab, message):
     with pytest.raises(ValueError, match=message if vocab else "vocab.txt") as caught:
         Tokenizer.from_pretrained(tmp_path)
     assert str(tmp_path / "vocab.txt") in str(caught.value)
+
+
+def test_a_token_twice_in_a_list_is_refused():
+    """In a file it happens to published vocabularies; a list is somebody's mistake."""
+    with pytest.raises(ValueError, match=f"'好' twice, at ids {VOCAB.index('好')} and {len(VOCAB)}"):
+        Tokenizer([*VOCAB, "好"])
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
@@ -252,6 +256,33 @@ def test_built_vocabulary_does_not_depend_on_the_order_of_texts():
     texts = ["酒店很好，hello", "服务很好 world", "hello 差"]
     assert build_vocab(texts, 1) == build_vocab(reversed(texts), 1)
     assert len(set(build_vocab(texts, 1))) == len(build_vocab(texts, 1))
+
+
+# ---- a prompt and its response --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "response", "texts"), [
+    (["[CLS]", "hotel"], ["wifi", "好"], ("hotel", " wifi好")), (["[CLS]", "店", "wifi"], ["##s"], ("店wifi", "s")),
+    (["[CLS]", "酒"], ["店", "[SEP]", "[PAD]"], ("酒", "店")),
+    (["[CLS]", "good"], ["[SEP]", "good"], ("good", " good")),
+    (["2008"], ["[UNK]", "[PAD]"], ("2008", "")), (["hotel"], [], ("hotel", "")), ([], ["好"], ("", "好")),
+])  # fmt: skip
+def test_prompt_and_response_join_to_the_decoding_of_all_tokens(prompt, response, texts):
+    tokenizer = Tokenizer(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"酒店好", "hotel", "wifi", "good", "##s", "2008"]
+    )
+    ids = [[tokenizer.vocab.index(token) for token in part] for part in (prompt, response)]
+    assert "".join(tokenizer.decode_response(*ids)) == texts[1]
+    assert tokenizer.decode_response(*map(torch.tensor, ids)) == tokenizer.decode_response(*ids)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(*[st.lists(st.integers(0, len(VOCAB) - 1) | st.sampled_from(ids_of("hello", "##a", "[SEP]")), max_size=8)] * 2)
+def test_any_prompt_and_response_join(prompt, response):
+    tokenizer = Tokenizer(VOCAB)
+    pieces = tokenizer.decode_response(prompt, response)
+    assert len(pieces) == len(response)
+    assert tokenizer.decode(prompt) + "".join(pieces) == tokenizer.decode([*prompt, *response])
 
 
 # ---- the text of each token -----------------------------------------------------------------------------------------

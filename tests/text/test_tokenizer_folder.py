@@ -241,13 +241,68 @@ def test_the_settings_of_bert_matter(tmp_path):
     assert len({tuple(ids) for ids in found}) == len(OPTIONS)
 
 
+SILENT = {"full": None, "absent": None, "empty": {}, "class": {"tokenizer_class": "BertTokenizerFast"},
+          "one setting": {"do_lower_case": True},
+          "another class": {"tokenizer_class": "PreTrainedTokenizerFast"}}  # fmt: skip
+
+
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_tokenizer_json_of_bert(tmp_path, options):
+@pytest.mark.parametrize("config", SILENT)
+@pytest.mark.parametrize("model", ["bert", "gpt2 with BERT's tokenizer", "none"])
+def test_a_tokenizer_json_of_bert(tmp_path, options, config, model):
+    """A tokenizer_config.json that is silent, or not there: BertTokenizer has defaults, other classes a normalizer."""
     BertTokenizer(vocab={token: i for i, token in enumerate(WORDS)}, **options).save_pretrained(tmp_path)
     assert names(tmp_path) == {"tokenizer.json", "tokenizer_config.json"}
-    same(Tokenizer.from_pretrained(tmp_path), Tokenizer(WordPiece(WORDS, **options)))
-    (tmp_path / "tokenizer_config.json").unlink()  # the normalizer says it as well
-    same(Tokenizer.from_pretrained(tmp_path), Tokenizer(WordPiece(WORDS, **options)))
+    if config != "full":
+        (tmp_path / "tokenizer_config.json").unlink()
+    if SILENT[config] is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(SILENT[config]))
+    if model != "none":
+        kind = {"bos_token_id": 0, "eos_token_id": 0, "tokenizer_class": "BertTokenizer"}
+        (BertConfig() if model == "bert" else GPT2Config(**kind)).save_pretrained(tmp_path)
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    if config == "full":
+        same(ours, Tokenizer(WordPiece(WORDS, **options)))
+    assert [theirs(text)["input_ids"] for text in TEXTS] == ours.encode_batch(TEXTS)
+
+
+@pytest.mark.parametrize("end", ["\n", "", "\n\n", "\n\n\n"])
+@pytest.mark.parametrize("more", [["好"], ["", "x"], ["", "", "x", "", "酒", "y"], ["[SEP]", "q"], ["\u3000", "z"]])
+def test_double_and_blank_lines_are_numbered_as_in_transformers(tmp_path, more, end):
+    """A token has the number of its last line; nothing has those of the others."""
+    vocab = [*WORDS, *more]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + end, encoding="utf-8")
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), BertTokenizer.from_pretrained(tmp_path)
+    legacy = BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    texts = [*TEXTS, "酒店x y z q 好[SEP]"]
+    assert len(ours) == len(vocab)
+    assert ours.encode_batch(texts) == [theirs(text)["input_ids"] for text in texts]
+    assert ours.encode_batch(texts) == [legacy(text)["input_ids"] for text in texts]
+    for i, token in enumerate(ours.vocab):
+        assert i in ours.special_ids or ours.decode([i]) == ("" if token == "" else token.removeprefix("##"))
+    ours.save_pretrained(tmp_path / "saved")
+    again = Tokenizer.from_pretrained(tmp_path / "saved")
+    assert again.vocab == ours.vocab and again.encode_batch(texts) == ours.encode_batch(texts)
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    assert Tokenizer.from_pretrained(tmp_path / "saved").vocab == ours.vocab
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_byte_order_mark_is_read_in_every_file(tmp_path, kind):
+    ours = Tokenizer(MADE[kind]())
+    ours.save_pretrained(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    same(Tokenizer.from_pretrained(tmp_path), ours)
+    (tmp_path / "tokenizer.json").unlink()
+    same(Tokenizer.from_pretrained(tmp_path), Tokenizer(MADE[kind]()))
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "tokenizer_config.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    write_vocab(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 9\n")
+    refused(tmp_path, ValueError, str(tmp_path / name), "is a git-lfs pointer", "`git lfs pull`")
 
 
 def test_a_tokenizer_json_of_bert_without_post_processor(tmp_path):
@@ -415,7 +470,7 @@ def test_bad_merges(tmp_path, line, message):
 def test_damaged_json_is_named(tmp_path, name, content):
     write_published(tmp_path)
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path, ValueError, str(tmp_path / name), "JSON")
+    refused(tmp_path, ValueError, str(tmp_path / name), "UTF-8" if b"\xbe" in content else "JSON")
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "vocab.txt"])

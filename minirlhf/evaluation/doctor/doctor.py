@@ -19,8 +19,8 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.evaluation.doctor import model_checks, run_checks
 from minirlhf.evaluation.doctor.memory import available_memory
 from minirlhf.evaluation.doctor.setup import FAIL, OK, SKIP, Model, Result, Setup, Skipped
-from minirlhf.models.gpt2 import GPT2
 from minirlhf.models.heads import ActorCritic
+from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.config import PPOConfig
@@ -88,8 +88,8 @@ def doctor(
     positive_label: of a reward that is given as the folder of a classifier, as SentimentReward takes it.
     config: a PPOConfig; **overrides replace its fields by name. prompts: the pool of the run; None: words of the
         vocabulary, which do for every check but the optimum.
-    canaries: a good and a bad text for the reward; None: for a SentimentReward that reads Chinese,
-        `rewards.CANARIES`. file: where to print; None: standard output.
+    canaries: a good and a bad text for the reward; None: of a SentimentReward its own, if it reads their language.
+    file: where to print; None: standard output.
 
     Each of CHECKS is made, in their order, even if one before it failed, unless it needs what that one provides; the
     docstring of its function has its limits. First comes "folders": what was given as a folder loads.
@@ -114,7 +114,7 @@ def doctor(
         files = _Files()
         setup = Setup(
             policy=files.load("policy", policy, ActorCritic.from_pretrained),
-            reference=files.load("reference", reference or folder, GPT2.from_pretrained),
+            reference=files.load("reference", reference or folder, load_decoder),
             tokenizer=files.load("tokenizer", tokenizer or folder, Tokenizer.from_pretrained),
             reward=files.load("reward", reward, lambda path: load_scorer(path, config.device, positive_label)),
             config=config,

@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minirlhf.device.precision import SIXTEEN_BITS
-from minirlhf.evaluation.doctor.setup import score
+from minirlhf.evaluation.doctor.setup import logprobs
 from minirlhf.generation.generate import generate
 from minirlhf.generation.static_decode import COLUMNS
-from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import LOGITS_IN_CACHE, LOGITS_PER_CHUNK, ActorCritic
+from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic
 from minirlhf.models.layers import SHORT_SEQUENCE
+from minirlhf.rl.logprobs import LOGITS_IN_CACHE, LOGITS_PER_CHUNK
 from minirlhf.rl.rollout import Rollout
 from minirlhf.rl.trainer import PPOTrainer
 
@@ -75,19 +76,20 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         scoring    = 13 S T C e + 30 n(S) V
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
-    Where a CUDA graph decodes, its cache and weights in 16 bits stay: 2 B L C e for each of T columns, rounded up to a
-    multiple of 64, and W_policy / 2 under autocast are added to the rollout.
+    Where a CUDA graph decodes, its cache stays: 2 B L C e for each of T columns, rounded up to a
+    multiple of 64, is added to the rollout.
     With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
     Autocast adds a copy of the policy's weights in 2 bytes to each phase.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
     """
-    c, T = trainer.policy.gpt2.config, prompt_length + gen_len
-    L, C, V = c.n_layer, c.n_embd, c.vocab_size
-    S, F = min(trainer.scoring_batch_size, batch_size), min(micro_batch, batch_size)
+    model, T = trainer.policy.decoder, prompt_length + gen_len
+    heads, C, V = model.n_heads, model.width, model.vocab_size
+    L = len(model.blocks)
+    S, F = min(trainer.models.scoring_batch_size, batch_size), min(micro_batch, batch_size)
     reduced = trainer.precision.name in SIXTEEN_BITS
     e = 2 if reduced else FP32
     plain = trainer.device.type == "cpu" and T <= SHORT_SEQUENCE
-    attention = 2 * c.n_head * T if plain else T
+    attention = 2 * heads * T if plain else T
     block = 16 * C + attention
     kept = L * C + 2 * block if trainer.config.checkpoint_activations else (L + 1) * block
     scored_at_once = LOGITS_IN_CACHE if trainer.device.type == "cpu" else LOGITS_PER_CHUNK
@@ -97,10 +99,9 @@ def estimate(trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: 
         return min(rows * gen_len, max(1, chunk // V)) * V
 
     graph = 0
-    if trainer.decoder is not None:
-        columns = -(-(T - 1) // COLUMNS) * COLUMNS
-        graph = batch_size * 2 * L * C * columns * e + reduced * weight_bytes(trainer.policy) // 2
-    prompt = prompt_length * (12 * C + plain * 2 * c.n_head * prompt_length)
+    if trainer.models.graphed is not None:
+        graph = batch_size * 2 * L * C * -(-(T - 1) // COLUMNS) * COLUMNS * e
+    prompt = prompt_length * (12 * C + plain * 2 * heads * prompt_length)
     weights = weight_bytes(trainer.policy)
     copies = reduced * weights // 2
     return MemoryNeed(
@@ -124,16 +125,21 @@ def measure(trainer: PPOTrainer, rollout: Rollout) -> dict[str, int]:
         generator = torch.Generator(trainer.device).manual_seed(0)
         with precision.autocast():
             generate(
-                trainer.policy.gpt2, prompts, R, trainer.config.sampling, generator=generator, keep_sampling_sets=True
+                trainer.policy.decoder,
+                prompts,
+                R,
+                trainer.config.sampling,
+                generator=generator,
+                keep_sampling_sets=True,
             )
 
     def scoring() -> None:
         with torch.no_grad(), precision.autocast():
-            score(trainer, rollout, trainer.reference)
+            logprobs(trainer, rollout, trainer.reference)
 
     def update() -> None:
         with torch.enable_grad(), precision.autocast():
-            scored = score(trainer, rollout)
+            scored = logprobs(trainer, rollout)
             values = 0.0 if scored.values is None else scored.values
             loss = (scored.logprobs + scored.entropy + values).sum()
         loss.backward()
@@ -150,7 +156,7 @@ def extrapolate(measured: Mapping[str, int], small: MemoryNeed, full: MemoryNeed
     return dataclasses.replace(full, **scaled)
 
 
-def weight_bytes(model: ActorCritic | GPT2) -> int:
+def weight_bytes(model: ActorCritic | Decoder) -> int:
     """Bytes of a model's parameters."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 

@@ -7,21 +7,21 @@ on copies, so that the caller's models stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
 
-from minirlhf.evaluation.doctor.probes import SAME_OUTPUT, padding_errors, repetition_error
+from minirlhf.evaluation.doctor.probes import SAME_OUTPUT, embedding_rows, padding_errors, repetition_error
 from minirlhf.evaluation.doctor.setup import FAIL, OK, Result, Setup, Skipped, needed
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.heads import language_model
-from minirlhf.rewards.base import CANARIES, SentimentReward, call_reward
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.rewards.base import call_reward
+from minirlhf.rewards.sentiment import SentimentReward
 
 
 def vocabulary(setup: Setup) -> Result:
     """Tokenizer, configs and embeddings of policy and reference have one size."""
     sizes = {"tokenizer": len(needed(setup.tokenizer, "the tokenizer"))}
     for name, model in zip(("policy", "reference"), map(language_model, setup.models()), strict=True):
-        sizes |= {f"{name} config": model.config.vocab_size, f"{name} embedding": model.wte.num_embeddings}
+        sizes |= {f"{name} logits": model.vocab_size, f"{name} embedding": embedding_rows(model)}
     remedy = "take vocab.txt and model from one folder, or resize the embedding and its config together"
     setup.vocabulary, result = _one_size(sizes, remedy)
     return result
@@ -40,19 +40,21 @@ def reward_vocabulary(setup: Setup) -> Result:
 
 
 def labels(setup: Setup) -> Result:
-    """The good canary scores above the bad one; a SentimentReward that reads Chinese has CANARIES."""
-    reward, canaries = setup.copied_reward(), setup.canaries
-    if canaries is None and isinstance(reward, SentimentReward) and _knows(reward.tokenizer, CANARIES):
-        canaries = CANARIES
-    if canaries is None:
+    """Plain sentences, from a good one to a bad one, score lower and lower."""
+    reward = setup.copied_reward()
+    canaries = setup.canaries or (reward.canaries if isinstance(reward, SentimentReward) else ())
+    if not canaries:
         rollout = setup.experience()[1]
         scores = call_reward(reward, rollout.prompts, rollout.responses)
         found = f"{len(scores)} samples score from {scores.min():.3g} to {scores.max():.3g}"
         raise Skipped(f"{found}; which way is up was not tested: give canaries=(good text, bad text)")
-    good, bad = call_reward(reward, ["", ""], canaries).tolist()
-    detail = f"{canaries[0]!r} scores {good:.3g}, {canaries[1]!r} {bad:.3g}"
+    found_scores = call_reward(reward, [""] * len(canaries), canaries).tolist()
+    detail = ", ".join(f"{text!r} scores {score:.3g}" for text, score in zip(canaries, found_scores, strict=True))
+    if isinstance(reward, SentimentReward):
+        detail += f", by {reward.meaning}"
     remedy = "swap the labels: id2label in the reward's config.json, positive_label=, or the sign of the reward"
-    return Result(OK, detail) if good > bad else Result(FAIL, detail, remedy)
+    falls = all(better > worse for better, worse in itertools.pairwise(found_scores))
+    return Result(OK, detail) if falls else Result(FAIL, detail, remedy)
 
 
 def masks(setup: Setup) -> Result:
@@ -96,9 +98,3 @@ def _one_size(sizes: dict[str, int], remedy: str) -> tuple[int | None, Result]:
         return size, Result(OK, f"{size} tokens in {', '.join(sizes)}")
     found = ", ".join(f"{name} {size}" for name, size in sizes.items())
     return None, Result(FAIL, f"tokens differ: {found}", remedy)
-
-
-def _knows(tokenizer: Tokenizer, texts: Sequence[str]) -> bool:
-    """Whether a tokenizer has most of the words of these texts."""
-    ids = [i for text in texts for i in tokenizer.encode(text)]
-    return ids.count(tokenizer.unk_id) < len(ids) / 2

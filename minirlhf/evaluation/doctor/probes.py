@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.models.bert import BertClassifier
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.text.batching import left_pad, right_pad
 
@@ -46,12 +46,17 @@ def repetition_error(model: nn.Module) -> float:
 
 
 @torch.no_grad()
-def untied_error(model: ActorCritic | GPT2) -> float:
+def untied_error(model: ActorCritic | Decoder) -> float:
     """The distance of the logits of random hidden states from their product with the token embedding."""
-    gpt2 = language_model(model)
-    weight = gpt2.wte.weight
-    hidden = torch.randn(3, weight.size(1), generator=torch.Generator().manual_seed(0)).to(weight)
-    return _difference(gpt2.lm_logits(hidden), hidden @ weight.t())
+    decoder = language_model(model)
+    weight: Tensor = getattr(decoder.embeddings[0], "weight")[: decoder.vocab_size]  # noqa: B009  (for the type checker)
+    hidden = torch.randn(3, decoder.width, generator=torch.Generator().manual_seed(0)).to(weight)
+    return _difference(decoder.lm_logits(hidden), hidden @ weight.t())
+
+
+def embedding_rows(model: Decoder) -> int:
+    """Rows of the token embedding."""
+    return int(getattr(model.embeddings[0], "weight").size(0))  # noqa: B009
 
 
 def shared_parameters(model: nn.Module, other: nn.Module) -> list[str]:
@@ -74,13 +79,14 @@ _SIDES = (("left", left_pad), ("right", right_pad))
 def _random_rows(model: nn.Module) -> list[Tensor]:
     """Three rows of random tokens, of different lengths, on the model's device."""
     if isinstance(model, BertClassifier):
-        embedding, limit = model.bert.embeddings.word_embeddings, model.config.max_position_embeddings
+        count, limit = model.bert.embeddings.word_embeddings.num_embeddings, model.config.max_position_embeddings
     else:
-        assert isinstance(model, (ActorCritic, GPT2))
-        embedding, limit = language_model(model).wte, language_model(model).config.n_positions
+        assert isinstance(model, (ActorCritic, Decoder))
+        decoder = language_model(model)
+        count, limit = decoder.vocab_size, decoder.n_positions
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(embedding.num_embeddings, (min(n, limit),), generator=generator) for n in (5, 2, 9)]
-    return [row.to(embedding.weight.device) for row in rows]
+    rows = [torch.randint(count, (min(n, limit),), generator=generator) for n in (5, 2, 9)]
+    return [row.to(next(model.parameters()).device) for row in rows]
 
 
 def _outputs(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -19,10 +19,10 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision_choice import ROUNDING_SHARE, Rounding
 from minirlhf.evaluation.doctor.memory import estimate, extrapolate, measure, weight_bytes
 from minirlhf.evaluation.doctor.probes import SAME_OUTPUT, fingerprint, shared_parameters, untied_error
-from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped, needed, score
+from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped, logprobs, needed
 from minirlhf.evaluation.optimum import OptimumPoint, TooFewSamples, optimum
 from minirlhf.rewards.base import call_reward
-from minirlhf.rl.rollout import Rollout, score_in_batches
+from minirlhf.rl.rollout import Rollout, logprobs_in_batches
 from minirlhf.rl.trainer import PPOTrainer
 
 ROWS, TOKENS = 8, 32  # at most so many sequences and new tokens in the rollout
@@ -56,7 +56,7 @@ def reference(setup: Setup) -> Result:
     """
     trainer, rollout = setup.experience()
     with torch.no_grad():
-        scored = score(trainer, rollout, trainer.reference, full_softmax=True)
+        scored = logprobs(trainer, rollout, trainer.reference, full_softmax=True)
     assert scored.exact_kl is not None
     c, kl = setup.config, scored.exact_kl.sum(-1).mean().item() * setup.config.gen_len / trainer.config.gen_len
     detail = (
@@ -107,7 +107,7 @@ def weights(setup: Setup) -> Result:
     scores = torch.linspace(1, 2, len(rollout)).to(rollout.scores)  # something to learn, whatever the reward
     stats = trainer.step(dataclasses.replace(rollout, scores=scores))
     heads["policy after a step"] = untied_error(trainer.policy)
-    pairs = zip(trainer.policy.gpt2.parameters(), untouched.policy.gpt2.parameters(), strict=True)
+    pairs = zip(trainer.policy.decoder.parameters(), untouched.policy.decoder.parameters(), strict=True)
     moved = max((new - old).abs().max().item() for new, old in pairs)
 
     tie = "let lm_logits use wte.weight itself; a checkpoint with an LM head of its own is not supported"
@@ -158,7 +158,7 @@ def precision(setup: Setup) -> Result:
     name = "bf16" if c.precision == "fp32" else c.precision
     reduced = _with(trainer, precision=name)
     with torch.no_grad(), reduced.precision.autocast():
-        scored = score(reduced, rollout, trainer.reference)
+        scored = logprobs(reduced, rollout, trainer.reference)
     outputs = [x for x in (scored.logprobs, scored.values, scored.ref_logprobs) if x is not None]
     remedy = f"train in fp32{', or in bf16, whose range is that of fp32' if name == 'fp16' else ''}"
     if bad := sum(int((~torch.isfinite(x)).sum()) for x in outputs):
@@ -230,7 +230,7 @@ def forecast(setup: Setup) -> Result:
 
 def _with(trainer: PPOTrainer, **settings: Any) -> PPOTrainer:
     """A trainer of the same models under other settings."""
-    return PPOTrainer(trainer.policy, trainer.ref_policy, trainer.tokenizer, trainer.config, **settings)
+    return PPOTrainer(trainer.policy, trainer.reference, trainer.tokenizer, trainer.config, **settings)
 
 
 def _collect(trainer: PPOTrainer, prompts: Sequence[str]) -> Rollout:
@@ -241,10 +241,8 @@ def _collect(trainer: PPOTrainer, prompts: Sequence[str]) -> Rollout:
     rows = min(trainer.config.batch_size, ROWS)
     rollout = trainer.collect([prompts[i % len(prompts)] for i in range(rows)], lambda texts: [0.0] * len(texts))
     with trainer.precision.autocast():
-        scored = score_in_batches(
-            trainer.policy, trainer.ref_policy, rollout.tokens, rollout.mask, rollout.response_mask.size(1),
-            trainer.score_temperature, rollout.sampling_sets, trainer.scoring_batch_size,
-        )  # fmt: skip
+        R, divisor = rollout.response_mask.size(1), trainer.config.logprobs_divisor
+        scored = logprobs_in_batches(trainer.models, rollout.tokens, rollout.mask, R, divisor, rollout.sampling_sets)
     return dataclasses.replace(rollout, **scored)
 
 
@@ -254,8 +252,8 @@ def _rescored(trainer: PPOTrainer, rollout: Rollout) -> Tensor:
     for rows in torch.arange(len(rollout)).split(min(c.forward_batch_size, c.minibatch_size)):
         batch = rollout.rows(rows)
         with torch.enable_grad(), trainer.precision.autocast():
-            logprobs = score(trainer, batch).logprobs.detach()
-        result[rows, : logprobs.size(1)] = logprobs
+            scored = logprobs(trainer, batch).logprobs.detach()
+        result[rows, : scored.size(1)] = scored
     return result
 
 
@@ -263,7 +261,7 @@ def _first_ratio(trainer: PPOTrainer, rollout: Rollout) -> Result:
     """Log-probabilities of the training forward and of the sampler against those of scoring."""
     c = trainer.config
     compared = {"trained": _rescored(trainer, rollout)}
-    scored_in_full = (c.score_full_softmax and c.sampling.truncates) or trainer.score_temperature != c.temperature
+    scored_in_full = (c.logprobs_full_softmax and c.sampling.truncates) or c.logprobs_divisor != c.temperature
     if rollout.sampler_logprobs is not None and not scored_in_full:
         compared["sampled"] = rollout.sampler_logprobs
     real = rollout.response_mask

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from minirlhf.device.precision_choice import PrecisionChoice
-from minirlhf.models.gpt2 import GPT2
-from minirlhf.models.heads import ActorCritic, TokenScores
-from minirlhf.rewards.base import RewardFunction, SentimentReward
+from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic
+from minirlhf.rewards.base import RewardFunction
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.config import PPOConfig
+from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.rollout import Rollout
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.text.tokenizer import Tokenizer
 
 OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
-Model = ActorCritic | GPT2
+Model = ActorCritic | Decoder
 PROMPT_LENGTHS = (1, 4, 2, 6)  # words; different lengths, so that batches are padded
 
 
@@ -98,16 +100,16 @@ def needed(x: Any, what: str) -> Any:
     return x
 
 
-def score(
-    trainer: PPOTrainer, rollout: Rollout, reference: GPT2 | None = None, full_softmax: bool = False
-) -> TokenScores:
-    """What the policy, and a reference, say of a rollout's response tokens, as an update scores them.
+def logprobs(
+    trainer: PPOTrainer, rollout: Rollout, reference: Decoder | None = None, full_softmax: bool = False
+) -> TokenLogprobs:
+    """What the policy, and a reference, say of a rollout's response tokens, as an update computes it.
 
     full_softmax: at temperature 1 and over the whole vocabulary instead.
     """
-    temperature, sets = (1.0, None) if full_softmax else (trainer.score_temperature, rollout.sampling_sets)
+    temperature, sets = (1.0, None) if full_softmax else (trainer.config.logprobs_divisor, rollout.sampling_sets)
     R = rollout.response_mask.size(1)
-    return trainer.policy.score(rollout.tokens, rollout.mask, R, temperature, sets, reference)
+    return response_logprobs(trainer.policy, rollout.tokens, rollout.mask, R, temperature, sets, reference)
 
 
 def words(tokenizer: Tokenizer) -> list[str]:

@@ -1,0 +1,176 @@
+"""The work that is timed: models, prompts, one iteration of PPO by phases, and a clock. For `examples/benchmark`."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmark.floor import Batch, now
+from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.device.precision import Precision
+from shared import PROMPTS  # 3 tokens each, with [CLS]
+
+SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
+    "tiny": (
+        dict(n_embd=32, n_layer=2, n_head=2, n_positions=640),
+        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timing: who did what, in how many seconds, with how much memory at most (MB; None: not to be told)."""
+
+    peer: str
+    phase: str
+    seconds: float
+    peak_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done: models (a name in SIZES, or folders), sequences, new tokens, and how."""
+
+    size: str = "uer"
+    policy: str | None = None
+    reward: str | None = None
+    batch: int = 128
+    new_tokens: int = 16
+    device: str = "cpu"
+    precision: str = "fp32"
+    minibatch: int = 16
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # more fields of PPOConfig
+
+    @property
+    def name(self) -> str:
+        """Of our side in the tables."""
+        more = "".join(f" {name}={value}" for name, value in self.config.items())
+        return f"minirlhf {self.precision} minibatch {self.minibatch}{more}"
+
+    @property
+    def prompts(self) -> list[str]:
+        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch)]
+
+    def ppo(self, **changes: Any) -> PPOConfig:
+        fields = dict(batch_size=self.batch, gen_len=self.new_tokens, top_p=0.95, ppo_epochs=4, device=self.device,
+                      precision=self.precision, minibatch_size=self.minibatch)  # fmt: skip
+        return PPOConfig.with_overrides(**{**fields, **self.config, **changes})
+
+    def configs(self) -> tuple[GPT2Config, BertConfig]:
+        """Of the models."""
+        gpt2, bert = (kind(**sizes) for kind, sizes in zip((GPT2Config, BertConfig), SIZES[self.size], strict=True))
+        return (gpt2 if self.policy is None else self.gpt2().config,
+                bert if self.reward is None else self.bert().config)  # fmt: skip
+
+    def gpt2(self) -> GPT2:
+        """A new copy of the policy."""
+        if self.policy is not None:
+            return GPT2.from_pretrained(self.policy)
+        return GPT2(GPT2Config(**SIZES[self.size][0])).eval()
+
+    def bert(self) -> BertClassifier:
+        if self.reward is not None:
+            return BertClassifier.from_pretrained(self.reward)
+        return BertClassifier(BertConfig(**SIZES[self.size][1])).eval()
+
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """Of policy and classifier; for random models a vocabulary of characters."""
+        made = Tokenizer(characters(GPT2Config().vocab_size))
+        return tuple(
+            made if folder is None else Tokenizer.from_pretrained(folder) for folder in (self.policy, self.reward)
+        )
+
+    def trainer(self, **changes: Any) -> PPOTrainer:
+        """A trainer of new models; changes: of the fields of PPOConfig."""
+        return PPOTrainer(self.gpt2(), self.gpt2(), self.tokenizers()[0], self.ppo(**changes))
+
+    def reward_function(self) -> SentimentReward:
+        """The classifier, in the precision of the work."""
+        options = dict(batch_size=self.batch, device=self.device, precision=self.precision)
+        return SentimentReward(self.bert(), self.tokenizers()[1], **options)
+
+    def lengths(self) -> Batch:
+        """The batch in tokens: every response has all its tokens, and the texts are as long as they were sampled."""
+        tokenizer = self.tokenizers()[0]
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
+        new = [self.new_tokens] * self.batch
+        return Batch(prompts, new, [len(ids) + n + 1 for ids, n in zip(prompts, new, strict=True)])  # and [SEP]
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context for a forward pass in this precision over fp32 weights."""
+    return Precision(precision, device).autocast()
+
+
+def characters(count: int) -> list[str]:
+    """A vocabulary of BERT's special tokens, printable ASCII and Chinese characters, one token a character."""
+    head = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    head += [chr(c) for c in range(33, 127)]
+    return head + [chr(0x4E00 + i) for i in range(count - len(head))]
+
+
+def iteration(trainer: PPOTrainer, prompts: Sequence[str], reward: Any, name: str) -> list[Sample]:
+    """One batch collected and trained on: a Sample a phase, "step" and "iteration" among them.
+
+    "step" is what TRL's `step` does: passes and update.
+    """
+    device = trainer.device
+    with peak_memory(device) as collecting:
+        start = now(device)
+        rollout = trainer.collect(prompts, reward)
+        middle = now(device)
+    with peak_memory(device) as updating:
+        trainer.step(rollout)
+        end = now(device)
+    generate, score, passes = (rollout.seconds[phase] for phase in ("generation", "reward", "scoring"))
+    update = end - middle
+    first, second = collecting[0], updating[0]
+    return [
+        Sample(name, "generate", generate, first),
+        Sample(name, "score", score, first),
+        Sample(name, "passes", passes, first),
+        Sample(name, "update", update, second),
+        Sample(name, "step", passes + update, second),
+        Sample(name, "iteration", end - start, max(first, second)),
+    ]
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Within it memory is watched; afterwards the list holds the most that was in use, MB.
+
+    On a GPU what tensors take; on a CPU the resident set of the process, since its start where the kernel cannot tell
+    less.
+    """
+    found: list[float] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux: forget the peak so far
+            Path("/proc/self/clear_refs").write_text("5")
+    try:
+        yield found
+    finally:
+        if device.type == "cuda":
+            found.append(torch.cuda.max_memory_allocated(device) / 2**20)
+        else:
+            found.append(resident_peak_mb())
+
+
+def resident_peak_mb() -> float:
+    """The largest resident set of this process, MB."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    import resource  # Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024

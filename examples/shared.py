@@ -1,0 +1,84 @@
+"""What the examples share: the starter weights, the command line, and output that no text can steer."""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minirlhf.common.printing import error_line
+from minirlhf.common.text import printable
+from minirlhf.io.files import read_json
+from minirlhf.runs.run import RunFailed, Stopped
+from minirlhf.text.text_files import numbered_lines
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+POLICY = str(WEIGHTS / "gpt2-chinese-reviews-small")
+REWARD = str(WEIGHTS / "bert-chinese-reviews-sentiment-small")
+SECOND_SCORER = str(WEIGHTS / "ngrams-chinese-reviews-sentiment")
+PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
+# The starter GPT-2 is 25 times smaller than the original one, and takes larger steps.
+STARTER = dict(lr=2e-4, minibatch_size=32, forward_batch_size=32)
+
+
+def command_line(description: str, **options: tuple[Any, str]) -> argparse.ArgumentParser:
+    """A parser with these options, each given as name=(default, help).
+
+    The default decides what an option takes: a value of its type, several for a list, none for False. A type in its
+    place: a value of that type, None if it is not given.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, meaning) in options.items():
+        if default is False:
+            kind: dict[str, Any] = dict(action="store_true")
+        elif isinstance(default, type):
+            kind = dict(type=default)
+        elif isinstance(default, list):
+            kind = dict(type=type(default[0]), default=default, nargs="+")
+        else:
+            kind = dict(type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{meaning} (default %(default)s)", **kind)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; for `--resume RUN` those that the run was started with, and no others may be given."""
+    args = parser.parse_args()
+    if args.resume is None:
+        return args
+    started = read_json(Path(args.resume) / "config.json").get("arguments")
+    if not isinstance(started, dict) or started.keys() != vars(args).keys():
+        raise ValueError(f"{args.resume} is no run of this script")
+    if given := [name for name, value in vars(args).items() if name != "resume" and value != parser.get_default(name)]:
+        raise ValueError(f"a resumed run keeps its settings, so drop {', '.join(given)}")
+    return argparse.Namespace(**{**started, "resume": args.resume})
+
+
+def new_folder(prefix: str = "") -> str:
+    """The default of --output: a folder named by the time."""
+    return f"runs/{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def read_prompts(prompts: list[str], encoding: str = "utf-8") -> list[str]:
+    """The pool of prompts: the lines of a file if the only prompt names one, else the prompts themselves."""
+    if len(prompts) > 1 or not (os.path.isfile(prompts[0]) or prompts[0].endswith(".txt")):
+        return prompts
+    return [line for _, line in numbered_lines(prompts[0], encoding) if line.strip()]
+
+
+def run_script(main: Callable[[], object], again: str = "--resume") -> None:
+    """Run a script's `main`. Bad input, a stopped run and a failed run end it with one line and no traceback.
+
+    again: the option that continues a run.
+    """
+    try:
+        main()
+    except (Stopped, RunFailed) as end:  # by Ctrl-C or SIGTERM; by a full disk, a reward that raises, ...
+        command = shlex.join([sys.argv[0], again, str(end.folder)])
+        told = printable(f"{' '.join(str(end).split())}; to go on: python {command}")
+        print(told) if isinstance(end, Stopped) else sys.exit(f"error: {told}")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(error_line(error))

@@ -1,0 +1,93 @@
+"""The models that a rollout is sampled and scored with, on their device, checked against each other and the config."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from minirlhf.device.cpu import keep_freed_memory, limit_threads
+from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import Precision
+from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
+from minirlhf.generation.static_decode import GraphedDecoder
+from minirlhf.models.compilation import compile_blocks
+from minirlhf.models.decoder import Decoder, share_frozen_parameters
+from minirlhf.models.heads import ActorCritic, check_models, language_model, with_value_head
+from minirlhf.models.loading import load_decoder
+from minirlhf.models.probes import language_model_probe
+from minirlhf.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minirlhf.rl.config import PPOConfig
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a rollout: policy and frozen reference with one vocabulary on one device, and their tokenizer.
+
+    precision: of their forward passes. graphed: decodes by CUDA graphs; None: plainly.
+    scoring_batch_size: sequences of a pass without gradient, which keeps no activations.
+    """
+
+    policy: ActorCritic
+    reference: Decoder
+    tokenizer: Tokenizer
+    precision: Precision = field(default_factory=lambda: Precision("fp32", torch.device("cpu")))
+    graphed: GraphedDecoder | None = None
+    scoring_batch_size: int = 128
+
+
+def prepare(
+    policy: ActorCritic | Decoder,
+    ref_policy: ActorCritic | Decoder | str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    config: PPOConfig,
+    with_values: bool,
+) -> tuple[Models, PPOConfig, PrecisionChoice, str | None]:
+    """The models ready to train, the config with its precision chosen, the choice, and the reference's folder or name.
+
+    with_values: whether the policy needs a value head; without, it gets none.
+    Raises ValueError for models or a tokenizer that do not fit each other or the config.
+    """
+    source = None
+    if isinstance(ref_policy, (str, os.PathLike)):
+        source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
+        ref_policy = load_decoder(ref_policy)
+    kind = (config.value_head or "linear") if with_values else None
+    actor = with_value_head(policy, kind, config.value_head_init, config.seed)
+    if actor.value_head is not None and config.value_head not in (None, actor.value_head.kind):
+        raise ValueError(
+            f"PPOConfig.value_head is {config.value_head!r}, but the policy has a {actor.value_head.kind!r} head; "
+            "pass the plain decoder to get a new one"
+        )
+    reference = language_model(ref_policy)
+    check_models(actor.decoder, reference, tokenizer)
+    positions = actor.decoder.n_positions
+    if config.gen_len > positions:  # the last token needs no position: nothing follows it
+        raise ValueError(f"PPOConfig.gen_len must be at most the model's {positions} positions, got {config.gen_len}")
+    if config.eos_token_id is not None and config.eos_token_id >= len(tokenizer):
+        raise ValueError(f"PPOConfig.eos_token_id must be in [0, {len(tokenizer)}), got {config.eos_token_id}")
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        limit_threads()
+    actor = actor.to(device).eval()
+    actor.decoder.checkpoint_activations = config.checkpoint_activations
+    reference = reference.to(device).eval().requires_grad_(False)
+    if config.reference == "shared":
+        share_frozen_parameters(actor.decoder, reference)
+    if config.compile:
+        compile_blocks(actor.decoder, reference)
+    probe = language_model_probe(actor.decoder, config.logprobs_divisor)
+    choice = choose_precision(config.precision, actor, probe, config.cliprange)
+    # From here on the config names the precision: a run that goes on elsewhere keeps the one that it began with.
+    config = dataclasses.replace(config, precision=choice.name)
+    graphed = GraphedDecoder() if config.cuda_graphs and device.type == "cuda" else None
+    batch_size = 128 if device.type == "cpu" else 1024
+    models = Models(actor, reference, tokenizer, Precision(choice.name, device, actor), graphed, batch_size)
+    return models, config, choice, source

@@ -1,0 +1,32 @@
+"""Which class loads which decoder: the one place that lists the architectures."""
+
+from __future__ import annotations
+
+import os
+
+from minirlhf.io.files import read_json
+from minirlhf.io.hub import locate
+from minirlhf.io.model_folder import CONFIG_FILE
+from minirlhf.models.decoder import Decoder
+from minirlhf.models.gpt2 import GPT2
+
+DECODERS: dict[str, type[GPT2]] = {"gpt2": GPT2}  # `model_type` of a published config.json -> class
+
+
+def decoder_class(folder: str | os.PathLike[str]) -> type[GPT2]:
+    """The class of a decoder's folder, by the `model_type` of its config.json.
+
+    Raises FileNotFoundError for a missing folder or file, ValueError for an architecture that DECODERS does not have.
+    """
+    kind = read_json(locate(folder) / CONFIG_FILE).get("model_type", "gpt2")
+    if kind not in DECODERS:
+        raise ValueError(f"{folder}: config.json has model_type={kind!r}, expected one of {', '.join(DECODERS)}")
+    return DECODERS[kind]
+
+
+def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
+    """Load a decoder's folder, in fp32 and in eval mode.
+
+    Raises as `decoder_class`, and ValueError for a damaged file.
+    """
+    return decoder_class(folder).from_pretrained(folder)

@@ -1,0 +1,72 @@
+"""Prompts as users have them: any collection of texts, or a file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minirlhf.text.text_files import json_object, numbered_lines, text_of
+
+MOST_PROMPTS = 10_000_000  # more come only from a generator that never ends
+EXAMPLE = 'give a list of texts, such as ["酒店", "The room"], or pathlib.Path("prompts.txt") for a file'
+
+
+def as_prompts(prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
+    """Prompts as a list of texts: from a list, tuple, set, generator, pandas Series or datasets column, or a file.
+
+    A set is sorted, so that the order is the same in every process. A path is read as in `read_prompts`; a text that
+    is not in a list is refused, because it may be a prompt or the name of a file.
+    Raises ValueError for anything else, naming its type or the first element that is not a text, and for no prompts.
+    """
+    if isinstance(prompts, os.PathLike):
+        return read_prompts(prompts)
+    tables = {"DataFrame": 'df["prompt"]', "Dataset": 'dataset["prompt"]', "DatasetDict": 'dataset["train"]["prompt"]'}
+    kind = type(prompts).__name__
+    if kind in tables:
+        raise ValueError(f"prompts must be one column of texts, got a {kind}: give {tables[kind]}")
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        got = f"{prompts!r:.40} of type {kind}" if isinstance(prompts, (str, bytes)) else f"a {kind}"
+        raise ValueError(f"prompts must be a collection of texts, got {got}: {EXAMPLE}")
+    found: list[Any] = list(itertools.islice(prompts, MOST_PROMPTS + 1))
+    if len(found) > MOST_PROMPTS:
+        raise ValueError(f"got more than {MOST_PROMPTS} prompts: does the {kind} ever end?")
+    for i, prompt in enumerate(found):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"prompt {i} must be a text, got {prompt!r:.80} of type {type(prompt).__name__}: {EXAMPLE}"
+            )
+    if not found:
+        raise ValueError(f"got no prompts: {EXAMPLE}")
+    texts = [str(prompt) for prompt in found]  # of numpy's texts, too
+    return sorted(texts) if isinstance(prompts, (set, frozenset)) else texts
+
+
+def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[str]:
+    """The prompts of a file, empty lines left out: a text file holds a prompt a line, `.jsonl` an object with `prompt`.
+
+    encoding: of the file; a byte-order mark and all kinds of line ends are accepted.
+    Raises FileNotFoundError, ValueError that names file and line and what is wrong there, or another kind of file.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in ("", ".txt", ".text", ".jsonl"):
+        raise ValueError(f"{path} must be .txt (a prompt a line) or .jsonl (objects with a prompt), not {kind}")
+    found: list[str] = []
+    for number, line in numbered_lines(path, encoding):
+        try:
+            found.append(line if kind != ".jsonl" else _prompt_of(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no prompts")
+    return found
+
+
+def _prompt_of(line: str) -> str:
+    content = json_object(line)
+    if "prompt" not in content:
+        raise ValueError(f"prompt missing; the line has {', '.join(map(repr, list(content)[:5])) or 'no fields'}")
+    return text_of(content, "prompt")

@@ -1,0 +1,92 @@
+"""What a judge's answer is read as: one number if it can be read in one way, and nothing otherwise."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minirlhf.rewards.judge_answer import parse_score, text_of
+
+EIGHTS = [
+    "8", " 8\n", "8.0", "008", "+8", "8.", "８", "８.０", "8分", "8 分。", "8/10", "8 / 10", "8 out of 10", "8 points",
+    "**8**", '"8"',
+    "`8`", "### 8", "8\n8", "Score: 8", "score:8", "Score = 8", "Score: 8/10", "Score: 8.", "**Score:** 8",
+    "Score: **8**/10",
+    "The score is 8", "My final score is: 8", "Rating: 8 stars", "Score (0-10): 8", "Final answer: 8/10", "评分：8",
+    "评分：8分",
+    "**评分：８／１０**", "得分: 8/10 分", "评分为8", "【评分】8", "我给这段文字打8分", "[[8]]", "Rating: [[8]]",
+    "[[8/10]]",
+    '{"score": 8}', '{"score": "8/10"}', '{"rating": 8.0}', '{"评分": 8}', '{"reason": "10 stars", "score": 8}',
+    '{"x": 8}',
+    '```json\n{"score": 8}\n```', 'Here it is: {"score": 8, "words": 3}', "<think>a 3, or 4?</think>8", "</think>\n8",
+    "<think>fine</think>\n<think>9?</think>\n\nScore: 8", "[THINK]9[/THINK]8", "The guest is content.\n\n8",
+    "Score: 8\nThe 3 rooms are clean.", "The 10 rooms are clean. Score: 8/10.", "Style 7, content 9. Score: 8",
+    "Score: 8. I say it again: score: 8",
+]  # fmt: skip
+NONE = [
+    "", " \n", "I'm sorry, but I can't help with that.", "seven", "eight", "八", "八分", "٨", "7 because it is nice",
+    "The text deserves a 7.", "7 8", "7\n8", "7-8", "7 or 8", "7, 8", "8,5", "8%", "1e0", "inf", "nan", "NaN", "0x7",
+    "1_0", "−1",
+    "7\0", "7*8", "7½", "4/5", "Score: 4/5", "80/100", "Score: 7-8", "Score: 7 or 8", "评分：7到8", "Score: 80%",
+    "Score: 8,5",
+    "Score: 1e1", "Score: 8x", "Scores 8 and 7", "The score should be 8", "The score is not 8", "8 of the 12 words",
+    "Style score: 7. Final score: 8", 'The text says "Score: 10". Score: 2', "[[7]] or [[8]]", "[7]", '{"score": true}',
+    '{"score": null}', '{"score": [8]}', '{"score": 8, "other score": 7}', '{"a": 8, "b": 7}', '{"score": 8',
+    '{"score": 7} {"score": 8}', "<think>The text is", "<think>8", "<think>7</think>", "8<think>",
+    "10 stars for 8 rooms",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", EIGHTS)
+def test_a_number_that_can_be_read_in_one_way_is_the_score(answer):
+    assert parse_score(answer, 0, 10) == 8
+    assert parse_score(answer, 8.5, 10) is None and parse_score(answer, 0, 7.5) is None  # out of range, in any words
+
+
+@pytest.mark.parametrize("answer", NONE)
+def test_anything_else_is_none(answer):
+    assert parse_score(answer, 0, 10) is None
+
+
+@pytest.mark.parametrize(("answer", "low", "high", "score"), [
+    ("-0", 0, 10, 0), (".5", 0, 1, 0.5), ("-2.5", -5, 5, -2.5), ("Score: -3", -5, 5, -3), ("4/5", 1, 5, 4),
+    ("Score: 80/100", 0, 100, 80), ("10/10", 0, 10, 10), ('{"score": -1e-1}', -1, 1, -0.1), ("10.01", 0, 10, None),
+    ("-0.01", 0, 10, None), ("1" + "0" * 400, 0, 10, None), ('{"score": 1' + "0" * 400 + "}", 0, 10, None),
+    ("Score: 11", 0, 10, None), ('{"score": NaN}', 0, 10, None),
+])  # fmt: skip
+def test_signs_and_ranges(answer, low, high, score):
+    assert parse_score(answer, low, high) == score
+
+
+@given(st.text(alphabet='0123456789.-+/ \n分score:[]{}"*七', max_size=12), st.floats(-20, 20), st.floats(0, 20))
+def test_a_score_is_in_the_range_whatever_the_answer(answer, low, width):
+    score = parse_score(answer, low, low + width)
+    assert score is None or (low <= score <= low + width and any(char.isdigit() for char in answer))
+
+
+@given(
+    st.integers(-(10**6), 10**6),
+    st.integers(0, 3),
+    st.sampled_from(["{}", "Score: {}", "评分：{}分", "[[{}]]", "**{}**"]),
+)
+def test_every_decimal_number_is_read_exactly(number, digits, form):
+    text = f"{number / 10**digits:.{digits}f}"
+    answer, value = form.format(text), float(text)
+    assert parse_score(answer, -1e7, 1e7) == parse_score(answer, value, value) == value
+    assert parse_score(answer, math.nextafter(value, math.inf), 1e7) is None
+    assert parse_score(answer, -1e7, math.nextafter(value, -math.inf)) is None
+
+
+@pytest.mark.parametrize(("content", "text"), [
+    ("8", "8"), (None, ""), ([{"type": "text", "text": "8"}], "8"), (["8", "/10"], "8/10"), ([], ""),
+    ([{"type": "reasoning", "summary": "9"}, {"type": "text", "text": "a "}, {"type": "text", "text": "8"}], "a 8"),
+])  # fmt: skip
+def test_the_text_of_a_message_in_one_part_or_in_several(content, text):
+    assert text_of(content) == text
+
+
+@pytest.mark.parametrize("content", [8, {"text": "8"}, b"8", object()], ids=lambda x: type(x).__name__)
+def test_what_is_no_text_is_refused(content):
+    with pytest.raises(ValueError, match=f"an answer must be a text, got {type(content).__name__}"):
+        text_of(content)

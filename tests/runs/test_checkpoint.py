@@ -1,0 +1,404 @@
+"""Checkpoints: a run that was cut goes on bit for bit; what does not fit, or was damaged, is refused by name."""
+
+import hashlib
+import itertools
+import math
+import shutil
+
+import pytest
+import torch
+
+from conftest import VOCAB, make_gpt2
+from folders import snapshot
+from minirlhf import ActorCritic, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.io.training_state import module_hash
+from minirlhf.runs import checkpoint
+from minirlhf.runs.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
+
+PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
+EOS = VOCAB.index("##a")
+SMALL = dict(n_embd=16, n_layer=1, n_head=2)
+DEFAULTS = dict(
+    steps=8, batch_size=4, minibatch_size=2, forward_batch_size=2, gen_len=5, ppo_epochs=2, lr=1e-3, device="cpu",
+    adam_eps=1e-5,
+)  # fmt: skip
+WHOLE = dict(minibatch_size=5, forward_batch_size=5)  # of `batch()`: an epoch is one update
+
+
+def reward(texts):
+    return [len(set(text)) / 8 for text in texts]
+
+
+def make_trainer(dtype=torch.float32, **settings):
+    """A small policy with a value head away from zero, and a reference."""
+    policy = ActorCritic(make_gpt2(0, scale=4.0, **SMALL))
+    with torch.no_grad():
+        policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return PPOTrainer(policy.to(dtype), make_reference().to(dtype), Tokenizer(VOCAB), **{**DEFAULTS, **settings})
+
+
+def make_reference():
+    return make_gpt2(1, scale=4.0, **SMALL)
+
+
+def batch(lengths=((3, 4), (1, 1), (6, 2), (2, 7), (4, 5))):
+    """Ragged queries and responses of these lengths, and scores."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [[torch.randint(5, len(VOCAB), (n,), generator=generator) for n in pair] for pair in lengths]
+    queries, responses = zip(*pairs, strict=True)
+    return list(queries), list(responses), [float(x) for x in torch.randn(len(lengths), generator=generator)]
+
+
+def plant_nan(trainer, updates):
+    """Put NaN into the gradient of one weight, in the updates of these numbers (of a step in whole minibatches)."""
+    count = itertools.count()
+    weight = trainer.policy.decoder.h[0].mlp.c_fc.weight
+    weight.register_hook(lambda gradient: gradient * (math.nan if next(count) in updates else 1))
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def figures(stats):
+    return {name: value for name, value in stats.items() if not name.startswith("time/")}
+
+
+def fingerprint(module):
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def favourable(monkeypatch):
+    """Every model is large, and every device has bf16."""
+    monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
+    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
+
+
+RUN = dict(
+    steps=20, eos_token_id=EOS, lr_schedule="linear", horizon=50.0, init_kl_coef=0.3, top_p=0.9,
+)  # fmt: skip
+
+
+def resume(folder, **overrides):
+    return load_checkpoint(folder, make_reference(), **overrides)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(precision="bf16"), dict(precision="fp16"),
+    dict(adaptive_kl=False, max_grad_norm=math.inf),
+], ids=str)  # fmt: skip
+def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
+    whole = make_trainer(**RUN, **settings)
+    expected = whole.train(PROMPTS, reward)
+
+    cut = make_trainer(**RUN, **settings)
+
+    class Crash(Exception):
+        pass
+
+    def crash_at_two(rollout, stats):
+        if cut.iteration == 2:
+            save_checkpoint(cut, tmp_path / "cut")
+            raise Crash
+
+    with pytest.raises(Crash):
+        cut.train(PROMPTS, reward, crash_at_two)
+    resumed = resume(tmp_path / "cut")
+    assert resumed.iteration == 2 and resumed.config == whole.config
+    rest = resumed.train(PROMPTS, reward)
+    assert [figures(stats) for stats in rest] == [figures(stats) for stats in expected[2:]]
+    same(weights(whole), weights(resumed))
+    save_checkpoint(whole, tmp_path / "whole")
+    save_checkpoint(resumed, tmp_path / "resumed")
+    assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "whole")  # all else: moments, generators, counters
+
+
+def test_a_checkpoint_of_a_new_trainer_resumes(tmp_path):
+    trainer = make_trainer()
+    save_checkpoint(trainer, tmp_path / "state")
+    other = resume(tmp_path / "state")
+    same(weights(other), weights(trainer))
+    trainer.step(*batch())
+    other.step(*batch())
+    same(weights(other), weights(trainer))
+    save_checkpoint(trainer, tmp_path / "state")  # in the place of the old one
+    assert resume(tmp_path / "state").iteration == 1
+
+
+def test_bad_steps_and_small_micro_batches_are_remembered(tmp_path):
+    trainer = make_trainer(**WHOLE, ppo_epochs=3)
+    plant_nan(trainer, range(100))
+    trainer.step(*batch())
+    trainer.micro_batch_size = 2  # as after a GPU had no room for more
+    save_checkpoint(trainer, tmp_path / "state")
+    resumed = resume(tmp_path / "state")
+    assert (resumed.bad_steps, resumed.micro_batch_size) == (3, 2)
+    assert resume(tmp_path / "state", forward_batch_size=4).micro_batch_size == 4
+
+
+def test_what_was_frozen_stays_frozen(tmp_path):
+    policy = ActorCritic(make_gpt2(0, **SMALL))
+    policy.decoder.wte.requires_grad_(False)
+    trainer = PPOTrainer(policy, make_reference(), Tokenizer(VOCAB), **DEFAULTS)
+    trainer.step(*batch())
+    save_checkpoint(trainer, tmp_path / "state")
+    resumed = resume(tmp_path / "state")
+    for each in (trainer, resumed):
+        each.step(*batch())
+    assert not resumed.policy.decoder.wte.weight.requires_grad
+    same(weights(resumed), weights(trainer))
+
+
+def test_a_checkpoint_is_a_model_folder_of_safetensors_and_json(tmp_path):
+    trainer = make_trainer(value_head="linear")
+    trainer.step(*batch())
+    save_checkpoint(trainer, tmp_path / "state")
+    policy = ActorCritic.from_pretrained(tmp_path / "state")
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), trainer.policy.parameters(), strict=True))
+    assert Tokenizer.from_pretrained(tmp_path / "state").vocab == VOCAB
+    names = {path.name for path in (tmp_path / "state").iterdir()}
+    assert {name for name in names if not name.endswith((".safetensors", ".json"))} == {"vocab.txt", "README.md"}
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+def with_reference_folder(tmp_path):
+    make_reference().save_pretrained(tmp_path / "reference")
+    return PPOTrainer(ActorCritic(make_gpt2(0, **SMALL)), tmp_path / "reference", Tokenizer(VOCAB), **DEFAULTS)
+
+
+def test_a_reference_from_a_folder_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_reference().save_pretrained("reference")
+    trainer = PPOTrainer(ActorCritic(make_gpt2(0, **SMALL)), "reference", Tokenizer(VOCAB), **DEFAULTS)
+    assert fingerprint(trainer.reference) == fingerprint(make_reference())
+    save_checkpoint(trainer, "state")
+    monkeypatch.chdir("/")
+    resumed = load_checkpoint(tmp_path / "state")
+    assert fingerprint(resumed.reference) == fingerprint(make_reference())
+    assert resumed.reference_source == trainer.reference_source == str(tmp_path / "reference")
+
+
+def test_a_reference_that_moved_may_be_passed(tmp_path):
+    save_checkpoint(with_reference_folder(tmp_path), tmp_path / "state")
+    (tmp_path / "reference").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"reference.* pass ref_policy"):
+        load_checkpoint(tmp_path / "state")
+    assert load_checkpoint(tmp_path / "state", tmp_path / "moved").iteration == 0
+    assert resume(tmp_path / "state").iteration == 0
+
+
+def test_a_reference_without_a_folder_must_be_passed(tmp_path):
+    save_checkpoint(make_trainer(), tmp_path / "state")
+    with pytest.raises(ValueError, match="ref_policy"):
+        load_checkpoint(tmp_path / "state")
+
+
+def test_another_reference_is_refused(tmp_path):
+    """Other by one bit of one weight; in its folder, or passed."""
+    trainer = with_reference_folder(tmp_path)
+    save_checkpoint(trainer, tmp_path / "state")
+    other = make_reference()
+    with torch.no_grad():
+        weight = other.wpe.weight[3, :1]
+        weight.copy_(torch.nextafter(weight, torch.tensor(math.inf)))
+    with pytest.raises(ValueError, match=rf"another reference.*{trainer.reference_hash[:12]}"):
+        load_checkpoint(tmp_path / "state", other)
+    other.save_pretrained(tmp_path / "reference")
+    with pytest.raises(ValueError, match="another reference"):
+        load_checkpoint(tmp_path / "state")
+
+
+def test_the_hash_of_a_reference_is_of_names_types_shapes_and_bytes():
+    def hash_of(**tensors):
+        module = torch.nn.Module()
+        for name, x in tensors.items():
+            module.register_buffer(name, x)
+        return module_hash(module)
+
+    x = torch.arange(6.0)
+    digest = hashlib.sha256(b"a torch.float32 (2, 3)\n" + x.numpy().tobytes())
+    digest.update(b"b torch.int64 ()\n" + (7).to_bytes(8, "little"))
+    first = hash_of(a=x.view(2, 3), b=torch.tensor(7))
+    assert first == digest.hexdigest()
+    assert first == hash_of(b=torch.tensor(7), a=x.view(2, 3).t().contiguous().t())  # however it lies in memory
+    others = [hash_of(a=x.view(3, 2), b=torch.tensor(7)), hash_of(c=x.view(2, 3), b=torch.tensor(7)),
+              hash_of(a=x.view(2, 3).view(torch.int32), b=torch.tensor(7)), hash_of(a=x.view(2, 3))]  # fmt: skip
+    assert len({first, *others}) == 5
+
+
+# ---- other settings, other folders, damage --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", [dict(lr=2e-3), dict(seed=9), dict(top_p=0.5), dict(eos_token_id=None)])
+def test_settings_that_change_the_run_are_refused_by_name(tmp_path, changed):
+    save_checkpoint(make_trainer(**RUN), tmp_path / "state")
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        resume(tmp_path / "state", **changed)
+    resume(tmp_path / "state", **{name: RUN.get(name, getattr(PPOConfig(), name)) for name in ("top_p", "gamma")})
+
+
+def test_a_run_may_be_made_longer_and_cut_differently(tmp_path):
+    save_checkpoint(make_trainer(), tmp_path / "state")
+    config = resume(tmp_path / "state", steps=80, forward_batch_size=1, max_bad_steps=3, reward_timeout=9.0).config
+    assert (config.steps, config.forward_batch_size, config.max_bad_steps, config.reward_timeout) == (80, 1, 3, 9.0)
+    with pytest.raises(ValueError, match=r"stepz.*steps"):
+        resume(tmp_path / "state", stepz=80)
+    save_checkpoint(make_trainer(loss_averaging="micro_batches"), tmp_path / "other")
+    with pytest.raises(ValueError, match="forward_batch_size"):  # there the cut is part of the loss
+        resume(tmp_path / "other", forward_batch_size=1)
+
+
+@pytest.mark.parametrize(("found", "told"), [
+    (1, "format 1: minirlhf 0.1.0 can resume it, this version cannot"),
+    ("sft-1", "format sft-1: minirlhf 0.1.0 can resume it"),
+    (3, "format 3, this version reads 2"), (None, "format None, this version reads 2"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch, found, told):
+    monkeypatch.setattr(checkpoint, "FORMAT", found)
+    save_checkpoint(make_trainer(), tmp_path / "state")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=told):
+        resume(tmp_path / "state")
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        resume(tmp_path / "nothing")
+
+
+FILES = ["README.md", "config.json", "manifest.json", "model.safetensors", "model.safetensors.index.json",
+         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "training.json", "training.safetensors",
+         "value_head.safetensors", "vocab.txt"]  # fmt: skip
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "a bit": flip_a_bit,
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    trainer = make_trainer()
+    trainer.step(*batch())
+    folder = tmp_path_factory.mktemp("saved") / "state"
+    save_checkpoint(trainer, folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_refused(saved, tmp_path, name, damage):
+    """A changed bit of the manifest may spoil its JSON, a name or a sum: all are noticed."""
+    assert sorted(path.name for path in saved.iterdir()) == FILES
+    shutil.copytree(saved, tmp_path / "state")
+    assert resume(tmp_path / "state").iteration == 1
+    DAMAGES[damage](tmp_path / "state" / name)
+    with pytest.raises(DamagedCheckpoint, match="state is damaged"):
+        resume(tmp_path / "state")
+
+
+def test_a_model_folder_is_no_checkpoint_and_is_not_overwritten_by_one(tmp_path):
+    make_reference().save_pretrained(tmp_path / "model")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"model is damaged, or no checkpoint.*manifest\.json does not exist"):
+        resume(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="model is not empty, and no checkpoint"):
+        save_checkpoint(make_trainer(), tmp_path / "model")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    trainer = make_trainer()
+    save_checkpoint(trainer, path)
+    before = snapshot(tmp_path)
+    trainer.step(*batch())
+    for function in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"os.{function}", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            with pytest.raises(OSError, match="disk full"):
+                save_checkpoint(trainer, path)
+        assert snapshot(tmp_path) == before
+    save_checkpoint(trainer, path)
+    assert resume(path).iteration == 1
+
+
+def test_a_trainer_that_stopped_within_a_step_is_not_saved(tmp_path):
+    """Some of its updates are made: it is in the state of no step."""
+    trainer = make_trainer(max_bad_steps=1, **WHOLE, ppo_epochs=2)
+    with pytest.raises(ValueError):
+        trainer.step(*batch()[:2], [math.nan] * 5)
+    save_checkpoint(trainer, tmp_path / "state")  # nothing was begun
+    plant_nan(trainer, {1})
+    with pytest.raises(FloatingPointError):
+        trainer.step(*batch())
+    before = snapshot(tmp_path)
+    with pytest.raises(RuntimeError, match="within step 1"):
+        save_checkpoint(trainer, tmp_path / "state")
+    assert snapshot(tmp_path) == before
+
+
+def test_weights_that_a_checkpoint_cannot_hold_exactly_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="fp32"):
+        save_checkpoint(make_trainer(dtype=torch.float64), tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_run_keeps_the_precision_that_auto_gave_it(favourable, monkeypatch, tmp_path):
+    trainer, named = make_trainer(**RUN), make_trainer(**RUN, precision="bf16")
+    for each in (trainer, named):
+        each.step(each.collect(PROMPTS, reward))
+    save_checkpoint(trainer, tmp_path / "state")
+    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: False)  # another machine
+    assert make_trainer().precision.name == "fp32"
+    for overrides in ({}, dict(precision="auto"), dict(precision="bf16")):
+        resumed = resume(tmp_path / "state", **overrides)
+        assert resumed.precision.name == "bf16" and resumed.config == trainer.config
+    with pytest.raises(ValueError, match=r"PPOConfig\.precision was 'bf16' .* and cannot become 'fp32'"):
+        resume(tmp_path / "state", precision="fp32")
+    expected = named.step(named.collect(PROMPTS, reward))
+    assert figures(resumed.step(resumed.collect(PROMPTS, reward))) == figures(expected)
+    same(weights(resumed), weights(named))
+
+
+def make_frozen_trainer(**settings):
+    policy = ActorCritic(make_gpt2(0, n_layer=3)).eval()
+    for module in (policy.decoder.wte, policy.decoder.wpe, policy.decoder.h[0], policy.decoder.h[1]):
+        module.requires_grad_(False)
+    settings = {"seed": 3, "batch_size": 8, "minibatch_size": 4, "gen_len": 5, "lr": 1e-3, "device": "cpu", **settings}
+    return PPOTrainer(policy, make_gpt2(0, n_layer=3), Tokenizer(VOCAB), **settings)
+
+
+def test_a_shared_reference_is_resumed_and_guarded_by_its_hash(tmp_path):
+    trainer = make_frozen_trainer(reference="shared")
+    save_checkpoint(trainer, tmp_path / "state")
+    resumed = load_checkpoint(tmp_path / "state", make_gpt2(0, n_layer=3))
+    shared, own = resumed.policy.decoder.h[1].attn.c_attn.weight, resumed.policy.decoder.h[2].attn.c_attn.weight
+    assert shared.data_ptr() == resumed.reference.h[1].attn.c_attn.weight.data_ptr()
+    assert own.data_ptr() != resumed.reference.h[2].attn.c_attn.weight.data_ptr()
+    with torch.no_grad():
+        trainer.policy.decoder.h[0].ln_1.bias += 1  # behind the trainer's back
+    with pytest.raises(RuntimeError, match="the reference is not what it was"):
+        save_checkpoint(trainer, tmp_path / "later")
+    assert not (tmp_path / "later").exists()

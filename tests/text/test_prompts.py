@@ -1,0 +1,145 @@
+"""Prompts: every collection of texts becomes the same list, and anything else is refused by name."""
+
+import collections.abc
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minirlhf.text import prompts as module
+from minirlhf.text.prompts import as_prompts, read_prompts
+
+TEXTS = ["酒店", "The room", "房间"]
+
+
+class Column(collections.abc.Sequence):
+    """As a column of `datasets` 4: an index must be a plain int."""
+
+    def __len__(self):
+        return len(TEXTS)
+
+    def __getitem__(self, key):
+        if type(key) is not int and not isinstance(key, slice):
+            raise TypeError(f"wrong key type {type(key).__name__}")
+        return TEXTS[key]
+
+
+class Series:
+    """As pandas has it: an index is a label, and these begin elsewhere."""
+
+    def __iter__(self):
+        return iter(TEXTS)
+
+    def __len__(self):
+        return len(TEXTS)
+
+    def __getitem__(self, key):
+        return dict(enumerate(TEXTS, 10))[key]
+
+
+class DataFrame:
+    def __iter__(self):
+        return iter(["prompt", "label"])
+
+
+@pytest.mark.parametrize("pool", [
+    TEXTS, tuple(TEXTS), Column(), Series(), (text for text in TEXTS), iter(TEXTS), dict.fromkeys(TEXTS).keys(),
+    np.array(TEXTS), np.array(TEXTS, dtype=object), map(str, TEXTS),
+], ids=lambda pool: type(pool).__name__)  # fmt: skip
+def test_every_collection_becomes_the_same_list(pool):
+    found = as_prompts(pool)
+    assert found == TEXTS and type(found) is list and all(type(text) is str for text in found)
+
+
+def test_the_caller_s_list_is_copied():
+    pool = list(TEXTS)
+    as_prompts(pool).clear()
+    assert pool == TEXTS
+
+
+def test_a_set_has_one_order_in_every_process():
+    """Or a resumed run would draw other prompts."""
+    program = "from minirlhf.text.prompts import as_prompts; print(as_prompts({'b', 'c', 'a', 'd'}))"
+    shown = {
+        subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+                       capture_output=True, encoding="utf-8", check=True).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert shown == {"['a', 'b', 'c', 'd']\n"} and as_prompts(frozenset("ba")) == ["a", "b"]
+
+
+ROOT = Path(module.__file__).parents[2]
+
+
+@pytest.mark.parametrize(("pool", "message"), [
+    ("酒店", "got '酒店' of type str: give a list of texts"), (b"x", "got b'x' of type bytes"), (None, "a NoneType"),
+    (3, "got a int"), ({"prompt": TEXTS}, "got a dict"), (DataFrame(), r'got a DataFrame: give df\["prompt"\]'),
+    ([3], "prompt 0 must be a text, got 3 of type int"), (["a", None], "prompt 1 must be a text, got None"),
+    (["a", float("nan")], "prompt 1 must be a text, got nan of type float"), ([["a"]], r"got \['a'\] of type list"),
+    ([{"role": "user", "content": "x"}], "of type dict"), (torch.ones(2), "prompt 0 must be a text, got tensor"),
+    ([b"a"], "of type bytes"), ([], "got no prompts"), (iter([]), "got no prompts"),
+])  # fmt: skip
+def test_anything_else_is_refused_by_type_and_example(pool, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        as_prompts(pool)
+    assert "prompt" in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_generator_that_never_ends_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "MOST_PROMPTS", 1000)
+    with pytest.raises(ValueError, match="more than 1000 prompts: does the cycle ever end"):
+        as_prompts(itertools.cycle(TEXTS))
+    assert len(as_prompts(itertools.islice(itertools.cycle(TEXTS), 1000))) == 1000
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.TXT"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_text_file_holds_a_prompt_a_line(tmp_path, name, mark):
+    (tmp_path / name).write_bytes((mark + "酒店\r\n\r\nThe room\n房间").encode())
+    assert as_prompts(tmp_path / name) == read_prompts(str(tmp_path / name)) == TEXTS
+
+
+def test_json_lines_hold_a_field_prompt(tmp_path):
+    lines = [json.dumps({"prompt": text, "id": 3}) for text in TEXTS]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    assert as_prompts(tmp_path / "prompts.jsonl") == TEXTS
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"text": "x", "id": 1}', "line 2: prompt missing; the line has 'text', 'id'"), ("{", "line 2: this is not valid"),
+    ('{"prompt": ["x"]}', "line 2: prompt must be a text, got a list"), ('"x"', "line 2: expected a JSON object"),
+    ("{}", "line 2: prompt missing; the line has no fields"),
+])  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        as_prompts(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.tsv", "a.parquet", "a.xlsx"])
+def test_other_files_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text("prompt\nx\n")
+    with pytest.raises(ValueError, match=r"must be \.txt .* or \.jsonl .*, not \."):
+        as_prompts(tmp_path / name)
+
+
+def test_a_file_without_prompts_and_a_missing_one_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match=r"a.txt holds no prompts"):
+        as_prompts(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"b.txt does not exist"):
+        as_prompts(tmp_path / "b.txt")
+    (tmp_path / "a.txt").write_bytes("酒店".encode("gbk"))
+    with pytest.raises(ValueError, match=r"a.txt, line 1 is not utf-8"):
+        as_prompts(tmp_path / "a.txt")
+    assert read_prompts(tmp_path / "a.txt", "gbk") == ["酒店"]
