@@ -25,7 +25,7 @@ from minirlhf import GPT2, ActorCritic, PPOConfig, Tokenizer
 from minirlhf.runs.checkpoint import read_checkpoint
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
-from shared import read_prompts
+from shared import prompt_pool
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples"
@@ -132,15 +132,17 @@ def test_summary_table_and_picture(runs):
     run = runs("plain")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     names = {f"{model}/{name}" for model in ("policy", "reference") for name in ("reward", "distinct_1", "distinct_2")}
-    assert summary.keys() >= names | {"kl", "kl_full_softmax"}
-    assert all(isinstance(x, str) or math.isfinite(x) for x in summary.values()) and summary["kl"] > 0
+    said = summary.pop("optimum")
+    assert summary.keys() >= names | {"kl", "kl_full_softmax", "objective/policy"}
+    assert all(math.isfinite(value) for value in summary.values()) and summary["kl"] > 0
+    assert said.startswith(f"reward {summary['policy/reward']:.3f} at {summary['kl']:.2f} nats")
     table = (run / "before_after.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + 12 and all(row.startswith("| ") or row.startswith("|-") for row in table)
     assert table[0] == "| prompt | before | reward | after | reward |" and table[2].startswith("| 酒店 | ")
     picture = (run / "reward_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
     shown = runs.output["plain"].stdout
-    assert str(run) in shown and "policy/reward" in shown and table[2] in shown
+    assert str(run) in shown and "policy/reward" in shown and table[2] in shown and said in shown
     assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
 
 
@@ -292,7 +294,7 @@ def test_a_file_of_prompts_with_a_text_a_line(tiny, tmp_path, call):
 
 def test_a_long_prompt_is_a_prompt():
     """Longer than a file's name may be, and within the starter model's 128 positions."""
-    assert read_prompts(["很好" * 50]) == ["很好" * 50]
+    assert prompt_pool(["很好" * 50]) == ["很好" * 50]
 
 
 def test_the_original_recipe_is_the_chapter_s(runs):
