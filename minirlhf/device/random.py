@@ -10,9 +10,9 @@ from torch import nn
 
 
 class DropoutStream:
-    """Random numbers for dropout, which can draw from the global generators only, from a stream of its own.
+    """Random numbers for dropout, which draws from the global generators, from a stream of its own.
 
-    states: of the CPU's generator and of the device's, after the last use; set them to resume.
+    states: of the CPU's generator and the device's, after the last use; set them to resume.
     """
 
     def __init__(self, seed: int, device: torch.device):

@@ -15,8 +15,7 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
 from minirlhf.generation.static_decode import GraphedDecoder
-from minirlhf.models.compilation import compile_blocks
-from minirlhf.models.decoder import Decoder, share_frozen_parameters
+from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
 from minirlhf.models.heads import ActorCritic, check_models, language_model, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.probes import language_model_probe

@@ -47,7 +47,7 @@ def compare(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, entropy, the reference's log-probability, and KL(policy || reference), each (N,), in nats.
 
-    logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `LogprobsAndEntropy`.
+    logits, ref_logits: (N, V), finite. Other arguments as of `LogprobsAndEntropy`.
     """
 
     def normalised(z: Tensor) -> Tensor:  # (N, V), finite also where it is not kept
@@ -61,8 +61,7 @@ def compare(
     at, logp, logq = tokens.unsqueeze(-1), normalised(logits), normalised(ref_logits)
     logprobs, ref_logprobs = of_tokens(logp), of_tokens(logq)
     p = logp.exp() if keep is None else logp.exp().masked_fill_(~keep, 0.0)
-    # Logarithms are subtracted before they are summed, so that no digits are lost; no matrix product, which autocast
-    # would round.
+    # Differences are summed, so that no digits are lost; not by a matrix product, which autocast would round.
     entropy = -(p * logp).sum(-1)
     kl = p.mul_(logp.sub_(logq)).sum(-1)
     return logprobs, entropy, ref_logprobs, kl

@@ -33,14 +33,13 @@ class Decoder(nn.Module):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """V, the number of tokens that have a logit."""
+        """V, tokens that have a logit."""
 
     @abstractmethod
     def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
-        """Give logits to the tokenizer's tokens only: rows that pad the embedding are then never sampled.
+        """Give logits only to the tokenizer's `n_tokens` tokens, not to rows that pad the embedding.
 
-        n_tokens: tokens of the tokenizer. name: of the model in the error.
-        Raises ValueError if the embedding has fewer rows.
+        Raises ValueError, with the name of the model, if the embedding has fewer rows, or too many for padding.
         """
 
     @property
@@ -98,7 +97,7 @@ class Decoder(nn.Module):
 
     @abstractmethod
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The content of `config.json` and the tensors by their published names, as transformers has them.
+        """The content of `config.json`, with what a loaded one said besides, and the tensors by their published names.
 
         Raises ValueError if a weight is not finite in `dtype`.
         """
@@ -109,11 +108,6 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights."""
-        return next(self.parameters()).dtype
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of the next token after each position; arguments as in `hidden_states`."""
@@ -135,11 +129,21 @@ class Decoder(nn.Module):
         write_folder(folder, config, tensors, ModelCard(type(self).__name__, self.origin, summary))
 
 
-def share_frozen_parameters(model: Decoder, reference: Decoder) -> int:
-    """Let a reference use the memory of the model's own parameters where these are frozen.
+def compile_blocks(*models: Decoder) -> None:
+    """Let `torch.compile` compile the blocks of these models, in place, for passes over whole sequences.
 
-    Returns the number of parameters, in elements, that are held once. Raises ValueError, before anything is shared, if
-    the model trains all of its parameters, or a frozen one differs from the reference's.
+    All layers share one small program with symbolic sizes, as micro-batches differ in theirs. With a key/value cache
+    the blocks run as they are: a cache is one token longer each time.
+    """
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+
+def share_frozen_parameters(model: Decoder, reference: Decoder) -> int:
+    """Let a reference use the memory of the model's frozen parameters; returns their number, in elements.
+
+    Raises ValueError, before anything is shared, if nothing is frozen, or a frozen parameter differs.
     """
     others = dict(reference.named_parameters())
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}

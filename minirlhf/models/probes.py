@@ -17,7 +17,7 @@ ROWS, TOKENS = 4, 16  # of the batch that the choice looks at
 def language_model_probe(model: Decoder, temperature: float = 1.0) -> Callable[[], Tensor]:
     """A probe of 64 log-probabilities: of a token drawn from the model after each token of 4 random rows.
 
-    temperature: what logits are divided by. The rows and the draws come from a generator of their own.
+    temperature: what logits are divided by.
     """
     drawn: list[Tensor] = []
 

@@ -106,7 +106,7 @@ def test_state_and_logits_are_those_of_the_whole_sequence(model):
         step = DecodeStep(model, 2, 8)
         for layer in step.cache.layers:
             layer.fill_(torch.nan)  # what an earlier batch left must not be seen
-        step.load(cache, mask)
+        step.cache.load(cache, mask)
         for t in (1, 2):
             state, logits = step(more[:, t - 1])
             read = torch.cat([ids, more[:, :t]], 1), torch.cat([mask, torch.ones(2, t, dtype=torch.int64)], 1)

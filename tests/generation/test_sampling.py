@@ -19,7 +19,7 @@ from minirlhf.generation.sampling import (
     restrict,
     sample,
     sample_top_p,
-    sampling_set,
+    truncate,
     top_k_set,
     top_p_set,
     unpack_set,
@@ -85,7 +85,7 @@ def test_top_k_set_keeps_the_k_highest():
 
 
 def test_no_set_where_nothing_is_cut():
-    assert sampling_set(torch.zeros(2, 3), SamplingConfig(temperature=0.5)) is None
+    assert truncate(torch.zeros(2, 3), SamplingConfig(temperature=0.5))[1] is None
     assert not SamplingConfig(temperature=0.5).truncates
     assert SamplingConfig(top_k=1).truncates and SamplingConfig(top_p=0.99).truncates
 
@@ -105,7 +105,7 @@ def test_the_set_is_the_one_of_transformers(setting):
     expected = logits
     for warper in warpers:
         expected = warper(None, expected)
-    keep = sampling_set(logits, SamplingConfig(temperature, top_k, top_p))
+    keep = truncate(logits, SamplingConfig(temperature, top_k, top_p))[1]
     assert torch.equal(keep, torch.isfinite(expected))
     torch.testing.assert_close(restrict(logits, temperature, keep), expected)
 
@@ -114,10 +114,10 @@ def test_temperature_top_k_and_top_p_in_their_order_by_hand():
     # p ~ 8 4 2 1 1; temperature 1/2 squares it: 64 16 4 1 1. top_k=2 leaves 64:16 = .8:.2, so top_p=.8 keeps one token
     # (top-p first, over the mass of all, .744, would keep two).
     logits = torch.tensor([[8.0, 4, 2, 1, 1]], dtype=torch.float64).log()
-    assert sampling_set(logits, SamplingConfig(0.5, 2, 0.79)).tolist() == [[True, False, False, False, False]]
-    assert sampling_set(logits, SamplingConfig(0.5, 0, 0.79)).tolist() == [[True, True, False, False, False]]
+    assert truncate(logits, SamplingConfig(0.5, 2, 0.79))[1].tolist() == [[True, False, False, False, False]]
+    assert truncate(logits, SamplingConfig(0.5, 0, 0.79))[1].tolist() == [[True, True, False, False, False]]
     # Without the temperature 8:4 = .667:.333.
-    assert sampling_set(logits, SamplingConfig(1.0, 2, 0.79)).tolist() == [[True, True, False, False, False]]
+    assert truncate(logits, SamplingConfig(1.0, 2, 0.79))[1].tolist() == [[True, True, False, False, False]]
 
 
 @pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.6, 0, 1.0), (0.8, 4, 1.0), (1.3, 6, 0.8)])

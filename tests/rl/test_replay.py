@@ -11,7 +11,7 @@ import torch
 
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer
-from minirlhf.generation.sampling import pack_set, sampling_set
+from minirlhf.generation.sampling import pack_set, truncate
 from minirlhf.rl.logprobs import response_logprobs
 from minirlhf.text.batching import left_pad
 
@@ -151,7 +151,7 @@ def test_the_enumeration_is_complete_and_truncated(world, sampling, length):
     assert len(PROMPTS) * 2 <= len(world.rows) < len(PROMPTS) * V**length
     for prompt, _, sets in world.rows:
         logits = next_logits(world.model, prompt).detach()
-        assert sampling_set(logits[None], sampling)[0].nonzero().flatten().tolist() == sets[0]
+        assert truncate(logits[None], sampling)[1][0].nonzero().flatten().tolist() == sets[0]
 
 
 @pytest.mark.parametrize(("sampling", "length"), CASES)
@@ -274,7 +274,7 @@ def test_the_negative_kl_of_examples_readme():
         return model
 
     policy, reference = ActorCritic(two_tokens([0.8, 0.2])).double(), two_tokens([0.9, 0.1])
-    keep = sampling_set(policy(torch.tensor([[1]]))[0][0], SamplingConfig(top_p=0.7))
+    keep = truncate(policy(torch.tensor([[1]]))[0][0], SamplingConfig(top_p=0.7))[1]
     assert keep.tolist() == [[True, False]]
     drawn = torch.tensor([[1, 0]])
     full = response_logprobs(policy, drawn, None, 1, 1.0, None, reference)
