@@ -92,7 +92,7 @@ def has_native_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # oneDNN says yes to any AVX-512 as well, on which it computes bf16 by way of fp32.
+    # oneDNN says yes to any AVX-512, on which it computes bf16 by way of fp32.
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):

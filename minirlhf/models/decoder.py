@@ -24,16 +24,15 @@ class Decoder(nn.Module):
     """A causal language model: `model(ids, attention_mask=None) -> logits (B, T, V)`."""
 
     origin: Origin | None = None  # what it was loaded from
-    n_tokens: int | None = None  # tokens of the tokenizer, if the embedding has more rows (see `fit_vocabulary`)
     # Keep no activations but those between blocks; the backward pass recomputes the rest (Chen et al. 2016).
     checkpoint_activations = False
 
     # ---- what an architecture must provide --------------------------------------------------------------------------
 
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """V, tokens that have a logit."""
+    vocab_size: int  # V, tokens that have a logit
+    n_positions: int  # most tokens of one sequence
+    width: int  # C
+    n_heads: int  # attention heads of a block
 
     @abstractmethod
     def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
@@ -41,21 +40,6 @@ class Decoder(nn.Module):
 
         Raises ValueError, with the name of the model, if the embedding has fewer rows, or too many for padding.
         """
-
-    @property
-    @abstractmethod
-    def n_positions(self) -> int:
-        """Most tokens of one sequence."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """C, size of a hidden state."""
-
-    @property
-    @abstractmethod
-    def n_heads(self) -> int:
-        """Attention heads of a block."""
 
     @property
     @abstractmethod

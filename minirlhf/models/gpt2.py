@@ -152,7 +152,8 @@ class GPT2(Decoder):
 
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
-        self.config = config
+        self.config, self.vocab_size, self.n_positions = config, config.vocab_size, config.n_positions
+        self.width, self.n_heads = config.n_embd, config.n_head
         with global_rng_kept():
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -168,32 +169,10 @@ class GPT2(Decoder):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, 0.0, residual, generator=generator)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.n_tokens or self.config.vocab_size
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The weight (V, C) of the LM head: the token embedding's, unless the head is untied."""
-        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
-        return weight if self.n_tokens is None else weight[: self.n_tokens]
-
     def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
         """See `Decoder.fit_vocabulary`."""
         check_vocabulary(self.config.vocab_size, n_tokens, name)
-        self.n_tokens = None if n_tokens == self.config.vocab_size else n_tokens
-
-    @property
-    def n_positions(self) -> int:
-        return self.config.n_positions
-
-    @property
-    def width(self) -> int:
-        return self.config.n_embd
-
-    @property
-    def n_heads(self) -> int:
-        return self.config.n_head
+        self.vocab_size = n_tokens
 
     @property
     def embeddings(self) -> list[nn.Module]:
@@ -244,8 +223,9 @@ class GPT2(Decoder):
         return x if packing is None else packing.unpack(x)  # (B, T, C)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C)."""
-        return F.linear(hidden, self.head_weight)
+        """See `Decoder.lm_logits`."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight  # (V, C), tied or not
+        return F.linear(hidden, weight if self.vocab_size == len(weight) else weight[: self.vocab_size])
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """See `Decoder.new_cache`."""

@@ -115,7 +115,7 @@ class ActorCritic(nn.Module):
 
 
 def language_model(model: Decoder | ActorCritic) -> Decoder:
-    """The decoder of a model that may have a value head."""
+    """The decoder of a model, with or without a value head."""
     return model.decoder if isinstance(model, ActorCritic) else model
 
 

@@ -40,11 +40,10 @@ class Packing:
 
         ids: (B, T) int64. mask: (B, T), 1 at real tokens; None: all are. share: whether rows that begin alike compute
             their beginning once; not if a cache or dropout makes them differ.
-        Also None on a GPU (it would force a synchronisation), and where a program is recorded for other batches.
+        Also None on a GPU (it would force a synchronisation).
         """
         alone = not share or len(ids) == 1
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if ids.device.type != "cpu" or recorded or ids.numel() == 0 or (mask is None and alone):
+        if ids.device.type != "cpu" or ids.numel() == 0 or (mask is None and alone):
             return None
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         own = torch.arange(ids.numel()).view(ids.shape)

@@ -126,9 +126,7 @@ class PPOConfig:
         fine = self.missing_eos == "keep" or self.eos_token_id is not None
         validation.require(self, "missing_eos", fine, "keep unless eos_token_id is set")
         fits = self.batch_size % self.group_size == 0 and self.minibatch_size % self.group_size == 0
-        validation.require(
-            self, "group_size", fits, "a divisor of batch_size and minibatch_size, so that groups stay whole"
-        )
+        validation.require(self, "group_size", fits, "a divisor of batch_size and minibatch_size: groups stay whole")
         pair, allowed = (self.kl_estimator, self.kl_placement), [" in the ".join(pair) for pair in KL_PLACEMENTS]
         validation.require(
             self, "kl_placement", pair in KL_PLACEMENTS,

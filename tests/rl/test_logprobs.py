@@ -101,15 +101,6 @@ def test_score_without_a_mask_is_that_of_full_rows():
     assert scores.ref_logprobs is None and scores.exact_kl is None
 
 
-@torch.no_grad()
-def test_no_value_head_no_values():
-    tokens, mask = ragged_rollout()
-    model = make_actor_critic()
-    scores = response_logprobs(ActorCritic(model.decoder, None), tokens, mask, R)
-    assert scores.values is None
-    torch.testing.assert_close(scores.logprobs, naive_score(model, tokens, mask)["logprobs"], rtol=1e-9, atol=1e-9)
-
-
 def weighted(scores, mask: Tensor) -> Tensor:
     """A loss in which every token of every result has a weight of its own."""
     generator = torch.Generator().manual_seed(3)
