@@ -58,27 +58,21 @@ class DecodeStep:
 
     def capture(self) -> None:
         """On a GPU, record the step as a graph. Raises RuntimeError if something in it cannot be recorded."""
-        device = self.new.device
-        if device.type != "cuda":
+        if self.new.device.type != "cuda":
             return
-        with torch.cuda.device(device):
-            before = torch.cuda.current_stream()
+        with torch.cuda.device(self.new.device):
+            graph, side, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
             try:
-                self._record(before)
+                side.wait_stream(before)
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UPS):  # the new cache has room for them, and is loaded before it is read
+                        self._forward()
+                before.wait_stream(side)
+                # Other threads, say of a reward function, may use the GPU meanwhile.
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    outputs = self._forward()
             finally:  # a capture that fails leaves its own stream behind
                 torch.cuda.set_stream(before)
-
-    def _record(self, stream: torch.cuda.Stream) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):  # the new cache has room for them, and is loaded before it is read
-                self._forward()
-        stream.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, say of a reward function, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            outputs = self._forward()
         self.graph, self.outputs = graph, outputs
 
 

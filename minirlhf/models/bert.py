@@ -175,8 +175,7 @@ class BertModel(nn.Module):
 class BertClassifier(nn.Module):
     """BERT with a classification head: `model(ids, attention_mask=None) -> logits (B, L)`.
 
-    config: a BertConfig, whose `id2label` sets the number and the names of the labels.
-    seed: of the generator that draws the initial weights.
+    config: its `id2label` names the labels. seed: of the generator that draws the initial weights.
     """
 
     origin: Origin | None = None  # what it was loaded from
@@ -306,12 +305,9 @@ def _checked_labels(id2label: Any) -> dict[int, str]:
     """id2label with int keys 0 .. L-1 (JSON has them as text)."""
     try:
         labels = {int(i): str(label) for i, label in id2label.items() if isinstance(label, (str, int, float))}
-        if len(labels) != len(id2label):
-            raise ValueError
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"BertConfig.id2label must map class numbers to names, got {id2label!r:.200}") from None
-    if sorted(labels) != list(range(len(labels))) or not labels:
-        raise ValueError(f"BertConfig.id2label must have the keys 0, 1, ... without gaps, got {sorted(labels)}")
-    if len(set(labels.values())) != len(labels):
-        raise ValueError(f"BertConfig.id2label must have distinct names, got {list(labels.values())}")
+        labels = {}
+    if not labels or sorted(labels) != list(range(len(id2label))) or len(set(labels.values())) != len(labels):
+        allowed = "map 0, 1, ... without gaps to distinct names"
+        raise ValueError(f"BertConfig.id2label must {allowed}, got {id2label!r:.200}")
     return labels

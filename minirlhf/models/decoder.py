@@ -77,7 +77,7 @@ class Decoder(nn.Module):
 
     @abstractmethod
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty KVCache for `max_length` tokens a row, on the model's device in its compute type."""
+        """An empty KVCache for `max_length` tokens a row, in the model's compute type."""
 
     @abstractmethod
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,8 +105,7 @@ class Decoder(nn.Module):
     ) -> None:
         """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
 
-        dtype: the type the weights are stored in. summary: of the training, names to JSON values, for the README and
-            the metadata of the weights.
+        dtype: the type the weights are stored in. summary: of the training, names to JSON values.
         Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
         """
         config, tensors = self.published(dtype)
@@ -124,8 +123,8 @@ def compile_blocks(*models: Decoder) -> None:
             block.compile(dynamic=True)
 
 
-def share_frozen_parameters(model: Decoder, reference: Decoder) -> int:
-    """Let a reference use the memory of the model's frozen parameters; returns their number, in elements.
+def share_frozen_parameters(model: Decoder, reference: Decoder) -> None:
+    """Let a reference use the memory of the model's frozen parameters.
 
     Raises ValueError, before anything is shared, if nothing is frozen, or a frozen parameter differs.
     """
@@ -138,4 +137,3 @@ def share_frozen_parameters(model: Decoder, reference: Decoder) -> int:
             raise ValueError(f"{name} is frozen, but differs from the reference's: they cannot share it")
     for name, p in frozen.items():
         others[name].data = p.data
-    return sum(p.numel() for p in frozen.values())

@@ -147,7 +147,7 @@ class Block(nn.Module):
 class GPT2(Decoder):
     """GPT-2 with an LM head: `model(ids, attention_mask=None) -> logits (B, T, V)`.
 
-    config: a GPT2Config. seed: of the generator that draws the initial weights.
+    seed: of the generator that draws the initial weights.
     """
 
     def __init__(self, config: GPT2Config, seed: int = 0):
@@ -191,9 +191,9 @@ class GPT2(Decoder):
     ) -> Tensor:
         """See `Decoder.hidden_states`."""
         T, past = ids.size(1), 0 if cache is None else cache.length
-        if attention_mask is not None and attention_mask.shape != (len(ids), past + T):
-            shape, expected = tuple(attention_mask.shape), (len(ids), past + T)
-            raise ValueError(f"attention_mask has shape {shape}, expected {expected}")
+        shape = (len(ids), past + T)
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {shape}")
         packing, allowed = None, None  # type: Packing | None, Tensor | None
         if isinstance(cache, StaticKVCache):
             positions, allowed = cache.positions, cache.allowed
@@ -310,7 +310,7 @@ def own_name(published: str) -> str | None:
 
 
 def token_positions(attention_mask: Tensor | None, past: int, total: int, device: torch.device) -> Tensor:
-    """Positions of the new tokens, (B, T) or (T,): real tokens are numbered 0, 1, 2, ... in every row."""
+    """Positions (B, T) or (T,) of the new tokens: real tokens are numbered 0, 1, 2, ... in every row."""
     if attention_mask is None:
         return torch.arange(past, total, device=device)
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
@@ -320,8 +320,7 @@ def causal_mask(attention_mask: Tensor | None, past: int, new: int, device: torc
     """Bool (B or 1, 1, T, S), which keys each new token may attend to; None stands for all that are not after it."""
     if attention_mask is None and (past == 0 or new == 1):
         return None
-    total = past + new
-    causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(past)[None, None]  # (1, 1, T, S)
+    causal = torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)[None, None]  # (1, 1, T, S)
     if attention_mask is None:
         return causal
     # A padding token may attend to itself: a softmax over nothing would be NaN.

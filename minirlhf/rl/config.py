@@ -146,11 +146,6 @@ class PPOConfig:
         return -(-self.steps // self.batch_size)
 
     @property
-    def prompts_per_batch(self) -> int:
-        """Prompts that are drawn for a batch, each for `group_size` responses."""
-        return self.batch_size // self.group_size
-
-    @property
     def logprobs_divisor(self) -> float:
         """What logits are divided by for log-probabilities: the sampling temperature, unless turned off."""
         return self.temperature if self.logprobs_temperature else 1.0

@@ -156,9 +156,8 @@ def collect_rollout(
     clock.stop("generation")
     scores = within(c.reward_timeout, reward_by_token, reward_fn, prompts, responses, pieces)
     clock.stop("reward")
-    found = logprobs_in_batches(
-        models, sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states
-    )
+    known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
+    found = logprobs_in_batches(models, *known)
     clock.stop("scoring")
     return Rollout(
         tokens=sampled.tokens,
@@ -232,11 +231,8 @@ def logprobs_in_batches(
                 index = to_device(torch.tensor(batch), device)
                 sets, known = (None if x is None else x[index] for x in (sampling_sets, states))
                 real = mask[index] if lengths[batch[-1]] < tokens.size(1) else None  # the last is the shortest
-                parts.append(
-                    response_logprobs(
-                        models.policy, tokens[index], real, response_length, temperature, sets, models.reference, known
-                    )
-                )
+                inputs = (tokens[index], real, response_length, temperature, sets, models.reference, known)
+                parts.append(response_logprobs(models.policy, *inputs))
     back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), device)
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(TokenLogprobs)}
     return {name: torch.cat(column)[back] for name, column in columns.items() if column[0] is not None}

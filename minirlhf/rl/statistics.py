@@ -26,9 +26,11 @@ def rollout_statistics(batch: Rollout, scores: Tensor) -> Stats:
     def per_sequence(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum(-1).mean()
 
-    stats = {f"objective/kl{end}": per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, kind))
-             for end, kind in (("", "k1"), ("_k2", "k2"), ("_k3", "k3"))}  # fmt: skip
-    stats |= {
+    k1, k2, k3 = (per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, kind)) for kind in ("k1", "k2", "k3"))
+    stats = {
+        "objective/kl": k1,
+        "objective/kl_k2": k2,
+        "objective/kl_k3": k3,
         "objective/kl_exact": per_sequence(batch.exact_kl),
         "objective/entropy": per_sequence(batch.entropy),
         "objective/reward_with_kl": per_sequence(rewards),

@@ -157,15 +157,9 @@ class PPOTrainer:
     def _loss(self, batch: Rollout) -> tuple[Tensor, TensorStats]:
         """The loss of a micro-batch, its share of the minibatch's mean, and the same of what is worth logging."""
         c, mask = self.config, batch.response_mask
-        now = response_logprobs(
-            self.policy,
-            batch.tokens,
-            batch.attention_mask,
-            mask.size(1),
-            c.logprobs_divisor,
-            batch.sampling_sets,
-            self.reference if c.kl_estimator == "exact" else None,
-        )
+        reference = self.reference if c.kl_estimator == "exact" else None
+        inputs, sets = (batch.tokens, batch.attention_mask, mask.size(1)), batch.sampling_sets
+        now = response_logprobs(self.policy, *inputs, c.logprobs_divisor, sets, reference)
 
         def mean(x: Tensor) -> Tensor:
             return masked_sum(x * batch.weights, mask)
@@ -261,7 +255,7 @@ class PPOTrainer:
         pool, history = self.check_prompts(prompts), []
         while self.iteration < self.config.iterations:
             with undone_on_error(self.generators.values()):
-                count = self.config.prompts_per_batch
+                count = self.config.batch_size // self.config.group_size
                 drawn = torch.randint(len(pool), (count,), generator=self.generators["shuffling"])
                 rollout = self.collect([pool[i] for i in drawn], reward_fn)
             history.append(self.step(rollout))

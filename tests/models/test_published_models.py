@@ -4,13 +4,10 @@ The layouts are those of the uer models (GPT-2 and BERT, written by UER's conver
 GPT-2 and of transformers itself.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import stat
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -627,38 +624,3 @@ def test_a_bad_value_head_is_named(tmp_path, head, message):
     write_tensors(tmp_path / "value_head.safetensors", head, {"kind": "linear"})
     with pytest.raises(ValueError, match=rf"value_head.safetensors do not fit the model: .*{message}"):
         ActorCritic.from_pretrained(tmp_path)
-
-
-@contextlib.contextmanager
-def without_privileges():
-    """Within it permissions count, even where the tests run as root."""
-    if os.name != "posix":
-        pytest.skip("needs POSIX permissions")
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def public_folder():
-    """A folder that everybody can reach, unlike those of pytest."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(stat.S_IRWXU)
-    shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("locked", ["model", "model/config.json", "model/model.safetensors"])
-@pytest.mark.parametrize("kind", [GPT2, ActorCritic])
-def test_what_may_not_be_read_is_named(public_folder, locked, kind):
-    make_actor_critic(make_gpt2()).save_pretrained(public_folder / "model")
-    (public_folder / locked).chmod(0)
-    with without_privileges(), pytest.raises(OSError, match=re.escape(str(public_folder / locked))):
-        kind.from_pretrained(public_folder / "model")

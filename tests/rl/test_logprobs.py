@@ -221,14 +221,6 @@ def test_padding_is_exactly_zero_whatever_stands_there():
         assert (getattr(first, name)[~mask[:, -R:].bool()] == 0).all()
 
 
-@torch.no_grad()
-def test_the_last_token_state_is_not_needed():
-    """The last token is predicted and predicts nothing: a sequence may be one longer than the positions."""
-    model = ActorCritic(make_gpt2(**{**SIZES, "n_positions": 8}))
-    tokens = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert response_logprobs(model, tokens, None, 3).logprobs.shape == (2, 3)
-
-
 @pytest.mark.parametrize("length", [0, 10, 11, -1])
 def test_a_response_length_that_leaves_no_prompt_is_refused(length):
     with pytest.raises(ValueError, match="response_length must be in 1 to 9"):

@@ -169,14 +169,6 @@ def test_bad_prompts_are_refused_before_the_reward_is_asked(models, prompts):
         collect(models, prompts=prompts, reward=lambda texts: pytest.fail("the reward was asked"))
 
 
-def test_the_size_of_scoring_batches_changes_nothing(models):
-    whole = collect(models, prompts=PROMPTS * 2, eos_token_id=EOS, length=10)
-    cut = collect(dataclasses.replace(models, scoring_batch_size=3), prompts=PROMPTS * 2, eos_token_id=EOS, length=10)
-    assert torch.equal(cut.tokens, whole.tokens)
-    for name in ("logprobs", "ref_logprobs", "values", "entropy", "exact_kl"):
-        torch.testing.assert_close(getattr(cut, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
-
-
 def test_collecting_leaves_the_global_random_state_and_the_weights_alone(models):
     state, weights = torch.get_rng_state(), [p.clone() for p in models.policy.parameters()]
     collect(models)

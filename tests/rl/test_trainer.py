@@ -230,23 +230,17 @@ def test_target_kl_stops_the_epochs():
     assert make_trainer(**settings).step(*batch())["ppo/updates"] == 4
 
 
-def learning_rates(**settings):
-    """Of every optimizer step of a run of 3 batches, 2 epochs and 2 minibatches."""
-    trainer = make_trainer(steps=12, **settings)
-    seen = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"] / 1e-3))
-    trainer.train(PROMPTS, reward)
-    assert len(seen) == 3 * 2 * 2
-    return seen
-
-
 @pytest.mark.parametrize(("schedule", "expected"), [
     ("linear", [1 - k / 12 for k in range(12)]),
     ("cosine", [(1 + math.cos(math.pi * k / 12)) / 2 for k in range(12)]),
     ("constant", [1.0] * 12),
 ])  # fmt: skip
 def test_a_schedule_runs_over_all_optimizer_steps(schedule, expected):
-    assert learning_rates(lr_schedule=schedule) == pytest.approx(expected)
+    """Of a run of 3 batches, 2 epochs and 2 minibatches."""
+    trainer, seen = make_trainer(steps=12, lr_schedule=schedule), []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"] / 1e-3))
+    trainer.train(PROMPTS, reward)
+    assert seen == pytest.approx(expected)
 
 
 def test_scores_may_leave_the_temperature_out():
@@ -322,30 +316,6 @@ def test_a_tiny_task_is_learned():
     assert history[-1]["objective/entropy"] < history[0]["objective/entropy"]
 
 
-def test_each_token_learns_from_its_own_score():
-    """With gamma = 0 nothing comes back from later tokens: a score at the last one teaches the others nothing."""
-
-    def is_chinese(prompts, responses, tokens):
-        return [[float(any("一" <= c <= "龥" for c in token)) for token in row] for row in tokens]
-
-    def total(prompts, responses):
-        return [sum("一" <= c <= "龥" for c in text) for text in responses]
-
-    shares = []
-    for of_tokens in (is_chinese, total):
-        policy, reference = (GPT2(GPT2Config(vocab_size=len(VOCAB), n_positions=16, **SMALL)) for _ in range(2))
-        trainer = PPOTrainer(
-            policy, reference, Tokenizer(VOCAB), steps=32 * 16, batch_size=32, minibatch_size=16,
-            forward_batch_size=32, gen_len=4, lr=1e-2, top_p=1.0, device="cpu", init_kl_coef=0.0, gamma=0.0,
-        )  # fmt: skip
-        last = []
-        trainer.train(["好", "酒", "服"], of_tokens, lambda rollout, _, last=last: last.append(rollout))
-        tokens = torch.cat([rollout.tokens[:, -4:-1] for rollout in last[-3:]])  # all but the last token
-        chinese = torch.tensor(["一" <= token[0] <= "龥" for token in VOCAB])
-        shares.append(chinese[tokens].float().mean().item())
-    assert shares[0] > 0.9 and shares[0] > shares[1] + 0.1
-
-
 # ---- edges and bad input ---------------------------------------------------------------------------------------------
 
 
@@ -393,15 +363,9 @@ def ids(*values):
 GOOD = [ids(5, 6), ids(7)]
 BAD_BATCHES = {
     "one score too few": (GOOD, GOOD, [1.0]),
-    "one score too many": (GOOD, GOOD, [1.0, 2.0, 3.0]),
     "a score that is not a number": (GOOD, GOOD, [1.0, NAN]),
-    "an infinite score": (GOOD, GOOD, [1.0, math.inf]),
     "a token without a score": (GOOD, GOOD, [[1.0], [2.0]]),
-    "a score without a token": (GOOD, GOOD, [[1.0, 2.0], [2.0, 3.0]]),
-    "token scores of too few responses": (GOOD, GOOD, [[1.0, 2.0]]),
     "a token score that is not a number": (GOOD, GOOD, [[1.0, NAN], [2.0]]),
-    "token scores and a score": (GOOD, GOOD, [[1.0, 2.0], 2.0]),
-    "scores as texts": (GOOD, GOOD, ["a", "b"]),
     "no scores": (GOOD, GOOD, None),
     "no responses": (GOOD, None, [1.0, 2.0]),
     "unequal lists": (GOOD, GOOD[:1], [1.0, 2.0]),
