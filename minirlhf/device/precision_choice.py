@@ -34,11 +34,9 @@ class Rounding:
         return cls(error.mean().item(), error.max().item())
 
     def mean_fits(self, cliprange: float) -> bool:
-        """Whether the mean stays within its share of the clip range."""
         return self.mean <= ROUNDING_SHARE * cliprange
 
     def worst_fits(self, cliprange: float) -> bool:
-        """Whether no token is outside the clip range."""
         return self.worst <= cliprange
 
     def __str__(self) -> str:

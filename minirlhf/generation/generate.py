@@ -82,10 +82,9 @@ def generate(
     ids, prompt_mask = left_pad(prompts, pad_token_id)
     longest, padded = int(prompt_mask.sum(-1).max()), not bool(prompt_mask.all())
     if longest + max_new_tokens > model.n_positions:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room for {max_new_tokens} new ones in the model's context of "
-            f"{model.n_positions}; shorten the prompt to {model.n_positions - max_new_tokens}"
-        )
+        room = f"for {max_new_tokens} new ones in the model's context of {model.n_positions}"
+        advice = f"shorten the prompt to {model.n_positions - max_new_tokens}"
+        raise ValueError(f"a prompt of {longest} tokens leaves no room {room}; {advice}")
     ids, prompt_mask = to_device(ids, model.device), to_device(prompt_mask, model.device)
     B, P = ids.shape
     uniforms = draw_uniforms(max_new_tokens, B, model.device, generator)

@@ -17,7 +17,7 @@ from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
 from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
-from minirlhf.models.heads import ActorCritic, check_models, language_model, with_value_head
+from minirlhf.models.heads import ActorCritic, language_model, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.probes import language_model_probe
 from minirlhf.text.tokenizer import Tokenizer
@@ -64,9 +64,13 @@ def prepare(
         own = actor.value_head.kind
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
-    reference = language_model(ref_policy)
-    check_models(actor.decoder, reference, tokenizer)
-    positions = actor.decoder.n_positions
+    reference, positions = language_model(ref_policy), actor.decoder.n_positions
+    actor.decoder.fit_vocabulary(len(tokenizer), "policy")
+    reference.fit_vocabulary(len(tokenizer), "reference")
+    if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
+    if reference.n_positions < positions:
+        raise ValueError(f"the reference has {reference.n_positions} positions, fewer than the policy's {positions}")
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
     validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
     device = resolve_device(config.device)

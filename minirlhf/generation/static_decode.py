@@ -89,18 +89,16 @@ class GraphedDecoder:
 
     def step_for(self, model: Decoder, batch_size: int, columns: int) -> DecodeStep | None:
         """A step with room for so many columns; None, with a warning the first time, if it cannot be captured."""
-        if self._failed:
-            return None
         step = self._step
         if step is not None and step.key == DecodeStep.key_of(model, batch_size) and columns <= step.columns:
             return step
         self._step = step = None  # frees its memory before the next one takes as much
-        try:
-            step = DecodeStep(model, batch_size, -(-columns // COLUMNS) * COLUMNS)
-            step.capture()
-        except RuntimeError as error:
-            self._failed = True
-            warnings.warn(f"decoding without a CUDA graph, as it cannot be captured: {error}", stacklevel=3)
-            return None
-        self._step = step
-        return step
+        if not self._failed:
+            try:
+                step = DecodeStep(model, batch_size, -(-columns // COLUMNS) * COLUMNS)
+                step.capture()
+                self._step = step
+            except RuntimeError as error:
+                self._failed = True
+                warnings.warn(f"decoding without a CUDA graph, as it cannot be captured: {error}", stacklevel=3)
+        return self._step

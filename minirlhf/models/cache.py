@@ -12,8 +12,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values of the tokens seen so far, allocated once for `max_length` tokens a row.
 
-    layers: one tensor (2, B, nh, max_length, hs) a layer, keys and values. length: how many tokens are filled.
-    like: a tensor of the dtype and device to allocate with.
+    layers: one tensor (2, B, nh, max_length, hs) a layer, keys and values, of the type and device of `like`.
+    length: how many tokens are filled.
     """
 
     def __init__(self, n_layer: int, batch_size: int, heads: int, max_length: int, head_size: int, like: Tensor):
@@ -71,7 +71,7 @@ class StaticKVCache(KVCache):
         self.positions += tokens
 
     def load(self, cache: KVCache, prompt_mask: Tensor) -> None:
-        """Begin with the prompts in another cache of as many rows. prompt_mask: (B, P), 1 at real tokens."""
+        """Begin with the prompts of another cache of as many rows. prompt_mask: (B, P), 1 at real tokens."""
         for mine, theirs in zip(self.layers, cache.layers, strict=True):
             mine[:, :, :, : cache.length] = theirs[:, :, :, : cache.length]
             # Hidden columns have weight 0, but 0 times a NaN left there would be NaN.

@@ -20,7 +20,6 @@ from minirlhf.io.model_folder import cast, check_tensors, read_metadata, read_te
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import global_rng_kept
 from minirlhf.models.loading import decoder_class
-from minirlhf.text.tokenizer import Tokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_KINDS = ("linear", "tanh")
@@ -128,14 +127,3 @@ def with_value_head(
     decoder = language_model(model)
     head = None if kind is None else ValueHead(decoder.width, kind, init_range=init_range, seed=seed)
     return ActorCritic(decoder, head)
-
-
-def check_models(policy: Decoder, reference: Decoder, tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless policy, reference and tokenizer fit each other."""
-    policy.fit_vocabulary(len(tokenizer), "policy")
-    reference.fit_vocabulary(len(tokenizer), "reference")
-    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
-        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
-    if reference.n_positions < policy.n_positions:
-        few = f"the reference has {reference.n_positions} positions, fewer than the policy's {policy.n_positions}"
-        raise ValueError(f"{few}: it could not score what the policy writes")

@@ -160,9 +160,9 @@ def collect_rollout(
     found = logprobs_in_batches(models, *known)
     clock.stop("scoring")
     return Rollout(
-        tokens=sampled.tokens,
-        mask=sampled.mask,
-        response_mask=sampled.response_mask,
+        sampled.tokens,
+        sampled.mask,
+        sampled.response_mask,
         sampling_sets=sampled.sampling_sets,
         sampler_logprobs=sampled.logprobs,
         prompts=tuple(prompts),
@@ -201,14 +201,9 @@ def rollout_from_tokens(
     tokens = to_device(torch.cat([query_ids, response_ids], 1), model.device)
     mask = to_device(torch.cat([query_mask, response_mask], 1), model.device)
     found = logprobs_in_batches(models, tokens, mask, response_ids.size(1), config.logprobs_divisor)
-    return Rollout(
-        tokens=tokens,
-        mask=mask,
-        response_mask=to_device(response_mask.bool(), model.device),
-        group_size=config.group_size,
-        **_score_fields(checked, found["logprobs"]),
-        **found,
-    )
+    found |= _score_fields(checked, found["logprobs"])
+    real = to_device(response_mask.bool(), model.device)
+    return Rollout(tokens, mask, real, group_size=config.group_size, **found)
 
 
 @torch.no_grad()
