@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -291,10 +292,22 @@ class GPT2(Decoder):
 
 
 def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A GPT-2 folder's `config.json`, and all its tensors by their names here; raises as `GPT2.from_pretrained`."""
+    """A GPT-2 folder's `config.json`, and all its tensors by their names here; raises as `GPT2.from_pretrained`.
+
+    Where attention is scaled by the inverse of the layer's number, too, the query weights become smaller instead.
+    """
     content, tensors = read_folder(folder)
+    by_layer = content.get("scale_attn_by_inverse_layer_idx") is True
+    if by_layer:
+        content["scale_attn_by_inverse_layer_idx"] = False
     check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
-    return content, renamed(tensors, own_name, folder)
+    named = renamed(tensors, own_name, folder)
+    for name, tensor in named.items() if by_layer else ():
+        layer = re.fullmatch(r"h\.([0-9]{1,9})\.attn\.c_attn\.(weight|bias)", name)
+        if layer and tensor.ndim and tensor.is_floating_point():
+            named[name] = tensor.float()
+            named[name][..., : tensor.size(-1) // 3] *= 1 / (int(layer[1]) + 1)
+    return content, named
 
 
 def read_config(content: Mapping[str, Any], stored: int) -> GPT2Config:

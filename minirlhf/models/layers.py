@@ -27,12 +27,18 @@ def gelu_new(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU approximated by a sigmoid, x sigmoid(1.702 x) (Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_python": F.gelu,
     "gelu_new": gelu_new,
     "gelu_fast": gelu_new,
     "gelu_pytorch_tanh": gelu_new,
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,

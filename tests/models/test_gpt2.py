@@ -320,7 +320,6 @@ def test_one_error_names_every_tensor_that_is_wrong(folder):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "bert"}, "'bert' model, expected 'gpt2'"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True; only False is supported"),
     ({"scale_attn_weights": False}, "scale_attn_weights=False; only True is supported"),
 ])  # fmt: skip
 def test_a_config_that_computes_something_else_is_refused(folder, changes, message):

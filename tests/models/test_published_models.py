@@ -193,9 +193,12 @@ def variant_gpt2(folder, **changes) -> None:
     theirs_with(GPT2LMHeadModel, config, random_state(GPT2LMHeadModel, config)).save_pretrained(folder)
 
 
+@pytest.mark.parametrize("changes", [
+    {"tie_word_embeddings": False}, {"activation_function": "quick_gelu"}, {"scale_attn_by_inverse_layer_idx": True},
+])  # fmt: skip
 @torch.no_grad()
-def test_an_untied_head_computes_as_in_transformers_and_is_saved_as_it_computes(tmp_path):
-    variant_gpt2(tmp_path / "model", tie_word_embeddings=False)
+def test_a_variant_computes_as_in_transformers_and_is_saved_as_it_computes(tmp_path, changes):
+    variant_gpt2(tmp_path / "model", **changes)
     variant_gpt2(tmp_path / "plain")
     ours = GPT2.from_pretrained(tmp_path / "model")
     ids = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(1))
