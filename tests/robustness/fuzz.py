@@ -78,7 +78,7 @@ def targets() -> list[Target]:
         Target("GPT-2", write_gpt2, GPT2.from_pretrained, use_gpt2),
         Target("actor-critic", write_actor_critic, ActorCritic.from_pretrained, lambda model: use_gpt2(model.decoder)),
         Target("BERT", write_bert, BertClassifier.from_pretrained, lambda model: model(torch.tensor([[0]]))),
-        Target("sentiment reward", write_reward, load_reward, lambda reward: reward.classify(["酒店", ""])),
+        Target("sentiment reward", write_reward, load_reward, lambda reward: reward(["酒店", ""])),
         Target("vocab.txt", write_tokenizer, Tokenizer.from_pretrained, use_tokenizer),
         Target("byte-level BPE", write_bpe, Tokenizer.from_pretrained, use_tokenizer),
         Target("shards", write_shards, GPT2.from_pretrained, use_gpt2),
