@@ -15,7 +15,7 @@ import random
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import show
-from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.rewards.composed import (
@@ -85,9 +85,10 @@ def main() -> None:
         summary, tables = {}, []
         for target in TARGETS:
             prompts = [target.tag + prompt for prompt in PROMPTS]
-            models, settings = (trainer.policy, trainer.reference, tokenizer), (config.gen_len, config.sampling)
-            found = summarise(*models, prompts, sentiment, *settings, args.samples, seed=config.seed)
-            figures, pairs = found.figures, found.pairs
+            settings = EvaluationConfig(args.samples, config.gen_len, config.sampling, max_n=16, seed=config.seed)
+            models = trainer.policy, trainer.reference, tokenizer
+            found = evaluate(*models, prompts, sentiment, config=settings).given
+            figures, pairs = found.summary(), found.pairs
             for model, side in (("reference", "before"), ("policy", "after")):
                 p = classifier([pair.prompt.removeprefix(target.tag) + getattr(pair, side) for pair in pairs])
                 figures |= {f"{model}/p_positive": p.mean().item(), f"{model}/from_half": (p - 0.5).abs().mean().item()}

@@ -72,7 +72,8 @@ def main() -> None:
         curve += [FrontierPoint(f"{point.n:g}", point.kl, getattr(point, name)) for point in first.best_of_n]
         policies = [FrontierPoint(f"β = {c:g}", x.kl, getattr(x.policy, name)) for c, x in found.items()]
         score = {"reward": "reward", "second": "second scorer"}[name]
-        atomic_write(output / file, draw_frontier(curve, policies, score))
+        optimum = first.frontier if name == "reward" else ()  # the best that any policy can do
+        atomic_write(output / file, draw_frontier(curve, policies, score, optimum))
     show(f"{table}saved in {output}")
 
 

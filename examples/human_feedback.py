@@ -19,14 +19,14 @@ from minirlhf.common.printing import show
 from minirlhf.rewards.human import FeedbackFile, FeedbackSession, HumanReward, draw_answers
 from minirlhf.rewards.keyboard import Keyboard
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, command_line, read_prompts, run_script
+from shared import POLICY, PROMPTS, command_line, prompt_pool, run_script
 
 
 def main() -> None:
     args = command_line(
         __doc__,
         policy=(POLICY, "GPT-2 folder"),
-        prompts=(PROMPTS, "texts to continue, or one file with a text a line"),
+        prompts=(PROMPTS, "texts to continue, or one file, .txt or .jsonl"),
         encoding=("utf-8", "of the file of prompts"),
         samples=(3, "answers a prompt, 2 to 4"),
         scores=(False, "ask for scores from 1 to 5, not for a ranking"),
@@ -39,7 +39,7 @@ def main() -> None:
         batch_size=(4, "samples a step of PPO"),
         lr=(2e-4, "of PPO"),
     ).parse_args()
-    args.prompts = read_prompts(args.prompts, args.encoding)
+    args.prompts = prompt_pool(args.prompts, args.encoding)
     try:
         train(args) if args.train else collect(args)
     except KeyboardInterrupt:

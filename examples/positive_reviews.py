@@ -22,12 +22,12 @@ except ImportError:
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, read_prompts, run_script
+from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, prompt_pool, run_script
 
 # A penalty that lets the reward reach .9, and a bonus that keeps the samples varied.
 DEFAULT = dict(**STARTER, steps=5120, init_kl_coef=0.15, entropy_coef=0.016)
@@ -68,23 +68,23 @@ def main() -> None:
 
 def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
     trainer, config, output = run.trainer, run.trainer.config, run.folder
-    found = summarise(
-        trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config.gen_len, config.sampling,
-        seed=config.seed, kl_coef=trainer.kl_controller.coef,
+    settings = EvaluationConfig(
+        gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
+        kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
+    found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config=settings).given
     plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
-    summary = {"algorithm": "PPO", "episodes": config.steps, **found.as_dict()}
-    trainer.policy.save_pretrained(output / "policy", summary=summary)
+    summary = {**found.summary(), "optimum": found.optimum}
+    trainer.policy.save_pretrained(output / "policy", summary={"algorithm": "PPO", "episodes": config.steps, **summary})
     trainer.reference.save_pretrained(output / "reference")
     for name in ("policy", "reference"):
         trainer.tokenizer.save_pretrained(output / name)
-    write_json(output / "summary.json", found.as_dict())
+    write_json(output / "summary.json", summary)
     table = before_after_table(found.pairs)
     atomic_write(output / "before_after.md", table.encode())
     show(table)
-    show("\n".join(f"{name:28} {value:.3f}" for name, value in found.figures.items()))
-    show(found.optimum)
-    show(f"saved in {output}")
+    show("\n".join(f"{name:28} {value:.3f}" for name, value in found.summary().items()))
+    show(f"{found.optimum}\nsaved in {output}")
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
@@ -92,7 +92,7 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         __doc__,
         policy=(POLICY, "GPT-2 folder"),
         reward=(REWARD, "BERT folder"),
-        prompts=(PROMPTS, "texts, or one file with a text a line"),
+        prompts=(PROMPTS, "texts, or one file, .txt or .jsonl"),
         **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},
         output=(new_folder(), "folder of the run"),
         resume=(str, "continue the run in this folder, with its own settings"),
@@ -100,7 +100,7 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
     args = parse(parser)
     if not args.resume:
-        args.prompts = read_prompts(args.prompts)
+        args.prompts = prompt_pool(args.prompts)
     given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
     original = args.recipe == "original"
     return args, PPOConfig.preset("original", **given) if original else PPOConfig(**{**DEFAULT, **given})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
 from minirlhf.common.printing import show
-from minirlhf.evaluation.evaluate import summarise
+from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
@@ -74,8 +74,9 @@ def main() -> None:
         trainer.tokenizer.save_pretrained(output / "policy")
 
         # 5. The judge that neither model saw, and the learned reward of the same samples.
-        found = summarise(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, judge)
-        judged, samples = found.figures, found.pairs
+        models, settings = (trainer.policy, trainer.reference, trainer.tokenizer), EvaluationConfig(max_n=16)
+        found = evaluate(*models, args.prompts, judge, config=settings).given
+        judged, samples = found.summary(), found.pairs
         before, after = (reward([s.prompt + getattr(s, side) for s in samples]) for side in ("before", "after"))
         summary = {
             "judge": {"before": judged["reference/reward"], "after": judged["policy/reward"]},

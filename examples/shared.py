@@ -13,7 +13,7 @@ from minirlhf.common.printing import error_line
 from minirlhf.common.text import printable
 from minirlhf.io.files import read_json
 from minirlhf.runs.run import RunFailed, Stopped
-from minirlhf.text.text_files import numbered_lines
+from minirlhf.text.prompts import read_prompts
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 POLICY = str(WEIGHTS / "gpt2-chinese-reviews-small")
@@ -62,11 +62,11 @@ def new_folder(prefix: str = "") -> str:
     return f"runs/{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def read_prompts(prompts: list[str], encoding: str = "utf-8") -> list[str]:
-    """The pool of prompts: the lines of a file if the only prompt names one, else the prompts themselves."""
-    if len(prompts) > 1 or not (os.path.isfile(prompts[0]) or prompts[0].endswith(".txt")):
+def prompt_pool(prompts: list[str], encoding: str = "utf-8") -> list[str]:
+    """The pool of prompts: those of a file if the only one names a file, else the prompts themselves."""
+    if len(prompts) > 1 or not (os.path.isfile(prompts[0]) or prompts[0].endswith((".txt", ".jsonl"))):
         return prompts
-    return [line for _, line in numbered_lines(prompts[0], encoding) if line.strip()]
+    return read_prompts(prompts[0], encoding)
 
 
 def run_script(main: Callable[[], object], again: str = "--resume") -> None:

@@ -40,8 +40,8 @@ SAMPLING: dict[str, Any] = {
 @command(
     argument("--policy", required=True, metavar="FOLDER", help="GPT-2 folder with its tokenizer"),
     REWARD,
-    argument("--positive-label", metavar="NAME", help="of the classifier; default: that which says so"),
-    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of the policy"),
+    argument("--positive-label", metavar="NAME", help="of the classifier; default: as its labels say"),
+    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: the policy's"),
     argument("--prompts", nargs="+", metavar="TEXT", help="the pool of prompts; default: words of the vocabulary"),
     argument("--canaries", nargs=2, metavar=("GOOD", "BAD"), help="two texts that the reward must order"),
     argument("--precision", choices=PRECISION_SETTINGS, help="PPOConfig.precision"),
@@ -65,8 +65,8 @@ def doctor(args: argparse.Namespace) -> int:
     argument(
         "--run", metavar="FOLDER", help="of a run: stands for its policy/, reference/, prompts, sampling and curves"
     ),
-    argument("--policy", metavar="FOLDER", help="GPT-2 folder with its tokenizer; default: that of --run"),
-    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: that of --run"),
+    argument("--policy", metavar="FOLDER", help="GPT-2 folder with its tokenizer; default: the run's"),
+    argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: the run's"),
     REWARD,
     argument("--second-scorer", metavar="FOLDER", help="another one, on which the policy was not trained"),
     argument("--prompts", nargs="+", metavar="TEXT", help="of the training, or one file with a text a line"),
@@ -112,8 +112,6 @@ def evaluate(args: argparse.Namespace) -> None:
         drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
         kl_coef=history[-1].get("objective/kl_coef") if history else None,
     )  # fmt: skip
-    if not args.as_json:
-        show(_sampling_line(drawn, ppo, args.run is not None))
     found = evaluation.evaluate(
         load_decoder(args.policy).to(where), load_decoder(args.reference).to(where), tokenizer,
         prompts, load_scorer(args.reward, args.device), held_out,
@@ -127,7 +125,10 @@ def evaluate(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / EVALUATION_FILE, {**about, **found.as_dict()})
         atomic_write(output / REPORT_FILE, page.encode("utf-8"))
-    show(json_line({**about, **found.as_dict()}) if args.as_json else "\n".join(found.lines()))
+    if args.as_json:
+        show(json_line({**about, **found.as_dict()}))
+    else:
+        show("\n".join([_sampling_line(drawn, ppo, args.run is not None), *found.lines()]))
 
 
 def _sampling_line(drawn: Mapping[str, Any], ppo: Mapping[str, Any], of_a_run: bool) -> str:

@@ -13,11 +13,7 @@ from typing import Any, NamedTuple
 Run = Callable[[argparse.Namespace], int | None]
 
 
-class Argument(NamedTuple):
-    """One argument, as `ArgumentParser.add_argument` takes it."""
-
-    names: tuple[str, ...]
-    options: dict[str, Any]
+Argument = tuple[tuple[str, ...], dict[str, Any]]  # as `ArgumentParser.add_argument` takes it
 
 
 class Command(NamedTuple):
@@ -42,7 +38,7 @@ def command(*arguments: Argument) -> Callable[[Run], Run]:
 
 def argument(*names: str, **options: Any) -> Argument:
     """An Argument, written as a call of `add_argument`."""
-    return Argument(names, options)
+    return names, options
 
 
 def integer(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:

@@ -21,7 +21,7 @@ def show(text: object = "", file: TextIO | None = None) -> None:
 
 
 def error_line(error: object) -> str:
-    """`error: ...` as one printable line, whatever line breaks and control characters the message has."""
+    """`error: ...` as one printable line, without line breaks and control characters."""
     return f"error: {printable(' '.join(str(error).split()))}"
 
 

@@ -1,4 +1,4 @@
-"""Which known name a user meant who wrote another one."""
+"""The known name that is meant by an unknown one."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def best_of_n(
 
     policy: a model in eval mode, or its folder, which holds the tokenizer too.
     prompts: B texts. reward: of any form that `rewards.call_reward` takes; it gets all B n responses in one call.
-    tokenizer: needed for a policy that is a model; None: that of the folder.
+    tokenizer: needed for a policy that is a model; None: from the folder.
     gen_len, eos_token_id: response tokens, and the token that ends one earlier. sampling: None: the model's own
         distribution.
     generator: on the model's device, the source of all randomness; None: PyTorch's global one, as in `generate`.

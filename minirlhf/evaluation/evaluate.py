@@ -1,7 +1,7 @@
 """Policy against reference on fresh samples: what PPO gained, what it paid, and whether it hacked its reward.
 
-`summarise` gives a few figures at the end of a run; `evaluate` all of them, with confidence intervals, a second scorer,
-held-out prompts, and best-of-n of the reference at equal KL. Both sample with their own seed.
+`evaluate` has confidence intervals, a second scorer, held-out prompts, best-of-n of the reference at equal KL, and the
+optimum. It samples with its own seed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +33,8 @@ from minirlhf.rl.rollout import Rollout, collect_rollout, logprobs_in_batches
 from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu, unit_of, units
 from minirlhf.text.tokenizer import Tokenizer
 
-MAX_N = 64  # candidates a prompt at most, when best-of-n is followed to the policy's KL
+MAX_N = 64  # candidates a prompt at most
 LARGEST_EXPONENT = 700.0  # a float holds its exponential
-EXTRA_SAMPLES = 1024  # of the reference, which `summarise` draws for the optimum besides
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class EvaluationConfig:
     gen_len: int = 16  # new tokens a prompt
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eos_token_id: int | None = None  # None: every response has gen_len tokens
-    best_of: tuple[int, ...] = (2, 4, 8, 16)  # each at most MAX_N
+    best_of: tuple[int, ...] = (2, 4, 8, 16)  # each at most max_n
+    max_n: int = MAX_N  # how far best-of-n is followed to the policy's KL; at most MAX_N
     best_of_prompts: int = 64  # for which candidates are drawn, the prompts in turn
     kl_coef: float | None = None  # of the training; adds reward - kl_coef KL of policy and optimum
     resamples: int = 2000  # of the bootstrap
@@ -59,7 +58,8 @@ class EvaluationConfig:
     batch_size: int = 128  # sequences a forward pass
 
     def __post_init__(self) -> None:
-        require_positive_ints(self, "samples", "gen_len", "best_of_prompts", "resamples", "batch_size")
+        require_positive_ints(self, "samples", "gen_len", "max_n", "best_of_prompts", "resamples", "batch_size")
+        require(self, "max_n", self.max_n <= MAX_N, f"at most {MAX_N}")
         require(self, "samples", self.samples >= 2, "at least 2")
         require_counts(self, "seed")
         require(self, "seed", self.seed < 2**63, "below 2**63")
@@ -68,8 +68,8 @@ class EvaluationConfig:
         if self.kl_coef is not None:
             require_non_negative(self, "kl_coef")
         fine = isinstance(self.best_of, (tuple, list)) and len(self.best_of) > 0
-        fine = fine and all(type(n) is int and 1 <= n <= MAX_N for n in self.best_of)
-        require(self, "best_of", fine, f"a tuple of integers from 1 to {MAX_N}")
+        fine = fine and all(type(n) is int and 1 <= n <= self.max_n for n in self.best_of)
+        require(self, "best_of", fine, f"a tuple of integers from 1 to {self.max_n}")
         object.__setattr__(self, "best_of", tuple(sorted(set(self.best_of))))
         require(self, "sampling", isinstance(self.sampling, SamplingConfig), "a SamplingConfig")
         _ = self.bootstrap  # resamples and confidence are checked there
@@ -101,7 +101,12 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     sampler = _Sampler(with_value_head(policy, None), reference, tokenizer, reward_fn, second_scorer, config)
-    sampler.check_models()
+    models = {"policy": sampler.policy.decoder, "reference": reference}
+    for name, model in models.items():
+        model.fit_vocabulary(len(tokenizer), name)
+    devices = [model.device for model in models.values()]
+    if devices[0] != devices[1]:
+        raise ValueError(f"policy and reference must be on one device, they are on {devices[0]} and {devices[1]}")
     lists = [prompts] if held_out_prompts is None else [prompts, held_out_prompts]
     context = min(sampler.policy.decoder.n_positions, reference.n_positions)
     for texts in lists:
@@ -112,70 +117,6 @@ def evaluate(
     given, *others = (_comparison(sampler, list(texts)) for texts in lists)
     held_out = others[0] if others else None
     return Evaluation(dataclasses.asdict(config), given, held_out, symptoms(given, held_out))
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A few figures of policy and reference. figures: by name (see `summarise`). pairs: the samples, before and after.
-
-    spending: reward and KL beside the optimum; None where nothing can be said of it. optimum: the same in a line, or
-    why not. frontier: points of the optimum, for `plot_run`.
-    """
-
-    figures: dict[str, float]
-    pairs: list[Pair]
-    spending: Spending | None
-    optimum: str
-    frontier: tuple[OptimumPoint, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The figures and the line, as JSON values."""
-        return {**self.figures, "optimum": self.optimum}
-
-
-def summarise(
-    policy: ActorCritic,
-    reference: Decoder,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    reward_fn: RewardFunction,
-    gen_len: int = 16,
-    sampling: SamplingConfig | None = None,
-    samples: int = 512,
-    seed: int = 0,
-    *,
-    eos_token_id: int | None = None,
-    kl_coef: float | None = None,
-) -> Summary:
-    """Sample `samples` continuations from both models, the prompts in turn, and measure them.
-
-    The figures are, for "policy" and "reference" each, the mean reward, distinct-1 and distinct-2. `kl`:
-    KL(policy || reference) a sequence (sum over its tokens), nats, the exact KL at each token of the policy's samples,
-    over the policy's sampling set; `kl_full_softmax`: the same with the models' full softmax at each token, on the
-    same samples. `optimum/...`: the least KL for the reward, KL needed / KL spent, the best reward at the KL, and the
-    effective samples behind them, as far as EXTRA_SAMPLES more of the reference can tell.
-    kl_coef: adds `objective/...`: reward - kl_coef kl of policy, reference and optimum.
-    Raises ValueError for a bad setting, no prompts, and as `collect_rollout`.
-    """
-    config = EvaluationConfig(samples, gen_len, sampling or SamplingConfig(), eos_token_id, kl_coef=kl_coef, seed=seed)
-    encode_prompts(tokenizer, prompts, reference.n_positions, gen_len)
-    sampler = _Sampler(policy, reference, tokenizer, reward_fn, None, config)
-    after, before = sampler.draw(policy, prompts), sampler.draw(with_value_head(reference, None), prompts)
-    figures = {}
-    unit = unit_of(before.responses)
-    for name, rollout in (("policy", after), ("reference", before)):
-        figures[f"{name}/reward"] = rollout.scores.mean().item()
-        for n in (1, 2):
-            figures[f"{name}/distinct_{n}"] = distinct_n((units(text, unit) for text in rollout.responses), n)
-    figures["kl"] = after.exact_kl.sum(-1).mean().item()
-    figures["kl_full_softmax"] = sampler.full_softmax(policy, after)["exact_kl"].sum(-1).mean().item()
-    # Equally many for each prompt; a second seed, so that they are other samples than those before.
-    distinct = list(dict.fromkeys(prompts))
-    more = sampler.candidates(distinct, max(1, EXTRA_SAMPLES // len(distinct)))
-    frontier, spending, why = _beside_optimum(after, before, more, config)
-    told = why if spending is None else str(spending)
-    figures |= {} if spending is None else spending.figures()
-    return Summary(figures, _pairs(before, after), spending, told, frontier)
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------
@@ -191,14 +132,6 @@ class _Sampler:
     reward_fn: RewardFunction
     second_scorer: RewardFunction | None
     config: EvaluationConfig
-
-    def check_models(self) -> None:
-        models = {"policy": self.policy.decoder, "reference": self.reference}
-        for name, model in models.items():
-            model.fit_vocabulary(len(self.tokenizer), name)
-        devices = [model.device for model in models.values()]
-        if devices[0] != devices[1]:
-            raise ValueError(f"policy and reference must be on one device, they are on {devices[0]} and {devices[1]}")
 
     def draw(self, model: ActorCritic, prompts: Sequence[str]) -> Rollout:
         """`samples` rows, the prompts in turn.
@@ -271,10 +204,8 @@ def _comparison(sampler: _Sampler, prompts: list[str]) -> Comparison:
     unit = unit_of(before.responses)
     kl_exact, kl_full_softmax = (interval.mean(_per_sequence(x)) for x in (after.exact_kl, full["exact_kl"]))
     kl = max(kl_exact.mean, kl_full_softmax.mean)
-    equal = n_of_kl(kl) if kl < best_of_n_kl(MAX_N) else math.inf
-    drawn = sampler.candidates(
-        _in_turn(prompts, c.best_of_prompts), max(*c.best_of, math.ceil(equal) if equal <= MAX_N else 1)
-    )
+    equal = n_of_kl(kl) if kl < best_of_n_kl(c.max_n) else None
+    drawn = sampler.candidates(_in_turn(prompts, c.best_of_prompts), max(*c.best_of, math.ceil(equal or 1)))
     scores = drawn.candidate_scores.numpy()
     repeated = [prompt for prompt in drawn.prompts for _ in range(scores.shape[1])]
     second = sampler.second(repeated, [text for row in drawn.candidates for text in row])
@@ -285,7 +216,6 @@ def _comparison(sampler: _Sampler, prompts: list[str]) -> Comparison:
         return BestOfNPoint(n, best_of_n_kl(n), reward, None if values is None else interval.mean(values))
 
     frontier, spending, why = _beside_optimum(after, before, drawn, c)
-    within = equal <= MAX_N
     return Comparison(
         prompts=tuple(prompts),
         policy=_figures(after, full["ref_logprobs"], seconds[0], unit, interval),
@@ -296,8 +226,8 @@ def _comparison(sampler: _Sampler, prompts: list[str]) -> Comparison:
         kl_sampled=interval.mean(_per_sequence(after.logprobs - after.ref_logprobs)),
         kl_full_softmax=kl_full_softmax,
         best_of_n=tuple(map(point, c.best_of)),
-        equal_kl=point(equal) if within else None,
-        ahead=interval.difference(_scores(after), expected_best_of_n(scores, equal)) if within else None,
+        equal_kl=None if equal is None else point(equal),
+        ahead=None if equal is None else interval.difference(_scores(after), expected_best_of_n(scores, equal)),
         pairs=tuple(_pairs(before, after)),
         spending=spending,
         frontier=frontier,

@@ -84,7 +84,7 @@ class Comparison:
         set, in the distribution that was sampled. kl_sampled: log-ratio of the sampled tokens, the same in expectation.
     kl_full_softmax: as kl_exact, with the models' full softmax (temperature 1, nothing truncated).
     best_of_n: of the reference, on the same prompts. equal_kl: at the KL of the policy; None: more than
-        `evaluate.MAX_N` candidates would be needed. ahead: reward of the policy less that of best-of-n at equal KL.
+        `EvaluationConfig.max_n` candidates would be needed. ahead: reward of the policy less that of equal_kl.
     spending, frontier: kl_exact and reward beside the optimum (see `optimum`), and points of the optimum; spending is
         None where nothing can be said of it, and no_optimum says why.
     pairs: all samples, before and after.
@@ -120,6 +120,20 @@ class Comparison:
         """Reward between the reference and the best of the largest n; None without any best-of-n above it."""
         best = max((p.reward.mean for p in (*self.best_of_n, *filter(None, [self.equal_kl]))), default=-float("inf"))
         return best - self.reference.reward.mean if best > self.reference.reward.mean else None
+
+    @property
+    def optimum(self) -> str:
+        """Reward and KL beside the optimum in a line, or why not."""
+        return self.no_optimum if self.spending is None else str(self.spending)
+
+    def summary(self) -> dict[str, float]:
+        """The main figures by name: of both models, `kl` (kl_exact), `kl_full_softmax`, and those of spending."""
+        figures: dict[str, float] = {}
+        for name, x in (("policy", self.policy), ("reference", self.reference)):
+            figures |= {f"{name}/reward": x.reward.mean, f"{name}/distinct_1": x.distinct_1}
+            figures[f"{name}/distinct_2"] = x.distinct_2
+        figures |= {"kl": self.kl_exact.mean, "kl_full_softmax": self.kl_full_softmax.mean}
+        return figures | ({} if self.spending is None else self.spending.figures())
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Name of a figure, of the reference, of the policy."""
@@ -162,7 +176,7 @@ class Comparison:
             yield f"the policy's KL of {self.kl:.2f} is beyond what best-of-n was drawn for"
         else:
             yield f"policy less best-of-n at equal KL: {self.ahead}"
-        yield f"optimum: {self.spending if self.spending is not None else self.no_optimum}"
+        yield f"optimum: {self.optimum}"
 
 
 @dataclass(frozen=True)
@@ -240,12 +254,10 @@ def _of_transfer(given: Comparison, held_out: Comparison) -> Iterator[str]:
     rooms = (given.room, held_out.room) if given.room and held_out.room else (1.0, 1.0)
     shares = given.gain.mean / rooms[0], held_out.gain.mean / rooms[1]
     if shares[1] < HELD_OUT_SHARE * shares[0]:
-        told = f"the reward rose by {given.gain} on the given prompts, and by {held_out.gain} on held-out ones"
-        yield (
-            told
-            if rooms == (1.0, 1.0)
-            else (f"{told}: {shares[0]:.0%} and {shares[1]:.0%} of what best-of-n has above the reference there")
-        )
+        words = f"the reward rose by {given.gain} on the given prompts, and by {held_out.gain} on held-out ones"
+        if rooms != (1.0, 1.0):
+            words += f": {shares[0]:.0%} and {shares[1]:.0%} of what best-of-n has above the reference there"
+        yield words
 
 
 def _of_texts(x: Comparison) -> Iterator[str]:

@@ -72,9 +72,9 @@ class OptimumPoint:
 class Spending:
     """A policy's reward and KL beside the optimum's.
 
-    needed: the optimum with the policy's reward; best: that with the policy's KL; None where the samples cannot tell.
+    needed, best: the optimum with the policy's reward, and with its KL; None where the samples cannot tell.
     beta: of the objectives J, with the optimum's, the policy's and the reference's; None without a beta.
-    note: what cannot be told, or cannot be; "" if nothing.
+    note: what the samples cannot tell, or what cannot be right; "" if nothing.
     """
 
     reward: Estimate
@@ -88,7 +88,7 @@ class Spending:
 
     @property
     def efficiency(self) -> float | None:
-        """KL needed / KL spent; None if it cannot be told, or nothing was spent."""
+        """KL needed / KL spent; None if the samples cannot tell, or nothing was spent."""
         return self.needed.kl.mean / self.kl.mean if self.needed is not None and self.kl.mean > 0 else None
 
     def figures(self) -> dict[str, float]:
@@ -101,15 +101,17 @@ class Spending:
         return {name: x for name, x in found.items() if x is not None} | dict(self.objectives)
 
     def __str__(self) -> str:
-        told = f"reward {self.reward.mean:.3f} at {self.kl.mean:.2f} nats"
+        parts = [f"reward {self.reward.mean:.3f} at {self.kl.mean:.2f} nats"]
         if self.needed is not None:
-            told += f"; the optimum would need {self.needed.kl.mean:.2f}"
+            parts.append(f"the optimum would need {self.needed.kl.mean:.2f}")
             if self.efficiency is not None:
-                told += f" (efficiency {self.efficiency:.2f}, {self.needed.effective_samples:.0f} effective samples)"
+                parts[-1] += (
+                    f" (efficiency {self.efficiency:.2f}, {self.needed.effective_samples:.0f} effective samples)"
+                )
         if self.objectives:
             values = ", ".join(f"{name.partition('/')[2]} {value:.3f}" for name, value in self.objectives.items())
-            told += f"; reward - {self.beta:.3g} KL: {values}"
-        return f"{told}; {self.distribution}{f'; {self.note}' if self.note else ''}"
+            parts.append(f"reward - {self.beta:.3g} KL: {values}")
+        return "; ".join([*parts, self.distribution, *filter(None, [self.note])])
 
 
 class Optimum:
@@ -117,6 +119,7 @@ class Optimum:
 
     scores: prompt -> the rewards (N,) of N independent samples of the reference; each prompt counts alike.
     distribution: what they were drawn from, in words. bootstrap: makes the intervals, given the prompts.
+    start: the mean reward of the reference.
     Raises ValueError for no prompts, fewer than 2 samples of one, rewards that are not finite numbers, and rewards that
     are all equal.
     """
@@ -136,6 +139,7 @@ class Optimum:
                 raise ValueError(f"prompt {prompt[:20]!r}: rewards must be finite, got {x[~np.isfinite(x)][0]}")
         every = np.concatenate(list(self.scores.values()))
         self.samples, self.spread = len(every), float(np.ptp(every))
+        self.start = float(np.mean([x.mean() for x in self.scores.values()]))
         if self.spread == 0:
             raise ValueError(f"all {self.samples} rewards are {every[0]:g}: every policy is as good as the reference")
         # Distinct rewards with their counts: all that is needed, and few where rewards are counts.
@@ -151,7 +155,7 @@ class Optimum:
         return self._points([1 / beta])[0]
 
     def at_reward(self, reward: float) -> OptimumPoint:
-        """The least KL for a mean reward; that of the reference or less costs nothing. Raises TooFewSamples."""
+        """The least KL for a mean reward; 0 for the reference's own or less. Raises TooFewSamples."""
         tilt = self._solve(0, reward, f"a reward of {reward:.3f}")
         return self._points([tilt], reward=reward)[0]
 
@@ -207,8 +211,7 @@ class Optimum:
                 )
         objectives: dict[str, float] = {}
         if beta is not None:
-            start = float(np.mean([x.mean() for x in self.scores.values()]))
-            objectives = {"objective/policy": reward.mean - beta * kl.mean, "objective/reference": start}
+            objectives = {"objective/policy": reward.mean - beta * kl.mean, "objective/reference": self.start}
             if "objective" in found:
                 objectives["objective/optimum"] = found["objective"].objective
         return Spending(reward, kl, needed, found.get("best"), self.distribution, beta, objectives, "; ".join(notes))

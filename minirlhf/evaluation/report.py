@@ -167,7 +167,7 @@ def _pair(pair: Pair) -> str:
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:
-    """The prompts and the fields of the EvaluationConfig by name; those of its sampling among them."""
+    """The prompts, and the fields of the EvaluationConfig and of its sampling, by name."""
     facts: dict[str, Any] = {f"the {name}": ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}
     for name, value in evaluation.settings.items():
         facts.update(value if isinstance(value, dict) else {name: value})

@@ -14,7 +14,7 @@ import torch
 from conftest import CHINESE, make_gpt2
 from minirlhf import ActorCritic, NGramScorer, SamplingConfig, best_of_n, collect_rollout
 from minirlhf.evaluation.best_of import best_of_n_kl, expected_best_of_n
-from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, evaluate, summarise
+from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import Pair, before_after_table
 from minirlhf.evaluation.statistics import Bootstrap, Estimate
 from minirlhf.text.statistics import self_bleu, unit_of
@@ -31,76 +31,6 @@ def models(policy_seed):
     return ActorCritic(make_gpt2(policy_seed, scale=4.0)).eval(), make_gpt2(0, scale=4.0)
 
 
-def run(tokenizer, policy_seed=0, prompts=PROMPTS, samples=7, **settings):
-    policy, reference = models(policy_seed)
-    found = summarise(policy, reference, tokenizer, prompts, reward, 5, samples=samples, **settings)
-    return found.figures, found.pairs
-
-
-@pytest.mark.parametrize("sampling", [None, SamplingConfig(0.8, 0, 0.9)])
-def test_identical_models_have_equal_figures_and_no_kl(tokenizer, sampling):
-    summary, pairs = run(tokenizer, sampling=sampling)
-    assert abs(summary["kl"]) < 1e-5 and abs(summary["kl_full_softmax"]) < 1e-5
-    for name in ("reward", "distinct_1", "distinct_2"):
-        assert summary[f"policy/{name}"] == summary[f"reference/{name}"]
-    assert all(pair.before == pair.after and pair.before_reward == pair.after_reward for pair in pairs)
-
-
-def test_different_models_differ(tokenizer):
-    summary, pairs = run(tokenizer, policy_seed=1)
-    assert summary["kl"] > 0.1
-    assert any(pair.before != pair.after for pair in pairs)
-
-
-def test_without_truncation_the_two_kl_are_one(tokenizer):
-    summary, _ = run(tokenizer, policy_seed=1)
-    assert summary["kl"] == pytest.approx(summary["kl_full_softmax"], rel=1e-5)
-
-
-def test_pairs_take_the_prompts_in_turn_with_their_rewards(tokenizer):
-    summary, pairs = run(tokenizer, policy_seed=1)
-    assert [pair.prompt for pair in pairs] == [PROMPTS[i % 3] for i in range(7)]
-    for pair in pairs:
-        assert pair.before_reward == reward([pair.prompt + pair.before])[0]
-        assert pair.after_reward == reward([pair.prompt + pair.after])[0]
-    assert summary["policy/reward"] == pytest.approx(sum(p.after_reward for p in pairs) / 7, rel=1e-6)
-    assert summary["reference/reward"] == pytest.approx(sum(p.before_reward for p in pairs) / 7, rel=1e-6)
-
-
-def test_the_same_seed_gives_the_same_figures(tokenizer):
-    assert run(tokenizer, 1, seed=3) == run(tokenizer, 1, seed=3) != run(tokenizer, 1, seed=4)
-
-
-def test_the_line_at_the_end_of_a_run_has_the_optimum_in_the_distribution_that_was_sampled(tokenizer):
-    policy, reference = models(0)
-    settings = dict(samples=400, sampling=SamplingConfig(top_p=0.9), kl_coef=0.1)
-    found = summarise(policy, reference, tokenizer, PROMPTS, reward, 5, **settings)
-    f = found.figures
-    assert (
-        found.spending.needed.kl.mean == pytest.approx(f["optimum/kl"]) and f["optimum/kl"] < 0.02
-    )  # of nothing gained
-    assert f["objective/optimum"] > f["objective/policy"] == pytest.approx(f["policy/reward"], abs=1e-5)
-    assert found.as_dict()["optimum"] == found.optimum == str(found.spending)
-    assert "the optimum would need 0.0" in found.optimum and "sampled with top-p 0.9" in found.optimum
-    points = found.frontier
-    assert points[0].kl.mean == 0 and points[-1].reward.mean > points[0].reward.mean
-    constant = summarise(policy, reference, tokenizer, PROMPTS, lambda texts: [0.5] * len(texts), 5, samples=40)
-    assert constant.spending is None and "rewards are 0.5: every policy is as good" in constant.optimum
-    assert "optimum/kl" not in constant.figures
-
-
-def test_comparing_leaves_the_global_random_state_alone(tokenizer):
-    models(1)
-    state = torch.get_rng_state()
-    run(tokenizer, 1)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_no_prompts_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="prompt"):
-        run(tokenizer, prompts=[])
-
-
 def test_a_table_has_texts_and_rewards_side_by_side():
     table = before_after_table([Pair("a|b", "before", 0.5, "\x1b[31m", 0.754)])
     assert table.splitlines()[2] == r"| a\|b | before | 0.50 | \\x1b\[31m | 0.75 |"
@@ -111,8 +41,6 @@ def test_a_table_shows_the_first_rows_only():
     table = before_after_table(pairs, rows=2)
     assert "text 1" in table and "text 2" not in table
 
-
-# ---- evaluate -------------------------------------------------------------------------------------------------------
 
 SMALL = dict(samples=8, gen_len=5, best_of=(2, 4), best_of_prompts=6, resamples=200)
 
@@ -192,8 +120,9 @@ def test_figures_are_those_of_the_samples(tokenizer):
             assert getattr(figures, f"distinct_{n}") == pytest.approx(len(set(grams)) / max(1, len(grams)))
         assert figures.self_bleu == pytest.approx(self_bleu(parts))
         assert figures.characters == pytest.approx(sum(map(len, texts)) / 8)
-        assert figures.tokens == 5
+        assert figures.tokens == 5 and [p.prompt for p in x.pairs] == [PROMPTS[i % 3] for i in range(8)]
         assert figures.repeated == pytest.approx(sum(1 - len(set(x)) / len(x) for x in parts) / 8)
+        assert rewards == [reward([p.prompt + t])[0] for p, t in zip(x.pairs, texts, strict=True)]
         whole = [len(p.prompt + t) for p, t in zip(x.pairs, texts, strict=True)]
         assert figures.second.mean == pytest.approx(sum(whole) / 8)
     assert x.gain.mean == pytest.approx(x.policy.reward.mean - x.reference.reward.mean)
@@ -235,6 +164,11 @@ def test_a_kl_that_no_best_of_n_reaches_is_said_to_be_so(tokenizer):
     assert any("is beyond" in line for line in hacked(tokenizer).lines())
 
 
+def test_best_of_n_is_followed_no_further_than_asked(tokenizer):
+    x = full_evaluation(tokenizer, settings={"max_n": 4}).given
+    assert x.kl > best_of_n_kl(4) and x.equal_kl is None and [point.n for point in x.best_of_n] == [2, 4]
+
+
 def test_eos_ends_responses(tokenizer):
     """At an id that the policy writes often, lengths differ, and what follows is neither text nor KL."""
     policy, reference = models(1)
@@ -257,8 +191,6 @@ def test_a_double_policy_gives_the_same_figures(tokenizer):
     assert [p.after for p in one.pairs] == [p.after for p in two.pairs]  # the same random numbers
     assert two.kl_exact.mean == pytest.approx(one.kl_exact.mean, rel=1e-5)
     assert two.policy.perplexity == pytest.approx(one.policy.perplexity, rel=1e-5)
-    summary = summarise(ActorCritic(double[0]).double().eval(), double[1], tokenizer, PROMPTS, reward, 5, samples=7)
-    assert summary.figures["kl"] == pytest.approx(run(tokenizer, 1)[0]["kl"], rel=1e-5)
 
 
 def test_a_language_with_spaces_is_measured_in_words(tokenizer):
@@ -290,6 +222,15 @@ def test_the_optimum_is_that_of_all_samples_of_the_reference(tokenizer):
     assert len(x.frontier) == 25 and x.frontier[-1].effective_samples >= 99
     assert any(row[0] == "KL exact that the optimum needs" for row in x.rows())
     assert any(remark.startswith("optimum: reward ") for remark in x.remarks())
+    summary = x.summary()
+    assert summary["optimum/kl"] == x.spending.needed.kl.mean and x.optimum == str(x.spending)
+    assert summary["objective/optimum"] > summary["objective/policy"] == pytest.approx(x.policy.reward.mean, abs=1e-5)
+    assert (summary["kl"], summary["reference/distinct_2"]) == (x.kl_exact.mean, x.reference.distinct_2)
+    truncated = full_evaluation(tokenizer, settings={**settings, "sampling": SamplingConfig(top_p=0.9)}).given
+    assert truncated.spending.kl == truncated.kl_exact and "sampled with top-p 0.9" in truncated.optimum
+    constant = full_evaluation(tokenizer, reward_fn=lambda texts: [0.5] * len(texts)).given
+    assert constant.spending is None and "rewards are 0.5: every policy is as good" in constant.optimum
+    assert "optimum/kl" not in constant.summary()
     few = full_evaluation(tokenizer, 0).given
     assert few.frontier == () and "at least 100 in all, 10 of each prompt, are needed" in few.spending.note
 
@@ -401,7 +342,8 @@ def test_models_of_another_vocabulary_are_refused(tokenizer, policy, reference, 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"samples": 1}, "EvaluationConfig.samples must be at least 2, got 1"), ({"gen_len": 0}, "gen_len"),
     ({"best_of": ()}, "best_of must be a tuple of integers from 1 to 64, got \\(\\)"), ({"best_of": (65,)}, "best_of"),
-    ({"best_of": (2.0,)}, "best_of"), ({"best_of": 4}, "best_of"), ({"best_of_prompts": 0}, "best_of_prompts"),
+    ({"max_n": 65}, "max_n"), ({"max_n": 3, "best_of": (4,)}, "from 1 to 3"), ({"best_of": (2.0,)}, "best_of"),
+    ({"best_of": 4}, "best_of"), ({"best_of_prompts": 0}, "best_of_prompts"),
     ({"resamples": 1}, "resamples .* at least 2"), ({"confidence": 1.5}, "confidence"), ({"seed": -1}, "seed"),
     ({"sampling": 0.9}, "sampling must be a SamplingConfig"), ({"eos_token_id": -1}, "eos_token_id"),
     ({"batch_size": 0}, "batch_size"), ({"kl_coef": -1.0}, "kl_coef"),

@@ -6,13 +6,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from minirlhf.evaluation.comparison import Evaluation, Pair
-from minirlhf.evaluation.frontier import FrontierPoint, draw_frontier
+from test_findings import EQUAL, FINE, after, sure
 from test_hostile_text import HISTORY, TEXTS, every_text, steers
-from test_symptoms import EQUAL, FINE, after, sure
+from test_optimum_frontier import UNIFORM
 
 from minirlhf.common.text import printable
-from minirlhf.evaluation.report import report, write_report
+from minirlhf.evaluation.findings import Evaluation, Pair
+from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run
+from minirlhf.evaluation.report import report
 from minirlhf.evaluation.statistics import Estimate
 
 pytest.importorskip("matplotlib")
@@ -56,7 +57,7 @@ def evaluation(pairs=(PAIR,), held_out=True, found=(), settings=None):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without the time that pictures take."""
-    monkeypatch.setattr("minirlhf.evaluation.report.draw_frontier", lambda *points: b"drawn")
+    monkeypatch.setattr("minirlhf.evaluation.report.draw_frontier", lambda *given: b"drawn")
 
 
 def test_it_has_the_figures_pictures_and_samples():
@@ -82,7 +83,7 @@ def test_without_second_scorer_held_out_prompts_and_run_it_has_less():
     assert "None" not in page and "eos_token_id" not in page and "sampling" not in page
     assert "No symptom of reward hacking was found." in page and "On the held-out prompts" not in page
     assert [tag for tag, _ in page.elements].count("img") == 1
-    assert "The policy's KL is beyond what best-of-n was drawn for." in page
+    assert "The policy's KL of 1.60 is beyond what best-of-n was drawn for" in page
 
 
 def test_it_is_self_contained_and_a_phone_can_show_it(undrawn):
@@ -101,14 +102,13 @@ def test_it_is_self_contained_and_a_phone_can_show_it(undrawn):
 
 
 @every_text
-def test_a_hostile_text_is_shown_and_never_obeyed(text, tmp_path, undrawn):
+def test_a_hostile_text_is_shown_and_never_obeyed(text, undrawn):
     """In every place that texts of a run can reach. (No picture is one: see below.)"""
     text = text[:4000]
     pair = Pair(text, text, 0.5, text, 0.75)
     found = evaluation([pair], False, [text], {text: text})
     found = dataclasses.replace(found, given=dataclasses.replace(found.given, prompts=(text,)))
-    write_report(tmp_path / "report.html", found, text, {"policy": text})
-    raw = (tmp_path / "report.html").read_bytes().decode("utf-8")  # lone surrogates could not be written
+    raw = report(found, text, {"policy": text}).encode("utf-8").decode("utf-8")  # lone surrogates could not be written
     assert not steers(raw.replace("\n", ""))
     page, plain = Page(raw), Page(report(evaluation([PAIR], False, ["x"], {"a": 1}), "t", {"policy": "x"}))
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]  # no element more
@@ -123,14 +123,6 @@ def test_of_all_samples_the_first_are_shown(undrawn):
     assert "Samples on the given prompts" not in Page(report(evaluation(held_out=False), rows=0))
     with pytest.raises(ValueError, match="rows must be an integer of at least 0, got -1"):
         report(evaluation(), rows=-1)
-
-
-def test_an_old_report_stays_if_the_new_one_cannot_be_made(tmp_path, undrawn):
-    write_report(tmp_path / "r.html", evaluation())
-    before = (tmp_path / "r.html").read_bytes()
-    with pytest.raises(ValueError, match="rows"):
-        write_report(tmp_path / "r.html", evaluation(), rows=-1)
-    assert (tmp_path / "r.html").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
@@ -162,11 +154,32 @@ def test_what_is_drawn_depends_on_every_point():
     curve = [FrontierPoint("n = 1", 0.0, sure(0.5)), FrontierPoint("2", 0.19, sure(0.6))]
     policy = [FrontierPoint("beta 0.1", 1.0, sure(0.9))]
     wide = [FrontierPoint("beta 0.1", 1.0, Estimate(0.9, 0.7, 0.95))]
+    optimum = UNIFORM.curve(3)
     pictures = [draw_frontier(curve, policy), draw_frontier(curve[:1], policy), draw_frontier(curve, wide),
-                draw_frontier(curve, []), draw_frontier(curve, policy, "second scorer")]  # fmt: skip
-    assert len(set(pictures)) == 5
+                draw_frontier(curve, []), draw_frontier(curve, policy, "second scorer"),
+                draw_frontier(curve, policy, optimum=optimum), draw_frontier(curve, policy, optimum=optimum[:-1]),
+                draw_frontier(curve, policy, distribution="in the full softmax")]  # fmt: skip
+    assert len(set(pictures)) == 8
     with pytest.raises(ValueError, match="best_of_n is empty"):
         draw_frontier([], policy)
+
+
+def test_the_curves_of_a_run_have_the_kl_that_its_rewards_would_need():
+    optimum, beyond = UNIFORM.curve(3), [{**line, "reward/mean": 2.0} for line in HISTORY]
+    assert len({draw_run(HISTORY), draw_run(HISTORY, 6.0), draw_run(HISTORY, None, optimum)}) == 3
+    assert draw_run(beyond, None, optimum)[:4] == b"\x89PNG"  # nothing is drawn there, and nothing fails
+
+
+def test_the_report_and_the_tables_have_the_optimum(undrawn):
+    spending = UNIFORM.spent(sure(0.8), sure(1.6), 0.15)
+    x = dataclasses.replace(FINE, best_of_n=POINTS, spending=spending, frontier=tuple(UNIFORM.curve(3)))
+    page = Page(report(Evaluation({}, x, None, ())))
+    for text in ("KL exact that the optimum needs", f"{spending.efficiency:.2f}", f"Optimum: {spending}"):
+        assert text in page
+    lines = "\n".join(Evaluation({}, x, None, ()).lines())
+    assert f"optimum: {spending}" in lines and f"{spending.efficiency:.3f}" in lines
+    without = dataclasses.replace(x, spending=None, no_optimum="all 9 rewards are 1: every policy is as good")
+    assert "optimum: all 9 rewards are 1" in "\n".join(Evaluation({}, without, None, ()).lines())
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
@@ -179,6 +192,6 @@ def test_the_tables_of_a_terminal_have_the_same_figures():
     names = [line.split("  ")[1] for line in lines if line.startswith("  best of")]
     assert [name.split(",")[0] for name in names] == [f"best of {n}" for n in ("2", "4", "8", "12.00", "16")]
     (distinct,) = [line.split() for line in lines if "distinct-2" in line]
-    assert distinct == ["distinct-2", "0.480", "0.400"]
+    assert distinct == ["distinct-2,", "by", "character", "0.480", "0.400"]
     assert any("equal KL: -0.050 [-0.070, -0.030]" in line for line in lines)
     assert list(Evaluation({}, x, None, ()).lines())[-1] == "no symptom of reward hacking"

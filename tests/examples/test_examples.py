@@ -25,7 +25,7 @@ from minirlhf import GPT2, ActorCritic, PPOConfig, Tokenizer
 from minirlhf.runs.checkpoint import read_checkpoint
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
-from shared import read_prompts
+from shared import prompt_pool
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples"
@@ -84,7 +84,7 @@ def runs(tiny, tmp_path_factory):
             if name == "plain":
                 made[name] = start(SCRIPT, *arguments, *SMALL, "--seed", "3")
             elif name == "killed":  # before the line of step 4
-                made[name] = process(script, folder / "output", run, "metrics.jsonl", 5, SCRIPT, *arguments, *SMALL,
+                made[name] = process(script, folder / "output", run, "metrics.jsonl", 13, SCRIPT, *arguments, *SMALL,
                                      "--seed", "3")  # fmt: skip
                 made[name].join()
             elif name == "original":
@@ -132,15 +132,17 @@ def test_summary_table_and_picture(runs):
     run = runs("plain")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     names = {f"{model}/{name}" for model in ("policy", "reference") for name in ("reward", "distinct_1", "distinct_2")}
-    assert summary.keys() == names | {"kl", "kl_full_softmax"}
+    said = summary.pop("optimum")
+    assert summary.keys() >= names | {"kl", "kl_full_softmax", "objective/policy"}
     assert all(math.isfinite(value) for value in summary.values()) and summary["kl"] > 0
+    assert said.startswith(f"reward {summary['policy/reward']:.3f} at {summary['kl']:.2f} nats")
     table = (run / "before_after.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + 12 and all(row.startswith("| ") or row.startswith("|-") for row in table)
     assert table[0] == "| prompt | before | reward | after | reward |" and table[2].startswith("| 酒店 | ")
     picture = (run / "reward_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
     shown = runs.output["plain"].stdout
-    assert str(run) in shown and "policy/reward" in shown and table[2] in shown
+    assert str(run) in shown and "policy/reward" in shown and table[2] in shown and said in shown
     assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
 
 
@@ -264,6 +266,19 @@ def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, call):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_needs_no_module_that_windows_lacks(tiny, tmp_path):
+    """One step in a process in which nothing can import them, this library's own code or another's."""
+    pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
+    blocked = ("fcntl", "termios", "resource", "tty", "pty", "pwd", "grp")
+    arguments = [*models(tiny), "--steps", "4", "--batch-size", "4", "--gen-len", "4", "--output", tmp_path / "run"]
+    code = (f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
+            f"sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = {[str(SCRIPT), *map(str, arguments)]!r}\n"
+            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")  # fmt: skip
+    done = start("-W", "ignore", "-c", code)
+    assert "saved in " in done.stdout
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1 and (tmp_path / "run" / "policy").is_dir()
+
+
 # ---- prompts and recipes --------------------------------------------------------------------------------------------
 
 
@@ -279,14 +294,14 @@ def test_a_file_of_prompts_with_a_text_a_line(tiny, tmp_path, call):
 
 def test_a_long_prompt_is_a_prompt():
     """Longer than a file's name may be, and within the starter model's 128 positions."""
-    assert read_prompts(["很好" * 50]) == ["很好" * 50]
+    assert prompt_pool(["很好" * 50]) == ["很好" * 50]
 
 
 def test_the_original_recipe_is_the_chapter_s(runs):
     config = json.loads((runs("original") / "config.json").read_text(encoding="utf-8"))["ppo"]
     assert config["steps"] == 1
     assert {name: config[name] for name in CHAPTER} == CHAPTER
-    assert config["max_grad_norm"] is None and config["score_full_softmax"] is True
+    assert config["max_grad_norm"] is None and config["logprobs_full_softmax"] is True
     assert config["top_p"] == 0.95 and config["temperature"] == 1
     (line,) = lines(runs("original") / "metrics.jsonl")
     assert line["ppo/updates"] == 4 * 128
@@ -314,8 +329,8 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def shorten(folder):
-    Tokenizer(VOCAB[:-1]).save_pretrained(folder)
+def lengthen(folder):  # a model may have more tokens than its vocabulary, but not fewer
+    Tokenizer([*VOCAB, "x1"]).save_pretrained(folder)
 
 
 def no_json(folder):
@@ -347,8 +362,8 @@ BAD = {
     "policy is cut": (lambda tiny, tmp: damaged(tiny, tmp, "policy", cut), "model.safetensors"),
     "reward is cut": (lambda tiny, tmp: damaged(tiny, tmp, "reward", cut), "model.safetensors"),
     "policy's config": (lambda tiny, tmp: damaged(tiny, tmp, "policy", no_json), "config.json"),
-    "policy's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "policy", shorten), str(len(VOCAB) - 1)),
-    "reward's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "reward", shorten), str(len(VOCAB) - 1)),
+    "policy's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "policy", lengthen), str(len(VOCAB) + 1)),
+    "reward's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "reward", lengthen), str(len(VOCAB) + 1)),
     "models swapped": (lambda tiny, tmp: ["--policy", tiny / "reward"], "bert"),
     "empty prompt file": (lambda tiny, tmp: prompt_file(tmp, b""), "prompt"),
     "prompt file of blanks": (lambda tiny, tmp: prompt_file(tmp, b" \n\n\t\n"), "prompt"),

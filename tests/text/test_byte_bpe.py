@@ -251,7 +251,7 @@ def test_a_step_of_ppo(ours):
     assert all(math.isfinite(value) for value in stats.values())
     shaped = torch.where(ended, rollout.scores, -1.0).mean().item()
     assert stats["reward/shaped"] == pytest.approx(shaped, rel=1e-5)
-    assert not torch.equal(trainer.policy.gpt2.wte.weight, before)
+    assert not torch.equal(trainer.policy.decoder.wte.weight, before)
     explanation = trainer.explain(rollout, 1)
     assert [token.token for token in explanation.tokens] == [
         VOCAB[i] for i in rollout.tokens[1, -6:][rollout.response_mask[1]]

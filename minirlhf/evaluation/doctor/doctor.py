@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from minirlhf.rl.config import PPOConfig
 from minirlhf.text.tokenizer import Tokenizer
 
 Folder = str | os.PathLike[str]
-Loaded = TypeVar("Loaded")
 
 # Name, why it matters, and the check, in the order in which they are made.
 CHECKS: tuple[tuple[str, str, Callable[[Setup], Result]], ...] = (
@@ -85,33 +84,15 @@ def doctor(
     """Examine a PPO run before it starts; print a line a check, and return the findings.
 
     policy, reference, tokenizer, reward: as for PPOTrainer and its `train`, or the folders to load them from.
-        reference, tokenizer: None: those of the policy's folder. reward: None: none is looked at.
+        reference, tokenizer: None: from the policy's folder. reward: None: its checks are skipped.
     positive_label: of a reward that is given as the folder of a classifier, as SentimentReward takes it.
     config: a PPOConfig; **overrides replace its fields by name. prompts: the pool of the run; None: words of the
         vocabulary, which do for every check but the optimum.
-    canaries: a good and a bad text for the reward; None: for a SentimentReward that reads Chinese,
-        `rewards.CANARIES`. file: where to print; None: standard output.
+    canaries: a good and a bad text for the reward; None: of a SentimentReward its own, if it reads their language.
+    file: where to print; None: standard output.
 
-    The checks, in their order; each is made even if those before it failed, unless it needs what they provide:
-
-    folders             what was given as a folder loads
-    vocabulary          tokenizer, policy and reference have one vocabulary
-    reward vocabulary   so have the tokenizer and the model of a SentimentReward
-    rollout             a trainer can be made, the prompts leave room, 8 sequences can be sampled
-    device              what could change results on a GPU without a word is off, else a warning
-    reference           KL(policy || reference), scored anew, is at most 1e-3 nats a sequence. More is a warning, as a
-                        tuned policy may be trained on; more than the target of an adaptive KL penalty is a failure.
-    ratio               |ratio - 1| of scoring, sampling and the training forward is at most 1e-3 in fp32; in bf16
-                        and fp16 its mean at most a quarter of cliprange, and its worst within it (else a warning)
-    labels              the good canary scores above the bad one
-    masks               padding on either side changes no output (a classifier: on the right)
-    dropout             two forward passes are equal in the mode in which each model was given
-    weights             LM heads are tied, nothing is shared, a PPO step moves the policy and not the reference
-    memory              the need, by formula and by measurement, fits what is free; above 80% is a warning
-    precision           log-probabilities in the chosen precision (bf16 for fp32, as a word only) against fp32, by the
-                        limits of the ratio; what "auto" has chosen, and why
-    optimum             the best possible reward at the KL coefficient and the target (see `optimum`), from up to 512
-                        samples of the reference; skipped for a reward that is slow
+    Each of CHECKS is made, in their order, even if one before it failed, unless it needs what that one provides; the
+    docstring of its function has its limits. First comes "folders": what was given as a folder loads.
 
     It works on copies: two of each model, and the gradients and optimizer state of one. Models, their modes and
     devices, random states and files are afterwards as before; a reward function of one's own is called as it is.
@@ -154,7 +135,7 @@ class _Files:
         self.loaded: list[str] = []
         self.problems: list[str] = []
 
-    def load(self, name: str, given: Any, loader: Callable[[Folder], Loaded]) -> Any:
+    def load(self, name: str, given: Any, loader: Callable[[Folder], Any]) -> Any:
         if not isinstance(given, (str, os.PathLike)):
             return given
         try:

@@ -13,41 +13,36 @@ from minirlhf.evaluation.doctor.probes import SAME_OUTPUT, embedding_rows, paddi
 from minirlhf.evaluation.doctor.setup import FAIL, OK, Result, Setup, Skipped, needed
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.heads import language_model
-from minirlhf.rewards.base import RewardFunction, call_reward
+from minirlhf.rewards.base import call_reward
 from minirlhf.rewards.sentiment import SentimentReward
 
 
 def vocabulary(setup: Setup) -> Result:
-    """Tokenizer, configs and embeddings have one size."""
+    """Tokenizer, configs and embeddings of policy and reference have one size."""
     sizes = {"tokenizer": len(needed(setup.tokenizer, "the tokenizer"))}
     for name, model in zip(("policy", "reference"), map(language_model, setup.models()), strict=True):
         sizes |= {f"{name} logits": model.vocab_size, f"{name} embedding": embedding_rows(model)}
-    if len(set(sizes.values())) > 1:
-        remedy = "take vocab.txt and model from one folder, or resize the embedding and its config together"
-        return Result(FAIL, f"tokens differ: {_sizes(sizes)}", remedy)
-    setup.vocabulary = sizes["tokenizer"]
-    return Result(OK, f"{setup.vocabulary} tokens in {', '.join(sizes)}")
+    remedy = "take vocab.txt and model from one folder, or resize the embedding and its config together"
+    setup.vocabulary, result = _one_size(sizes, remedy)
+    return result
 
 
 def reward_vocabulary(setup: Setup) -> Result:
-    """The reward model's own tokenizer, config and embedding have one size."""
+    """Tokenizer, config and embedding of a SentimentReward have one size."""
     reward = setup.reward
     if not isinstance(reward, SentimentReward):
         raise Skipped("there is no SentimentReward, so no vocabulary to look at")
     embedding = reward.model.bert.embeddings.word_embeddings.num_embeddings
     sizes = {"tokenizer": len(reward.tokenizer), "config": reward.model.config.vocab_size, "embedding": embedding}
-    if len(set(sizes.values())) > 1:
-        remedy = "give the reward model the vocab.txt of its own folder, not that of the policy"
-        return Result(FAIL, f"tokens differ: {_sizes(sizes)}", remedy)
-    setup.reward_vocabulary = sizes["tokenizer"]
-    return Result(OK, f"{setup.reward_vocabulary} tokens in {', '.join(sizes)}")
+    remedy = "give the reward model the vocab.txt of its own folder, not that of the policy"
+    setup.reward_vocabulary, result = _one_size(sizes, remedy)
+    return result
 
 
 def labels(setup: Setup) -> Result:
     """Plain sentences, from a good one to a bad one, score lower and lower."""
-    reward: RewardFunction = setup.copied_reward()
-    sentiment = reward if isinstance(reward, SentimentReward) else None
-    canaries = setup.canaries or (sentiment.canaries if sentiment else ())
+    reward = setup.copied_reward()
+    canaries = setup.canaries or (reward.canaries if isinstance(reward, SentimentReward) else ())
     if not canaries:
         rollout = setup.experience()[1]
         scores = call_reward(reward, rollout.prompts, rollout.responses)
@@ -55,15 +50,15 @@ def labels(setup: Setup) -> Result:
         raise Skipped(f"{found}; which way is up was not tested: give canaries=(good text, bad text)")
     found_scores = call_reward(reward, [""] * len(canaries), canaries).tolist()
     detail = ", ".join(f"{text!r} scores {score:.3g}" for text, score in zip(canaries, found_scores, strict=True))
-    if sentiment:
-        detail += f", by {sentiment.meaning}"
+    if isinstance(reward, SentimentReward):
+        detail += f", by {reward.meaning}"
     remedy = "swap the labels: id2label in the reward's config.json, positive_label=, or the sign of the reward"
     falls = all(better > worse for better, worse in itertools.pairwise(found_scores))
     return Result(OK, detail) if falls else Result(FAIL, detail, remedy)
 
 
 def masks(setup: Setup) -> Result:
-    """A padded batch gives what each row gives alone."""
+    """Padding on either side (of a classifier, on the right) changes no output."""
     errors = {
         f"{name}, {side} padding": error
         for name, model in setup.modules().items()
@@ -96,5 +91,10 @@ def dropout(setup: Setup) -> Result:
     return Result(FAIL, f"two forward passes differ, relative to the largest output: {'; '.join(wrong)}", remedy)
 
 
-def _sizes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+def _one_size(sizes: dict[str, int], remedy: str) -> tuple[int | None, Result]:
+    """The size that all have, None if they differ, and the result."""
+    size = sizes["tokenizer"]
+    if set(sizes.values()) == {size}:
+        return size, Result(OK, f"{size} tokens in {', '.join(sizes)}")
+    found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return None, Result(FAIL, f"tokens differ: {found}", remedy)

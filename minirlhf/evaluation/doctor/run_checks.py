@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +50,10 @@ def rollout(setup: Setup) -> Result:
 
 
 def reference(setup: Setup) -> Result:
-    """Before the first step KL(policy || reference) is 0."""
+    """Before the first step KL(policy || reference), scored anew, is at most SAME_KL nats a sequence.
+
+    More is a warning, as a tuned policy may be trained on; more than the target of an adaptive penalty is a failure.
+    """
     trainer, rollout = setup.experience()
     with torch.no_grad():
         scored = logprobs(trainer, rollout, trainer.reference, full_softmax=True)
@@ -74,7 +76,11 @@ def reference(setup: Setup) -> Result:
 
 
 def ratio(setup: Setup) -> Result:
-    """The first minibatch's ratio is 1: what samples, what scores and what trains are one policy."""
+    """Before any update, sampling, scoring and the training forward give ratios of 1.
+
+    In fp32 up to SAME_RATIO; in bf16 and fp16 the mean error is at most a quarter of cliprange, and the worst within it
+    (else a warning).
+    """
     trainer, rollout = setup.experience()
     exact = _first_ratio(trainer, rollout)
     chosen = setup.config.precision
@@ -86,7 +92,7 @@ def ratio(setup: Setup) -> Result:
 
 
 def weights(setup: Setup) -> Result:
-    """LM heads are the embeddings, before and after one PPO step on copies, in which the reference does not change."""
+    """LM heads are tied, nothing is shared, and one PPO step moves the policy and not the reference."""
     models = setup.models()
     shared = shared_parameters(*models)
     if shared:
@@ -119,7 +125,7 @@ def weights(setup: Setup) -> Result:
 
 
 def memory(setup: Setup) -> Result:
-    """The formula of `memory.estimate`, and the same scaled by a measurement, against what the device has."""
+    """The need, by `memory.estimate` and by a measurement, fits what is free; above FULL of it is a warning."""
     c, (short, rollout) = setup.config, setup.experience()
     trainer, R = _with(short, precision=c.precision), rollout.response_mask.size(1)
     small = estimate(trainer, len(rollout), rollout.tokens.size(1) - R, R, len(rollout))
@@ -144,7 +150,10 @@ def memory(setup: Setup) -> Result:
 
 
 def precision(setup: Setup) -> Result:
-    """Log-probabilities in the chosen reduced precision, bf16 if none is chosen, against fp32."""
+    """Log-probabilities in the chosen precision against fp32, by the limits of the ratio.
+
+    For a run in fp32 it is bf16 that is compared, as a word only. Says what "auto" has chosen, and why.
+    """
     c, (trainer, rollout) = setup.config, setup.experience()
     name = "bf16" if c.precision == "fp32" else c.precision
     reduced = _with(trainer, precision=name)
@@ -172,7 +181,7 @@ def precision(setup: Setup) -> Result:
 
 
 def device(setup: Setup) -> Result:
-    """Where the run would be, and whether it asks for what has not been tested there."""
+    """What could change results on a GPU without a word is off; else a warning."""
     c, where = setup.config, resolve_device(setup.config.device)
     if where.type == "cpu":
         return Result(OK, f"cpu, {torch.get_num_threads()} threads")
@@ -184,7 +193,7 @@ def device(setup: Setup) -> Result:
 
 
 def forecast(setup: Setup) -> Result:
-    """The best reward that any policy can have at the run's KL coefficient and target."""
+    """The best reward that any policy can have at the run's KL coefficient and target (see `optimum`)."""
     (trainer, rollout), c = setup.experience(), setup.config
     if setup.prompts is None:
         raise Skipped("the best possible reward depends on the prompts: give the pool of the run")
@@ -194,7 +203,8 @@ def forecast(setup: Setup) -> Result:
     if (seconds := time.perf_counter() - start) > SLOW_REWARD:
         slow = f"the reward took {seconds:.1f} s for {len(rollout)} samples, and a forecast needs hundreds"
         raise Skipped(f"{slow}: minirlhf.optimum makes one")
-    prompts = list(dict.fromkeys(setup.prompts))[:FORECAST_PROMPTS]
+    distinct = list(dict.fromkeys(setup.prompts))
+    prompts = distinct[:FORECAST_PROMPTS]
     found = optimum(
         trainer.reference, prompts, reward, tokenizer=trainer.tokenizer, gen_len=c.gen_len, sampling=c.sampling,
         eos_token_id=c.eos_token_id, samples=min(FORECAST_SAMPLES, FORECAST_TOKENS // c.gen_len),
@@ -213,9 +223,8 @@ def forecast(setup: Setup) -> Result:
             parts.append(str(error))
     if not parts:
         raise Skipped("the config has no KL coefficient in the reward and no target to forecast for")
-    start = np.mean([x.mean() for x in found.scores.values()])
-    many = f" of the first {len(prompts)} prompts" if len(prompts) < len(set(setup.prompts)) else ""
-    detail = f"the reference has {start:.3f}; {'; '.join(parts)}"
+    many = f" of the first {len(prompts)} prompts" if prompts != distinct else ""
+    detail = f"the reference has {found.start:.3f}; {'; '.join(parts)}"
     return Result(OK, f"{detail} ({found.samples} samples{many}, {found.distribution})")
 
 
@@ -242,10 +251,9 @@ def _rescored(trainer: PPOTrainer, rollout: Rollout) -> Tensor:
     c, result = trainer.config, torch.zeros_like(rollout.logprobs)
     for rows in torch.arange(len(rollout)).split(min(c.forward_batch_size, c.minibatch_size)):
         batch = rollout.rows(rows)
-        width = batch.response_mask.size(1)
         with torch.enable_grad(), trainer.precision.autocast():
-            scored = logprobs(trainer, batch)
-        result[rows, :width] = scored.logprobs.detach()
+            scored = logprobs(trainer, batch).logprobs.detach()
+        result[rows, : scored.size(1)] = scored
     return result
 
 

@@ -44,7 +44,7 @@ class Setup:
     prompts: the pool; None: the run's own are not known, and words of the vocabulary stand for them.
     available: bytes free on the device before anything was copied; None: unknown.
     vocabulary, reward_vocabulary: their sizes, None until they were found to agree.
-    trainer: of copies of both models, in fp32. rollout: what it collected. precision: that of the run. None until the
+    trainer: of copies of both models, in fp32. rollout: what it collected. precision: of the run. None until the
         check of the rollout; from then on the config names that precision too.
     """
 

@@ -6,19 +6,18 @@ import shutil
 
 import pytest
 import torch
-from minirlhf.commands.evaluation_request import HELD_OUT_PROMPTS, PROMPTS, EvaluationRequest
 from test_hostile_text import HISTORY
 
 from conftest import VOCAB, make_bert, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentReward, Tokenizer
-from minirlhf.__main__ import main
+from minirlhf.commands.main import main
 from minirlhf.io.files import read_json, write_json
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rewards.sentiment import CANARIES
 
-SMALL = ["--samples", 6, "--gen-len", 4, "--best-of", 2, 3]
+SMALL = ["--samples", 6, "--best-of", 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,9 @@ def folders(tmp_path_factory):
     RewardModel(one_label, tokenizer, device="cpu").save_pretrained(folder / "bert reward")
     NGramScorer({"好": 2.0, "差": -2.0}, 0.0).save_pretrained(folder / "ngrams")
     write_json(folder / "run" / "config.json", {
-        "arguments": {"prompts": ["服务", "很好"]}, "ppo": {"adaptive_kl": True, "target": 6.0},
+        "arguments": {"prompts": ["服务", "很好"]},
+        "ppo": {"adaptive_kl": True, "target": 6.0, "gen_len": 4, "temperature": 0.9, "top_k": 0, "top_p": 0.95,
+                "eos_token_id": None},
     })  # fmt: skip
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in HISTORY))
     return folder
@@ -112,6 +113,7 @@ def test_as_json_it_prints_one_object(run, folders):
 
 @pytest.mark.parametrize(("options", "setting", "value"), [
     (["--top-p", "0.5"], ("sampling", "top_p"), 0.5), (["--top-k", "3"], ("sampling", "top_k"), 3),
+    (["--gen-len", "5"], ("gen_len",), 5),
     (["--temperature", "0.5"], ("sampling", "temperature"), 0.5), (["--eos"], ("eos_token_id",), 102),
 ])  # fmt: skip
 def test_every_option_reaches_its_setting(run, folders, options, setting, value):
@@ -121,35 +123,52 @@ def test_every_option_reaches_its_setting(run, folders, options, setting, value)
     assert found == value
 
 
-def request(*arguments):
-    return EvaluationRequest.of(*arguments)
+def settings_of(out):
+    found = json.loads(out[0])["settings"]
+    return {**found.pop("sampling"), **found}
 
 
-def test_prompts_are_given_or_the_run_s_or_the_review_ones(folders, tmp_path):
-    run, both = str(folders / "run"), ("p", "r")
-    assert request(run, None, None, None, None, "utf-8", None).prompts == ["服务", "很好"]
-    assert request(run, None, None, ["酒"], None, "utf-8", None).prompts == ["酒"]
-    own = request(None, *both, None, None, "utf-8", None)
-    assert (own.prompts, own.held_out) == (list(PROMPTS), list(HELD_OUT_PROMPTS))
-    assert request(None, *both, ["酒"], None, "utf-8", None).held_out is None
-    assert request(None, *both, None, ["酒"], "utf-8", None).held_out == ["酒"]
+def test_a_run_is_sampled_as_it_was_trained_and_says_so(run, folders, tmp_path):
+    code, out, _ = run("--run", folders / "run", "--json")
+    assert code == 0 and settings_of(out).items() >= dict(gen_len=4, temperature=0.9, top_p=0.95).items()
+    line = "sampled with gen_len 4, temperature 0.9, top_k 0, top_p 0.95, eos_token_id None"
+    assert run("--run", folders / "run")[1][0] == f"{line}; as the run was"
+    assert run("--run", folders / "run", "--top-p", 1)[1][0] == (
+        f"{line.replace('0.95', '1.0')}; unlike the run, which had top_p 0.95"
+    )
+    shutil.copytree(folders / "run", tmp_path / "other")
+    write_json(tmp_path / "other" / "config.json", {"arguments": {"prompts": ["服务"]}, "ppo": {"gen_len": 3}})
+    code, out, _ = run("--run", tmp_path / "other")
+    assert out[0].startswith("sampled with gen_len 3, temperature 1.0,") and out[0].endswith(
+        "; config.json of the run does not say its temperature, top_k, top_p, eos_token_id"
+    )
+    assert run(*models(folders), "--prompts", "酒店")[1][0] == (
+        "sampled with gen_len 16, temperature 1.0, top_k 0, top_p 1.0, eos_token_id None"
+    )
+
+
+def test_prompts_are_given_or_those_of_the_run(run, folders, tmp_path):
+    def pools(*arguments):
+        found = json.loads(run(*arguments, "--json")[1][0])
+        return [found[name] and found[name]["prompts"] for name in ("given", "held_out")]
+
+    assert pools("--run", folders / "run") == [["服务", "很好"], None]
+    assert pools("--run", folders / "run", "--prompts", "酒", "--held-out-prompts", "店") == [["酒"], ["店"]]
     shutil.copytree(folders / "run", tmp_path / "other")
     for config in ({}, {"arguments": {"prompts": [1]}}, {"arguments": 3, "ppo": []}):  # of some other script
         write_json(tmp_path / "other" / "config.json", config)
-        assert request(str(tmp_path / "other"), None, None, None, None, "utf-8", None).prompts == list(PROMPTS)
-    found = request(run, "mine", None, None, None, "utf-8", None)
-    assert (found.policy, found.reference) == ("mine", f"{run}/reference") and found.target == 6.0
-    assert found.history == HISTORY and own.history == [] and own.target is None
+        code, out, err = run("--run", tmp_path / "other")
+        assert (code, out) == (1, []) and "give --prompts, or a --run whose config.json has them" in err
 
 
 @pytest.mark.parametrize(("raw", "encoding"), [
     ("酒店\n\n服务很好\n".encode(), "utf-8"), ("\ufeff酒店\r\n服务很好".encode(), "utf-8"),
     ("酒店\n服务很好\n".encode("gbk"), "gbk"),
 ])  # fmt: skip
-def test_a_file_of_prompts(tmp_path, raw, encoding):
+def test_a_file_of_prompts(run, folders, tmp_path, raw, encoding):
     (tmp_path / "p.txt").write_bytes(raw)
-    found = request(None, "p", "r", [str(tmp_path / "p.txt")], [str(tmp_path / "p.txt")], encoding, None)
-    assert found.prompts == found.held_out == ["酒店", "服务很好"]
+    given = "--prompts", tmp_path / "p.txt", "--encoding", encoding, "--json"
+    assert json.loads(run(*models(folders), *given)[1][0])["given"]["prompts"] == ["酒店", "服务很好"]
 
 
 @pytest.mark.parametrize(("name", "kind", "network"), [
@@ -174,8 +193,9 @@ def files(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--policy", "RUN/policy"], "give --run, or --policy and --reference"), ([], "give --run, or"),
+    (["--policy", "RUN/policy", "--reference", "RUN/reference"], "give --prompts, or a --run whose config.json"),
     (["--run", "nowhere"], "nowhere/config.json does not exist"),
-    (["--policy", "nowhere", "--reference", "RUN/reference"], "nowhere.* does not exist"),
+    (["--policy", "nowhere", "--reference", "RUN/reference", "--prompts", "酒"], "nowhere.* does not exist"),
     (["--run", "RUN", "--prompts", "FILES/gbk.txt"], "gbk.txt, line 1 is not utf-8 .*--encoding, for instance gbk"),
     (["--run", "RUN", "--prompts", "FILES/gbk.txt", "--encoding", "klingon"], "encoding must be .*, got 'klingon'"),
     (["--run", "RUN", "--prompts", "FILES/empty.txt"], "empty.txt holds no prompts|prompt ' ' is empty"),

@@ -1,0 +1,31 @@
+# The commands of everyday work; see CONTRIBUTING.md. PYTHON is the interpreter of the virtual environment.
+PYTHON ?= .venv/bin/python
+# What takes longest: whole programs, runs that are killed, hostile files, trainings to a known optimum.
+SLOW = tests/examples tests/robustness tests/runs tests/evaluation tests/docs tests/rl/test_optimum.py
+
+.PHONY: setup test fast lint bench gpu mutants
+
+setup: ## a virtual environment with everything that the tests need, and the checks before a commit
+	test -d .venv || python3 -m venv .venv
+	.venv/bin/pip install -q -c tests/constraints.txt -e '.[dev]' pre-commit
+	.venv/bin/pre-commit install
+
+test: ## all tests
+	$(PYTHON) -m pytest
+
+fast: ## the tests that take no more than a few minutes together
+	$(PYTHON) -m pytest $(SLOW:%=--ignore=%)
+
+lint: ## style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: ## seconds and memory of one iteration of PPO, against what this machine can do
+	$(PYTHON) examples/benchmark --precision fp32 bf16
+
+gpu: ## the tests that need a GPU, decoding with and without a CUDA graph, the benchmark; writes docs/gpu/DATE.md
+	PYTHONPATH=examples $(PYTHON) -m benchmark.gpu_record
+
+mutants: ## plants faults in a copy of the package, and says which ones no test notices; hours
+	$(PYTHON) tests/robustness/mutants.py

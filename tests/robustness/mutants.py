@@ -1,0 +1,254 @@
+"""Do the tests notice a fault? Plants small ones in a copy of the package, one at a time, and runs the tests.
+
+    python tests/robustness/mutants.py                     # 300 faults, hours; `make mutants`
+    python tests/robustness/mutants.py --wings rl --count 40
+    python tests/robustness/mutants.py --list              # what would be planted
+
+A fault is one change of the syntax tree: another comparison, a number off by one, a sign, min for max, swapped
+arguments, a dropped statement and the like. The choice depends on the code of each fault alone. The tests of its wing
+run, those of its module first, until one fails; a timeout counts as noticed.
+
+Results go to OUTPUT/results.jsonl, and a run that was stopped continues there. `equivalent_mutants.txt` beside this
+file names faults that change nothing that matters, with the reason; they do not count.
+"""
+
+import argparse
+import ast
+import copy
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+WINGS = ("rl", "generation", "models", "runs", "io", "rewards")
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
+OPPOSITES = ((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn))
+COMPARISONS = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
+OPERATIONS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
+PAIRS = (("min", "max"), ("amin", "amax"), ("argmin", "argmax"), ("minimum", "maximum"), ("any", "all"),
+         ("clamp_min", "clamp_max"), ("zeros", "ones"), ("zeros_like", "ones_like"), ("sum", "mean"))  # fmt: skip
+NAMES = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted fault. key: stable while its function's other code changes. source: of the whole file."""
+
+    key: str
+    file: str
+    line: int
+    what: str
+    source: str
+
+
+def mutants(file: str, text: str) -> Iterator[Mutant]:
+    """All faults that can be planted in a file."""
+    tree = ast.parse(text)
+    seen: dict[str, int] = {}
+    for node, scope in _code(tree, ""):
+        shown = ast.unparse(node).split("\n")[0][:70]
+        for what, change in _changes(node):
+            where = f"{file}::{scope}: {ast.unparse(node)[:200]}: {what}"
+            seen[where] = seen.get(where, 0) + 1
+            key = hashlib.sha256(f"{where} {seen[where]}".encode()).hexdigest()[:12]
+            yield Mutant(key, file, node.lineno, f"{shown}: {what}", _planted(tree, node, change))
+
+
+def _code(node: ast.AST, scope: str) -> Iterator[tuple[ast.AST, str]]:
+    """Nodes in which a fault can matter, with their function's name; annotations and messages are left out."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list", "exc", "cause", "type_params"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, (ast.Import, ast.ImportFrom, ast.JoinedStr)):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Call) and ast.unparse(child.func) in ("warnings.warn", "print"):
+                continue
+            named = isinstance(child, (ast.FunctionDef, ast.ClassDef))
+            inside = f"{scope}.{child.name}".lstrip(".") if named else scope
+            if hasattr(child, "lineno"):
+                yield child, inside
+            yield from _code(child, inside)
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[str, object]]:
+    """What can be made of a node: a name for each change, and the change, which may return another node."""
+    if isinstance(node, ast.Compare):
+        for i, operator in enumerate(node.ops):
+            if other := COMPARISONS.get(type(operator)):
+                yield (
+                    f"{type(operator).__name__} to {other.__name__}",
+                    lambda n, i=i, o=other: n.ops.__setitem__(i, o()),
+                )
+    if isinstance(node, (ast.BinOp, ast.AugAssign)) and (other := OPERATIONS.get(type(node.op))):
+        yield f"{type(node.op).__name__} to {other.__name__}", lambda n, o=other: setattr(n, "op", o())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
+        yield f"{type(node.op).__name__} dropped", lambda n: n.operand
+    if isinstance(node, ast.BoolOp):
+        other = ast.Or if isinstance(node.op, ast.And) else ast.And
+        yield f"{type(node.op).__name__} to {other.__name__}", lambda n, o=other: setattr(n, "op", o())
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+        value = node.value
+        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 2 or 1.0
+        yield f"{value!r} to {other!r}", lambda n, o=other: setattr(n, "value", o)
+    if isinstance(node, ast.Call):
+        function = node.func
+        field = "id" if isinstance(function, ast.Name) else "attr" if isinstance(function, ast.Attribute) else ""
+        if other := NAMES.get(getattr(function, field, "")):
+            yield f"{getattr(function, field)} to {other}", lambda n, f=field, o=other: setattr(n.func, f, o)
+        if len(node.args) >= 2 and not any(isinstance(x, ast.Starred) for x in node.args[:2]):
+            yield "arguments swapped", lambda n: n.args.__setitem__(slice(0, 2), n.args[1::-1])
+    if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+        yield "condition turned round", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
+    dropped = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    if dropped or isinstance(node, (ast.AugAssign, ast.Raise, ast.Continue, ast.Break)):
+        yield "statement dropped", lambda n: ast.copy_location(ast.Pass(), n)
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript)):
+        yield "statement dropped", lambda n: ast.copy_location(ast.Pass(), n)
+
+
+def _planted(tree: ast.Module, node: ast.AST, change) -> str:
+    """The source of a copy of the tree in which a copy of the node is changed."""
+    position = next(i for i, found in enumerate(ast.walk(tree)) if found is node)
+    tree = copy.deepcopy(tree)
+    node = next(found for i, found in enumerate(ast.walk(tree)) if i == position)
+    other = change(node)
+    if other is not None:
+        for parent in ast.walk(tree):
+            for field, value in ast.iter_fields(parent):
+                if value is node:
+                    setattr(parent, field, other)
+                elif isinstance(value, list):
+                    value[:] = [other if child is node else child for child in value]
+    return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def chosen(repo: Path, wings: list[str], count: int) -> list[Mutant]:
+    """The first `count` faults of these wings by their keys."""
+    found = [mutant for wing in wings for path in sorted((repo / "minirlhf" / wing).rglob("*.py"))
+             for mutant in mutants(str(path.relative_to(repo)), path.read_text(encoding="utf-8"))]  # fmt: skip
+    return sorted(found, key=lambda mutant: mutant.key)[:count]
+
+
+def workspace(repo: Path, folder: Path) -> Path:
+    """A copy of the package, with links to everything else that tests read."""
+    shutil.copytree(repo / "minirlhf", folder / "minirlhf", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in repo.iterdir():
+        if path.name not in ("minirlhf", "runs", ".git", ".venv"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def tests_of(repo: Path, file: str) -> list[str]:
+    """The test files of a module's wing, those that carry its name first."""
+    wing, module = Path(file).parts[1], Path(file).stem
+    paths = sorted((repo / "tests" / wing).rglob("test_*.py"), key=lambda path: (module not in path.stem, path))
+    return [str(path.relative_to(repo)) for path in paths]
+
+
+def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[str, float]:
+    """ "survived", "noticed" or "timeout", and the seconds that it took."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        *tests,
+    ]
+    settings = dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    try:
+        outcome = "survived" if process.wait(timeout) == 0 else "noticed"
+    except subprocess.TimeoutExpired:
+        outcome = "timeout"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # and the processes that its tests started
+            process.wait()
+    return outcome, time.perf_counter() - start
+
+
+def plant(mutant: Mutant, folder: Path, repo: Path, timeout: float) -> dict[str, object]:
+    """Run the tests with the fault in its place, and put the file back."""
+    path = folder / mutant.file
+    before = path.read_bytes()
+    try:
+        path.write_text(mutant.source, encoding="utf-8")
+        outcome, seconds = run_tests(folder, tests_of(repo, mutant.file), timeout)
+    finally:
+        path.write_bytes(before)
+    about = dict(key=mutant.key, file=mutant.file, line=mutant.line, what=mutant.what)
+    return {**about, "outcome": outcome, "seconds": round(seconds, 1)}
+
+
+def report(results: list[dict[str, object]], equivalent: set[str]) -> str:
+    """Survivors, and the share of the faults that matter which the tests noticed."""
+    counted = [r for r in results if r["key"] not in equivalent]
+    survivors = [r for r in counted if r["outcome"] == "survived"]
+    lines = [f"survived {r['key']}  {r['file']}:{r['line']}  {r['what']}" for r in survivors]
+    noticed, share = len(counted) - len(survivors), 1 - len(survivors) / max(1, len(counted))
+    slow, ignored = sum(r["outcome"] == "timeout" for r in counted), len(results) - len(counted)
+    return "\n".join([*lines, f"noticed {noticed} of {len(counted)} planted faults, {share:.1%} ({slow} by a timeout; "
+                      f"{ignored} more change nothing that matters)"])  # fmt: skip
+
+
+def main(arguments: list[str] | None = None, repo: Path = REPO, equivalent: Path = EQUIVALENT) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wings", nargs="+", choices=WINGS, default=list(WINGS))
+    parser.add_argument("--count", type=int, default=300, help="faults to plant (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the tests of a wing (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/mutants"), help="folder of the results (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the faults, and plant none")
+    args = parser.parse_args(arguments)
+    wanted = chosen(repo, args.wings, args.count)
+    if args.list:
+        print("\n".join(f"{m.key}  {m.file}:{m.line}  {m.what}" for m in wanted))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    log = args.output / "results.jsonl"
+    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    results = {result["key"]: result for result in known}
+    todo = [mutant for mutant in wanted if mutant.key not in results]
+    with tempfile.TemporaryDirectory() as temporary, log.open("a", encoding="utf-8") as file:
+        folder = workspace(repo, Path(temporary))
+        for wing in args.wings if todo else ():
+            outcome, seconds = run_tests(folder, tests_of(repo, f"minirlhf/{wing}/x.py"), args.timeout)
+            if outcome != "survived":
+                sys.exit(f"error: without a fault the tests of {wing} do not pass within {args.timeout:.0f} s")
+            print(f"{wing}: the tests take {seconds:.0f} s", flush=True)
+        for mutant in todo:
+            result = results[mutant.key] = plant(mutant, folder, repo, args.timeout)
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            told = f"{result['outcome']}: {mutant.file}:{mutant.line} {mutant.what}"
+            print(f"{len(results)} of {len(wanted)} {told}", flush=True)
+    names = equivalent.read_text(encoding="utf-8").splitlines() if equivalent.exists() else []
+    found = [results[mutant.key] for mutant in wanted]
+    print(report(found, {line.split()[0] for line in names if line.strip() and not line.startswith("#")}))
+
+
+if __name__ == "__main__":
+    main()
