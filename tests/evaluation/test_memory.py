@@ -68,8 +68,6 @@ def test_what_a_graph_keeps_is_counted(precision):
     with trainer.precision.autocast():
         step = graphed.step_for(trainer.policy.decoder, 10, 9)
     kept = sum(layer.nbytes for layer in step.cache.layers)
-    if precision == "bf16":
-        kept += sum(p.nbytes for p in step.blocks.parameters()) + step.head.nbytes
     assert kept <= counted < 1.1 * kept
 
 
