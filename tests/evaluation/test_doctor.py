@@ -334,7 +334,10 @@ def test_shared_parameters_are_found():
     policy = ActorCritic(gpt2()).eval()
     status, findings = examine(policy, policy.decoder)
     assert status["weights"] == "fail" and others(status, "weights") == {"ok"}
-    assert "share decoder.wte.weight, decoder.wpe.weight, decoder.h.0.ln_1.weight and 13 more" in findings["weights"].detail
+    assert (
+        "share decoder.wte.weight, decoder.wpe.weight, decoder.h.0.ln_1.weight and 13 more"
+        in findings["weights"].detail
+    )
     assert len(list(policy.decoder.parameters())) == 16
     holder = ActorCritic(gpt2()).eval()
     holder.leash = gpt2()  # the reference is inside the policy, so the policy's optimizer has it
