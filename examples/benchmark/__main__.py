@@ -32,7 +32,6 @@ from benchmark.floor import DTYPES, Rates, measure_rates, phase_costs, with_best
 from benchmark.peers import TransformersPeer, Turn, in_turns, run_command
 from benchmark.work import SIZES, Sample, Work, iteration
 from minirlhf.common.printing import show
-from minirlhf.common.text import printable
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.io.files import atomic_write, write_json
@@ -103,7 +102,7 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
 
     def tell(number: int, turn: Turn) -> None:
         shown = ", ".join(f"{s.phase} {s.seconds:.2f} s" for s in turn.samples)
-        print(printable(f"turn {number + 1}: {turn.name}: {shown}; {turn.load}"), file=sys.stderr, flush=True)
+        show(f"turn {number + 1}: {turn.name}: {shown}; {turn.load}", sys.stderr)
 
     before = measured()
     turns, dropped = in_turns(sides, args.repeats, tell)
@@ -164,7 +163,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         report.draw_phases(result["iteration"], result["bounds"], output / "phases.png")
     if "scaling" in result:
         report.draw_scaling(result["scaling"], output / "scaling.png")
-    print(f"saved in {output}", file=sys.stderr)
+    show(f"saved in {output}", sys.stderr)
 
 
 def work_of(args: argparse.Namespace, precision: str) -> Work:

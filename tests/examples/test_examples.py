@@ -84,7 +84,7 @@ def runs(tiny, tmp_path_factory):
             if name == "plain":
                 made[name] = start(SCRIPT, *arguments, *SMALL, "--seed", "3")
             elif name == "killed":  # before the line of step 4
-                made[name] = process(script, folder / "output", run, "metrics.jsonl", 13, SCRIPT, *arguments, *SMALL,
+                made[name] = process(script, folder / "output", run, "metrics.jsonl", 11, SCRIPT, *arguments, *SMALL,
                                      "--seed", "3")  # fmt: skip
                 made[name].join()
             elif name == "original":

@@ -10,9 +10,13 @@ from minirlhf import ActorCritic, PPOConfig, PPOTrainer, Tokenizer
 
 def test_models_and_tokenizer_of_different_vocabularies_are_refused():
     small = make_gpt2(0, vocab_size=50, **SMALL)
-    normal = make_gpt2(0, **SMALL)
-    for policy, reference, tokens in ((small, normal, VOCAB), (normal, small, VOCAB), (normal, normal, VOCAB[:-1])):
-        with pytest.raises(ValueError, match="vocabulary"):
+    normal, other = make_gpt2(0, **SMALL), make_gpt2(1, **SMALL)
+    for policy, reference, tokens in (
+        (small, normal, VOCAB),
+        (normal, small, VOCAB),
+        (normal, other, [*VOCAB, "more"]),
+    ):
+        with pytest.raises(ValueError, match=r"vocabulary|tokens"):
             PPOTrainer(policy, reference, Tokenizer(tokens), **DEFAULTS)
 
 

@@ -99,16 +99,8 @@ def test_a_leash_with_a_fixed_beta_ends_at_its_fixed_point(estimator, placement,
 
     learned, expected = distribution(policy.decoder, prompt), fixed_point(estimator, ref, beta)
     before, after = (0.5 * (p - expected).abs().sum().item() for p in (ref, learned))  # total variation
-    print(f"{estimator} {whitened} {before:.3f} -> {after:.4f}, KL {(learned * (learned / expected).log()).sum():.5f}")
     assert before > 0.3
+    if placement == "loss":  # another point than the optimum
+        assert 0.5 * (expected - fixed_point("k1", ref, beta)).abs().sum() > 0.04
     assert after < 0.03
     assert (learned * (learned / expected).log()).sum() < 0.01
-
-
-def test_the_fixed_points_are_not_the_same():
-    """Of the leashes in the loss neither aims at the optimum, so the test above tells all of them apart."""
-    ref = torch.full((V**2,), 1 / V**2, dtype=torch.float64)
-    ends = [fixed_point(estimator, ref, 0.5) for estimator, _, _ in LEASHES]
-    apart = {(i, j): 0.5 * (ends[i] - ends[j]).abs().sum().item() for i, j in itertools.combinations(range(4), 2)}
-    assert apart.pop((0, 1)) == 0 and min(apart.values()) > 0.03
-    assert all(end.sum().item() == pytest.approx(1, abs=1e-9) for end in ends)

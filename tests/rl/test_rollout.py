@@ -48,8 +48,8 @@ def test_fields_and_shapes(models):
     assert rollout.texts == [p + r for p, r in zip(PROMPTS, rollout.responses, strict=True)]
     assert rollout.scores.tolist() == lengths_of_text(rollout.texts)
     assert all(seconds >= 0 for seconds in rollout.seconds.values()) and rollout.seconds
-    for row, response in zip(rollout.tokens[:, -6:], rollout.responses, strict=True):
-        assert models.tokenizer.decode(row) == response
+    for tokens, mask, text in zip(rollout.tokens, rollout.mask, rollout.texts, strict=True):
+        assert text == models.tokenizer.decode(tokens[mask.bool()])  # of all tokens: spaces between prompt and response
 
 
 def test_scores_of_single_tokens_stand_at_their_tokens(models):
@@ -64,7 +64,8 @@ def test_scores_of_single_tokens_stand_at_their_tokens(models):
     for i in range(4):
         ids = rollout.tokens[i, -8:][rollout.response_mask[i]].tolist()
         own = rollout.score_shares[i]
-        expected = [i + 1 + 0.125 * len(piece) for piece in models.tokenizer.decode_pieces(ids)]
+        prompt = models.tokenizer.encode_prompt(PROMPTS[i])
+        expected = [i + 1 + 0.125 * len(piece) for piece in models.tokenizer.decode_response(prompt, ids)]
         assert own.tolist() == [*expected, *[0.0] * (8 - len(ids))]
         assert rollout.scores[i].item() == sum(expected)
     rows = rollout.rows(torch.tensor([2, 0]))
@@ -95,7 +96,7 @@ def test_every_row_is_scored_as_if_it_stood_alone(models, monkeypatch, from_deco
 
 @pytest.mark.parametrize("size", [1, 3, 128])
 def test_the_policy_reads_nothing_twice_if_the_decode_tells_its_states(models, monkeypatch, size):
-    monkeypatch.setattr(Models, "scoring_batch_size", size)
+    models = dataclasses.replace(models, scoring_batch_size=size)
     calls = []
     for name, model in (("policy", models.policy.decoder), ("reference", models.reference)):
 
@@ -205,10 +206,9 @@ def test_bad_prompts_are_refused_before_the_reward_is_asked(models, prompts):
         collect(models, prompts=prompts, reward=lambda texts: pytest.fail("the reward was asked"))
 
 
-def test_the_size_of_scoring_batches_changes_nothing(models, monkeypatch):
+def test_the_size_of_scoring_batches_changes_nothing(models):
     whole = collect(models, prompts=PROMPTS * 2, eos_token_id=EOS, length=10)
-    monkeypatch.setattr(Models, "scoring_batch_size", 3)
-    cut = collect(models, prompts=PROMPTS * 2, eos_token_id=EOS, length=10)
+    cut = collect(dataclasses.replace(models, scoring_batch_size=3), prompts=PROMPTS * 2, eos_token_id=EOS, length=10)
     assert torch.equal(cut.tokens, whole.tokens)
     for name in ("logprobs", "ref_logprobs", "values", "entropy", "exact_kl"):
         torch.testing.assert_close(getattr(cut, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
