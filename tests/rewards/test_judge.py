@@ -558,7 +558,7 @@ def test_the_example_learns_from_the_judge_and_logs_what_it_cost(server, example
 
 
 @pytest.mark.parametrize(("behaviour", "arguments", "message"), [
-    (fail(401, "bad key"), [], "error: http://.* answered 401: .*bad key"),
+    (fail(401, "bad key"), [], "error: step 1 of 2 failed: ChatError: http://.* answered 401: .*bad key"),
     (say("5"), ["--base-url", "localhost"], "error: ChatJudgeConfig.base_url must be"),
     (say("5"), ["--policy", "nowhere"], "error: .*nowhere"),
 ])  # fmt: skip
