@@ -27,8 +27,8 @@ JUDGE = ("base_url", "model", "rubric", "key_variable", "concurrency", "cache", 
 
 def main() -> None:
     args = read_arguments()
-    # 1. The judge. It asks for a number from 0 to 10 and accepts no other answer; its config also has retries, waits,
-    #    and the score of a text that the judge does not score.
+    # 1. The judge. It asks for a number from 0 to 10; its config also has timeout, retries, and the score of a text
+    #    whose answers hold no such number. ChatJudge(config, complete) asks a callable of yours instead.
     judge = ChatJudge(ChatJudgeConfig(**{name: getattr(args, name) for name in JUDGE}))
 
     # 2. The policy, as in positive_reviews.py. score_scale brings 0 to 10 to 0 to 1, the scale of the KL penalty.

@@ -1,10 +1,9 @@
-"""What is in a folder, so that two may be compared."""
+"""The content of a folder, so that two may be compared."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from minirlhf.io.model_folder import read_metadata, read_tensors
 from minirlhf.runs.checkpoint import COUNTERS_FILE, MANIFEST_FILE
 
 
@@ -14,23 +13,13 @@ def snapshot(folder: Path) -> dict[str, Any]:
 
 
 def content(path: Path) -> Any:
-    """The bytes of a file, but for what may differ between two saves of one state.
-
-    Of a safetensors file tensors and metadata: the order of its metadata is random. So is then its sum in the
-    manifest, of which the names are taken. Of a trainer's counters all but lengths and hashes of the log: its times
-    differ.
-    """
+    """The bytes of a file; of a checkpoint's counters and their sum, all but what depends on the times in the log."""
     try:
-        if path.suffix == ".safetensors":
-            tensors = read_tensors(path).items()
-            return {n: (str(x.dtype), tuple(x.shape), x.numpy().tobytes()) for n, x in tensors}, read_metadata(path)
-        if path.name in (COUNTERS_FILE, MANIFEST_FILE):
+        if path.name == COUNTERS_FILE:
             read = json.loads(path.read_bytes())
-            return (
-                sorted(read["sha256"])
-                if path.name == MANIFEST_FILE
-                else {**read, "run": read.get("run") and read["run"]["rewards"]}
-            )
-    except ValueError:  # damaged
+            return {**read, "run": read["run"] and read["run"]["rewards"]}
+        if path.name == MANIFEST_FILE:
+            return {**json.loads(path.read_bytes())["sha256"], COUNTERS_FILE: None}
+    except (ValueError, TypeError, KeyError):  # damaged
         pass
     return path.read_bytes()

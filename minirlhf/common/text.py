@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -17,11 +14,11 @@ def printable(text: str) -> str:
 
 
 def json_line(content: Mapping[str, Any]) -> str:
-    """One line of JSON, for every reader's idea of a line, that is safe to show in a terminal; without a line feed."""
+    """A JSON object as one line without its line feed: safe to show in a terminal, and one line to every reader."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     return "".join(json.dumps(char)[1:-1] if _steers(char) else char for char in text)
 
 
 def _steers(char: str) -> bool:
-    """Whether a character is for control or formatting, separates lines, or is half of one (a lone surrogate)."""
+    """Whether a character controls or formats text, separates lines, or is a lone surrogate."""
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")

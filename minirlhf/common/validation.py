@@ -14,7 +14,7 @@ def require(config: object, name: str, fine: bool, allowed: str) -> None:
 
 
 def require_positive_ints(config: object, *names: str) -> None:
-    """Every named field is an int of at least 1 (and below 2**63, more than which nothing can have)."""
+    """Every named field is an int of at least 1 and below 2**63."""
     for name in names:
         value = getattr(config, name)
         require(config, name, type(value) is int and 1 <= value < 2**63, "an integer of at least 1")

@@ -1,7 +1,7 @@
-"""Where a model came from, and what is told of it when it is saved: metadata of the weights, and a short `README.md`.
+"""The origin of a model and its card: metadata of the saved weights, and a short `README.md`.
 
-The texts of a training summary come from the caller, so in the card they are data: no character of theirs can end a
-table cell, open a tag or start a link.
+The texts of a training summary come from the caller. The card escapes them, so that no character can end a table cell,
+open a tag or start a link.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CLASSES = {
 class Origin:
     """Where a model was loaded from.
 
-    name: a name on the hub (with a slash) as it is, of a local folder the last part: where it lies concerns nobody.
+    name: a name on the hub, or the last part of a local folder's path (the whole path would reveal private names).
     config: its `config.json`, as read.
     """
 
@@ -54,12 +54,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is told of a model that is to be saved.
+    """The description of a model that is saved.
 
     model_class: the class of minirlhf that loads it, one of CLASSES.
-    origin: what it was loaded from before its training, if that is known.
-    summary: of its training, JSON values by name.
-    Raises ValueError for a summary that is anything else.
+    origin: what the model was loaded from before its training, None if unknown.
+    summary: of the training, JSON values by name.
+    Raises ValueError for any other summary.
     """
 
     model_class: str
@@ -119,7 +119,7 @@ class ModelCard:
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
-    """Write `README.md` into a folder, unless one is there that is not ours."""
+    """Write `README.md` into a folder, unless the folder has one that is not ours."""
     path = folder / CARD_FILE
     if path.exists() and OURS.encode() not in path.read_bytes():
         return
@@ -127,10 +127,10 @@ def write_card(folder: Path, card: ModelCard) -> None:
 
 
 def escape(text: str) -> str:
-    """A text as one line of Markdown that means nothing but its letters, in a table cell too.
+    """A text as one line of Markdown that readers show literally, also in a table cell.
 
-    Entities are read as text even where they stand for a character of Markdown's own (CommonMark, section 2.5), so no
-    reader finds a `|` or a tag in it. Line ends, control and direction characters become spaces.
+    Characters of Markdown's own become entities, which are always text (CommonMark, section 2.5). Line ends, control
+    and direction characters become spaces.
     """
     line = "".join(char if char.isprintable() else " " for char in text)
     return re.sub(r"[&<>|`*\[\]\\~$!]", lambda found: f"&#{ord(found[0])};", line)

@@ -35,11 +35,10 @@ PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Keys of a loaded config.json that do not hold of what is saved: how it was stored, by whom, and code beside it.
 NOT_KEPT = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels", "_num_labels", "auto_map"}
-# What training wrappers put before a tensor's name: DataParallel, Lightning and TRL at the start, torch.compile and
-# fully sharded or checkpointed modules anywhere.
-WRAPPERS = re.compile(
-    r"^(?:(?:module|model|pretrained_model)\.)+|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
+# What training wrappers put into a tensor's name: torch.compile, fully sharded and checkpointed modules anywhere, then
+# DataParallel, Lightning and TRL at the start.
+INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTER_WRAPPERS = re.compile(r"^(?:(?:module|model|pretrained_model)\.)+")
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -203,12 +202,12 @@ def renamed(
     """Tensors under a model's own names.
 
     own_name: a published name in the model's form, None for a tensor that the model does not hold. It gets names
-        without the prefixes of training wrappers (WRAPPERS), and LayerNorm's gamma and beta as weight and bias.
+        without the prefixes of training wrappers, and LayerNorm's gamma and beta as weight and bias.
     Raises ValueError if two tensors get one name.
     """
     named: dict[str, Tensor] = {}
     for published, tensor in tensors.items():
-        bare = WRAPPERS.sub("", published)
+        bare = OUTER_WRAPPERS.sub("", INNER_WRAPPERS.sub("", published))
         own = own_name(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", bare)))
         if own in named:
             raise ValueError(f"the weights in {origin} hold {own} twice, once as {published}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from minirlhf.io.files import read_json
+from minirlhf.io.files import field, read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
 from minirlhf.models.decoder import Decoder
@@ -18,7 +18,8 @@ def decoder_class(folder: str | os.PathLike[str]) -> type[GPT2]:
 
     Raises FileNotFoundError for a missing folder or file, ValueError for an architecture that DECODERS does not have.
     """
-    kind = read_json(locate(folder) / CONFIG_FILE).get("model_type", "gpt2")
+    path = locate(folder) / CONFIG_FILE
+    kind = field(read_json(path), "model_type", str, path, "gpt2")
     if kind not in DECODERS:
         raise ValueError(f"{folder}: config.json has model_type={kind!r}, expected one of {', '.join(DECODERS)}")
     return DECODERS[kind]

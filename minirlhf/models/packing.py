@@ -1,8 +1,8 @@
-"""Which tokens of a batch have to be computed at all: no padding, and no token twice.
+"""The tokens of a batch that have to be computed: no padding, and no token twice.
 
-What a causal model makes of a token depends on the token and those before it, and on nothing else. Rows that begin
-alike, say with the same prompt, therefore share the states of their beginning: layers that work on single tokens see
-the distinct ones only, side by side, and attention gets the batch back.
+The state of a token in a causal model depends only on it and the tokens before it. Rows that begin alike, say with the
+same prompt, therefore share the states of their beginning: layers that work on single tokens get only the distinct
+tokens, side by side, and attention gets the batch back.
 
 Shapes: B batch, T tokens, N distinct real tokens.
 """

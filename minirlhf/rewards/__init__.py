@@ -1,4 +1,6 @@
-"""What scores a text: classifiers, reward models, judges, people, and rewards made of rewards.
+"""Everything that scores a text: classifiers, reward models, judges, people, and rewards made of rewards.
 
-How they are trained is in `supervised`.
+Training of classifiers and reward models is in `supervised`. In reading order: `base` (what a reward is), `sentiment`
+with `labels`, `reward_model`, `ngrams`, `composed`, `judge` with `judge_answer`, `judge_endpoint` and `score_cache`,
+`human` with `keyboard`; `scorers` loads any of the first kinds from a folder.
 """

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 
 class TextReward(Protocol):
-    """Scores whole texts (prompt and response): (B,) texts to (B,) finite floats, higher is better."""
+    """Maps B whole texts (prompt and response) to B finite floats; higher is better."""
 
     def __call__(self, texts: list[str], /) -> Any: ...
 
 
 class PromptResponseReward(Protocol):
-    """Scores responses in the light of their prompts: two lists of B texts to (B,) finite floats."""
+    """Maps B prompts and their B responses to B finite floats; higher is better."""
 
     def __call__(self, prompts: list[str], responses: list[str], /) -> Any: ...
 
 
 class TokenReward(Protocol):
-    """Scores each token: prompts, responses, and these cut into tokens, to B lists of finite floats, one a token.
+    """Maps B prompts, their responses, and the responses' tokens to B lists of finite floats, one per token.
 
-    tokens: what each token adds to its response, so that `"".join(tokens[i]) == responses[i]`; "" for one that adds
-        nothing, such as the one that ends a text. The third parameter is told by its name.
+    tokens: the text that each token adds, so that `"".join(tokens[i]) == responses[i]`; "" for a token that adds
+        nothing, such as the end of a text. The third parameter must be named `tokens`.
     """
 
     def __call__(self, prompts: list[str], responses: list[str], tokens: list[list[str]], /) -> Any: ...
@@ -44,14 +44,14 @@ def call_reward(
     responses: Sequence[str],
     tokens: Sequence[Sequence[str]] | None = None,
 ) -> Tensor:
-    """Score a batch of B prompts and responses.
+    """Score B prompts and responses: (B,) fp64 on the CPU.
 
-    A reward function whose third positional parameter is named `tokens` gets (prompts, responses, tokens), and may
-    return a list of scores for each response, one a token, whose sum is the score. One with two required positional
-    parameters gets (prompts, responses); any other gets the list of prompt + response.
-    tokens: the responses cut into tokens, as `Tokenizer.decode_pieces` does; None: their characters stand for them.
-    Returns the scores, (B,) fp64 on the CPU.
-    Raises ValueError if it returns anything but B finite numbers, or lists of one a token.
+    The reward's positional parameters decide what it gets. If the third one is named `tokens`, it gets (prompts,
+    responses, tokens) and may return a list of scores per response, one per token, whose sum is the score. If two are
+    required, it gets (prompts, responses); otherwise it gets the list of prompt + response.
+
+    tokens: the tokens of each response as `Tokenizer.decode_pieces` gives them; None: its characters.
+    Raises ValueError unless the reward returns B finite numbers, or B lists of one number per token.
     """
     scores = reward_by_token(reward, prompts, responses, tokens)
     return scores if scores.ndim == 1 else checked_scores(scores.sum(-1), len(prompts))
@@ -63,9 +63,9 @@ def reward_by_token(
     responses: Sequence[str],
     tokens: Sequence[Sequence[str]] | None = None,
 ) -> Tensor:
-    """`call_reward` before the sum: (B, R) with R the most tokens if the reward scores tokens, 0 behind the last one.
+    """`call_reward` before the sum over tokens: (B, R) if the reward scores tokens, (B,) if it scores responses.
 
-    (B,) if it scores whole responses. Raises as `call_reward`.
+    R is the length of the longest response in tokens; shorter ones are filled up with 0. Raises as `call_reward`.
     """
     names, required = _positional(reward)
     if names[2:3] == ["tokens"]:
@@ -80,10 +80,10 @@ def reward_by_token(
 
 
 def within(seconds: float | None, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`function(*arguments)`, or TimeoutError if it takes longer than so many seconds; None: any time.
+    """Return `function(*arguments)`; raise TimeoutError if it takes longer than `seconds` (None: no limit).
 
-    Python cannot stop a function that hangs. It is left behind in a daemon thread, which ends with the process at the
-    latest, and what it returns is thrown away.
+    Python cannot stop a function that hangs. It goes on in a daemon thread, which ends with the process at the latest,
+    and its result is dropped.
     """
     if seconds is None:
         return function(*arguments)
@@ -133,10 +133,11 @@ def checked_scores(scores: Any, count: int) -> Tensor:
 
 
 def checked_token_scores(scores: Any, lengths: Sequence[int]) -> Tensor:
-    """Lists of scores as a tensor (B, R), fp64, on the CPU; plain scores as `checked_scores` has them, (B,).
+    """Scores of tokens as a tensor (B, R), scores of responses as a tensor (B,), fp64 on the CPU.
 
-    scores: B lists of as many numbers as `lengths` says, or an array (B, R) with R the most; padding is not read.
-    Raises ValueError for anything else, naming the response.
+    scores: B lists with the `lengths` of the responses, or an array (B, R) with R the largest length, whose padding is
+        not read.
+    Raises ValueError that names the response for anything else.
     """
     padded = getattr(scores, "ndim", 0) == 2 and (scores.shape[1] != 1 or max(lengths, default=0) == 1)
     if not padded and not (isinstance(scores, (list, tuple)) and any(map(_is_row, scores))):
@@ -171,14 +172,14 @@ def _number(score: Any) -> Any:
 
 
 def _is_row(scores: object) -> bool:
-    """Whether something in a list of scores is a list itself; an array of one number is a number."""
+    """Whether an element of a list of scores is a list itself; an array of one number counts as a number."""
     return isinstance(scores, (list, tuple)) or (getattr(scores, "ndim", 0) == 1 and len(scores) != 1)  # type: ignore
 
 
 def _positional(reward: RewardFunction) -> tuple[list[str], int]:
-    """The names of a reward's positional parameters, and how many of them are required."""
+    """The names of a reward's positional parameters, and the number of those that are required."""
     try:
-        # A module's __call__ takes anything; its forward says what it wants.
+        # nn.Module.__call__ takes any arguments; the signature is that of forward.
         called = reward.forward if isinstance(reward, nn.Module) else reward
         parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature

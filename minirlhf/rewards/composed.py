@@ -1,10 +1,9 @@
 """Rewards made of rewards: weighted sums, clipping, penalties on length and repetition, rewards of single tokens, and
 sentiment on command.
 
-All are called with prompts and responses, as `rewards.PromptResponseReward` has it, and take rewards of every form.
-Those with a third argument, `tokens`, give each token its share if they get it, as PPO hands it over, and a score a
-response without it. Those that have something to report have `metrics()`, which returns and resets it, for
-`RunLog.metrics`.
+All take prompts and responses, and are built from rewards of any form. Those with a third parameter, `tokens`, return
+one score per token if they get tokens (PPO passes them), and one per response if they do not. `metrics()`, where a
+reward has it, returns figures for the log and resets them.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from minirlhf.text.tokenizer import Tokenizer
 
 
 class WeightedSum:
-    """sum_k w_k S_k of named rewards, `reward(prompts, responses) -> (B,)`, fp64; (B, R) if a part scores tokens.
+    """sum_k w_k S_k of named rewards: `reward(prompts, responses) -> (B,)`, fp64; (B, R) if a part scores tokens.
 
-    The score of a whole response is then the last token's, as it is without tokens.
+    In (B, R), a part that scores whole responses counts at the last token.
+
     parts: name -> (weight, reward). A weight may be negative.
     Raises ValueError for no parts, a blank name, a weight that is not finite, or a reward that cannot be called.
     """
@@ -47,7 +47,7 @@ class WeightedSum:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
     ) -> Tensor:
-        """The weighted sum. Raises ValueError that names the part whose scores are not as `call_reward` wants them."""
+        """The weighted sum. Raises as `call_reward`, with the name of the part."""
         weighted = []
         for name, (weight, reward) in self.parts.items():
             try:
@@ -61,9 +61,9 @@ class WeightedSum:
         return torch.stack(weighted).sum(0)
 
     def metrics(self) -> dict[str, float]:
-        """reward/parts/NAME since the last call: the mean of each part's scores, before its weight.
+        """reward/parts/NAME: the mean of each part's unweighted scores since the last call; and the parts' own metrics.
 
-        And what the parts themselves report; under NAME/... if an earlier part reports the same.
+        A part's metric gets the prefix NAME/ if an earlier part has one of the same name.
         """
         figures = self._means.take()
         for name, (_, reward) in self.parts.items():
@@ -74,9 +74,10 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class Clipped:
-    """The scores of another reward, clipped to [low, high]: `reward(prompts, responses) -> (B,)`, fp64.
+    """Another reward's scores, clipped to [low, high]: `reward(prompts, responses) -> (B,)`, fp64.
 
-    (B, R), each token's score clipped, if the other one scores tokens.
+    If the other reward scores tokens, each token's score is clipped: (B, R).
+
     low, high: -inf and inf leave that side open.
     Raises ValueError if low is not a number below high, or the reward cannot be called.
     """
@@ -96,13 +97,13 @@ class Clipped:
         return _scores(self.reward, prompts, responses, tokens).clamp(self.low, self.high)
 
     def metrics(self) -> dict[str, float]:
-        """What the other reward reports."""
+        """The metrics of the other reward."""
         return _metrics(self.reward)
 
 
 @dataclass(frozen=True)
 class LengthPenalty:
-    """-|n - target| / target for a response of n characters: 0 at the target, -1 for none, and on without bound.
+    """-|n - target| / target for a response of n characters: 0 at the target, -1 for an empty one, without a bound.
 
     Raises ValueError for a target below 1.
     """
@@ -118,11 +119,12 @@ class LengthPenalty:
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """-(1 - distinct / all) over the character n-grams of a response: 0 if none occurs twice, towards -1 if one does.
+    """-(1 - distinct / all) over the character n-grams of a response: from 0 if all differ towards -1 if all are equal.
 
-    The share of n-grams that occurred before, 1 - distinct-n (Li et al. 2016) of one response; 0 for a response of
-    fewer than n characters.
-    per_token: charge each n-gram that occurred before to the token that completes it, rather than all to the last one.
+    This is the share of n-grams that occurred before, 1 - distinct-n (Li et al. 2016); 0 for a response of fewer than
+    n characters.
+
+    per_token: charge each repeated n-gram to the token that completes it, instead of all to the last token.
     Raises ValueError for an n below 1.
     """
 
@@ -160,12 +162,13 @@ class RepetitionPenalty:
 
 
 class Increments:
-    """What each token adds to the score of the response so far, by a reward of whole texts.
+    """The difference that each token makes to the score of the response so far, by a reward of whole texts.
 
-    Token t gets S(y_1 .. y_t) - S(y_1 .. y_(t-1)), the first one S(y_1). The sum is the score of the whole, so that
-    with gamma = 1 the best policy stays the best (potential-based shaping, Ng et al. 1999), and credit is given where
-    it is due. It costs as many texts a response as it has tokens that add something.
-    reward: of any form; it should have something to say of texts that are cut anywhere.
+    Token t gets S(y_1 .. y_t) - S(y_1 .. y_(t-1)), the first one S(y_1). The sum is the score of the response, so that
+    the optimal policy stays the same for gamma = 1 (potential-based shaping, Ng et al. 1999). The other reward scores
+    one text for each token that adds text.
+
+    reward: of any form; it must give sensible scores to texts that are cut anywhere.
     """
 
     def __init__(self, reward: RewardFunction):
@@ -192,7 +195,7 @@ class Increments:
         return table
 
     def metrics(self) -> dict[str, float]:
-        """What the other reward reports, of all that it was asked about: of every beginning of a response."""
+        """The metrics of the other reward, which scores every beginning of a response."""
         return _metrics(self.reward)
 
 
@@ -213,11 +216,12 @@ TARGETS = (
 
 
 class ControlledSentiment:
-    """Sentiment on command, after the gpt2-sentiment-control notebook of TRL (von Werra 2020), there over logits.
+    """Sentiment on command, after TRL's gpt2-sentiment-control notebook (von Werra 2020), which rewards logits.
 
-    A prompt begins with one tag, [正向] (positive), [中性] (neutral) or [负向] (negative). The rest of the prompt and
-    the response are scored by `sentiment`, P = P(positive), and rewarded with P, 1 - |2P - 1|, or 1 - P.
-    sentiment: a reward of either form with scores in [0, 1], such as SentimentReward.
+    A prompt begins with one tag, [正向] (positive), [中性] (neutral) or [负向] (negative). `sentiment` scores the rest
+    of the prompt with the response, P = P(positive), and the reward is P, 1 - |2P - 1|, or 1 - P.
+
+    sentiment: a reward of texts or of prompts and responses with scores in [0, 1], such as SentimentReward.
     """
 
     def __init__(self, sentiment: RewardFunction):
@@ -243,9 +247,9 @@ class ControlledSentiment:
         return rewards
 
     def metrics(self) -> dict[str, float]:
-        """reward/positive, reward/neutral and reward/negative: mean rewards by tag since the last call, if any.
+        """reward/positive, reward/neutral, reward/negative: the mean reward of each tag seen since the last call.
 
-        And what the sentiment reports.
+        The metrics of `sentiment` are added.
         """
         return self._means.take() | _metrics(self.sentiment)
 
@@ -261,14 +265,14 @@ def split_tag(prompt: str) -> tuple[Target, str]:
 
 
 def check_tags(tokenizer: Tokenizer) -> None:
-    """Raises ValueError for a tag that a model with this vocabulary could not read: its tokens do not say it."""
+    """Raise ValueError if this vocabulary cannot spell a tag."""
     for target in TARGETS:
         if tokenizer.decode(tokenizer.encode_prompt(target.tag)) != target.tag:
             raise ValueError(f"the vocabulary cannot spell the tag {target.tag}: a character of it has no token")
 
 
 def at_last_token(scores: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Token scores (B, R) that give each response's score (B,) to the last of its `lengths` tokens."""
+    """Token scores (B, R) with each response's score (B,) at the last of its `lengths` tokens."""
     table = torch.zeros(len(lengths), max(lengths, default=0), dtype=scores.dtype)
     table[range(len(lengths)), [length - 1 for length in lengths]] = scores
     return table
@@ -280,7 +284,7 @@ def _scores(
     responses: Sequence[str],
     tokens: Sequence[Sequence[str]] | None,
 ) -> Tensor:
-    """Scores (B,), or (B, R) of tokens that were given and a reward that scores them."""
+    """Scores (B,); (B, R) if tokens are given and the reward scores them."""
     if tokens is None:
         return call_reward(reward, prompts, responses)
     return reward_by_token(reward, prompts, responses, tokens)
@@ -291,7 +295,7 @@ def _is_number(value: object) -> bool:
 
 
 class _Means:
-    """Means by name of all scores since the last `take`."""
+    """Means, by name, of all scores since the last `take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
@@ -307,5 +311,5 @@ class _Means:
 
 
 def _metrics(reward: Any) -> dict[str, float]:
-    """What a reward reports; nothing for one without `metrics`."""
+    """A reward's metrics; none if it has no `metrics`."""
     return dict(reward.metrics()) if callable(getattr(reward, "metrics", None)) else {}

@@ -1,11 +1,11 @@
-"""What people think of samples: rankings and scores by keys, in a file that stage 2 reads, or as the reward of PPO.
+"""Human feedback by single keys: rankings and scores of samples, for a reward model or as the reward of PPO.
 
-A line is on the disk before the next question is shown. The file is one of `preferences.read_rankings`:
+Each answer is on the disk before the next question is shown. `preferences.read_rankings` reads the file:
 
-    {"round": 0, "prompt": ..., "answers": [best, ..., worst], "order": [2, 1, 3]}    order: the numbers they had
+    {"round": 0, "prompt": ..., "answers": [best, ..., worst], "order": [2, 1, 3]}    order: the numbers as shown
     {"round": 1, "prompt": ..., "answers": [...], "scores": [4, 2, 5]}
 
-Left out: ties in rankings (skip what you cannot tell apart, or give scores), and several people at one file.
+Left out: ties in rankings (skip the question, or give scores), and several people with one file.
 """
 
 from __future__ import annotations
@@ -28,25 +28,27 @@ from minirlhf.models.gpt2 import GPT2
 from minirlhf.rewards.keyboard import BACKSPACE, END
 from minirlhf.text.tokenizer import Tokenizer
 
-MOST = 4  # answers a question
+MOST = 4  # answers per question
 SCORES = range(1, 6)
 BEGINNING = b'{"round": '  # of every line
-TRIES = 8  # batches of samples in which different answers are looked for
+TRIES = 8  # batches of samples that are searched for different answers
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and 1 to 4 answers to it, in the order in which they are shown."""
+    """A prompt and 1 to 4 answers to it, in the order in which they are shown."""
 
     prompt: str
     answers: tuple[str, ...]
 
 
 class FeedbackFile:
-    """A file of answers to questions, for one process at a time; used in a `with`.
+    """A file of answered questions, for one process at a time; used in a `with`.
 
-    path: made here if it is not there. What a crash left of a last line is cut off.
-    Raises BlockingIOError if another process has it, ValueError with the line for content that is no feedback, OSError.
+    path: created if it does not exist. A last line that a crash cut short is removed. If the file system lacks locking,
+        continues without a lock and warns.
+    Raises BlockingIOError if another process uses the file, ValueError with the line for content that is no feedback,
+    OSError if the file cannot be written or is a symbolic link.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -63,7 +65,7 @@ class FeedbackFile:
                 warnings.warn(
                     f"{self.path} cannot be locked, so a second process goes unnoticed: {error}", stacklevel=2
                 )
-            self._mend()
+            self._repair()
             self.records: list[dict[str, Any]] = read_jsonl(self.path)
             for number, record in enumerate(self.records, 1):
                 _check(record, f"{self.path}, line {number}")
@@ -74,10 +76,10 @@ class FeedbackFile:
         flush_folder(self.path.parent)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line; it is durable when this returns. Raises OSError, and then the file is as it was."""
+        """Append a line, durable when this returns. Raises OSError and leaves the file unchanged if it cannot."""
         try:
             rest = json_line(record).encode() + b"\n"
-            while rest:  # a disk that is nearly full takes a part
+            while rest:  # a disk that is nearly full accepts a part
                 rest = rest[os.write(self._fd, rest) :]
             os.fsync(self._fd)
         except OSError:
@@ -87,7 +89,7 @@ class FeedbackFile:
         self._ends.append(os.fstat(self._fd).st_size)
 
     def undo(self) -> dict[str, Any]:
-        """Take the last line back, durably, and return it. Raises IndexError if there is none, OSError."""
+        """Remove the last line, durably, and return it. Raises IndexError if there is none, OSError."""
         end = self._ends.pop()
         try:
             self._truncate()
@@ -102,14 +104,14 @@ class FeedbackFile:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def _mend(self) -> None:
-        """End or cut off a last line that has no end. Raises ValueError if it is not the beginning of one of ours."""
+    def _repair(self) -> None:
+        """Complete or remove a last line without a line feed. Raises ValueError if no session can have begun it."""
         raw = self.path.read_bytes()
         whole = raw.rfind(b"\n") + 1
         rest = raw[whole:]
         if rest[: len(BEGINNING)] != BEGINNING[: len(rest)]:
             shown = printable(rest[:60].decode("utf-8", "replace"))
-            raise ValueError(f"{self.path} ends in what is not of a feedback session: {shown}")
+            raise ValueError(f"{self.path} does not end in a line of a feedback session: {shown}")
         try:
             json.loads(rest)
         except ValueError:
@@ -118,21 +120,21 @@ class FeedbackFile:
             os.write(self._fd, b"\n")
 
     def _truncate(self) -> None:
-        """Cut off what is behind the last line that is ours."""
+        """Remove what follows the last whole record."""
         os.ftruncate(self._fd, self._ends[-1] if self._ends else 0)
         os.fsync(self._fd)
 
 
 class FeedbackSession:
-    """Questions to a person, one after the other, until all rounds are done or the person quits.
+    """Asks a person one question after another, until all rounds are done or the person quits.
 
-    Keys: the numbers of the answers, best first (the last one is understood), or a score from 1 to 5 for each answer
-    in turn; Backspace takes back a number, `u` the last answer, of an earlier session as well, `s` skips, `q` quits.
-    A session goes on after the last round that is in the file.
+    Keys: the numbers of the answers, best first (the last one follows from the others), or a score from 1 to 5 for
+    each answer in turn. Backspace removes a number, `u` removes the last answer (also of an earlier session), `s`
+    skips a question, `q` quits. A session continues after the last round in the file.
 
-    question_of: number of a round (0, 1, ...) -> its question. With too few answers, one to rank or none to score, the
-        round is passed over.
-    read: the next key, as `Keyboard.read`; write: shows text. scores: whether scores are asked for.
+    question_of: maps the number of a round (0, 1, ...) to its question. A round with fewer than two answers to rank,
+        or none to score, is skipped.
+    read: returns the next key, such as `Keyboard.read`. write: shows text. scores: ask for scores, not for a ranking.
     """
 
     def __init__(
@@ -150,9 +152,9 @@ class FeedbackSession:
         self._done: list[tuple[int, Question, bool]] = []  # rounds of this session, and whether they are in the file
 
     def run(self, rounds: int) -> bool:
-        """Ask until so many rounds are done in all sessions. Returns False if the person quits before.
+        """Ask until all sessions together have done `rounds` rounds. Returns False if the person quits before.
 
-        Raises OSError if an answer cannot be written, KeyboardInterrupt at Ctrl-C; what was answered stays.
+        Raises OSError if an answer cannot be written, KeyboardInterrupt on Ctrl-C; earlier answers stay in the file.
         """
         number = self.file.records[-1]["round"] + 1 if self.file.records else 0
         again: Question | None = None
@@ -179,7 +181,7 @@ class FeedbackSession:
         return True
 
     def _undo(self, number: int, question: Question) -> tuple[int, Question]:
-        """The round before, to be asked again; this one if there is none."""
+        """The previous round, to be asked again; this one if there is none."""
         if self._done:
             before, question, in_file = self._done.pop()
             if in_file:
@@ -197,11 +199,11 @@ class FeedbackSession:
 class HumanReward:
     """A person's score of each sample as a reward for PPO, (score - 3) / 2: -1, -0.5, 0, 0.5 or 1.
 
-    A text that was scored before, in an earlier part of the run as well, is not asked about again; one that is skipped
-    gets 0. `u` takes back scores of this batch. `q` raises KeyboardInterrupt: the scores stay in the file, and the run
-    goes on from its last checkpoint, where the same samples come again.
+    A text that already has a score in the file is not asked about again; a skipped text gets 0. `u` removes the last
+    score of this batch. `q` raises KeyboardInterrupt: the scores stay in the file, and a resumed run draws the same
+    samples again.
 
-    file: gets the scores. read, write: as of `FeedbackSession`.
+    file: receives the scores. read, write: see `FeedbackSession`.
     """
 
     def __init__(self, file: FeedbackFile, read: Callable[[], str], write: Callable[[str], object]):
@@ -245,9 +247,9 @@ def draw_answers(
     sampling: SamplingConfig | None = None,
     generator: torch.Generator | None = None,
 ) -> Question:
-    """A question of `count` different answers that are not blank, or fewer if the model has no more of them.
+    """A question with `count` different answers that are not blank, or fewer if sampling finds no more.
 
-    generator: on the model's device. Raises ValueError for a count outside 1 to 4, or as `generate`.
+    generator: on the model's device. Raises ValueError for a count outside 1 to 4, and as `generate`.
     """
     if not 1 <= count <= MOST:
         raise ValueError(f"a question has 1 to {MOST} answers, got {count}")
@@ -268,7 +270,7 @@ def draw_answers(
 
 
 class _Asker:
-    """One question on a terminal."""
+    """Asks one question on a terminal."""
 
     def __init__(self, read: Callable[[], str], write: Callable[[str], object]):
         self._read, self._write = read, write
@@ -303,7 +305,7 @@ class _Asker:
                 continue
             typed.append(int(key))
             self._write(f"{key} ")
-            if ranked and len(typed) == count - 1:  # the last one is understood
+            if ranked and len(typed) == count - 1:  # the last one follows from the others
                 typed += [n for n in numbers if n not in typed]
                 self._write(f"{typed[-1]} ")
             if len(typed) == count:
@@ -312,7 +314,7 @@ class _Asker:
 
 
 def _record(number: int, question: Question, values: Sequence[int], ranked: bool) -> dict[str, Any]:
-    """The line of an answer."""
+    """The record of an answer."""
     head = {"round": number, "prompt": question.prompt}
     if ranked:
         return {**head, "answers": [question.answers[n - 1] for n in values], "order": list(values)}
@@ -320,7 +322,7 @@ def _record(number: int, question: Question, values: Sequence[int], ranked: bool
 
 
 def _question(record: dict[str, Any]) -> Question:
-    """The question that a line answers, in the order in which it was shown."""
+    """The question of a record, with its answers in the order in which they were shown."""
     answers = record["answers"]
     if "order" in record:
         answers = [answers[record["order"].index(n)] for n in range(1, len(answers) + 1)]
@@ -328,7 +330,7 @@ def _question(record: dict[str, Any]) -> Question:
 
 
 def _check(record: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a line that no session wrote."""
+    """Raise ValueError for a record that no session wrote."""
     answers, values = record.get("answers"), record.get("order", record.get("scores"))
     fine = (
         type(record.get("round")) is int

@@ -32,21 +32,21 @@ def text_of(content: Any) -> str:
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         return "".join(part for part in parts if isinstance(part, str))
-    raise ValueError(f"an answer must be a text, got {type(content).__name__}")
+    raise ValueError(
+        f"an answer must be a text, got {type(content).__name__}; of a chat completion it is choices[0].message.content"
+    )
 
 
 def parse_score(answer: str, low: float, high: float) -> float | None:
-    """The score that an answer gives, None if it gives none, several, or one outside the range from low to high."""
-    score = score_in(answer, high)
-    return score if score is not None and low <= score <= high else None
+    """The score that an answer gives, None if it gives none, several, or one outside the range from low to high.
 
-
-def score_in(answer: str, high: float) -> float | None:
-    """The score that an answer gives, whatever its range; "8/10" counts if `high` is 10."""
+    "8/10" is a score if `high` is 10.
+    """
     text = _without_thoughts(answer).translate(_HALF_WIDTH)
     for found in (_bracketed(text, high), _in_objects(text, high), _in_words(text, high)):
         if found:
-            return found.pop() if len(found) == 1 else None
+            score = found.pop() if len(found) == 1 else None
+            return score if score is not None and low <= score <= high else None
     return None
 
 

@@ -1,6 +1,6 @@
-"""Answers from an OpenAI-compatible chat endpoint through the `openai` client, whose timeouts and retries these are.
+"""Answers from an OpenAI-compatible chat endpoint through the `openai` client, with its timeouts and retries.
 
-The key is read from the environment when a connection is made, and blotted out of whatever the endpoint sends back.
+The key is read from the environment and stored by the client alone; text from the endpoint is cleared of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Endpoint:
 
     url: requests go to {url}/chat/completions. key_variable: the environment variable that holds the key.
     timeout: seconds for one request. retries: of a request that failed. sampling: further fields of each request.
-    count: is told of retries, prompt_tokens and completion_tokens, by name.
+    count: called with the numbers of retries, prompt_tokens and completion_tokens, by name.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Endpoint:
         except openai.APIStatusError as error:
             failure = f"answered {error.status_code}: {self._shown(error.message)}"
             if error.status_code in (401, 403):
-                key = "the key was sent" if key_of(self._key_variable) else "it is not set"
-                failure += f" ({self._key_variable}: {key})"
+                sent = "was sent" if key_of(self._key_variable) else "is not set"
+                failure += f" (the key in {self._key_variable} {sent})"
             elif error.status_code in (400, 422):
                 failure += f" (sampling={self._sampling} was sent)"
         except openai.APITimeoutError:
@@ -111,7 +111,7 @@ def key_of(variable: str) -> str:
 
 
 def check_url(name: str, url: object) -> None:
-    """Raises ValueError for anything but http(s)://host[:port][/path]; a name or password in it is not shown."""
+    """Raise ValueError for anything but http(s)://host[:port][/path]; a name or password in it is not shown."""
     try:
         parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

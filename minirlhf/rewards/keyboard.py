@@ -44,7 +44,7 @@ class Keyboard:
                 return ""
             key = self._decoder.decode(byte)
         if key == ESCAPE and self._modes is not None:
-            self._pass_over_sequence()
+            self._skip_sequence()
         return unicodedata.normalize("NFKC", key).lower()
 
     def __enter__(self) -> Keyboard:
@@ -70,7 +70,7 @@ class Keyboard:
 
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._modes)
 
-    def _pass_over_sequence(self) -> None:
+    def _skip_sequence(self) -> None:
         """Read what follows an escape: "[A" for an arrow (ECMA-48, section 5.4), the key itself for Alt with a key."""
 
         def next_byte() -> bytes:

@@ -1,11 +1,10 @@
-"""A sentiment scorer of another kind than a transformer: log-odds linear in the character n-grams of a text.
+"""A sentiment scorer that is no transformer: log-odds that are linear in the character n-grams of a text.
 
-A policy that was tuned against one scorer finds what that one overrates. A second one that was fitted on other texts,
-sees other features and errs elsewhere does not share these mistakes: where the reward rises and this one does not, the
-reward was hacked. `examples/train_ngram_scorer.py` fits one: logistic regression on n-grams weighted by naive Bayes
-(Wang & Manning 2012).
+A policy that is tuned against one scorer finds the texts which that scorer overrates. A second scorer, fitted on other
+texts and with other features, makes other mistakes: if the reward rises and this score does not, the reward was hacked.
 
-Left out: fitting, which takes scikit-learn.
+Left out: fitting, which needs scikit-learn: `weights/train/train_ngram_scorer.py` does it by logistic regression on
+n-grams weighted by naive Bayes (Wang & Manning 2012).
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ NGRAMS_FILE = "ngrams.txt"  # one a line; the i-th has the i-th weight
 
 
 class NGramScorer:
-    """P(positive) by the distinct character n-grams G of a text that it knows, a reward function.
+    """A reward, P(positive) from the known character n-grams G of a text (each counts once).
 
-    log-odds = bias + sum_{g in G} w_g / sqrt(|G|), of the text in lower case without white space.
+    log-odds = bias + sum_{g in G} w_g / sqrt(|G|), for the text in lower case without white space.
+
     weights: n-gram -> w_g. bias: the log-odds of a text with no known n-gram.
-    Raises ValueError for no n-grams, one that is empty or holds white space or capitals (no text could have it), or a
-    number that is not finite.
+    Raises ValueError for no n-grams, an n-gram that is empty or holds white space or capitals (no text could have it),
+    or a number that is not finite.
     """
 
     def __init__(self, weights: Mapping[str, float], bias: float):
@@ -54,10 +54,10 @@ class NGramScorer:
         return torch.tensor([self.log_odds(text) for text in texts], dtype=torch.float64).sigmoid()
 
     def log_odds(self, text: str) -> float:
-        """The log-odds of positive, nats."""
+        """The log-odds of positive, in nats."""
         text = _normalised(text)
         known = {text[i : i + n] for n in self._orders for i in range(len(text) - n + 1)} & self.weights.keys()
-        # Sorted, or the last bits of the sum would hang on the order of a set of texts, which differs by process.
+        # Sorted, because the order of a set of texts differs between processes, and with it the last bits of the sum.
         return self.bias + sum(self.weights[ngram] for ngram in sorted(known)) / math.sqrt(max(1, len(known)))
 
     @classmethod
@@ -67,7 +67,7 @@ class NGramScorer:
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name it.
         """
         config, tensors = read_folder(folder)
-        check_published({"model_type": None, **config}, folder, MODEL_TYPE, {"format": (1,)})
+        check_published({"model_type": "", **config}, folder, MODEL_TYPE, {"format": (1,)})
         path = locate(folder) / NGRAMS_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
@@ -82,7 +82,7 @@ class NGramScorer:
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, model.safetensors and ngrams.txt, all at one moment.
 
-        dtype: of the stored weights. Raises OSError if it cannot, ValueError for a weight that `dtype` cannot hold.
+        dtype: of the stored weights. Raises OSError if writing fails, ValueError for a weight that `dtype` cannot hold.
         """
         tensors = {
             "weight": torch.tensor(list(self.weights.values()), dtype=torch.float64).to(dtype),

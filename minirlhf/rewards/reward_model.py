@@ -1,9 +1,9 @@
 """The reward model of RLHF: a GPT-2 or BERT trunk with a scalar head, which is itself a reward function.
 
-A GPT-2 is read at the last real token, which has seen the whole text (Ouyang et al. 2022), a BERT at [CLS]. A text is
-encoded whole, [CLS] ... [SEP] where the tokenizer is BERT's, and cut at its end, in training as in use. Parameter
-names are those of `GPT2ForSequenceClassification` and `BertForSequenceClassification` with one label, and so are the
-folders; the normalisation is a key of `config.json` that other tools pass over.
+The score is a linear function of one state: GPT-2's at the last real token, which attends to the whole text (Ouyang et
+al. 2022), or BERT's at [CLS]. A text is encoded as [CLS] ... [SEP] by a BERT tokenizer and cut at its end, in training
+and in use. Parameter names and folders are those of `GPT2ForSequenceClassification` and `BertForSequenceClassification`
+with one label; the normalisation is a key of `config.json` that other tools ignore.
 
 Shapes: B texts, T tokens, C width.
 """
@@ -34,14 +34,14 @@ from minirlhf.models.layers import check_vocabulary, fill, global_rng_kept, shap
 from minirlhf.text.batching import length_sorted_batches, right_pad
 from minirlhf.text.tokenizer import Tokenizer
 
-LABEL = "reward"  # the name of the only class, for other tools
+LABEL = "reward"  # the name of the only label, for other tools
 NORMALISATION = "reward_normalisation"  # key of config.json
 
 
 class GPT2Scorer(nn.Module):
     """GPT-2 with a linear head on the state of each row's last real token: `model(ids, mask) -> (B, 1)`.
 
-    gpt2: the trunk. seed: of the generator that draws the head from N(0, 1 / (C + 1)), as Stiennon et al. 2020.
+    gpt2: the trunk. seed: of the generator that draws the head from N(0, 1 / (C + 1)) (Stiennon et al. 2020).
     """
 
     def __init__(self, gpt2: GPT2, seed: int = 0):
@@ -68,7 +68,7 @@ class GPT2Scorer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2Scorer:
-        """Load a folder in the published layout, in fp32 and in eval mode. Raises as `GPT2.from_pretrained`."""
+        """Load a folder in the published layout, in fp32 and eval mode. Raises as `GPT2.from_pretrained`."""
         content, tensors = read_published(folder)
         content["tie_word_embeddings"] = True  # there is no LM head to be untied
         named = {name if name.startswith("score.") else f"transformer.{name}": x for name, x in tensors.items()}
@@ -84,7 +84,7 @@ class GPT2Scorer(nn.Module):
         dtype: torch.dtype = torch.float32,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a folder in the published layout. Arguments and errors as of `GPT2.save_pretrained`."""
+        """Write a folder in the published layout. Arguments and errors: see `GPT2.save_pretrained`."""
         content = {
             "architectures": ["GPT2ForSequenceClassification"],
             "model_type": "gpt2",
@@ -100,10 +100,10 @@ class GPT2Scorer(nn.Module):
 class RewardModel(nn.Module):
     """Scores whole texts, prompt and response: `reward(texts) -> (B,)`, fp32 on the CPU, higher is better.
 
-    The rewards are `(scores(texts) - mean) / std`, where `normalise` sets mean and std; until then they are 0 and 1.
+    The rewards are `(scores(texts) - mean) / std`; `normalise` sets mean and std, which are 0 and 1 at first. Texts
+    longer than the network's positions are cut at the end.
 
-    network: what scores token ids, a GPT2Scorer or a BertClassifier of one label.
-    batch_size: texts a forward pass. Longer texts than the network's positions are cut at the end.
+    network: scores token ids, a GPT2Scorer or a BertClassifier with one label. batch_size: texts in one forward pass.
     Raises ValueError for a classifier of several labels, a vocabulary that does not fit, or a bad batch size.
     """
 
@@ -130,7 +130,7 @@ class RewardModel(nn.Module):
     def from_trunk(cls, folder: str | os.PathLike[str], seed: int = 0, **options: Any) -> RewardModel:
         """A new scalar head, drawn with `seed`, on the GPT-2 or BERT of a folder, whose own heads are dropped if any.
 
-        options: as of the constructor. Raises as `GPT2.from_trunk` and `BertClassifier.from_trunk`.
+        options: of the constructor. Raises as `GPT2.from_trunk` and `BertClassifier.from_trunk`.
         """
         network: GPT2Scorer | BertClassifier
         if _model_type(folder) == "gpt2":
@@ -141,9 +141,9 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> RewardModel:
-        """Load a reward model that `save_pretrained` wrote, or another tool in that layout, with its normalisation.
+        """Load a reward model, saved by `save_pretrained` or by transformers, with its normalisation if it has one.
 
-        options: as of the constructor.
+        options: of the constructor.
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
         kind = GPT2Scorer if _model_type(folder) == "gpt2" else BertClassifier
@@ -160,9 +160,11 @@ class RewardModel(nn.Module):
     ) -> None:
         """Write weights, config, normalisation and tokenizer into a folder, all at one moment.
 
-        dtype, summary: as of `GPT2.save_pretrained`. transformers loads the folder as
-        `AutoModelForSequenceClassification`, whose one logit is the score before the normalisation.
-        Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
+        transformers loads the folder as `AutoModelForSequenceClassification`, whose one logit is the score before the
+        normalisation.
+
+        dtype, summary: see `GPT2.save_pretrained`.
+        Raises OSError if writing fails, ValueError before writing if a weight is not finite in `dtype`.
         """
         with replaced_folder(folder) as staged:
             self.network.save_pretrained(staged, dtype, summary)
@@ -174,7 +176,7 @@ class RewardModel(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The longest text in tokens, [CLS] and [SEP] included."""
+        """Number of tokens of the longest text, [CLS] and [SEP] included."""
         if isinstance(self.network, GPT2Scorer):
             return self.network.config.n_positions
         return self.network.config.max_position_embeddings
@@ -184,7 +186,7 @@ class RewardModel(nn.Module):
         return ((self.scores(texts).double() - self.mean) / self.std).float()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Scores (B,), fp32 on the model's device and with a gradient, of token ids [CLS] ... [SEP] of any lengths."""
+        """Scores (B,) of token ids [CLS] ... [SEP] of any lengths, fp32 on the model's device, with a gradient."""
         ids, mask = right_pad(sequences, self.tokenizer.pad_id)
         device = next(self.parameters()).device
         padded = None if bool(mask.all()) else to_device(mask, device)
@@ -194,7 +196,7 @@ class RewardModel(nn.Module):
     def scores(self, texts: Sequence[str]) -> Tensor:
         """Scores (B,) before the normalisation, fp32 on the CPU, computed in batches of similar length.
 
-        sigmoid of a difference is the probability that the one answer is preferred to the other.
+        The sigmoid of a difference is the probability that one answer is preferred to the other.
         """
         if isinstance(texts, str):
             raise ValueError("texts must be a list of texts, got a single one")
@@ -208,8 +210,9 @@ class RewardModel(nn.Module):
     def normalise(self, texts: Sequence[str]) -> None:
         """Set mean and std so that the rewards of these texts have mean 0 and standard deviation 1.
 
-        texts: usually samples of the reference policy, so that rewards are of one scale whatever the model (Ziegler
-        et al. 2019, section 2). Raises ValueError for fewer than two texts, or scores that are all equal.
+        texts: usually samples of the reference policy, which gives all reward models one scale (Ziegler et al. 2019,
+            section 2).
+        Raises ValueError for fewer than two texts, or scores that are all equal.
         """
         scores = self.scores(texts).double()
         std = scores.std(correction=0).item() if len(scores) else 0.0
@@ -227,7 +230,7 @@ def _model_type(folder: str | os.PathLike[str]) -> str:
 
 
 def _checked_normalisation(content: Any, path: Path) -> tuple[float, float]:
-    """Mean and std from config.json; 0 and 1 if it has none."""
+    """Mean and std in `config.json`; 0 and 1 if it has none."""
     if content is None:
         return 0.0, 1.0
     values = [content.get(name) if isinstance(content, Mapping) else None for name in ("mean", "std")]

@@ -1,7 +1,7 @@
-"""Scores that were paid for, kept in a file that survives kills and serves several processes.
+"""A file of scores that were paid for, which survives kills and which several processes may use at once.
 
-A line an entry, appended in one write, which the file systems of one machine do not interleave. A line that a crash
-cut short, or that anything else damaged, fails its checksum and is skipped: its text is scored again.
+Each entry is one line, appended in one write; local file systems do not interleave such writes. A line that was cut
+short or damaged fails its checksum and is skipped, and its text is scored again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from minirlhf.io.files import open_for_writing
 
 
 class ScoreCache:
-    """key -> score, in a file of JSON lines that is made if it is not there.
+    """A map from keys to scores in a file of JSON lines, which is created if it does not exist.
 
     key: any text, best a hash. Raises OSError if the file cannot be written, or is a symbolic link or no regular file.
     """
@@ -49,11 +49,11 @@ class ScoreCache:
         return damaged
 
     def get(self, key: str) -> float | None:
-        """The score, None if it is not known."""
+        """The score of a key; None if it is not known."""
         return self._scores.get(key)
 
     def put(self, key: str, score: float) -> None:
-        """Keep a score, on the disk when this returns. From any thread. Raises OSError if it cannot be written."""
+        """Append a score to the file; from any thread. Raises OSError if it cannot be written."""
         self._scores[key] = score
         line = _line(key, score)
         with open_for_writing(self._path, "ab") as file:
@@ -66,7 +66,7 @@ def _line(key: str, score: float) -> bytes:
 
 
 def _parsed(line: bytes) -> tuple[str, float]:
-    """Raises ValueError for anything but what `_line` makes."""
+    """Raise ValueError for anything but a line of `_line`."""
     try:
         entry = json.loads(line)
         key, score, checksum = entry["key"], entry["score"], entry["crc"]

@@ -1,4 +1,4 @@
-"""The reward in a folder, of whichever kind it is."""
+"""Loading of a reward from its folder: `config.json` says of which kind it is."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from minirlhf.io.files import read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
 from minirlhf.rewards.base import RewardFunction
+from minirlhf.rewards.labels import PositiveLabel
 from minirlhf.rewards.ngrams import MODEL_TYPE, NGramScorer
 from minirlhf.rewards.reward_model import NORMALISATION, RewardModel
 from minirlhf.rewards.sentiment import SentimentReward
 
 
 def load_scorer(
-    folder: str | os.PathLike[str], device: str = "auto", positive_label: str | None = None
+    folder: str | os.PathLike[str], device: str = "auto", positive_label: PositiveLabel | None = None
 ) -> RewardFunction:
-    """The reward in a folder: a sentiment classifier, a reward model or an n-gram scorer.
+    """Load the reward in a folder: a sentiment classifier, a reward model or an n-gram scorer.
 
-    positive_label: of a sentiment classifier, as SentimentReward takes it.
-    Raises as the `from_pretrained` of that kind.
+    positive_label: of a sentiment classifier; see SentimentReward. Raises as the `from_pretrained` of the kind.
     """
     config = read_json(locate(folder) / CONFIG_FILE)
     if config.get("model_type") == MODEL_TYPE:
@@ -34,7 +34,7 @@ def load_scorer(
 
 
 def _is_reward_model(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of a model with one score: one that we saved, or another tool."""
+    """Whether a config is of a model with one score, saved by us or by transformers."""
     if NORMALISATION in config:
         return True
     if config.get("model_type") == "gpt2":

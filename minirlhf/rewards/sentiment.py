@@ -6,7 +6,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +31,6 @@ ENGLISH_CANARIES = (
     "the room was dirty and the staff were very rude, we hated it, a terrible hotel",
 )
 CANARIES = (CHINESE_CANARIES[0], CHINESE_CANARIES[2])
-
-
-class Classification(TypedDict):
-    """The most probable label of a text, and its probability."""
-
-    label: str
-    score: float
 
 
 class SentimentReward:
@@ -98,7 +91,7 @@ class SentimentReward:
     def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> SentimentReward:
         """Load a classifier folder. Warns if plain sentences in its language, good ones and bad ones, are out of order.
 
-        options: as of the constructor. Raises as `BertClassifier.from_pretrained` and the constructor.
+        options: of the constructor. Raises as `BertClassifier.from_pretrained` and the constructor.
         """
         model, tokenizer = BertClassifier.from_pretrained(folder), Tokenizer.from_pretrained(folder)
         with naming(folder):
@@ -120,12 +113,6 @@ class SentimentReward:
         if not self._independent:  # rounding of the softmax must not lead out of the range
             scores = scores.clamp(self.values.min().item(), self.values.max().item())
         return scores.float()
-
-    def classify(self, texts: Sequence[str]) -> list[Classification]:
-        """The most probable label of each text with its probability, `{"label": ..., "score": ...}`."""
-        scores, labels = self.probabilities(texts).max(-1)
-        names = self.model.config.labels
-        return [{"label": names[i], "score": s} for i, s in zip(labels.tolist(), scores.tolist(), strict=True)]
 
     def probabilities(self, texts: Sequence[str]) -> Tensor:
         """Probabilities (B, L) of all labels, fp32 on the CPU, computed in batches of similar length.
@@ -157,9 +144,9 @@ def predict(
 
 
 def _canaries(tokenizer: Tokenizer, labels: Sequence[str], values: Sequence[float]) -> tuple[str, ...]:
-    """Texts that must score lower and lower; none if the vocabulary is of neither Chinese nor English.
+    """Texts whose scores must fall in this order; () if the vocabulary is of neither Chinese nor English.
 
-    None either for numbers that go against the names of the labels: somebody wants them so.
+    Also () if `values` go against the order of the labels' names: then the caller wants another score.
     """
     order = label_order(labels)
     if order is not None:

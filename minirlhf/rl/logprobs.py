@@ -102,9 +102,9 @@ def response_logprobs(
 def response_states(model: Decoder, tokens: Tensor, mask: Tensor | None, response_length: int) -> Tensor:
     """Hidden states (B, R, C) before each of the last R tokens: the state that predicts token t is at position t - 1.
 
-    These are positions P-1 .. T-2. The last token predicts nothing, so it is not fed.
+    These are positions P-1 .. T-2. The last token of a row predicts nothing: it is not fed, or masked as padding.
     """
-    context_mask = None if mask is None else mask[:, :-1]
+    context_mask = None if mask is None else mask[:, :-1] * mask[:, 1:]
     return model.hidden_states(tokens[:, :-1], context_mask)[:, -response_length:]
 
 

@@ -12,7 +12,6 @@ noticed. A reference model or training data, which never change, are not in it: 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import warnings
@@ -22,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from minirlhf.io.files import naming, read_json, replaced_folder, write_json
+from minirlhf.io.files import naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
 from minirlhf.io.training_state import (
@@ -108,7 +107,7 @@ def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Map
         write_tensors(staged / STATE_TENSORS, state["tensors"])
         write_json(staged / COUNTERS_FILE, counters)
         trainer.save_pretrained(staged)
-        sums = {name: _file_hash(staged / name) for name in _file_names(staged) if name != MANIFEST_FILE}
+        sums = {name: sha256(staged / name) for name in _file_names(staged) if name != MANIFEST_FILE}
         write_json(staged / MANIFEST_FILE, {"sha256": sums})
 
 
@@ -129,7 +128,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     for name, expected in sums.items():
         if name not in there:  # nor is a name followed that leads out of the folder
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
-        if _file_hash(folder / name) != expected:
+        if sha256(folder / name) != expected:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is not as it was written")
     if not sums.keys() >= {STATE_TENSORS, COUNTERS_FILE}:
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST_FILE} does not list {COUNTERS_FILE}")
@@ -142,7 +141,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     if found != FORMAT:
         raise ValueError(f"{folder} has the checkpoint format {found!r:.20}, this version reads {FORMAT}")
     with naming(folder / COUNTERS_FILE):
-        check_counters(counters, {"config": lambda value: isinstance(value, dict)})
+        check_counters(counters, READ_FIRST)
     counters["config"] = {name: math.inf if x == "inf" else x for name, x in counters["config"].items()}
     return {"tensors": read_tensors(folder / STATE_TENSORS), "counters": counters}
 
@@ -209,9 +208,12 @@ def _load_ppo(folder: Path, state: State, ref_policy: Any, overrides: dict[str, 
     return trainer
 
 
-# What training.json must hold, by kind.
+# What training.json must hold.
+READ_FIRST: dict[str, Check] = {
+    "kind": lambda value: isinstance(value, str) and value in FREE_FIELDS,
+    "config": lambda value: isinstance(value, dict),
+}
 COUNTERS: dict[str, Check] = {
-    "kind": lambda value: value in FREE_FIELDS,
     "scaler": is_scaler,
     "frozen": lambda value: isinstance(value, list) and all(map(is_text, value)),
     "origin": lambda value: value is None or is_record(value, name=is_text, config=lambda x: isinstance(x, dict)),
@@ -235,7 +237,7 @@ def _config(folder: Path, kind: type[Any], counters: Mapping[str, Any], override
     saved = dict(counters["config"])
     if isinstance(saved.get("betas"), list):  # JSON has no tuples
         saved["betas"] = tuple(saved["betas"])
-    with naming(folder / COUNTERS_FILE):
+    with naming(f"{folder / COUNTERS_FILE}, config"):
         base = _made(kind, {}, saved)
     free = FREE_FIELDS[counters["kind"]]
     if (
@@ -255,7 +257,7 @@ def _config(folder: Path, kind: type[Any], counters: Mapping[str, Any], override
 
 def _made(kind: type[Any], base: dict[str, Any], fields: Mapping[str, Any]) -> Any:
     """A config of these fields. Raises ValueError for an unknown name."""
-    if kind is PPOConfig:
+    if kind is PPOConfig and "base" not in fields:  # an argument of `with_overrides`, and no field
         return PPOConfig.with_overrides(PPOConfig(**base), **fields)  # with its help for misspelt names
     known = [field.name for field in dataclasses.fields(kind)]
     for name in fields:
@@ -279,11 +281,3 @@ def _origin(counters: Mapping[str, Any]) -> Origin | None:
 
 def _file_names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

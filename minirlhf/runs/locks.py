@@ -1,25 +1,22 @@
 """One process a folder: a lock that the system releases when its owner ends, however it ends.
 
-The lock is the system's own on an open file, `flock` on POSIX and `msvcrt.locking` on Windows. So no lock outlives its
-owner, and no process number is looked up that may belong to another process by now. The text in the file is for people.
+The lock is the system's own on an open file (see `io.files.lock_descriptor`). So no lock outlives its owner, and no
+process number is looked up that may belong to another process by now. The text in the file is for people.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import importlib
 import os
 import socket
 import time
 import warnings
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from minirlhf.io.files import open_for_writing
+from minirlhf.io.files import lock_descriptor, open_for_writing
 
 LOCK_FILE = "lock"
-FAR = 2**30  # the byte that is locked on Windows, which lets nobody else read it: far behind the text
 
 
 class FolderLock:
@@ -62,7 +59,7 @@ def _acquire(path: Path) -> IO[str]:
     while True:
         file = open_for_writing(path, "a+")
         try:
-            _lock(file.fileno())
+            lock_descriptor(file.fileno())
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
@@ -74,25 +71,3 @@ def _acquire(path: Path) -> IO[str]:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()  # its owner removed it after it was opened here: the lock is another file by now
-
-
-def _lock(descriptor: int) -> None:
-    """Lock an open file without waiting. Raises BlockingIOError if it is locked, OSError if it cannot be."""
-    try:
-        import fcntl
-    except ImportError:
-        pass
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    try:
-        msvcrt: Any = importlib.import_module("msvcrt")
-    except ImportError:
-        raise OSError(errno.ENOSYS, "this system has neither fcntl nor msvcrt") from None
-    os.lseek(descriptor, FAR, os.SEEK_SET)
-    try:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EDEADLK):
-            raise BlockingIOError(error.errno, "locked by another process") from error
-        raise

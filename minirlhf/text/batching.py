@@ -56,7 +56,7 @@ def bucketed_batches(
 ) -> list[list[int]]:
     """Random batches of sequences of similar length, each of at most `max_tokens` tokens with its padding.
 
-    counts: how many sequences of that length an index stands for, none of which may go to another batch; None: one.
+    counts: number of sequences of that length that an index stands for, kept in one batch; None: one each.
     The indices are shuffled, sorted by length within pools of about 50 batches, cut into batches, and the batches
     shuffled. Every index occurs once. An index of more than `max_tokens` tokens makes a batch of its own.
     """

@@ -3,7 +3,7 @@
 Two formats, told apart by the name of the file:
 
 - `.txt`, a text a line.
-- `.jsonl`, an object a line: `{"text": ...}`, or `{"prompt": ..., "response": ...}`; other keys are not read.
+- `.jsonl`, an object a line: `{"text": ...}`, or `{"prompt": ..., "response": ...}`; other keys are ignored.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from minirlhf.text.text_files import hash_fraction, json_object, numbered_lines,
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What a model is to write after a prompt.
+    """A prompt and the response that a model learns to write after it, with its end.
 
-    prompt: "" if the response is a text of its own. response: a text that is not blank; that it ends there is learned.
+    prompt: "" if the response is a text of its own. response: a text that is not blank.
     Raises ValueError for a bad field.
     """
 
@@ -37,10 +37,10 @@ class Demonstration:
 
 
 def read_demonstrations(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Demonstration]:
-    """Read a file of texts (`.txt`, `.jsonl`) or pairs (`.jsonl`); empty lines are passed over.
+    """Read a file of texts (`.txt`, `.jsonl`) or pairs (`.jsonl`); empty lines are skipped.
 
-    encoding: of the file; a byte-order mark is accepted, and so are both kinds of line ends.
-    Raises FileNotFoundError, or ValueError that names file and line and what is wrong there.
+    encoding: of the file; a byte-order mark and both kinds of line ends are accepted.
+    Raises FileNotFoundError, or ValueError that names file, line and problem.
     """
     path = Path(path)
     kind = path.suffix.lower()

@@ -3,8 +3,8 @@
 Two formats, told apart by the name of the file:
 
 - `.jsonl`, a pair a line: `{"prompt": ..., "chosen": ..., "rejected": ...}`, and perhaps `"margin"`; other keys are
-  the owner's own and not read. Or a list a line, as `feedback` writes it: `{"prompt": ..., "answers": [...]}`, best
-  first, or in any order with as many `"scores"`, of which equal ones say nothing.
+  ignored. Or a list a line, as `feedback` writes it: `{"prompt": ..., "answers": [...]}`, best first, or in any order
+  with as many `"scores"`; answers with equal scores are not compared.
 - `.tsv`, a list a line, the best answer first, columns separated by tabs, without quotes or escapes. The first column
   is the prompt if the first line is a header that begins with "prompt", or if the caller says so; otherwise there is
   no prompt, and every column is an answer.
@@ -73,12 +73,12 @@ class Ranking:
 def read_rankings(
     path: str | os.PathLike[str], encoding: str = "utf-8", prompt_column: bool | None = None
 ) -> list[Ranking]:
-    """Read a file of pairs or lists (`.jsonl`), or of lists (`.tsv`); empty lines are passed over.
+    """Read a file of pairs or lists (`.jsonl`), or of lists (`.tsv`); empty lines are skipped.
 
-    encoding: of the file; a byte-order mark is accepted, and so are both kinds of line ends.
+    encoding: of the file; a byte-order mark and both kinds of line ends are accepted.
     prompt_column: whether the first column of a `.tsv` file is the prompt; None: if a header says so.
-    Warns with a count if pairs stand there in both orders: people disagree, and a reward model can live with it.
-    Raises FileNotFoundError, or ValueError that names file and line and what is wrong there.
+    Warns with a count if the file ranks pairs in both orders: people disagree, and training tolerates it.
+    Raises FileNotFoundError, or ValueError that names file, line and problem.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -154,9 +154,9 @@ def split_rankings(
 ) -> tuple[list[Ranking], list[Ranking]]:
     """Hold out a share of the rankings: (train, held_out), in the order given, by SHA-256 and no random seed.
 
-    by: "prompt", all rankings of a prompt fall on one side, so that held-out prompts are new ones; or "answers", all
-        rankings of the same answers do, whatever their order: for few prompts that will be used again, and for
-        rankings without a prompt in any case.
+    by: "prompt" keeps all rankings of a prompt on one side, so that held-out prompts are new. "answers" keeps all
+        rankings of the same answers on one side, in whatever order: for few prompts that training uses again.
+        Rankings without a prompt are always split by their answers.
     Raises ValueError for a share outside (0, 1), an unknown `by`, or a side that stays empty.
     """
     if not 0 < share < 1:
@@ -187,7 +187,7 @@ def _is_header(line: str) -> bool:
 
 
 def _json_rankings(line: str) -> list[Ranking]:
-    """What a line of a `.jsonl` file says: a pair, or answers best first or with scores."""
+    """The rankings of one line of a `.jsonl` file: a pair, answers best first, or answers with scores."""
     content = json_object(line)
     if "answers" not in content:
         return [_pair(content)]

@@ -1,4 +1,4 @@
-"""Text files that people made: lines with their numbers, JSON objects, and a split that no random seed decides."""
+"""Text files that people write: lines with their numbers, JSON objects, and a hash that splits data without a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[tuple[int, str]]:
     """The lines that are not empty, with their numbers from 1; a byte-order mark and all kinds of ends are accepted.
 
-    Raises FileNotFoundError, ValueError for an unknown encoding, or with the number of the line that it does not fit.
+    Raises FileNotFoundError, ValueError for an unknown encoding, or with the number of a line that is not in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,7 +37,7 @@ def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> lis
 
 
 def json_object(line: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises ValueError if it is none."""
+    """The JSON object of a line. Raises ValueError for anything else."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
@@ -48,7 +48,7 @@ def json_object(line: str) -> dict[str, Any]:
 
 
 def text_of(content: Mapping[str, Any], key: str) -> str:
-    """The text under a key that is there. Raises ValueError for anything else."""
+    """The text under an existing key. Raises ValueError for another type."""
     if not isinstance(content[key], str):
         raise ValueError(f"{key} must be a text, got a {type(content[key]).__name__}")
     return content[key]

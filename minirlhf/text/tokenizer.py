@@ -23,8 +23,8 @@ class Tokenizer:
 
     model: a WordPiece or a ByteBPE; a list of tokens, in the order of their ids, is BERT's WordPiece.
     vocab: the tokens in the order of their ids, as the vocabulary file writes them.
-    special_ids: of the special tokens: found literally in a text ("[SEP]"), and left out of decoded text.
-    eos_id: ends a text: [SEP], or <|endoftext|>. pad_id: fills batches; it may be eos_id, since a mask says what is
+    special_ids: ids of the special tokens, which are found literally in a text ("[SEP]") and left out of decoded text.
+    eos_id: ends a text: [SEP], or <|endoftext|>. pad_id: fills batches; it may equal eos_id, because a mask marks the
         padding.
     Raises ValueError for a bad vocabulary (see the models).
     """
@@ -70,7 +70,7 @@ class Tokenizer:
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Token ids of a text: [CLS] ... [SEP], of BPE the text's alone; cut at the end to `max_length` in all.
 
-        Raises ValueError for what is no text or no valid Unicode, and for a `max_length` without room.
+        Raises ValueError for anything but a text, and for a `max_length` without room.
         """
         room = self._room(max_length)
         return self._framed(self._encode(text)[:room])
@@ -106,7 +106,7 @@ class Tokenizer:
         """The text of token ids, special tokens left out.
 
         WordPiece: clean text, no spaces between Chinese characters, a space between Latin words. BPE: byte for byte;
-        what is left of a character that was cut becomes U+FFFD.
+        an incomplete character becomes U+FFFD.
         Raises ValueError for an id outside the vocabulary.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
@@ -126,9 +126,9 @@ class Tokenizer:
         return self.decode_pieces([*prompt, *response])[len(prompt) :]
 
     def decode_pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
-        """What each token adds to the text: as many texts as ids, which `decode` would give if joined.
+        """The text that each token adds: as many texts as ids, which joined are `decode` of all.
 
-        Special tokens add nothing, and so do all tokens of a character but the one that completes it.
+        Special tokens add nothing; of the tokens of one character, only the one that completes it adds something.
         Raises ValueError for an id outside the vocabulary.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)

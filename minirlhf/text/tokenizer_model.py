@@ -1,4 +1,4 @@
-"""What every kind of tokenizer has: a checked vocabulary, special tokens, and the files of a saved folder."""
+"""Base class of the tokenizers: a checked vocabulary, special tokens, and the files of a saved folder."""
 
 from __future__ import annotations
 

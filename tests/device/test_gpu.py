@@ -8,18 +8,21 @@ import sys
 
 import pytest
 import torch
+from small_trainer import DEFAULTS, batch, reward, weights
 from test_generation import GREEDY, PROMPTS, TRUNCATED, varied_gpt2
-from test_trainer import DEFAULTS, batch, reward, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import minirlhf.generation.generate
 from conftest import VOCAB, make_gpt2
 from minirlhf import ActorCritic, PPOConfig, PPOTrainer, SamplingConfig, Tokenizer, generate
 from minirlhf.device.gpu import tf32_matmul, to_device
 from minirlhf.device.precision import Precision
-from minirlhf.generation.static_decode import CHECK_EVERY, GraphedDecoder
+from minirlhf.generation import generate as samples
+from minirlhf.generation.generate import CHECK_EVERY
+from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
-from minirlhf.models.heads import score_tokens
+from minirlhf.rl.advantages import with_advantages
+from minirlhf.rl.logprobs import response_logprobs
+from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.supervised.loop import FitConfig
 
@@ -108,7 +111,7 @@ def test_tf32_is_allowed_within_and_the_setting_is_put_back():
 
 def test_tf32_beside_a_setting_by_the_newer_interface():
     code = (
-        "import torch\nfrom minirlhf.gpu import tf32_matmul\n"
+        "import torch\nfrom minirlhf.device.gpu import tf32_matmul\n"
         "matmul = torch.backends.cuda.matmul\n"
         "if hasattr(matmul, 'fp32_precision'):\n"
         "    matmul.fp32_precision = 'ieee'\n"
@@ -157,7 +160,7 @@ def test_a_graph_decodes_what_the_plain_way_does(prompts, sampling):
     model, decoder = cuda_model(), GraphedDecoder()
     options = dict(sampling=sampling, keep_sampling_sets=True)
     plain = generate(model, prompts, 20, generator=seeded(), **options)
-    graphed = generate(model, prompts, 20, generator=seeded(), decoder=decoder, **options)
+    graphed = generate(model, prompts, 20, generator=seeded(), graphed=decoder, **options)
     assert decoder.step_for(model, len(prompts), 20).graph is not None
     assert torch.equal(plain.tokens, graphed.tokens) and torch.equal(plain.mask, graphed.mask)
     torch.testing.assert_close(plain.logprobs, graphed.logprobs, atol=1e-3, rtol=0)
@@ -177,10 +180,10 @@ def test_a_replay_uses_the_weights_of_the_moment(autocast):
             for parameter in model.parameters():
                 parameter.mul_(factor)
         with reduced(autocast):
-            result = generate(model, PROMPTS * 4, 12, generator=seeded(), decoder=decoder)
+            result = generate(model, PROMPTS * 4, 12, generator=seeded(), graphed=decoder)
             kept.append(decoder.step_for(model, len(PROMPTS) * 4, 12))
         with torch.no_grad(), reduced(autocast):
-            scored = score_tokens(model, result.tokens, result.mask, 12)
+            scored = response_logprobs(ActorCritic(model, None), result.tokens, result.mask, 12)
         difference = (scored.logprobs - result.logprobs).abs()
         assert difference.mean() < (0.05 if autocast else 1e-3)  # those of other weights are nats away
     assert kept[0] is kept[1] is kept[2] and kept[0].graph is not None
@@ -192,7 +195,7 @@ def test_rows_that_end_in_a_graph():
     free = generate(model, PROMPTS, 20, GREEDY).tokens[:, -20:]
     eos = int(free[0, 5])
     plain = generate(model, PROMPTS, 20, GREEDY, eos_token_id=eos, pad_token_id=1)
-    graphed = generate(model, PROMPTS, 20, GREEDY, eos_token_id=eos, pad_token_id=1, decoder=GraphedDecoder())
+    graphed = generate(model, PROMPTS, 20, GREEDY, eos_token_id=eos, pad_token_id=1, graphed=GraphedDecoder())
     assert torch.equal(plain.tokens, graphed.tokens) and torch.equal(plain.response_mask, graphed.response_mask)
     assert not graphed.response_mask[0].all()
 
@@ -201,26 +204,35 @@ def test_rows_that_end_in_a_graph():
 @pytest.mark.parametrize("eos", [None, 7])
 @pytest.mark.parametrize("sampling", [GREEDY, TRUNCATED, SamplingConfig(0.7), SamplingConfig(1.0, 0, 0.9)])
 def test_nothing_waits_for_the_gpu_between_two_tokens(monkeypatch, sampling, eos):
-    model, decoder, inner, calls = cuda_model(), GraphedDecoder(), minirlhf.generation.decode, []
+    model, decoder, calls = cuda_model(), GraphedDecoder(), []
 
-    def watched(*arguments):
-        calls.append(1)
-        with without_waiting():
-            inner(*arguments)
+    class Watched(samples._Samples):
+        """From when the prompts have been read to when the result is looked at."""
 
-    monkeypatch.setattr(minirlhf.generation, "decode", watched)
-    for _ in range(2):  # one that captures, one that replays
-        generate(model, PROMPTS, CHECK_EVERY, sampling, eos_token_id=eos, generator=seeded(), keep_sampling_sets=True,
-                 decoder=decoder)  # fmt: skip
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            torch.cuda.set_sync_debug_mode("error")
+
+        def finished(self):
+            torch.cuda.set_sync_debug_mode("default")
+            calls.append(1)
+            return super().finished()
+
+    monkeypatch.setattr(samples, "_Samples", Watched)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        for _ in range(2):  # one that captures, one that replays
+            generate(model, PROMPTS, CHECK_EVERY, sampling, eos_token_id=eos, generator=seeded(),
+                     keep_sampling_sets=True, graphed=decoder)  # fmt: skip
     assert len(calls) == 2
 
 
 FAILING_CAPTURE = """
 import sys, warnings
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import torch
 from minirlhf import generate
-from minirlhf.graphed_decode import DecodeStep, GraphedDecoder
+from minirlhf.generation.static_decode import DecodeStep, GraphedDecoder
 from test_generation import GREEDY, PROMPTS, varied_gpt2
 
 inner = DecodeStep._forward
@@ -235,7 +247,7 @@ before = torch.cuda.current_stream()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     seeded = lambda: torch.Generator("cuda").manual_seed(0)
-    results = [generate(model, PROMPTS, 8, GREEDY, decoder=decoder, generator=seeded()) for _ in range(2)]
+    results = [generate(model, PROMPTS, 8, GREEDY, graphed=decoder, generator=seeded()) for _ in range(2)]
 assert sum("without a CUDA graph" in str(w.message) for w in caught) == 1, [str(w.message) for w in caught]
 assert torch.cuda.current_stream() == before
 plain = generate(model, PROMPTS, 8, GREEDY, generator=seeded())
@@ -246,7 +258,8 @@ assert all(torch.equal(result.tokens, plain.tokens) for result in results)
 @needs_gpu
 def test_a_step_that_waits_cannot_be_captured_and_the_plain_way_is_taken(request):
     """In a process of its own: a capture that failed half-way may leave PyTorch's own generator unusable."""
-    subprocess.run([sys.executable, "-c", FAILING_CAPTURE, str(request.path.parent)], check=True)
+    tests = request.path.parents[1]
+    subprocess.run([sys.executable, "-c", FAILING_CAPTURE, str(tests), str(tests / "generation")], check=True)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -278,13 +291,13 @@ def test_a_step_is_that_of_the_cpu(precision, statistics, direction):
 def test_an_update_of_rows_without_padding_waits_for_nothing(precision):
     trainer = make_trainer(precision=precision, top_p=0.9)
     rollout = trainer.collect(EVEN_PROMPTS, reward)
-    assert not rollout.padded  # the lengths are read here
-    rewards, _ = trainer._token_rewards(rollout)
-    advantages, returns = trainer.advantages(rewards, rollout.values, rollout.response_mask)
-    trainer._update(rollout, rewards, advantages, returns, torch.tensor([0, 1]))  # the optimizer gets its state
+    assert rollout.attention_mask is None  # the lengths are read here
+    rewarded, _ = with_token_rewards(rollout, 0.2, trainer.config)
+    ready = with_advantages(rewarded, trainer.config)
+    trainer._update(ready.rows(torch.tensor([0, 1])))  # the optimizer gets its state
     with without_waiting():
         for rows in ([2, 3], [1, 0]):
-            trainer._update(rollout, rewards, advantages, returns, torch.tensor(rows))
+            trainer._update(ready.rows(torch.tensor(rows)))
 
 
 @needs_gpu
@@ -295,7 +308,7 @@ def test_logits_that_are_not_finite_are_an_error_and_not_the_end_of_the_process(
     with torch.no_grad():
         model.ln_f.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match="cannot sample"):
-        generate(model, PROMPTS, 4, TRUNCATED, generator=seeded(), decoder=decoder)
+        generate(model, PROMPTS, 4, TRUNCATED, generator=seeded(), graphed=decoder)
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
@@ -323,9 +336,9 @@ def test_collecting_and_stepping_on_a_gpu_that_was_found(settings):
     assert math.isfinite(stats["ppo/loss/total"]) and math.isfinite(stats["objective/kl"])
     assert all(p.isfinite().all() for p in trainer.policy.parameters())
     graphs = settings.get("cuda_graphs", True)
-    assert (trainer.decoder is not None) == graphs
+    assert (trainer.models.graphed is not None) == graphs
     if graphs:
-        assert trainer.decoder._step.graph is not None
+        assert trainer.models.graphed._step.graph is not None
 
 
 @needs_gpu
@@ -346,8 +359,8 @@ def test_no_memory_of_the_size_of_batch_times_length_times_vocabulary():
     whole = B * R * V * 4
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = generate(model, [[5, 6, 7, 8]] * B, R, generator=seeded(), decoder=GraphedDecoder())
-    score_tokens(model, result.tokens, None, R).logprobs.sum().backward()
+    result = generate(model, [[5, 6, 7, 8]] * B, R, generator=seeded(), graphed=GraphedDecoder())
+    response_logprobs(ActorCritic(model, None), result.tokens, None, R).logprobs.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < whole / 3
 
 
@@ -376,5 +389,5 @@ def test_a_compiled_step_is_that_of_a_plain_one(checkpointed):
     assert stats[1]["ppo/loss/total"] == pytest.approx(stats[0]["ppo/loss/total"], rel=1e-3, abs=1e-4)
     assert torch.cosine_similarity(*(change(trainer, start) for trainer in trainers), dim=0) > 0.999
     trainers[1].step(trainers[1].collect(EVEN_PROMPTS, reward))  # with a graph beside it
-    assert trainers[1].decoder._step.graph is not None
+    assert trainers[1].models.graphed._step.graph is not None
     torch.compiler.reset()

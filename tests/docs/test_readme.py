@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 import minirlhf
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.commands.main import build_parser
+from minirlhf.commands.table import COMMANDS
 from minirlhf.rl import advantages
 from test_architecture import WINGS
 
@@ -126,6 +129,13 @@ def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
     assert original.policy == "GPT2_FOLDER" and recipe.precision == "bf16" and recipe.minibatch_size == 1
 
 
+def test_the_commands_of_the_command_line_are_understood():
+    commands = [line.split("-m minirlhf ")[1] for page in PAGES for line in read(page).splitlines()
+                if re.match(r"(?: {4})?[\w./= ]*python -m minirlhf [a-z]", line)]  # fmt: skip
+    parsed = {build_parser().parse_args(shlex.split(command)).command for command in commands}
+    assert parsed == COMMANDS.keys()
+
+
 # ---- files and names ------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +183,12 @@ def test_the_examples_readme_lists_the_scripts_and_no_others():
     rows = re.findall(r"^\| `(\w+\.py)` \|", text, re.MULTILINE)
     there = {path.name for path in (REPO / "examples").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
     assert len(rows) == len(set(rows)) <= 10 and set(rows) == there
+
+
+def test_the_commands_of_make_are_all_of_the_makefile():
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", read("Makefile"), re.MULTILINE)
+    (commands,) = (block for block in blocks(read("CONTRIBUTING.md"), "sh") if "make setup" in block)
+    assert set(re.findall(r"^make (\w+)", commands, re.MULTILINE)) == set(targets.split())
 
 
 def test_the_wings_are_listed_in_their_order():

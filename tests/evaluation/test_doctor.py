@@ -332,16 +332,19 @@ def test_dropout_that_eval_does_not_turn_off_is_found():
 
 def test_shared_parameters_are_found():
     policy = ActorCritic(gpt2()).eval()
-    status, findings = examine(policy, policy.gpt2)
+    status, findings = examine(policy, policy.decoder)
     assert status["weights"] == "fail" and others(status, "weights") == {"ok"}
-    assert "share gpt2.wte.weight, gpt2.wpe.weight, gpt2.h.0.ln_1.weight and 13 more" in findings["weights"].detail
-    assert len(list(policy.gpt2.parameters())) == 16
+    assert (
+        "share decoder.wte.weight, decoder.wpe.weight, decoder.h.0.ln_1.weight and 13 more"
+        in findings["weights"].detail
+    )
+    assert len(list(policy.decoder.parameters())) == 16
     holder = ActorCritic(gpt2()).eval()
     holder.leash = gpt2()  # the reference is inside the policy, so the policy's optimizer has it
     assert "share leash.wte.weight" in examine(holder, holder.leash)[1]["weights"].detail
     views = gpt2()
-    views.wpe.weight = nn.Parameter(policy.gpt2.wte.weight.data[1:65])  # another address in the same memory
-    assert "share gpt2.wte.weight:" in examine(policy, views)[1]["weights"].detail
+    views.wpe.weight = nn.Parameter(policy.decoder.wte.weight.data[1:65])  # another address in the same memory
+    assert "share decoder.wte.weight:" in examine(policy, views)[1]["weights"].detail
 
 
 def test_a_step_that_also_moves_the_reference_is_found(monkeypatch):
@@ -362,7 +365,7 @@ def test_a_policy_that_cannot_move_is_found():
     status, findings = examine(lr=1e-30)  # the value head starts from 0, where the smallest step is a change
     assert status["weights"] == "fail" and "the policy did not move" in findings["weights"].detail
     policy = ActorCritic(gpt2()).eval()
-    policy.gpt2.requires_grad_(False)
+    policy.decoder.requires_grad_(False)
     assert "the policy did not move" in examine(policy)[1]["weights"].detail
 
 
@@ -704,9 +707,9 @@ def random_states():
 @pytest.mark.parametrize("fault", ["vocabulary", "training"])
 def test_models_modes_and_random_states_are_as_before(fault):
     policy, reference, reward = ActorCritic(gpt2()).train(), gpt2(), sentiment()
-    policy.gpt2.h[0].attn.eval()
-    policy.gpt2.wpe.weight.requires_grad_(False)
-    policy.gpt2.wte.weight.grad = torch.ones_like(policy.gpt2.wte.weight)
+    policy.decoder.h[0].attn.eval()
+    policy.decoder.wpe.weight.requires_grad_(False)
+    policy.decoder.wte.weight.grad = torch.ones_like(policy.decoder.wte.weight)
     reward.model.train()
     reward.model.bert.pooler.eval()
     if fault == "training":

@@ -367,7 +367,7 @@ def test_a_download_brings_the_needed_files_and_the_model_loads(client, publishe
 def loads_by_name(name):
     ids = torch.tensor([Tokenizer.from_pretrained(name).encode("酒店")])
     expected = make_gpt2(n_embd=16, n_layer=1, n_head=2)(ids)
-    for model in (GPT2.from_pretrained(name), ActorCritic.from_pretrained(name).gpt2):
+    for model in (GPT2.from_pretrained(name), ActorCritic.from_pretrained(name).decoder):
         assert torch.equal(model(ids), expected) and model.origin.name == name
 
 

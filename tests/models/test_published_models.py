@@ -24,8 +24,19 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
+    GPT2Model,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     pipeline,
 )
 from transformers import BertConfig as TheirBertConfig
@@ -45,7 +56,7 @@ from minirlhf import (
     generate,
 )
 from minirlhf.io.model_folder import convert, read_metadata, write_tensors
-from minirlhf.models.layers import shapes_only
+from minirlhf.models.layers import check_vocabulary, shapes_only
 from minirlhf.rewards.reward_model import GPT2Scorer
 
 LABELS = {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}
@@ -260,8 +271,44 @@ def hub_cache_gpt2(folder) -> None:
         (folder / path.name).symlink_to(Path("..") / "blobs" / path.name)
 
 
+def variant_gpt2(**changes):
+    """As transformers writes a GPT-2 of another computation."""
+
+    def write(folder) -> None:
+        config = TheirGPT2Config(**{**UER_GPT2, **SMALL_GPT2, "vocab_size": 300, **changes})
+        theirs_with(GPT2LMHeadModel, config, random_state(GPT2LMHeadModel, config)).save_pretrained(folder)
+
+    return write
+
+
+VARIANTS = {
+    "untied": variant_gpt2(tie_word_embeddings=False), "quick_gelu": variant_gpt2(activation_function="quick_gelu"),
+    "scaled by layer": variant_gpt2(scale_attn_by_inverse_layer_idx=True),
+    "not scaled": variant_gpt2(scale_attn_weights=False),
+    "all": variant_gpt2(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False, tie_word_embeddings=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_a_variant_computes_as_in_transformers_and_is_saved_as_it_computes(tmp_path, name):
+    VARIANTS[name](tmp_path / "model")
+    variant_gpt2()(tmp_path / "plain")
+    ours = GPT2.from_pretrained(tmp_path / "model")
+    ids = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert_relatively_close(ours(ids), theirs(ids).logits, 1e-6)
+    assert (ours(ids) - GPT2.from_pretrained(tmp_path / "plain")(ids)).abs().max() > 1e-4
+    ours.save_pretrained(tmp_path / "saved")
+    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(loading.values())
+    assert_relatively_close(theirs.eval()(ids).logits, ours(ids), 1e-5)
+    assert torch.equal(GPT2.from_pretrained(tmp_path / "saved")(ids), ours(ids))
+
+
 @pytest.mark.parametrize(
-    "write", [uer_gpt2, english_gpt2, sharded_gpt2, sharded_pickle_gpt2, only_a_head_gpt2, hub_cache_gpt2]
+    "write",
+    [uer_gpt2, english_gpt2, sharded_gpt2, sharded_pickle_gpt2, only_a_head_gpt2, hub_cache_gpt2],
 )
 @torch.no_grad()
 def test_gpt2_layouts_are_read_as_transformers_reads_them(tmp_path, write):
@@ -275,6 +322,89 @@ def test_gpt2_layouts_are_read_as_transformers_reads_them(tmp_path, write):
     assert_relatively_close(ours.double()(ids), expected, 1e-10)
     again = GPT2.from_pretrained(tmp_path / "model")  # by now from what the pickle became
     assert all(torch.equal(p, q) for p, q in zip(again.double().parameters(), ours.parameters(), strict=True))
+
+
+WRAPPED = ["module.", "_orig_mod.", "model.", "pretrained_model.", "module._orig_mod.", "_orig_mod.module.model."]
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+@pytest.mark.parametrize("kind", [GPT2, BertClassifier])
+def test_prefixes_of_training_wrappers_are_no_part_of_a_name(tmp_path, kind, prefix):
+    """DataParallel, torch.compile, Lightning and TRL put them before every tensor's name."""
+    (make_gpt2() if kind is GPT2 else make_bert()).save_pretrained(tmp_path)
+    expected = kind.from_pretrained(tmp_path).state_dict()
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({prefix + name: t for name, t in stored.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    found = kind.from_pretrained(tmp_path).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    save_file(
+        {prefix + name: t.clone() for name, t in stored.items()} | stored,
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ValueError, match=r"hold .* twice, once as"):
+        kind.from_pretrained(tmp_path)
+
+
+def test_blocks_that_were_compiled_one_by_one_are_read(tmp_path):
+    make_gpt2().save_pretrained(tmp_path)
+    expected = GPT2.from_pretrained(tmp_path).state_dict()
+    stored = {re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): t
+              for name, t in load_file(tmp_path / "model.safetensors").items()}  # fmt: skip
+    assert "transformer.h.0._orig_mod.ln_1.weight" in stored
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    found = GPT2.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "pretrained_model."])
+def test_the_value_head_of_trl_is_read_with_the_policy(tmp_path, prefix):
+    make_gpt2().save_pretrained(tmp_path)
+    stored = {prefix + name: t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    head = {"v_head.summary.weight": torch.randn(1, 32, generator=torch.Generator().manual_seed(0)),
+            "v_head.summary.bias": torch.tensor([0.5])}  # fmt: skip
+    save_file(stored | head, tmp_path / "model.safetensors", {"format": "pt"})
+    model, plain = ActorCritic.from_pretrained(tmp_path), GPT2.from_pretrained(tmp_path)
+    ids = torch.tensor([[7, 8, 9]])
+    values = model(ids)[1]
+    assert_relatively_close(values, plain.hidden_states(ids) @ head["v_head.summary.weight"][0] + 0.5, 1e-6)
+    with pytest.raises(ValueError, match="'linear' value head, but a 'tanh' one was asked for"):
+        ActorCritic.from_pretrained(tmp_path, value_head="tanh")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ActorCritic.from_pretrained(tmp_path)(ids)[1], values)
+    save_file(stored | head, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds two value heads, value_head.safetensors and v_head"):
+        ActorCritic.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_rows_that_pad_the_embedding_are_never_sampled(tmp_path):
+    config = TheirGPT2Config(**{**UER_GPT2, **SMALL_GPT2, "vocab_size": 64})
+    state = random_state(GPT2LMHeadModel, config)
+    state["transformer.wte.weight"][len(SMALL_VOCAB) :] *= 50  # the padding would win
+    theirs = theirs_with(GPT2LMHeadModel, config, state)
+    theirs.save_pretrained(tmp_path)
+    ours, ids = GPT2.from_pretrained(tmp_path), torch.tensor([[5, 6, 7]])
+    assert_relatively_close(ours(ids), theirs(ids).logits, 1e-5)
+    sampled = generate(ours, [[5, 6]] * 64, 6, SamplingConfig(), generator=torch.Generator().manual_seed(0))
+    assert sampled.tokens.max() >= len(SMALL_VOCAB)
+    ours.fit_vocabulary(len(SMALL_VOCAB))
+    assert_relatively_close(ours(ids), theirs(ids).logits[..., : len(SMALL_VOCAB)], 1e-5)
+    for sampling in (SamplingConfig(), SamplingConfig(top_p=0.9), SamplingConfig(top_k=3)):
+        sampled = generate(ours, [[5, 6]] * 64, 6, sampling, generator=torch.Generator().manual_seed(0))
+        assert sampled.tokens.max() < len(SMALL_VOCAB)
+    ours.save_pretrained(tmp_path / "saved")  # with its padding
+    assert torch.equal(GPT2.from_pretrained(tmp_path / "saved").wte.weight, ours.wte.weight)
+
+
+@pytest.mark.parametrize("rows", [63, 64 + 1024, 21128])
+def test_a_vocabulary_of_another_model_is_refused(rows):
+    """More tokens than rows, or so many more rows that they are no padding."""
+    with pytest.raises(ValueError, match=f"the vocabulary has 64 tokens, but the policy was made for {rows}"):
+        check_vocabulary(rows, 64, "policy")
+
+
+SMALL_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"酒店好"]
 
 
 def uer_bert(folder) -> None:
@@ -313,7 +443,82 @@ def test_bert_layouts_are_read_as_transformers_reads_them(tmp_path, write):
     assert ours.config.labels == list(LABELS.values())
 
 
-def test_classify_equals_the_pipeline_beyond_512_tokens(tmp_path):
+# ---- trunks: folders with another head, or none ---------------------------------------------------------------------
+
+BERTS = [BertModel, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertForTokenClassification]
+
+
+@pytest.mark.parametrize("kind", BERTS)
+@torch.no_grad()
+def test_the_encoder_of_any_bert_is_a_trunk(tmp_path, kind):
+    config = TheirBertConfig(**{**UER_BERT, **SMALL_BERT, "vocab_size": 300, "problem_type": "regression"})
+    theirs = theirs_with(kind, config, random_state(kind, config))
+    theirs.save_pretrained(tmp_path)
+    encoder = theirs if kind is BertModel else theirs.bert
+    ours = BertClassifier.from_trunk(tmp_path, {0: "reward"}, seed=3)
+    assert ours.config.labels == ["reward"] and ours.classifier.weight.shape == (1, 16) and not ours.training
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert_relatively_close(ours.hidden_states(ids), encoder(ids).last_hidden_state, 1e-5)
+    if encoder.pooler is not None:
+        assert torch.equal(ours.bert.pooler["dense"].weight, encoder.pooler.dense.weight)
+    again, other = (BertClassifier.from_trunk(tmp_path, {0: "reward"}, seed=seed) for seed in (3, 4))
+    assert torch.equal(ours(ids), again(ids)) and not torch.equal(ours(ids), other(ids))
+    assert 0 < ours.classifier.weight.std() < 0.05 and ours.classifier.bias.abs().max() == 0
+    ours.save_pretrained(tmp_path / "saved")
+    assert torch.equal(BertClassifier.from_pretrained(tmp_path / "saved")(ids), ours(ids))
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    assert_relatively_close(saved(ids).logits, ours(ids), 1e-5)
+
+
+@pytest.mark.parametrize("damage", ["bert.encoder.layer.1.output.dense.weight", "bert.pooler.dense.bias"])
+def test_a_trunk_with_a_missing_part_is_refused(tmp_path, damage):
+    make_bert().save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored[damage]
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit the model: missing {damage}"):
+        BertClassifier.from_trunk(tmp_path, {0: "reward"})
+
+
+@pytest.mark.parametrize(
+    "kind", [GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
+)
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_transformer_of_any_gpt2_is_a_trunk(tmp_path, kind, tied):
+    config = TheirGPT2Config(**{**UER_GPT2, **SMALL_GPT2, "vocab_size": 300, "tie_word_embeddings": tied})
+    theirs = theirs_with(kind, config, random_state(kind, config))
+    theirs.save_pretrained(tmp_path)
+    ours = GPT2.from_trunk(tmp_path)
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    transformer = theirs if kind is GPT2Model else theirs.transformer
+    assert_relatively_close(ours.hidden_states(ids), transformer(ids).last_hidden_state, 1e-5)
+    assert ours.lm_head is None and ours.config.tie_word_embeddings
+    ours.save_pretrained(tmp_path / "saved")
+    assert torch.equal(GPT2.from_pretrained(tmp_path / "saved").hidden_states(ids), ours.hidden_states(ids))
+
+
+@pytest.mark.parametrize(("config", "kind", "name"), [
+    (RobertaConfig, RobertaForSequenceClassification, "roberta"),
+    (DistilBertConfig, DistilBertForSequenceClassification, "distilbert"),
+])  # fmt: skip
+@pytest.mark.parametrize("silent", [False, True])
+def test_relatives_of_bert_are_refused_by_name(tmp_path, config, kind, name, silent):
+    """They would load if only names counted, and compute something else."""
+    sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    if name == "distilbert":
+        sizes = dict(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    kind(config(**sizes)).save_pretrained(tmp_path)
+    if silent:
+        content = json.loads((tmp_path / "config.json").read_text())
+        del content["model_type"], content["architectures"]
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    for load in (BertClassifier.from_pretrained, lambda folder: BertClassifier.from_trunk(folder, {0: "reward"})):
+        with pytest.raises(ValueError, match=f"(?i)holds a '?{name}"):
+            load(tmp_path)
+
+
+def test_a_sentiment_equals_the_pipeline_s_beyond_512_tokens(tmp_path):
     make_bert(scale=12.0, max_position_embeddings=512, id2label={0: "negative", 1: "positive"}).save_pretrained(
         tmp_path
     )
@@ -321,12 +526,12 @@ def test_classify_equals_the_pipeline_beyond_512_tokens(tmp_path):
     texts = ["很好" * 400, "房间太脏" * 127 + "差", "很好" * 255, "好" * 511 + "差" * 300, "很好"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights know no polarity
-        ours = SentimentReward.from_pretrained(tmp_path, device="cpu").classify(texts)
-    theirs = pipeline("sentiment-analysis", model=str(tmp_path), tokenizer=str(tmp_path), device="cpu")(
+        ours = SentimentReward.from_pretrained(tmp_path, device="cpu")(texts)
+    theirs = pipeline("sentiment-analysis", model=str(tmp_path), tokenizer=str(tmp_path), device="cpu", top_k=None)(
         texts, truncation=True, max_length=512
     )
-    assert [row["label"] for row in ours] == [row["label"] for row in theirs]
-    assert [row["score"] for row in ours] == pytest.approx([row["score"] for row in theirs], abs=1e-5)
+    positive = [next(row["score"] for row in rows if row["label"] == "positive") for rows in theirs]
+    assert ours.tolist() == pytest.approx(positive, abs=1e-5)
 
 
 # ---- folders for other tools ----------------------------------------------------------------------------------------
@@ -414,16 +619,16 @@ def test_model_and_value_head_are_saved_in_one_moment(tmp_path, monkeypatch):
     def watched(*args):
         replace(*args)
         loaded = ActorCritic.from_pretrained(tmp_path / "model")
-        seen.append((loaded.gpt2.wte.weight[0, 0].item(), loaded.value_head.summary.bias.item()))
+        seen.append((loaded.decoder.wte.weight[0, 0].item(), loaded.value_head.summary.bias.item()))
 
     model = make_actor_critic(make_gpt2())
     for value in (1.0, 2.0):
-        model.gpt2.wte.weight[0, 0] = model.value_head.summary.bias[0] = value
+        model.decoder.wte.weight[0, 0] = model.value_head.summary.bias[0] = value
         model.save_pretrained(tmp_path / "model")
         monkeypatch.setattr(os, "replace", watched)
     assert seen == [(1.0, 1.0)] * 5
     loaded = ActorCritic.from_pretrained(tmp_path / "model")
-    assert (loaded.gpt2.wte.weight[0, 0], loaded.value_head.summary.bias) == (2, 2)
+    assert (loaded.decoder.wte.weight[0, 0], loaded.value_head.summary.bias) == (2, 2)
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "ActorCritic", "BertClassifier"])
@@ -616,13 +821,19 @@ def test_a_tokenizer_that_may_not_be_read_is_named(public_folder, locked):
         Tokenizer.from_pretrained(public_folder / "model")
 
 
-def test_a_pickle_in_a_folder_that_may_not_be_written_is_an_os_error(public_folder):
+def test_a_pickle_in_a_folder_that_may_not_be_written_is_read_all_the_same(public_folder):
     uer_gpt2(public_folder / "model")
+    shutil.copytree(public_folder / "model", public_folder / "copy")
     (public_folder / "model").chmod(0o555)
     before = contents(public_folder)
-    with without_privileges(), pytest.raises(PermissionError, match=re.escape(str(public_folder / "model"))):
-        GPT2.from_pretrained(public_folder / "model")
+    with (
+        without_privileges(),
+        pytest.warns(UserWarning, match=re.escape(f"{public_folder / 'model'} cannot be written")),
+    ):
+        found = GPT2.from_pretrained(public_folder / "model").state_dict()
     assert contents(public_folder) == before
+    expected = GPT2.from_pretrained(public_folder / "copy").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.fixture(params=["full disk", "file size limit"])

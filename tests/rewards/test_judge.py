@@ -153,18 +153,15 @@ def test_half_a_surrogate_pair_is_asked_about_as_a_question_mark():
 
 # ---- answers without a score ----------------------------------------------------------------------------------------
 
-UNUSABLE = {"prose": "The text deserves a 7.", "out_of_range": "Score: 11/10", "empty": " \n"}
 
-
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_an_answer_without_a_score_is_asked_for_again_and_counted_by_its_kind(kind):
-    answers = iter([UNUSABLE[kind], UNUSABLE[kind], "7"])
+@pytest.mark.parametrize("unusable", ["The text deserves a 7.", "Score: 11/10", " \n"])
+def test_an_answer_without_a_score_is_asked_for_again(unusable):
+    answers = iter([unusable, unusable, "7"])
     model = Model(lambda text: next(answers))
     judge = judge_of(model)
     assert judge(["a"]) == [7]
     metrics = judge.metrics()
     assert (metrics["judge/requests"], metrics["judge/reasked"], metrics["judge/unparsed"]) == (3, 2, 0)
-    assert [metrics[f"judge/{name}"] for name in UNUSABLE] == [2 * (name == kind) for name in UNUSABLE]
     first, second, third = (messages[1]["content"] for messages in model.asked)
     reminder = "Your last answer was not such a number. Answer with one number from 0 to 10 and nothing else.\n\n"
     assert second == third == first.replace("The score:", reminder + "The score:")
@@ -353,7 +350,7 @@ def test_the_answers_of_endpoints(server, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert judge(["a"]) == [5 if score is None else score]
-    assert judge.metrics()["judge/empty"] == (score is None)
+    assert judge.metrics()["judge/unparsed"] == (score is None)
 
 
 @pytest.mark.parametrize("failure", [fail(500), fail(429), reset, slow(9)], ids=["500", "429", "reset", "slow"])
@@ -366,7 +363,7 @@ def test_failures_that_may_pass_are_tried_again(server, failure):
 
 
 @pytest.mark.parametrize(("failure", "message", "requests"), [
-    (fail(401, "bad key"), "answered 401: .*bad key.* .TEST_KEY: it is not set", 1),
+    (fail(401, "bad key"), "answered 401: .*bad key.* .the key in TEST_KEY is not set", 1),
     (fail(400, "no such field"), "answered 400: .*no such field.* .sampling=.*2048.* was sent", 1),
     (fail(500, "broken"), "answered 500: .*broken", 2), (reset, "could not be asked: ", 2),
     (slow(9), "gave no answer within timeout=1 seconds", 2),
@@ -400,8 +397,7 @@ def test_metrics_count_what_happened_since_the_last_time(server, tmp_path):
     # a: 500, "no", "5"; b: three numbers out of range; c: 6, without usage
     assert judge.metrics() == {
         "judge/texts": 4, "judge/cached": 1, "judge/requests": 6, "judge/retries": 1, "judge/reasked": 3,
-        "judge/unparsed": 1, "judge/out_of_range": 3, "judge/empty": 0, "judge/prose": 1,
-        "judge/damaged_cache_lines": 0, "judge/prompt_tokens": 500, "judge/completion_tokens": 10,
+        "judge/unparsed": 1, "judge/damaged_cache_lines": 0, "judge/prompt_tokens": 500, "judge/completion_tokens": 10,
         "judge/cost": pytest.approx((500 * 3 + 10 * 15) / 1e6),
     }  # fmt: skip
     assert set(judge.metrics().values()) == {0.0}
@@ -558,7 +554,7 @@ def test_the_example_learns_from_the_judge_and_logs_what_it_cost(server, example
 
 
 @pytest.mark.parametrize(("behaviour", "arguments", "message"), [
-    (fail(401, "bad key"), [], "error: step 1 of 2 failed: ChatError: http://.* answered 401: .*bad key"),
+    (fail(401, "bad key"), [], "error: .*http://.* answered 401: .*bad key"),
     (say("5"), ["--base-url", "localhost"], "error: ChatJudgeConfig.base_url must be"),
     (say("5"), ["--policy", "nowhere"], "error: .*nowhere"),
 ])  # fmt: skip

@@ -143,7 +143,7 @@ def later_format(folder):
     (doubled, ValueError, "ngrams.txt: an n-gram occurs twice"), (of_gbk, ValueError, "ngrams.txt: .*utf-8"),
     (with_crlf, ValueError, "n-gram must be"), (not_finite, ValueError, "bias holds NaN"),
     (of_integers, ValueError, "weight has dtype"), (cut, ValueError, "not a readable safetensors"),
-    (other_model, ValueError, "holds a 'bert' model"), (no_model, ValueError, "holds a None model"),
+    (other_model, ValueError, "holds a 'bert' model"), (no_model, ValueError, "holds a '' model"),
     (later_format, ValueError, "format=2; only 1"), (shutil.rmtree, FileNotFoundError, "scorer"),
 ])  # fmt: skip
 def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, error, message):

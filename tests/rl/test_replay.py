@@ -12,6 +12,7 @@ import torch
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer
 from minirlhf.generation.sampling import pack_set, sampling_set
+from minirlhf.rl.logprobs import response_logprobs
 from minirlhf.text.batching import left_pad
 
 V = 11
@@ -88,14 +89,14 @@ class World:
     def score(self, replay=True, reference=None, model=None):
         policy = ActorCritic(model or self.model).double()
         sets = self.sets if replay else None
-        return policy.score(self.tokens, self.mask, self.length, self.temperature, sets, reference)
+        return response_logprobs(policy, self.tokens, self.mask, self.length, self.temperature, sets, reference)
 
     def gradient(self, scalar):
         grads = torch.autograd.grad(scalar, list(self.model.parameters()))
         return torch.cat([g.flatten() for g in grads])
 
     def estimate(self, advantages, replay):
-        """E over mu of A(y) grad log-probability, as `score` computes it."""
+        """E over mu of A(y) grad log-probability, as `response_logprobs` gives it."""
         logprobs = self.score(replay).logprobs.sum(-1)
         return self.gradient((self.weights() * advantages * logprobs).sum())
 
@@ -276,8 +277,8 @@ def test_the_negative_kl_of_examples_readme():
     keep = sampling_set(policy(torch.tensor([[1]]))[0][0], SamplingConfig(top_p=0.7))
     assert keep.tolist() == [[True, False]]
     drawn = torch.tensor([[1, 0]])
-    full = policy.score(drawn, None, 1, 1.0, None, reference)
-    replayed = policy.score(drawn, None, 1, 1.0, pack_set(keep)[None], reference)
+    full = response_logprobs(policy, drawn, None, 1, 1.0, None, reference)
+    replayed = response_logprobs(policy, drawn, None, 1, 1.0, pack_set(keep)[None], reference)
     expected = torch.tensor(0.8 / 0.9, dtype=torch.float64).log().item()
     assert (full.logprobs - full.ref_logprobs).item() == pytest.approx(expected, abs=1e-12)
     assert replayed.logprobs.item() == replayed.ref_logprobs.item() == 0.0
@@ -286,22 +287,22 @@ def test_the_negative_kl_of_examples_readme():
 # ---- in the trainer -------------------------------------------------------------------------------------------------
 
 
-def collect(score_full_softmax):
+def collect(logprobs_full_softmax):
     """A trainer whose reference equals its policy, and a ragged truncated batch of it."""
     sizes = dict(n_embd=16, n_layer=1, n_head=2, scale=4.0)
     policy, reference = ActorCritic(make_gpt2(0, **sizes)), make_gpt2(0, **sizes)
     trainer = PPOTrainer(
         policy, reference, Tokenizer(VOCAB), steps=32, batch_size=32, minibatch_size=8, forward_batch_size=3, gen_len=6,
-        ppo_epochs=1, lr=1e-3, temperature=1.3, top_k=30, top_p=0.8, score_full_softmax=score_full_softmax, seed=4,
-        eos_token_id=EOS, device="cpu",
+        ppo_epochs=1, lr=1e-3, temperature=1.3, top_k=30, top_p=0.8, seed=4, eos_token_id=EOS, device="cpu",
+        logprobs_full_softmax=logprobs_full_softmax,
     )  # fmt: skip
     rollout = trainer.collect(["酒店很好", "早", "房间", "wifi"] * 8, lambda texts: [len(set(t)) / 9 for t in texts])
     return trainer, rollout
 
 
-@pytest.mark.parametrize("score_full_softmax", [False, True])
-def test_at_the_first_minibatch_the_ratio_is_one_and_the_kl_to_oneself_zero(score_full_softmax):
-    trainer, rollout = collect(score_full_softmax)
+@pytest.mark.parametrize("logprobs_full_softmax", [False, True])
+def test_at_the_first_minibatch_the_ratio_is_one_and_the_kl_to_oneself_zero(logprobs_full_softmax):
+    trainer, rollout = collect(logprobs_full_softmax)
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=0, atol=1e-6)
     stats = trainer.step(rollout)
     assert stats["ppo/policy/first_ratio_error"] < 1e-5
@@ -311,18 +312,14 @@ def test_at_the_first_minibatch_the_ratio_is_one_and_the_kl_to_oneself_zero(scor
 
 
 def test_replayed_logprobs_are_the_sampler_s_own():
-    _, rollout = collect(score_full_softmax=False)
+    _, rollout = collect(logprobs_full_softmax=False)
     assert rollout.sampling_sets is not None and not rollout.response_mask.all()
     torch.testing.assert_close(rollout.logprobs, rollout.sampler_logprobs, rtol=0, atol=1e-5)
 
 
 def test_full_softmax_logprobs_are_not_the_sampler_s():
-    _, rollout = collect(score_full_softmax=True)
+    _, rollout = collect(logprobs_full_softmax=True)
     assert rollout.sampling_sets is None
     missing = (rollout.sampler_logprobs - rollout.logprobs)[rollout.response_mask]
     assert (missing > -1e-5).all()  # -log Z of each state
     assert missing.mean() > 0.1
-
-
-def test_both_modes_sample_the_same_tokens():
-    assert torch.equal(collect(True)[1].tokens, collect(False)[1].tokens)

@@ -48,7 +48,6 @@ from minirlhf.io.conversion import read_pickle
 from minirlhf.io.files import read_json, read_jsonl, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
 from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
-from minirlhf.runs.log import RunLog
 from minirlhf.runs.run import Run
 from minirlhf.text.preferences import read_rankings
 
@@ -77,11 +76,10 @@ def targets() -> list[Target]:
     """A line for everything that reads files."""
     return [
         Target("GPT-2", write_gpt2, GPT2.from_pretrained, use_gpt2),
-        Target("actor-critic", write_actor_critic, ActorCritic.from_pretrained, lambda model: use_gpt2(model.gpt2)),
+        Target("actor-critic", write_actor_critic, ActorCritic.from_pretrained, lambda model: use_gpt2(model.decoder)),
         Target("BERT", write_bert, BertClassifier.from_pretrained, lambda model: model(torch.tensor([[0]]))),
-        Target("sentiment reward", write_reward, load_reward, lambda reward: reward.classify(["酒店", ""])),
+        Target("sentiment reward", write_reward, load_reward, lambda reward: reward(["酒店", ""])),
         Target("vocab.txt", write_tokenizer, Tokenizer.from_pretrained, use_tokenizer),
-        Target("run log", write_run, resume_log, lambda log: log.metrics(3, {})),
         Target("byte-level BPE", write_bpe, Tokenizer.from_pretrained, use_tokenizer),
         Target("shards", write_shards, GPT2.from_pretrained, use_gpt2),
         Target("pickle", write_pickle, lambda folder: read_pickle(folder / "pytorch_model.bin"), dict.items),
@@ -132,17 +130,6 @@ def load_reward(folder: Path) -> SentimentReward:
     return SentimentReward.from_pretrained(folder, device="cpu")
 
 
-def write_run(folder: Path) -> None:
-    log = RunLog(folder, {"arguments": {"prompts": ["酒店"]}, "ppo": {"lr": 1e-5}})
-    for i in range(1, 4):
-        log.metrics(i, {"reward/mean": i / 4, "objective/kl": 0.5})
-        log.samples(i, ["酒店很好"], [0.5])
-
-
-def resume_log(folder: Path) -> RunLog:
-    return RunLog.resume(folder, {"metrics.jsonl": 60, "samples.jsonl": 20})
-
-
 def write_bpe(folder: Path) -> None:
     vocab = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), "ab", "abc", "<|endoftext|>"])}
     write_json(folder / "vocab.json", vocab)
@@ -173,7 +160,7 @@ def resume_trainer(folder: Path) -> PPOTrainer:
 
 
 def use_trainer(trainer: PPOTrainer) -> None:
-    use_gpt2(trainer.policy.gpt2), use_tokenizer(trainer.tokenizer)
+    use_gpt2(trainer.policy.decoder), use_tokenizer(trainer.tokenizer)
 
 
 def write_whole_run(folder: Path) -> None:

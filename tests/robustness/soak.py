@@ -41,7 +41,7 @@ LIMITS = {"memory": 1.01, "cpu_seconds": 1.1}  # last against first, of what may
 def soak(steps: int, warmup: int, folder: Path, on_step: Callable[[], object] = lambda: None) -> dict[str, list[float]]:
     """Run steps. Returns name -> a value after each step that follows the warm-up, or after COUNTS of them."""
     trainer, reward = make_trainer(steps), make_reward()
-    log = RunLog(folder / "run", {})
+    log = RunLog(folder)
     measured: dict[str, list[float]] = {}
     try:
         for i in range(1, steps + 1):

@@ -400,6 +400,7 @@ def test_a_run_of_an_older_version_is_refused_by_name(tmp_path, undisturbed):
 # ---- killed ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(120 + 30 * KILLS)
 def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
     """Random moments, most of them before a file operation: of starting, logging, saving, rotating, resuming.
 

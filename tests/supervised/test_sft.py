@@ -5,12 +5,10 @@ import math
 
 import pytest
 import torch
-from minirlhf.runs.checkpoint_folder import read_checkpoint, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCAB, make_gpt2
-from folders import snapshot
-from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
+from minirlhf import GPT2, GPT2Config, SamplingConfig, Tokenizer, generate
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity, token_nll
 from minirlhf.text.demonstrations import Demonstration
 
@@ -129,8 +127,8 @@ def test_the_first_loss_is_the_mean_over_all_tokens_of_the_batch(tmp_path, token
     total, tokens = nlls_by_transformers(tmp_path, TEXTS)
     losses = []
     config = dataclasses.replace(CONFIG, epochs=1, tokens_per_batch=1000)
-    SFTTrainer(model, tokenizer, TEXTS, config).train(lambda progress, loss: losses.append((progress, loss)))
-    assert losses == [(1.0, pytest.approx(total / tokens, rel=1e-5))]
+    SFTTrainer(model, tokenizer, TEXTS, config).train(lambda _, stats: losses.append(stats))
+    assert losses == [{"sft/progress": 1.0, "sft/loss": pytest.approx(total / tokens, rel=1e-5)}]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -158,15 +156,40 @@ def test_nothing_to_train_on_is_refused(tokenizer):
         SFTTrainer(fresh(), tokenizer, [], CONFIG)
 
 
-def test_more_tokens_than_positions_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="max_length=25 exceeds the model's 24 positions"):
-        SFTTrainer(fresh(), tokenizer, TEXTS, dataclasses.replace(CONFIG, max_length=25, tokens_per_batch=100))
+@pytest.mark.parametrize("packing", [False, True])
+def test_more_tokens_than_positions_are_refused_where_a_text_has_them(tokenizer, packing):
+    """max_length may exceed the positions, as the default does, while every text fits; packed rows as well."""
+    config = dataclasses.replace(CONFIG, max_length=128, tokens_per_batch=128, packing=packing, epochs=1)
+    fits = ["好" * 22, *TEXTS]  # 24 tokens
+    losses = [[], []]
+    for seen, settings in zip(losses, (config, dataclasses.replace(config, max_length=24)), strict=True):
+        SFTTrainer(fresh(), tokenizer, fits, settings).train(lambda _, stats, seen=seen: seen.append(stats["sft/loss"]))
+    assert losses[0] == losses[1] != []
+    with pytest.raises(ValueError, match=r"a text has 25 tokens within max_length=128, more than the model's 24"):
+        SFTTrainer(fresh(), tokenizer, ["好" * 23, *TEXTS], config)
+
+
+def test_a_prompt_of_exactly_max_length_has_nothing_to_learn(tokenizer):
+    """One token less, and a single token of the response is learned."""
+    pairs = [Demonstration("好" * n, "差评") for n in (22, 23, 24)]  # [CLS] and n tokens
+    encoded = encode_demonstrations(tokenizer, pairs)
+    assert [s.first for s in encoded] == [23, 24, 25]
+    (kept,) = cut(encoded, 24)
+    assert (len(kept.ids), kept.first) == (24, 23)
+    _, count = token_nll(fresh(), [[kept]], tokenizer.pad_id)
+    assert count == 1
+    with pytest.warns(UserWarning, match="3 of 3 texts .* 2 of them have no response left"):
+        trainer = SFTTrainer(fresh(), tokenizer, pairs, CONFIG)
+    assert trainer.sequences == [kept]
+    for pair in pairs[1:]:
+        with pytest.raises(ValueError, match="no response has a token within max_length=24"):
+            perplexity(fresh(), tokenizer, [pair], 24)
+    whole = encode_demonstrations(tokenizer, [Demonstration("", "好" * 22)])  # a text that fits to the last token
+    assert len(whole[0].ids) == 24 and cut(whole, 24) == whole
 
 
 @pytest.mark.parametrize(("changes", "field"), [
-    ({"max_length": 1}, "max_length"), ({"max_length": 0}, "max_length"),
-    ({"tokens_per_batch": 127}, "tokens_per_batch"),
-    ({"epochs": 0}, "epochs"), ({"lr": -1.0}, "lr"), ({"precision": "fp8"}, "precision"),
+    ({"epochs": 0}, "epochs"), ({"precision": "fp8"}, "precision"),
     ({"accumulation": 0}, "accumulation"), ({"save_freq": 0}, "save_freq"), ({"packing": 1}, "packing"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(changes, field):
@@ -206,7 +229,7 @@ def test_the_loss_is_on_the_response_only(tmp_path, tokenizer, packing):
     assert tokens == (8 + 1) + (2 + 1) + (2 + 1) + (4 + 1)
     losses = []
     config = dataclasses.replace(CONFIG, epochs=1, tokens_per_batch=1000, packing=packing)
-    SFTTrainer(model, tokenizer, PAIRS, config).train(lambda progress, loss: losses.append(loss))
+    SFTTrainer(model, tokenizer, PAIRS, config).train(lambda _, stats: losses.append(stats["sft/loss"]))
     assert losses == [pytest.approx(total / tokens, rel=1e-5)]
 
 
@@ -275,10 +298,10 @@ def test_packed_and_padded_steps_have_the_same_gradient(tokenizer):
     for packing in (False, True):
         model = make_gpt2(**SIZES, **NO_DROPOUT)
         trainer = SFTTrainer(model, tokenizer, PAIRS * 3, dataclasses.replace(CONFIG, packing=packing))
-        batch = [micro for step in trainer._batches(0) for micro in step]
+        batch = [micro for step in trainer.epochs[0] for micro in step]
         assert len(batch) > 1
-        for part, share in trainer._shares(batch):
-            (trainer._loss(part) * share).backward()
+        for part, share in trainer.parts(batch):
+            (trainer.loss(part) * share).backward()
         gradients.append([p.grad for p in model.parameters()])
     for padded, packed in zip(*gradients, strict=True):
         torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-6)
@@ -288,7 +311,7 @@ def test_a_packed_row_is_nearly_full_and_a_batch_holds_what_it_may(tokenizer):
     texts = ["好" * (i % 20 + 1) for i in range(200)]
     config = dataclasses.replace(CONFIG, packing=True, tokens_per_batch=100)
     trainer = SFTTrainer(fresh(), tokenizer, texts, config)
-    batches = [micro for step in trainer._batches(0) for micro in step]
+    batches = [micro for step in trainer.epochs[0] for micro in step]
     assert sorted(i for micro in batches for row in micro for i in row) == list(range(200))
     assert all(len(micro) == 100 // 24 for micro in batches[:-1])
     tokens = sum(len(s.ids) for s in trainer.sequences)
@@ -308,11 +331,11 @@ def test_accumulated_steps_are_those_of_large_batches(tokenizer, packing):
     for config in (whole, parts):
         model = fresh()
         trainer = SFTTrainer(model, tokenizer, demonstrations, config)
-        counts = [len(trainer._shares(step)) for step in trainer._batches(0)]
+        counts = [len(trainer.parts(step)) for step in trainer.epochs[0]]
         assert len(counts) == 1 and (counts[0] == 1) == (config is whole)
         trainer = SFTTrainer(model, tokenizer, demonstrations, config)
         seen = []
-        trainer.train(lambda progress, loss, seen=seen: seen.append(loss))
+        trainer.train(lambda _, stats, seen=seen: seen.append(stats["sft/loss"]))
         losses.append(seen)
         weights.append(model.state_dict())
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -325,141 +348,6 @@ def test_an_optimizer_step_has_as_many_forward_passes_as_asked_for(tokenizer):
     config = dataclasses.replace(CONFIG, epochs=1, accumulation=2)
     trainer = SFTTrainer(fresh(), tokenizer, ["好" * 20, "店" * 20, "差" * 20], config)
     trainer.train(lambda *step: steps.append(step))
-    assert trainer.steps == len(steps) == 2  # three texts, each of them a batch: two passes, and one
-
-
-# ---- saved and resumed ----------------------------------------------------------------------------------------------
-
-RESUMED = dict(epochs=3, accumulation=2, max_grad_norm=0.5)
-
-
-def stop_after(steps: int):
-    def on_step(progress, loss):
-        nonlocal steps
-        steps -= 1
-        if steps == 0:
-            raise KeyboardInterrupt
-
-    return on_step
-
-
-def test_a_run_keeps_the_precision_that_auto_gave_it(tmp_path, tokenizer, monkeypatch):
-    config = dataclasses.replace(CONFIG, precision="auto")
-    assert SFTConfig().precision == "auto" and SFTTrainer(fresh(), tokenizer, TEXTS, config).config.precision == "fp32"
-    monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
-    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
-    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, config)
-    named = SFTTrainer(fresh(), tokenizer, TEXTS, dataclasses.replace(config, precision="bf16"))
-    assert trainer.precision_choice.reason and trainer.config == named.config
-    trainer.save_checkpoint(tmp_path / "state")
-    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: False)
-    trainer = SFTTrainer.resume(tmp_path / "state", TEXTS)
-    assert trainer.config.precision == "bf16"
-    losses = [[], []]
-    for each, seen in zip((trainer, named), losses, strict=True):
-        each.train(lambda *step, seen=seen: seen.append(step))
-    assert losses[0] == losses[1] and len(losses[0]) > 1
-
-
-@pytest.mark.parametrize(("packing", "precision"), [(False, "fp32"), (True, "bf16"), (False, "fp16")])
-def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, tokenizer, packing, precision):
-    """Bit for bit, wherever it is cut: weights, moments, loss of each step; with dropout, which draws in every step."""
-    config = dataclasses.replace(CONFIG, **RESUMED, packing=packing, precision=precision)
-    data = [*PAIRS, *TEXTS, "很好很好", "差"]
-
-    def new() -> SFTTrainer:
-        return SFTTrainer(fresh(resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1), tokenizer, data, config)
-
-    whole, losses = new(), []
-    whole.train(lambda *step: losses.append(step))
-    whole.save_checkpoint(tmp_path / "whole")
-    assert len(losses) >= 6
-    for done in (
-        0,
-        1,
-        2,
-        len(losses) - 1,
-    ):  # before it begins, within an epoch, at the end of one, before the last step
-        trainer, seen = new(), []
-        if done:
-            with pytest.raises(KeyboardInterrupt):
-                trainer.train(stop_after(done))
-            assert not trainer.model.training
-        trainer.save_checkpoint(tmp_path / "cut")
-        torch.rand(3)  # what happens to the global stream meanwhile does not matter
-        again = SFTTrainer.resume(tmp_path / "cut", data)
-        assert again.steps == done and again.config == config
-        again.save_checkpoint(tmp_path / "again")
-        assert snapshot(tmp_path / "again") == snapshot(tmp_path / "cut")
-        again.train(lambda *step, seen=seen: seen.append(step))
-        again.save_checkpoint(tmp_path / "end")
-        assert seen == losses[done:]
-        assert snapshot(tmp_path / "end") == snapshot(tmp_path / "whole")
-
-
-def test_a_run_that_is_over_stays_as_it_is(tmp_path, tokenizer):
-    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG)
-    trainer.train()
-    trainer.save_checkpoint(tmp_path / "end")
-    again = SFTTrainer.resume(tmp_path / "end", TEXTS)
-    again.train(lambda *step: pytest.fail("a step"))
-    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), trainer.model.parameters(), strict=True))
-
-
-def test_other_demonstrations_are_refused(tmp_path, tokenizer):
-    SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG).save_checkpoint(tmp_path / "run")
-    for others in (TEXTS[:3], TEXTS[::-1], [*TEXTS[:3], "早"], [Demonstration("早", "餐一般"), *TEXTS[1:]]):
-        with pytest.raises(
-            ValueError, match="run cannot be resumed: it was trained on other demonstrations: on 4 of them"
-        ):
-            SFTTrainer.resume(tmp_path / "run", others)
-
-
-def test_a_checkpoint_that_is_damaged_or_of_ppo_is_refused(tmp_path, tokenizer):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        SFTTrainer.resume(tmp_path / "nowhere", TEXTS)
-    PPOTrainer(fresh(), fresh(), tokenizer, device="cpu").save_checkpoint(tmp_path / "ppo")
-    with pytest.raises(ValueError, match="checkpoint format 1, this version reads sft-1"):
-        SFTTrainer.resume(tmp_path / "ppo", TEXTS)
-    SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG).save_checkpoint(tmp_path / "run")
-    with pytest.raises(ValueError, match="checkpoint format sft-1"):
-        PPOTrainer.resume(tmp_path / "run", fresh())
-    weights = tmp_path / "run" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(ValueError, match=r"model.safetensors is not as it was written"):
-        SFTTrainer.resume(tmp_path / "run", TEXTS)
-
-
-def test_a_run_that_an_error_ended_goes_on_from_what_was_saved_only(tokenizer):
-    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(stop_after(1))
-    with pytest.raises(RuntimeError, match="go on from its last checkpoint"):
-        trainer.train()
-
-
-def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, tokenizer):
-    """Its sums are right, what it says is not."""
-    trainer = SFTTrainer(fresh(), tokenizer, TEXTS, CONFIG)
-    trainer.train()
-    trainer.save_checkpoint(tmp_path / "good")
-    tensors, counters = read_checkpoint(tmp_path / "good", "sft-1")
-
-    def write_model(folder):
-        trainer.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    def changed(tensors, counters):
-        write_checkpoint(tmp_path / "bad", tensors, counters, write_model)
-        with pytest.raises(ValueError, match=r"bad cannot be resumed|saved state is of another model"):
-            SFTTrainer.resume(tmp_path / "bad", TEXTS).train()
-
-    for name in ("steps", "epoch", "batch", "scaler", "data", "config", "origin"):
-        for value in (None, "missing"):
-            if (name, value) != ("origin", None):
-                other = {**counters, name: value}
-                changed(tensors, {k: v for k, v in other.items() if v != "missing"})
-    for name in ("generator.batches", "generator.dropout", "optimizer.0.exp_avg"):
-        changed({**tensors, name: torch.zeros(3)}, counters)
-    changed({**tensors, "optimizer.x": torch.zeros(3)}, counters)
-    changed({**tensors, "optimizer.99.exp_avg": torch.zeros(3)}, counters)
+    assert (
+        trainer.steps_done == trainer.steps_total == len(steps) == 2
+    )  # three texts, each of them a batch: two passes, and one

@@ -95,3 +95,18 @@ def test_words_and_characters_by_hand():
     assert distinct_n(["aba", "ab"], 2) == pytest.approx(2 / 3) and distinct_n(["a"], 2) == 0.0
     assert repeated_share(["a", "bb", "a"]) == pytest.approx(1 / 3)
     assert self_bleu([["a", "b"], ["a", "c"]], 1) == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "expected"),
+    [
+        (["aab"], 1, 2 / 3),
+        (["aaaa"], 2, 1 / 3),
+        (["abab", "ab"], 2, 2 / 4),  # ab ba ab, ab: never across two texts
+        (["很好很好"], 1, 2 / 4),
+        (["a", ""], 2, 0.0),
+        ([], 1, 0.0),
+    ],
+)
+def test_distinct_n_worked_by_hand(texts, n, expected):
+    assert distinct_n(texts, n) == pytest.approx(expected)

@@ -1,0 +1,123 @@
+"""Settings of PPO: what is refused, overrides, presets."""
+
+import dataclasses
+import math
+from typing import get_type_hints
+
+import pytest
+from small_trainer import DEFAULTS, NAN, PROMPTS, SMALL, make_trainer, reward
+
+from conftest import VOCAB, make_gpt2
+from minirlhf import PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.rl.config import KL_PLACEMENTS
+from minirlhf.rl.kl import KL_ESTIMATORS
+from minirlhf.rl.presets import PRESETS, PPOOverrides
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("batchsize", "batch_size"), ("mini_batch_size", "minibatch_size"), ("kl_coef", "init_kl_coef"),
+     ("clip_range", "cliprange"), ("learning", "")],
+)  # fmt: skip
+def test_an_unknown_setting_suggests_the_nearest(wrong, near):
+    with pytest.raises(ValueError, match=rf"{wrong}.*{near}"):
+        make_trainer(**{wrong: 1})
+
+
+COUNTS = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
+POSITIVE = ("lr", "target", "horizon", "cliprange", "cliprange_value", "max_grad_norm", "adam_eps")
+BAD_FIELDS = [
+    *((name, value) for name in (*COUNTS, "group_size", "max_bad_steps") for value in (0, -1, 1.5, "4", None, True)),
+    *((name, value) for name in POSITIVE for value in (0, -1.0, NAN, "1")),
+    *((name, None) for name in POSITIVE if name != "max_grad_norm"),  # None: no clipping
+    *((name, value) for name in ("init_kl_coef", "vf_coef", "entropy_coef") for value in (-0.1, NAN, "1")),
+    *(("value_head_init", value) for value in (-0.1, NAN)),
+    *((name, value) for name in ("gamma", "lam") for value in (-0.1, 1.1, NAN, "1")),
+    *(("target_kl", value) for value in (0, -1.0, NAN, "1")),
+    *(("temperature", value) for value in (0, -1.0, NAN, math.inf)),
+    *(("top_p", value) for value in (0, 1.5, NAN)),
+    *(("top_k", value) for value in (-1, 0.5)),
+    *(("lr_schedule", value) for value in ("step", None)),
+    *(("precision", value) for value in ("fp8", None)),
+    *(("score_clip", value) for value in (0, -1.0)),
+    *((name, value) for name in ("score_scale", "missing_eos_score") for value in (NAN, "1")),
+    *((name, "other") for name in ("kl_estimator", "kl_placement", "missing_eos", "value_head", "reference")),
+    *((name, "other") for name in ("whiten_scope", "loss_averaging", "score_position", "advantages")),
+    *(("reward_timeout", value) for value in (0, -1.0, NAN, math.inf, "1")),
+    ("whiten_ddof", 2),
+    ("missing_eos", "replace"),  # without an eos_token_id
+    ("lr", math.inf),
+    ("device", "nowhere"),
+    ("gen_len", 65),
+    ("eos_token_id", len(VOCAB)),
+    ("eos_token_id", -1),
+    ("eos_token_id", 1.5),
+    ("temperature", "1"),
+    ("top_p", "1"),
+    ("seed", 1.5),
+    ("seed", "a"),
+    ("adaptive_kl", "no"),
+    ("whiten_advantages", 1),
+    ("logprobs_full_softmax", "no"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
+def test_a_bad_setting_is_refused_by_its_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        make_trainer(**{field: value})
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PPOConfig().lr = 1.0
+
+
+def test_overrides_replace_fields_of_a_given_config():
+    base = PPOConfig(lr=0.5, gen_len=3)
+    config = PPOConfig.with_overrides(base, lr=0.25)
+    assert (config.lr, config.gen_len, base.lr) == (0.25, 3, 0.5)
+
+
+def test_every_preset_trains():
+    assert list(PRESETS) == ["original", "oai2019", "trl2020", "trl0.11"]
+    for name in PRESETS:
+        config = PPOConfig.preset(name, **DEFAULTS)
+        trainer = PPOTrainer(make_gpt2(0, **SMALL), make_gpt2(1, **SMALL), Tokenizer(VOCAB), config)
+        stats = trainer.step(trainer.collect(PROMPTS, reward))
+        assert all(math.isfinite(value) for value in stats.values()), name
+    with pytest.raises(ValueError, match="trl2020"):
+        PPOConfig.preset("trl2021")
+
+
+def test_overrides_for_editors_are_the_fields_of_the_config():
+    fields = {field.name for field in dataclasses.fields(PPOConfig)}
+    assert list(PPOOverrides.__annotations__) == [field.name for field in dataclasses.fields(PPOConfig)]
+    assert get_type_hints(PPOOverrides) == {n: t for n, t in get_type_hints(PPOConfig).items() if n in fields}
+
+
+@pytest.mark.parametrize("placement", ["reward", "loss"])
+@pytest.mark.parametrize("kind", KL_ESTIMATORS)
+def test_a_leash_that_does_not_pull_is_refused_with_those_that_do(kind, placement):
+    if (kind, placement) in KL_PLACEMENTS:
+        assert PPOConfig(kl_estimator=kind, kl_placement=placement).kl_in_loss == (kind != "k1")
+        return
+    message = f"kl_placement .*pulls .*kl_estimator='{kind}'.*k1 in the reward, exact in the reward, k2 in the loss, k3"
+    with pytest.raises(ValueError, match=f"{message} in the loss.*got '{placement}'"):
+        PPOConfig(kl_estimator=kind, kl_placement=placement)
+
+
+@pytest.mark.parametrize("name", [
+    "dual_clip", "value_warmup", "overlong", "overlong_score", "max_response_tokens", "score_whitening", "kl_unit",
+    "log_ratio_limit", "lr_warmup", "score_temperature", "score_full_softmax",
+])  # fmt: skip
+def test_settings_of_before_are_unknown(name):
+    with pytest.raises(ValueError, match=name):
+        PPOConfig.with_overrides(**{name: 1})
+
+
+@pytest.mark.parametrize("sizes", [(6, 4, 4), (8, 6, 4), (4, 2, 4)])
+def test_groups_that_would_be_cut_are_refused(sizes):
+    batch_size, minibatch_size, group_size = sizes
+    with pytest.raises(ValueError, match="group_size must be a divisor of batch_size and minibatch_size"):
+        PPOConfig(batch_size=batch_size, minibatch_size=minibatch_size, group_size=group_size)

@@ -1,0 +1,77 @@
+"""The losses of PPO against the oracle and cases worked by hand."""
+
+import pytest
+import torch
+from ragged import DOUBLE, batches, close, tensors
+
+import oracle
+from minirlhf import PPOConfig
+from minirlhf.rl.losses import log_ratio, policy_loss, token_weights, value_loss
+from minirlhf.rl.masked import masked_sum
+
+
+def test_policy_loss_equals_the_oracle():
+    for mask, logp, old, advantages, _ in batches():
+        for scale in (0.2, 1.0, 30.0):  # up to beyond the limit of the ratio
+            new = old + scale * (logp - old)
+            actual = policy_loss(log_ratio(*tensors(new, old)), torch.tensor(advantages), 0.2)
+            assert actual.shape == mask.shape
+            close(actual, oracle.policy_loss(new, old, advantages, 0.2))
+
+
+def test_policy_loss_worked_by_hand():
+    # r = 2, 2, 1/2, 1/2, 1 with A = 1, -1, 1, -1, 3 and clip .2: -1.2, 2, -.5, .8, -3
+    ratio = torch.tensor([[2.0, 2, 0.5, 0.5, 1]], dtype=DOUBLE).log()
+    advantages = torch.tensor([[1.0, -1, 1, -1, 3]], dtype=DOUBLE)
+    close(policy_loss(ratio, advantages, 0.2), [[-1.2, 2.0, -0.5, 0.8, -3.0]])
+
+
+def test_policy_gradient_vanishes_only_where_the_clip_binds():
+    ratio = torch.tensor([2.0, 2, 0.5, 0.5, 1], dtype=DOUBLE).log().requires_grad_()
+    policy_loss(ratio, torch.tensor([1.0, -1, 1, -1, 3], dtype=DOUBLE), 0.2).sum().backward()
+    # d(-A r)/d log r = -A r where unclipped
+    close(ratio.grad, [0.0, 2.0, -0.5, 0.0, -3.0])
+
+
+def test_extreme_log_ratios_stay_finite():
+    logp = torch.tensor([[-1000.0, 0.0, -0.0]], requires_grad=True)
+    ratio = log_ratio(logp, torch.tensor([[0.0, -1000.0, 0.0]]))
+    assert ratio.tolist() == [[-20.0, 20.0, 0.0]]
+    loss = policy_loss(ratio, torch.tensor([[1.0, -1.0, 1.0]]))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(logp.grad).all()
+
+
+def test_value_loss_equals_the_oracle():
+    for _, values, old, returns, _ in batches():
+        for clip in (0.2, 1.5):
+            actual = value_loss(*tensors(values, old, returns), clip)
+            close(actual, oracle.value_loss(values, old, returns, clip))
+
+
+def test_value_loss_worked_by_hand():
+    # V_old 0, clip .2. V 1, R 1: unclipped 0, clipped (.2-1)^2 = .64 -> .32. V 1, R 0: 1 against .04 -> .5.
+    # V .1, R 1: inside the clip, .81 -> .405.
+    values, returns = torch.tensor([1.0, 1.0, 0.1], dtype=DOUBLE), torch.tensor([1.0, 0.0, 1.0], dtype=DOUBLE)
+    close(value_loss(values, torch.zeros(3, dtype=DOUBLE), returns, 0.2), [0.32, 0.5, 0.405])
+
+
+def test_the_losses_of_micro_batches_add_up_to_the_token_mean():
+    for mask, new, old, advantages, _ in batches():
+        loss = policy_loss(log_ratio(*tensors(new, old)), torch.tensor(advantages))
+        m = torch.tensor(mask)
+        parts = [masked_sum(loss[i : i + 1], m[i : i + 1]) for i in range(len(m))]
+        real = [[a[b][mask[b]] for a in (new, old, advantages)] for b in range(len(mask))]
+        rows = [[float(oracle.policy_loss(*x, 0.2)) for x in zip(*row, strict=True)] for row in real]
+        close(sum(parts) / m.sum(), oracle.token_mean(rows))
+
+
+@pytest.mark.parametrize(("averaging", "expected"), [
+    ("tokens", [[1 / 6] * 3, [1 / 6, 0, 0], [1 / 6, 1 / 6, 0]]),
+    ("sequences", [[1 / 9] * 3, [1 / 3, 0, 0], [1 / 6, 1 / 6, 0]]),
+    ("micro_batches", [[1 / 8] * 3, [1 / 8, 0, 0], [1 / 4, 1 / 4, 0]]),  # of two rows and of one
+])  # fmt: skip
+def test_the_weights_of_tokens_worked_by_hand(averaging, expected):
+    config = PPOConfig(loss_averaging=averaging, forward_batch_size=2)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    close(token_weights(mask, config, DOUBLE), expected)

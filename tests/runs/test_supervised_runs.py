@@ -1,0 +1,292 @@
+"""Runs of supervised fine-tuning and of reward models: cut anywhere, they end as if undisturbed."""
+
+import dataclasses
+import json
+import signal
+import warnings
+
+import pytest
+import torch
+from lives import process
+
+from conftest import VOCAB, make_gpt2
+from folders import snapshot
+from minirlhf import GPT2, GPT2Config, PPOTrainer, RewardModel, Run, Tokenizer
+from minirlhf.io.files import read_jsonl
+from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
+from minirlhf.runs.checkpoint import DamagedCheckpoint
+from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
+from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
+from minirlhf.text.demonstrations import Demonstration
+from minirlhf.text.preferences import Ranking
+
+DEMONSTRATIONS = [Demonstration("酒店", "很好，非常满意。"), Demonstration("hello w", "太差"), "早餐一般", "服务很好！",
+                  "hello world，wifi太差", "很好很好", "差"]  # fmt: skip
+RANKINGS = [Ranking("酒店", ("很好", "一般", "太差")), Ranking("", ("满意", "失望"), 0.7),
+            Ranking("早餐", ("推荐", "差")), Ranking("位置", ("好", "差评！", "脏太脏"))]  # fmt: skip
+DATA = {"sft": DEMONSTRATIONS, "reward_model": RANKINGS}
+SETTINGS = dict(epochs=3, lr=1e-2, max_length=24, device="cpu", save_freq=2)
+KINDS = ["sft", "reward_model"]
+
+
+def gpt2() -> GPT2:
+    sizes = dict(vocab_size=len(VOCAB), n_positions=24, n_embd=8, n_layer=1, n_head=2)
+    return GPT2(GPT2Config(**sizes, resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1), seed=0)
+
+
+def new(kind, data=None, **settings):
+    data = DATA[kind] if data is None else data
+    if kind == "sft":
+        config = SFTConfig(**{**SETTINGS, "tokens_per_batch": 24, "accumulation": 2, **settings})
+        return SFTTrainer(gpt2(), Tokenizer(VOCAB), data, config)
+    model = RewardModel(GPT2Scorer(gpt2()), Tokenizer(VOCAB), device="cpu")
+    return RewardModelTrainer(model, data, RewardTrainingConfig(**{**SETTINGS, "tokens_per_batch": 30, **settings}))
+
+
+def measure(trainer) -> dict[str, float]:
+    if trainer.kind == "sft":
+        return {"perplexity": perplexity(trainer.model, trainer.tokenizer, ["房间干净"], 24)["token"]}
+    return {"held_out/loss": evaluate_rankings(trainer.model, [Ranking("", ("满意", "脏"))]).loss}
+
+
+def finish(folder, kind, on_step=lambda step: None):
+    """Begin or resume a run and bring it to its end, with figures and a sample at every save."""
+    started = (folder / "config.json").exists()
+    with Run.resume(folder, data=DATA[kind]) if started else Run.start(folder, new(kind), {"kind": kind}) as run:
+        if run.trainer.steps_done == 0:
+            run.log(measure(run.trainer), [("before", None)])
+
+        def record(batch, stats):
+            due = run.due
+            shown = run.record(batch, {**stats, **(measure(run.trainer) if due else {})}, ["text"] if due else [])
+            assert shown == ([("text", None)] if due else [])
+            on_step(run.trainer.steps_done)
+
+        run.trainer.train(record)
+    return run
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def undisturbed(request, tmp_path_factory):
+    """The kind, and the content of a run to its end in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(folder, request.param)
+    return request.param, folder
+
+
+def test_a_run_leaves_its_log_and_its_newest_checkpoints(undisturbed):
+    kind, folder = undisturbed
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    total = len(metrics) - 1
+    assert [line["step"] for line in metrics] == list(range(total + 1)) and total >= 6
+    assert [f"{kind}/loss" in line for line in metrics] == [False] + [True] * total
+    assert metrics[-1][f"{kind}/progress"] == 1
+    figure = {"sft": "perplexity", "reward_model": "held_out/loss"}[kind]
+    due = sorted({*range(0, total, 2), total})
+    assert [line["step"] for line in metrics if figure in line] == due
+    samples = read_jsonl(folder / "samples.jsonl")
+    assert [line["step"] for line in samples] == due and samples[0]["samples"] == [["before", None]]
+    names = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert names == [f"step-{step:06d}" for step in due[-2:]]  # and no best: nothing was rated
+    checkpoint = folder / "checkpoints" / names[-1]
+    loaded = GPT2.from_pretrained(checkpoint) if kind == "sft" else RewardModel.from_pretrained(checkpoint)
+    assert sum(p.numel() for p in loaded.parameters()) > 1000
+
+
+class Crash(BaseException):
+    pass
+
+
+def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, undisturbed):
+    """Left by an exception after one step more each time: the steps since the last save are made again."""
+    kind, expected = undisturbed
+    folder = tmp_path / "run"
+    for step in range(1, 7):
+
+        def leave(done, step=step):
+            torch.rand(3)  # what happens to the global stream does not matter
+            if done == step:
+                raise Crash
+
+        with pytest.raises(Crash):
+            finish(folder, kind, leave)
+    finish(folder, kind)
+    assert snapshot(folder) == snapshot(expected)
+
+
+def live(folder, kind, mention, number):
+    from lives import die_before
+
+    die_before(folder, mention, number)
+    finish(folder, kind)
+
+
+@pytest.mark.parametrize(("mention", "number"), [
+    ("training.json", 3), ("run/.config.json", 3), ("metrics.jsonl", 9), ("checkpoints", 60), ("checkpoints", 200),
+])  # fmt: skip
+def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path, undisturbed, mention, number):
+    kind, expected = undisturbed
+    child = process(live, tmp_path / "run", kind, mention, number)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    finish(tmp_path / "run", kind)
+    assert snapshot(tmp_path / "run") == snapshot(expected)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, undisturbed):
+    kind, _ = undisturbed
+    folder = tmp_path / "run"
+    told = r"step 4 of \d+ failed: FloatingPointError: the loss became nan.* saved up to step 2"
+    with pytest.raises(RunFailed, match=told), Run.start(folder, new(kind), {"kind": kind}) as run:
+        loss, trainer = run.trainer.loss, run.trainer
+        trainer.loss = lambda batch: loss(batch) * (float("nan") if trainer.steps_done == 3 else 1)
+        trainer.train(run.record)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000000", "step-000002"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"packing": True, "precision": "bf16"}, {"precision": "fp16"}, {"max_grad_norm": float("inf")},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
+    """In every precision, and with settings that JSON has no number for."""
+    settings = {name: value for name, value in settings.items() if kind == "sft" or name != "packing"}
+    whole, losses = new(kind, **settings), []
+    whole.train(lambda *step: losses.append(step))
+    save_checkpoint(whole, tmp_path / "whole")
+    for done in (0, 1, len(losses) - 1, len(losses)):
+        trainer, seen = new(kind, **settings), []
+
+        def leave(batch, stats, trainer=trainer, done=done):
+            if trainer.steps_done == done:
+                raise Crash
+
+        if done:
+            with pytest.raises(Crash):
+                trainer.train(leave)
+        save_checkpoint(trainer, tmp_path / "cut")
+        again = load_checkpoint(tmp_path / "cut", data=DATA[kind])
+        assert (again.steps_done, again.config) == (done, whole.config)
+        save_checkpoint(again, tmp_path / "again")
+        assert snapshot(tmp_path / "again") == snapshot(tmp_path / "cut")
+        again.train(lambda *step, seen=seen: seen.append(step))
+        assert seen == losses[done:]
+        save_checkpoint(again, tmp_path / "end")
+        assert snapshot(tmp_path / "end") == snapshot(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_frozen_stays_frozen(tmp_path, kind):
+    trainers = []
+    for _ in range(2):
+        trainer = new(kind)
+        embedding = next(p for name, p in trainer.model.named_parameters() if name.endswith("wte.weight"))
+        embedding.requires_grad_(False)
+        trainers.append(new_like(trainer, kind))
+    save_checkpoint(trainers[0], tmp_path / "state")
+    resumed = load_checkpoint(tmp_path / "state", data=DATA[kind])
+    resumed.train()
+    trainers[1].train()
+    assert all(torch.equal(*p) for p in zip(resumed.model.parameters(), trainers[1].model.parameters(), strict=True))
+    assert sum(not p.requires_grad for p in resumed.model.parameters()) == 1
+
+
+def new_like(trainer, kind):
+    """Another trainer of this model."""
+    if kind == "sft":
+        return SFTTrainer(trainer.model, trainer.tokenizer, DATA[kind], trainer.config)
+    return RewardModelTrainer(trainer.model, DATA[kind], trainer.config)
+
+
+def test_a_run_keeps_the_precision_that_auto_gave_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
+    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
+    trainer, named = new("sft", precision="auto"), new("sft", precision="bf16")
+    assert trainer.precision_choice.reason and trainer.config == named.config
+    save_checkpoint(trainer, tmp_path / "state")
+    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: False)
+    assert load_checkpoint(tmp_path / "state", data=DATA["sft"]).config.precision == "bf16"
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_data_is_refused(tmp_path, kind):
+    save_checkpoint(new(kind), tmp_path / "state")
+    data = DATA[kind]
+    others = [data[:3], data[::-1]]
+    if kind == "sft":
+        others.append([Demonstration("", "很好，非常满意。"), *data[1:]])
+    else:
+        others.append([dataclasses.replace(data[0], margin=0.5), *data[1:]])
+    for other in others:
+        with pytest.raises(ValueError, match="state: the run began with other data"):
+            load_checkpoint(tmp_path / "state", data=other)
+    with pytest.raises(ValueError, match=f"kind '{kind}'; pass the demonstrations or rankings as data"):
+        load_checkpoint(tmp_path / "state")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_settings_that_compute_nothing_else_may_change(tmp_path, kind):
+    save_checkpoint(new(kind), tmp_path / "state")
+    trainer = load_checkpoint(tmp_path / "state", data=DATA[kind], save_freq=7, device="cpu")
+    assert trainer.config.save_freq == 7
+    for changed in (dict(lr=1.0), dict(epochs=4), dict(seed=1)):
+        with pytest.raises(ValueError, match=f"Config.{next(iter(changed))} was .* may change device, save_freq"):
+            load_checkpoint(tmp_path / "state", data=DATA[kind], **changed)
+    with pytest.raises(ValueError, match=r"has no field 'epoch'; it has .*epochs"):
+        load_checkpoint(tmp_path / "state", data=DATA[kind], epoch=1)
+
+
+def test_kinds_are_told_apart(tmp_path):
+    save_checkpoint(new("sft"), tmp_path / "sft")
+    with pytest.raises(ValueError):
+        load_checkpoint(tmp_path / "sft", data=RANKINGS)
+    ppo = PPOTrainer(make_gpt2(0, n_embd=8), make_gpt2(0, n_embd=8), Tokenizer(VOCAB), device="cpu")
+    save_checkpoint(ppo, tmp_path / "ppo")
+    with pytest.raises(ValueError, match="pass it as ref_policy"):
+        load_checkpoint(tmp_path / "ppo", data=DEMONSTRATIONS)
+    assert load_checkpoint(tmp_path / "ppo", make_gpt2(0, n_embd=8)).kind == "ppo"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_refused(tmp_path, kind):
+    save_checkpoint(new(kind), tmp_path / "state")
+    weights = tmp_path / "state" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(DamagedCheckpoint, match=r"model.safetensors is not as it was written"):
+        load_checkpoint(tmp_path / "state", data=DATA[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_a_checkpoint_would_round_start_no_run(tmp_path, kind):
+    trainer = new(kind)
+    trainer.model.double()
+    with pytest.raises(ValueError, match="a checkpoint holds fp32 weights"):
+        Run.start(tmp_path / "run", trainer, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["kind", "steps", "scaler", "data", "config", "origin", "frozen"])
+@pytest.mark.parametrize("value", [None, "missing", -1, [1], {"x": 1}], ids=str)
+def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, name, value, monkeypatch):
+    """Its sums are right, what it says is not."""
+    if (name, value) == ("origin", None):
+        pytest.skip("a model without an origin")
+    save_checkpoint(new(kind), tmp_path / "state")
+    path = tmp_path / "state" / "training.json"
+    counters = json.loads(path.read_text())
+    counters[name] = value
+    if value == "missing":
+        del counters[name]
+    path.write_text(json.dumps(counters))
+    monkeypatch.setattr("minirlhf.runs.checkpoint.sha256", lambda _: "x")
+    manifest = tmp_path / "state" / "manifest.json"
+    manifest.write_text(json.dumps({"sha256": dict.fromkeys(json.loads(manifest.read_text())["sha256"], "x")}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=rf"state.*({name}|field)"):
+            load_checkpoint(tmp_path / "state", data=DATA[kind])
