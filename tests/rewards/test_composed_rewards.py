@@ -519,7 +519,7 @@ def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path)
         sentiments.append(reward)
         assert score == pytest.approx(rewards[name][-1], abs=1e-5)
     for name, values in rewards.items():
-        assert len(values) == 1 and metrics[-1][f"reward/{name}"] == pytest.approx(values[0], abs=1e-5)
+        assert [metrics[-1][f"reward/{name}"]] == pytest.approx(values, abs=1e-5)  # one of each
     assert metrics[-1]["reward/parts/sentiment"] == pytest.approx(sum(sentiments) / 3, abs=1e-5)
     assert metrics[-1]["reward/parts/repetition"] <= 0
     summary = json.loads((run / "summary.json").read_text())
