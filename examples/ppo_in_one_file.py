@@ -84,9 +84,7 @@ def train(
         tokens, mask, nuclei = sample(policy, ids, mask, s.gen_len, s.top_p, sampling)
 
         # 2. Reward: one number for each whole text.
-        texts = [
-            prompts[i] + tokenizer.decode(row) for i, row in zip(drawn, tokens[:, -s.gen_len :].tolist(), strict=True)
-        ]
+        texts = [tokenizer.decode(row[real == 1]) for row, real in zip(tokens, mask, strict=True)]
         scores = reward(texts)  # (B,)
 
         # 3. Log-probabilities (B, R) of the sampled tokens under both models, and values (B, R). They stay fixed:

@@ -99,7 +99,7 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
 
     folder = None if to is None else Path(to) / name
     store = None if folder is None else folder.with_name(f".{folder.name}.download")
-    if folder is not None and folder.exists() and not folder.is_dir():
+    if folder and folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     links = [] if store is None else [path for path in (store, *store.rglob("*")) if path.is_symlink()]
     if links:  # huggingface_hub would write through them
@@ -112,13 +112,13 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
         raise ValueError(f"{constants.ENDPOINT} gives {name} the commit {commit!r}, which is not a commit")
     files = needed_files(name, [file.rfilename for file in info.siblings or ()])
     for file in files:
-        if folder is not None and store is not None and file.endswith((".safetensors", ".bin")):
+        if folder and store and file.endswith((".safetensors", ".bin")):
             store.mkdir(parents=True, exist_ok=True)
             if (folder / file).is_file() and not (store / file).exists():  # is kept if its SHA-256 is the hub's
                 link_or_copy(os.path.realpath(folder / file), store / file)
         with _explained(name, revision, elsewhere):
             _fetch(name, commit, file, store)
-    if folder is not None and store is not None:
+    if folder and store:
         _place(folder, store, files)
         return folder
     if revision != commit:
@@ -155,16 +155,10 @@ def _fetch(name: str, commit: str, file: str, store: Path | None) -> None:
     if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # not in old versions
         arguments["tqdm_class"] = Bounded
     path = Path(hf_hub_download(name, file, **arguments))
-    came = path.stat().st_size
-    problem = None
-    if size is not None and came != size:
-        problem = f"the server announced {size} bytes and sent {came}"
-    elif SHA256.fullmatch(etag) and sha256(path) != etag:
-        problem = f"its SHA-256 is not {etag}, which the server announced"
-    if problem:
+    if size not in (None, path.stat().st_size) or (SHA256.fullmatch(etag) and sha256(path) != etag):
         os.unlink(os.path.realpath(path))  # the blob of the cache
         path.unlink(missing_ok=True)
-        raise DamagedError(f"{file} of {name} came damaged: {problem}; run the command again")
+        raise DamagedError(f"{file} of {name} came damaged: its size or SHA-256 is not {size}, {etag}; run this again")
 
 
 def _place(folder: Path, store: Path, files: list[str]) -> None:

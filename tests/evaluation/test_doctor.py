@@ -133,7 +133,7 @@ def test_it_can_be_called_where_gradients_are_off():
 def test_another_vocabulary_is_found_and_what_needs_samples_is_skipped_with_the_reason():
     status, findings = examine(tokenizer=Tokenizer([*VOCAB, "extra"]))
     assert status["vocabulary"] == "fail"
-    assert f"tokenizer {len(VOCAB) + 1}, policy config {len(VOCAB)}" in findings["vocabulary"].detail
+    assert f"tokenizer {len(VOCAB) + 1}, policy logits {len(VOCAB)}" in findings["vocabulary"].detail
     for name in ("rollout", "reference", "ratio", "weights", "memory", "precision"):
         assert status[name] == "skip" and "needs" in findings[name].detail
     for name in ("reward vocabulary", "labels", "masks", "dropout"):
@@ -225,7 +225,7 @@ def test_a_first_ratio_away_from_one_is_found(kind, named, precision):
 
 
 def test_samples_that_are_scored_with_the_full_softmax_on_purpose_are_not_held_against_the_sampler():
-    status, findings = examine(score_full_softmax=True, top_p=0.5)
+    status, findings = examine(logprobs_full_softmax=True, top_p=0.5)
     assert status["ratio"] == "ok" and "sampled" not in findings["ratio"].detail
     assert "sampled" in examine(top_p=0.5)[1]["ratio"].detail
 
@@ -332,16 +332,19 @@ def test_dropout_that_eval_does_not_turn_off_is_found():
 
 def test_shared_parameters_are_found():
     policy = ActorCritic(gpt2()).eval()
-    status, findings = examine(policy, policy.gpt2)
+    status, findings = examine(policy, policy.decoder)
     assert status["weights"] == "fail" and others(status, "weights") == {"ok"}
-    assert "share gpt2.wte.weight, gpt2.wpe.weight, gpt2.h.0.ln_1.weight and 13 more" in findings["weights"].detail
-    assert len(list(policy.gpt2.parameters())) == 16
+    assert (
+        "share decoder.wte.weight, decoder.wpe.weight, decoder.h.0.ln_1.weight and 13 more"
+        in findings["weights"].detail
+    )
+    assert len(list(policy.decoder.parameters())) == 16
     holder = ActorCritic(gpt2()).eval()
     holder.leash = gpt2()  # the reference is inside the policy, so the policy's optimizer has it
     assert "share leash.wte.weight" in examine(holder, holder.leash)[1]["weights"].detail
     views = gpt2()
-    views.wpe.weight = nn.Parameter(policy.gpt2.wte.weight.data[1:65])  # another address in the same memory
-    assert "share gpt2.wte.weight:" in examine(policy, views)[1]["weights"].detail
+    views.wpe.weight = nn.Parameter(policy.decoder.wte.weight.data[1:65])  # another address in the same memory
+    assert "share decoder.wte.weight:" in examine(policy, views)[1]["weights"].detail
 
 
 def test_a_step_that_also_moves_the_reference_is_found(monkeypatch):
@@ -362,7 +365,7 @@ def test_a_policy_that_cannot_move_is_found():
     status, findings = examine(lr=1e-30)  # the value head starts from 0, where the smallest step is a change
     assert status["weights"] == "fail" and "the policy did not move" in findings["weights"].detail
     policy = ActorCritic(gpt2()).eval()
-    policy.gpt2.requires_grad_(False)
+    policy.decoder.requires_grad_(False)
     assert "the policy did not move" in examine(policy)[1]["weights"].detail
 
 
@@ -619,11 +622,11 @@ def test_a_missing_reference_and_a_foreign_reward_are_found_together(folders):
 
 
 def test_a_vocabulary_that_does_not_fit_its_folder_is_found(folders):
-    Tokenizer(VOCAB[:-1]).save_pretrained(folders / "reward")
+    Tokenizer([*VOCAB, "more"]).save_pretrained(folders / "reward")
     status, findings = by_folder(folders)
-    assert status["folders"] == "fail" and f"vocabulary has {len(VOCAB) - 1} tokens" in findings["folders"].detail
+    assert status["folders"] == "fail" and f"vocabulary has {len(VOCAB) + 1} tokens" in findings["folders"].detail
     assert others(status, "reward vocabulary", "labels") == {"ok"}
-    Tokenizer(VOCAB[:-1]).save_pretrained(folders / "policy")
+    Tokenizer([*VOCAB, "more"]).save_pretrained(folders / "policy")
     assert by_folder(folders)[0]["vocabulary"] == "fail"
 
 
@@ -704,9 +707,9 @@ def random_states():
 @pytest.mark.parametrize("fault", ["vocabulary", "training"])
 def test_models_modes_and_random_states_are_as_before(fault):
     policy, reference, reward = ActorCritic(gpt2()).train(), gpt2(), sentiment()
-    policy.gpt2.h[0].attn.eval()
-    policy.gpt2.wpe.weight.requires_grad_(False)
-    policy.gpt2.wte.weight.grad = torch.ones_like(policy.gpt2.wte.weight)
+    policy.decoder.h[0].attn.eval()
+    policy.decoder.wpe.weight.requires_grad_(False)
+    policy.decoder.wte.weight.grad = torch.ones_like(policy.decoder.wte.weight)
     reward.model.train()
     reward.model.bert.pooler.eval()
     if fault == "training":

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from conftest import CHINESE, make_gpt2
-from minirlhf import ActorCritic, NGramScorer, SamplingConfig, best_of_n, collect_rollout
+from minirlhf import ActorCritic, NGramScorer, PPOConfig, SamplingConfig, best_of_n, collect_rollout
 from minirlhf.evaluation.best_of import best_of_n_kl, expected_best_of_n
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import Pair, before_after_table
 from minirlhf.evaluation.statistics import Bootstrap, Estimate
+from minirlhf.generation.models import Models
 from minirlhf.text.statistics import self_bleu, unit_of
 
 PROMPTS = ["酒店", "服务很好", "w"]
@@ -52,6 +53,13 @@ def full_evaluation(tokenizer, policy_seed=1, prompts=PROMPTS, **options):
     return evaluate(policy, reference, tokenizer, prompts, reward_fn, config=EvaluationConfig(**settings), **options)
 
 
+def draw(model, reference, tokenizer, prompts, sampling):
+    """What `evaluate` draws from a model: its own way of sampling, from the seed."""
+    config = PPOConfig(gen_len=5, **dataclasses.asdict(sampling))
+    generator = torch.Generator().manual_seed(0)
+    return collect_rollout(Models(model, reference, tokenizer), prompts, reward, config, generator)
+
+
 def length(texts):
     return [float(len(text)) for text in texts]
 
@@ -74,12 +82,9 @@ def test_kl_and_perplexity_are_those_of_plain_forward_passes(tokenizer, sampling
     x = full_evaluation(tokenizer, settings={"sampling": sampling}).given
     drawn = {}
     for name, model in (("policy", policy), ("reference", ActorCritic(reference).eval())):
-        generator = torch.Generator().manual_seed(0)
-        drawn[name] = collect_rollout(
-            model, reference, tokenizer, [PROMPTS[i % 3] for i in range(8)], reward, 5, sampling, generator=generator
-        )
+        drawn[name] = draw(model, reference, tokenizer, [PROMPTS[i % 3] for i in range(8)], sampling)
     assert drawn["policy"].responses == tuple(pair.after for pair in x.pairs)
-    double = {"policy": copy.deepcopy(policy.gpt2).double(), "reference": copy.deepcopy(reference).double()}
+    double = {"policy": copy.deepcopy(policy.decoder).double(), "reference": copy.deepcopy(reference).double()}
 
     def logprobs(name, rollout, row):
         tokens = rollout.tokens[row][rollout.mask[row].bool()]
@@ -173,8 +178,7 @@ def test_eos_ends_responses(tokenizer):
     """At an id that the policy writes often, lengths differ, and what follows is neither text nor KL."""
     policy, reference = models(1)
     often = collections.Counter(
-        collect_rollout(policy, reference, tokenizer, PROMPTS * 9, reward, 5,
-                        generator=torch.Generator().manual_seed(0)).tokens[:, -5:].flatten().tolist()
+        draw(policy, reference, tokenizer, PROMPTS * 9, SamplingConfig()).tokens[:, -5:].flatten().tolist()
     ).most_common(1)[0][0]  # fmt: skip
     x = full_evaluation(tokenizer, settings={"eos_token_id": often}).given
     assert 1 <= x.policy.tokens < 5
@@ -183,7 +187,7 @@ def test_eos_ends_responses(tokenizer):
 
 def test_a_double_policy_gives_the_same_figures(tokenizer):
     policy, reference = models(1)
-    double = copy.deepcopy(policy.gpt2).double(), copy.deepcopy(reference).double()
+    double = copy.deepcopy(policy.decoder).double(), copy.deepcopy(reference).double()
     config = EvaluationConfig(**SMALL)
     one, two = (
         evaluate(*pair, tokenizer, PROMPTS, reward, config=config).given for pair in ((policy, reference), double)
@@ -203,8 +207,8 @@ def test_a_language_with_spaces_is_measured_in_words(tokenizer):
         def __len__(self):
             return len(tokenizer)
 
-        def decode(self, ids):
-            return " ".join(f"word{'abcdefghij'[int(i) % 10]}" for i in ids)
+        def decode_response(self, prompt_ids, ids):
+            return [f"{' ' * (n > 0)}word{'abcdefghij'[int(i) % 10]}" for n, i in enumerate(ids)]
 
     x = full_evaluation(Spaced()).given
     assert x.policy.unit == "word" and x.policy.characters == 29 and x.policy.tokens == 5
@@ -247,7 +251,7 @@ def test_held_out_prompts_are_looked_at_on_their_own(tokenizer):
 def test_a_plain_gpt2_is_a_policy_and_the_seed_decides(tokenizer):
     policy, reference = models(1)
     config = EvaluationConfig(**SMALL)
-    found = evaluate(policy.gpt2, reference, tokenizer, PROMPTS, reward, config=config)
+    found = evaluate(policy.decoder, reference, tokenizer, PROMPTS, reward, config=config)
     assert found == full_evaluation(tokenizer) != full_evaluation(tokenizer, settings={"seed": 3})
 
 

@@ -1,5 +1,7 @@
 """The memory formula against a count by hand and against measurements, and what a system says is free."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from minirlhf import GPT2, GPT2Config, PPOTrainer, Tokenizer
 from minirlhf.evaluation.doctor import memory
 from minirlhf.evaluation.doctor.memory import MemoryNeed, available_memory, estimate, extrapolate, measure, peak_memory
 from minirlhf.generation.static_decode import GraphedDecoder
-from minirlhf.models.heads import LOGITS_IN_CACHE, LOGITS_PER_CHUNK
+from minirlhf.rl.logprobs import LOGITS_IN_CACHE, LOGITS_PER_CHUNK
 
 CPU = torch.device("cpu")
 
@@ -30,7 +32,7 @@ class AnyText:
     def decode(self, ids):
         return ""
 
-    def decode_pieces(self, ids):
+    def decode_response(self, prompt_ids, ids):
         return [""] * len(ids)
 
 
@@ -60,13 +62,12 @@ def test_the_formula_by_hand():
 def test_what_a_graph_keeps_is_counted(precision):
     trainer = make_trainer(V=80, C=16, L=2, precision=precision)
     without = estimate(trainer, 10, 4, 6, 5)
-    trainer.decoder = GraphedDecoder()
+    graphed = GraphedDecoder()
+    trainer.models = dataclasses.replace(trainer.models, graphed=graphed)
     counted = estimate(trainer, 10, 4, 6, 5).rollout - without.rollout
     with trainer.precision.autocast():
-        step = trainer.decoder.step_for(trainer.policy.gpt2, 10, 9)
+        step = graphed.step_for(trainer.policy.decoder, 10, 9)
     kept = sum(layer.nbytes for layer in step.cache.layers)
-    if precision == "bf16":
-        kept += sum(p.nbytes for p in step.blocks.parameters()) + step.head.nbytes
     assert kept <= counted < 1.1 * kept
 
 
@@ -78,7 +79,7 @@ def test_no_more_logits_are_counted_than_are_alive_and_no_more_rows_than_a_pass_
     trunk = 51 * 2 * (16 * 8 + 2 * 2 * 51) * 4  # a row, without logits
     assert small.update == 100 * trunk + 14 * 100 * 50 * 1000 + 4 * 8 * 1000
     assert large.update - 1000 * trunk == larger.update - 2000 * trunk == 14 * tokens * 1000 + 4 * 8 * 1000
-    rows = trainer.scoring_batch_size
+    rows = trainer.models.scoring_batch_size
     assert rows * 50 > LOGITS_IN_CACHE // 1000
     assert large.scoring == 13 * rows * 51 * 8 * 4 + 30 * (LOGITS_IN_CACHE // 1000) * 1000  # not of all 10^6
     assert estimate(trainer, 3, 1, 50, 1000).update == 3 * trunk + 14 * 3 * 50 * 1000 + 4 * 8 * 1000

@@ -14,8 +14,8 @@ from folders import snapshot
 from minirlhf import GPT2, GPT2Config, PPOTrainer, RewardModel, Run, Tokenizer
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.reward_model import GPT2Scorer
-from minirlhf.runs import RunFailed, Stopped, load_checkpoint, save_checkpoint
-from minirlhf.runs.checkpoint import DamagedCheckpoint, read_checkpoint
+from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
+from minirlhf.runs.checkpoint import DamagedCheckpoint
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.demonstrations import Demonstration
@@ -132,32 +132,6 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path, undisturbed
     assert child.exitcode == -signal.SIGKILL
     finish(tmp_path / "run", kind)
     assert snapshot(tmp_path / "run") == snapshot(expected)
-
-
-def test_asked_to_stop_a_run_ends_its_step_and_saves_it(tmp_path, undisturbed):
-    kind, expected = undisturbed
-    folder = tmp_path / "run"
-    total = new(kind).steps_total
-    with pytest.raises(Stopped, match=f"stopped after step 4 of {total}, which is saved"):
-        finish(folder, kind, lambda step: signal.raise_signal(signal.SIGINT) if step == 3 else None)
-    assert read_checkpoint(folder / "checkpoints" / "step-000004")["counters"]["steps"] == 4
-    assert not (folder / "lock").exists()
-    finish(folder, kind)
-    assert snapshot(folder) == snapshot(expected)
-
-
-def test_an_error_ends_the_run_at_the_last_complete_step(tmp_path, undisturbed):
-    kind, expected = undisturbed
-    folder = tmp_path / "run"
-
-    def fail(step):
-        if step == 3:
-            raise KeyError("mine")
-
-    with pytest.raises(RunFailed, match=r"step 4 of \d+ failed: KeyError: 'mine'; the run is saved up to step 3"):
-        finish(folder, kind, fail)
-    finish(folder, kind)
-    assert snapshot(folder) == snapshot(expected)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, undisturbed):

@@ -125,7 +125,7 @@ def test_the_gradient_of_the_whole_model_is_the_oracle_s(tokenizer):
     loss = ranking_loss(scored, sizes, torch.tensor(margins, dtype=torch.float64))
     loss.backward()
 
-    parameters = {name.replace("transformer.", "gpt2."): p for name, p in model.network.named_parameters()}
+    parameters = {name.replace("transformer.", "decoder."): p for name, p in model.network.named_parameters()}
     rng = np.random.default_rng(0)
     for _ in range(3):
         directions = {name: rng.standard_normal(p.shape) for name, p in parameters.items()}

@@ -11,6 +11,7 @@ from transformers import GPT2Tokenizer, GPT2TokenizerFast
 
 from conftest import make_gpt2
 from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
+from minirlhf.evaluation.explanation import explain
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity
 from minirlhf.text.byte_bpe import ByteBPE, byte_alphabet
 from minirlhf.text.demonstrations import Demonstration
@@ -252,7 +253,7 @@ def test_a_step_of_ppo(ours):
     shaped = torch.where(ended, rollout.scores, -1.0).mean().item()
     assert stats["reward/shaped"] == pytest.approx(shaped, rel=1e-5)
     assert not torch.equal(trainer.policy.decoder.wte.weight, before)
-    explanation = trainer.explain(rollout, 1)
+    explanation = explain(trainer, rollout, 1)
     assert [token.token for token in explanation.tokens] == [
         VOCAB[i] for i in rollout.tokens[1, -6:][rollout.response_mask[1]]
     ]
