@@ -52,13 +52,15 @@ def gae_advantages(batch: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
 
 
 ADVANTAGES: dict[str, Callable[[Rollout, PPOConfig], tuple[Tensor, Tensor | None]]] = {"gae": gae_advantages}
-USES_VALUES = {"gae"}  # the others return None for the returns, so no value head is made
+USES_VALUES = {"gae"}  # only for these a value head is made; the others return None for the returns
 
 
 def with_advantages(batch: Rollout, config: PPOConfig) -> Rollout:
     """The batch with its advantages, whitened over all its tokens if the config says so, and returns."""
     c, mask, per_row = config, batch.response_mask, config.whiten_scope == "sequence"
     advantages, returns = ADVANTAGES[c.advantages](batch, c)
+    if (returns is not None) != (c.advantages in USES_VALUES):
+        raise ValueError(f"{c.advantages!r} must be in USES_VALUES if it gives returns, and only then")
     if not c.whiten_advantages:
         return batch.replace(advantages=advantages, returns=returns)
     scale = whitening_scale(advantages, mask, c.whiten_ddof, per_row=per_row)

@@ -1,7 +1,8 @@
 """Where response tokens meet the states that predict them: log-probabilities, entropy and KL under what was sampled.
 
-`response_states` is the one place of the shift by one. Nothing of shape (B, T, V) is made: the LM head runs over chunks
-of the real response positions.
+`response_states` is the one place of the shift by one (states kept from the decode are before their tokens already).
+Nothing of shape (B, T, V) is made: the LM head runs over chunks of the real response positions, and the softmax of each
+chunk is in `generation.token_statistics`, for the reference over the policy's sampling set as well.
 
 Shapes: B batch, P prompt, R response, T = P + R, C width, V vocabulary, N real response tokens of the batch.
 """

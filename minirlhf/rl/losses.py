@@ -24,12 +24,12 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float = 0.2) -> Tensor:
+def policy_loss(log_rho: Tensor, advantages: Tensor, cliprange: float = 0.2) -> Tensor:
     """The clipped surrogate objective, negated (Schulman et al. 2017, eq. 7), per token (B, R).
 
-    max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(log_ratio).
+    max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(log_rho).
     """
-    ratio = log_ratio.exp()
+    ratio = log_rho.exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange))
 
 

@@ -123,7 +123,7 @@ class PPOTrainer:
                 break
 
         stats = rollout_statistics(batch, shaped) | self._update_statistics(read_stats(updates))
-        self.kl_controller.update(stats["objective/kl"], len(batch))
+        self.kl_controller.update(stats["objective/kl"], len(batch))  # k1, whatever the estimator of the penalty
         self.iteration += 1
         self.interrupted = False
         return stats | time_statistics(stats, {**rollout.seconds, "update": time.perf_counter() - start}, len(batch))
@@ -165,8 +165,8 @@ class PPOTrainer:
             return masked_sum(x * batch.weights, mask)
 
         # rho_t = pi(y_t) / pi_old(y_t);  max(-A_t rho_t, -A_t clip(rho_t, 1 +- cliprange))
-        ratio = log_ratio(now.logprobs, batch.logprobs)
-        of_policy = mean(policy_loss(ratio, batch.advantages, c.cliprange))
+        log_rho = log_ratio(now.logprobs, batch.logprobs)
+        of_policy = mean(policy_loss(log_rho, batch.advantages, c.cliprange))
         loss, sums = of_policy, {"ppo/loss/policy": of_policy}
         if batch.returns is not None and now.values is not None:
             of_values = mean(value_loss(now.values, batch.values, batch.returns, c.cliprange_value))
@@ -176,10 +176,10 @@ class PPOTrainer:
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
             loss = loss + self.kl_controller.coef * mean(self._kl_loss(now, batch))
-        ratio_error = ratio.detach().expm1().abs()
+        ratio_error = log_rho.detach().expm1().abs()
         sums |= {
             "ppo/loss/total": loss,
-            "ppo/policy/approxkl": mean(0.5 * ratio.detach().square()),
+            "ppo/policy/approxkl": mean(0.5 * log_rho.detach().square()),
             "ppo/policy/clipfrac": mean((ratio_error > c.cliprange).to(batch.weights)),
             "ppo/policy/ratio_error": mean(ratio_error),
         }
