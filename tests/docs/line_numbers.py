@@ -1,0 +1,31 @@
+"""Renews the line numbers of the links to functions in docs/details.md: `make lines`."""
+
+import ast
+import re
+from pathlib import Path
+
+DETAILS = Path(__file__).resolve().parents[2] / "docs" / "details.md"
+LINK = r"\[`(\w+)`\]\((\.\./minirlhf/[\w/]+\.py)(?:#L(\d+))?\)"
+
+
+def line_of(source: str, name: str) -> int | None:
+    """The line on which a function, class or constant is defined."""
+    for node in ast.walk(ast.parse(source)):
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if getattr(node, "name", None) == name or any(isinstance(x, ast.Name) and x.id == name for x in targets):
+            return node.lineno
+    return None
+
+
+def renewed(text: str) -> str:
+    """The page with the present line in each link."""
+
+    def link(match: re.Match) -> str:
+        name, path, _ = match.groups()
+        return f"[`{name}`]({path}#L{line_of((DETAILS.parent / path).read_text(encoding='utf-8'), name)})"
+
+    return re.sub(LINK, link, text)
+
+
+if __name__ == "__main__":
+    DETAILS.write_text(renewed(DETAILS.read_text(encoding="utf-8")), encoding="utf-8")
