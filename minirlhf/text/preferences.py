@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minirlhf.text.text_files import hash_fraction, json_object, numbered_lines, text_of
+from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
 
 MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
 MAX_SCORED = 64  # scored answers to one prompt: at most 2,016 pairs
@@ -87,7 +87,8 @@ def read_rankings(
     if kind == ".jsonl" and prompt_column is not None:
         raise ValueError(f"prompt_column is for .tsv files; the lines of {path} name their prompt")
     lines = numbered_lines(path, encoding)
-    header = kind == ".tsv" and prompt_column is not False and bool(lines) and _is_header(lines[0][1])
+    first = lines[0][1].split("\t")[0].strip().lower() if kind == ".tsv" and lines else ""
+    header = prompt_column is not False and first == "prompt"
     rankings: list[Ranking] = []
     numbers: list[int] = []
     for number, line in lines[1:] if header else lines:
@@ -101,12 +102,9 @@ def read_rankings(
         raise ValueError(f"{path} holds no rankings")
     disputed = contradictions(rankings)
     if disputed:
-        first, second = (numbers[i] for i in disputed[0])
-        warnings.warn(
-            f"{path}: {len(disputed)} pairs of answers are ranked in both orders, the first in lines {first} and "
-            f"{second}",
-            stacklevel=2,
-        )
+        lines_of_first = " and ".join(str(numbers[i]) for i in disputed[0])
+        problem = f"{len(disputed)} pairs of answers are ranked in both orders, the first in lines {lines_of_first}"
+        warnings.warn(f"{path}: {problem}", stacklevel=2)
     return rankings
 
 
@@ -159,8 +157,6 @@ def split_rankings(
         Rankings without a prompt are always split by their answers.
     Raises ValueError for a share outside (0, 1), an unknown `by`, or a side that stays empty.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share must be between 0 and 1, got {share!r}")
     if by not in SPLITS:
         raise ValueError(f"by must be one of {', '.join(SPLITS)}, got {by!r}")
 
@@ -169,21 +165,7 @@ def split_rankings(
             return ranking.prompt
         return "\0".join([ranking.prompt, *sorted(ranking.answers)])
 
-    train: list[Ranking] = []
-    held_out: list[Ranking] = []
-    for ranking in rankings:
-        (held_out if hash_fraction(key(ranking)) < share else train).append(ranking)
-    if not train or not held_out:
-        groups = len({key(ranking) for ranking in rankings})
-        raise ValueError(
-            f"with share={share:g} the hash leaves {len(train)} rankings to train on and {len(held_out)} held out, "
-            f"in {groups} groups by {by}; give more data, or another share or by"
-        )
-    return train, held_out
-
-
-def _is_header(line: str) -> bool:
-    return line.split("\t")[0].strip().lower() == "prompt"
+    return split_by_hash(rankings, key, share)
 
 
 def _json_rankings(line: str) -> list[Ranking]:
@@ -207,5 +189,5 @@ def _pair(content: Mapping[str, Any]) -> Ranking:
 
 
 def _list(line: str, with_prompt: bool) -> Ranking:
-    columns = line.split("\t")
-    return Ranking(columns[0], tuple(columns[1:])) if with_prompt else Ranking("", tuple(columns))
+    prompt, *answers = line.split("\t") if with_prompt else ["", *line.split("\t")]
+    return Ranking(prompt, tuple(answers))

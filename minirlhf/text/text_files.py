@@ -6,9 +6,11 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[tuple[int, str]]:
@@ -60,6 +62,20 @@ def _another_encoding(raw: bytes, tried: str) -> str:
     return "gbk" if tried.lower().replace("_", "-").startswith("utf-8") else "utf-8"
 
 
-def hash_fraction(text: str) -> float:
-    """A text to [0, 1) by SHA-256; a JSON file may hold lone surrogates, which have no UTF-8."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+def split_by_hash(items: Sequence[T], key: Callable[[T], str], share: float) -> tuple[list[T], list[T]]:
+    """Hold out the share of the items whose key has a small SHA-256: (train, held_out), in the order given.
+
+    Raises ValueError for a share outside (0, 1), or a side that stays empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be between 0 and 1, got {share!r}")
+    sides: tuple[list[T], list[T]] = ([], [])
+    for item in items:  # a JSON file may hold lone surrogates, which have no UTF-8
+        digest = hashlib.sha256(key(item).encode("utf-8", "surrogatepass")).digest()
+        sides[int.from_bytes(digest[:6], "big") / 2**48 < share].append(item)
+    if not all(sides):
+        raise ValueError(
+            f"with share={share:g} the hash leaves {len(sides[0])} to train on and {len(sides[1])} held out, in "
+            f"{len(set(map(key, items)))} groups; give more data or another share"
+        )
+    return sides

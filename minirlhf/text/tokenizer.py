@@ -1,6 +1,6 @@
 """Text to token ids and back: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's byte-level BPE.
 
-Built on the `tokenizers` package. The kinds are `wordpiece` and `byte_bpe`; `tokenizer_folder` reads either from files.
+Built on the `tokenizers` package. `tokenizer_models` has both kinds; `tokenizer_folder` reads either from files.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from minirlhf.io.files import atomic_write, replaced_folder, write_json
 from minirlhf.text.tokenizer_folder import TOKENIZER_FILES, read_tokenizer
-from minirlhf.text.tokenizer_model import TokenizerModel, is_unicode
-from minirlhf.text.wordpiece import WordPiece, build_vocab
+from minirlhf.text.tokenizer_models import TokenizerModel, WordPiece, build_vocab, is_unicode
 
 __all__ = ["Tokenizer", "build_vocab"]
 
@@ -39,10 +38,7 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """Read the tokenizer of a model folder, whichever kind its files are of.
 
-        `tokenizer.json` is read if it is there, else `vocab.json` with `merges.txt`, else `vocab.txt`; besides,
-        `tokenizer_config.json` and `special_tokens_map.json`.
-        Raises FileNotFoundError that lists what was looked for, or ValueError with the file for a damaged file, and
-        for a tokenizer or a setting that is not supported.
+        See `read_tokenizer` for the files and errors.
         """
         return cls(read_tokenizer(folder))
 
@@ -147,13 +143,8 @@ class Tokenizer:
         return 1 if token_id in self.special_ids else self.model.width(token_id)
 
     @property
-    def unk_id(self) -> int:
-        """Id of [UNK]. Raises ValueError for BPE, as the three below."""
-        return self._bert_id("[UNK]")
-
-    @property
     def cls_id(self) -> int:
-        """Id of [CLS]."""
+        """Id of [CLS]. Raises ValueError for BPE, as the two below."""
         return self._bert_id("[CLS]")
 
     @property

@@ -21,22 +21,26 @@ import tokenizers
 from minirlhf.io.files import naming, read_json, read_text
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
-from minirlhf.text import byte_bpe, wordpiece
-from minirlhf.text.byte_bpe import END_OF_TEXT, MERGES_FILE, ByteBPE
-from minirlhf.text.tokenizer_model import SETTINGS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, TokenizerModel
-from minirlhf.text.wordpiece import MAX_CHARS_PER_WORD, PREFIX, ROLES, WordPiece
+from minirlhf.text.tokenizer_models import (
+    BPE_FILE,
+    END_OF_TEXT,
+    MAX_CHARS_PER_WORD,
+    MERGES_FILE,
+    PREFIX,
+    ROLES,
+    SETTINGS_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FILE,
+    WORDPIECE_FILE,
+    ByteBPE,
+    TokenizerModel,
+    WordPiece,
+)  # fmt: skip
 
 ADDED_TOKENS_FILE = "added_tokens.json"
 # Every file by which a folder can describe a tokenizer of these kinds.
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    byte_bpe.VOCAB_FILE,
-    MERGES_FILE,
-    wordpiece.VOCAB_FILE,
-    ADDED_TOKENS_FILE,
-    SETTINGS_FILE,
-    SPECIAL_TOKENS_FILE,
-)
+TOKENIZER_FILES = (TOKENIZER_FILE, BPE_FILE, MERGES_FILE, WORDPIECE_FILE, ADDED_TOKENS_FILE, SETTINGS_FILE,
+                   SPECIAL_TOKENS_FILE)  # fmt: skip
 
 # ---- what the files may say -----------------------------------------------------------------------------------------
 
@@ -45,13 +49,9 @@ Supported = Mapping[str, Sequence[Any]]  # name -> what it may be; the first val
 
 @dataclass(frozen=True)
 class Kind:
-    """What the files of one kind of tokenizer may say.
+    """What the files of one kind of tokenizer may say."""
 
-    settings: of `tokenizer_config.json` and `special_tokens_map.json`. model, normalizer, pre_tokenizer, added_token:
-    of these parts of `tokenizer.json`.
-    """
-
-    settings: Supported
+    settings: Supported  # of tokenizer_config.json and special_tokens_map.json; the others are parts of tokenizer.json
     model: Supported
     normalizer: Supported
     pre_tokenizer: Supported
@@ -84,7 +84,7 @@ WORDPIECE = Kind(
         **{role: (None, *ROLES.values()) for role in ("bos_token", "eos_token")},
     },
     model={
-        "unk_token": (ROLES["unk_token"],),
+        "unk_token": ("[UNK]",),
         "continuing_subword_prefix": (PREFIX,),
         "max_input_chars_per_word": (MAX_CHARS_PER_WORD,),
     },
@@ -144,13 +144,13 @@ def _read(folder: Path) -> TokenizerModel:
         return _from_tokenizer_json(folder)
     if ADDED_TOKENS_FILE in there and read_json(folder / ADDED_TOKENS_FILE):
         raise ValueError(f"{folder / ADDED_TOKENS_FILE} adds tokens, but only those in {TOKENIZER_FILE} are supported")
-    if byte_bpe.VOCAB_FILE in there and MERGES_FILE in there:
+    if BPE_FILE in there and MERGES_FILE in there:
         return _from_vocab_and_merges(folder)
-    if wordpiece.VOCAB_FILE in there:
+    if WORDPIECE_FILE in there:
         return _from_vocab_txt(folder)
     raise FileNotFoundError(
-        f"{folder} holds no tokenizer: looked for {TOKENIZER_FILE}, for {byte_bpe.VOCAB_FILE} with {MERGES_FILE}, and "
-        f"for {wordpiece.VOCAB_FILE}; found {', '.join(there) or 'none of them'}"
+        f"{folder} holds no tokenizer: looked for {TOKENIZER_FILE}, for {BPE_FILE} with {MERGES_FILE}, and "
+        f"for {WORDPIECE_FILE}; found {', '.join(there) or 'none of them'}"
     )
 
 
@@ -158,7 +158,7 @@ def _read(folder: Path) -> TokenizerModel:
 
 
 def _from_vocab_txt(folder: Path) -> WordPiece:
-    path = folder / wordpiece.VOCAB_FILE
+    path = folder / WORDPIECE_FILE
     lines = _read_lines(path)
     while lines and lines[-1] == "":
         lines.pop()
@@ -170,13 +170,13 @@ def _from_vocab_txt(folder: Path) -> WordPiece:
 
 
 def _from_vocab_and_merges(folder: Path) -> ByteBPE:
-    path, merges_path = folder / byte_bpe.VOCAB_FILE, folder / MERGES_FILE
+    path, merges_path = folder / BPE_FILE, folder / MERGES_FILE
     ids, lines = read_json(path), _read_lines(merges_path)
     with naming(merges_path):
         merges = _pairs(lines[1:] if lines and lines[0].startswith("#version") else lines)
     settings, special = read_settings(folder, BYTE_BPE)
     with naming(f"{path} with {MERGES_FILE}"):
-        return _byte_bpe(_in_order(ids), merges, settings, special)
+        return ByteBPE(_in_order(ids), merges, settings.get("pad_token"), special)
 
 
 def _from_tokenizer_json(folder: Path) -> TokenizerModel:
@@ -198,7 +198,7 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
     settings, special = read_settings(folder, kind)
     with naming(path):
         if kind is BYTE_BPE:
-            model: TokenizerModel = _byte_bpe(vocab, merges, settings, [*added, *special])
+            model: TokenizerModel = ByteBPE(vocab, merges, settings.get("pad_token"), [*added, *special])
         else:
             options = settings if _is_bert(folder, settings) else _bert_options(rules["normalizer"])
             model = _wordpiece(vocab, options, [*added, *special])
@@ -212,12 +212,6 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
 def _wordpiece(vocab: Sequence[str], settings: Mapping[str, Any], special: Sequence[str]) -> WordPiece:
     options = ("do_lower_case", "tokenize_chinese_chars", "strip_accents")
     return WordPiece(vocab, **{name: settings[name] for name in options if name in settings}, extra_special=special)
-
-
-def _byte_bpe(
-    vocab: Sequence[str], merges: Sequence[tuple[str, str]], settings: Mapping[str, Any], special: Sequence[str]
-) -> ByteBPE:
-    return ByteBPE(vocab, merges, settings.get("pad_token"), special)
 
 
 # ---- parts of files -------------------------------------------------------------------------------------------------

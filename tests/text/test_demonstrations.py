@@ -93,5 +93,5 @@ def test_a_prompt_or_a_text_falls_on_one_side_and_the_split_never_changes():
     for share in (0.0, 1.0, -1, 2):
         with pytest.raises(ValueError, match="share must be between 0 and 1"):
             split_demonstrations(pairs, share)
-    with pytest.raises(ValueError, match=r"leaves . texts to train on and . held out"):
+    with pytest.raises(ValueError, match=r"leaves . to train on and . held out"):
         split_demonstrations(pairs[:1])

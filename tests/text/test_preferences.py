@@ -280,7 +280,7 @@ def test_lone_surrogates_can_be_split():
 
 @pytest.mark.parametrize("rankings", [[], [Ranking("酒店", (f"a{i}", f"b{i}")) for i in range(100)]])
 def test_an_empty_side_is_refused(rankings):
-    with pytest.raises(ValueError, match=rf"{len(rankings)} rankings to train on and 0 held out|0 rankings to train"):
+    with pytest.raises(ValueError, match=rf"{len(rankings)} to train on and 0 held out|0 to train"):
         split_rankings(rankings)
 
 

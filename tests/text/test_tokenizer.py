@@ -221,8 +221,8 @@ def test_saving_and_loading_keeps_the_vocabulary(tmp_path, tokenizer):
 def test_special_ids_are_found_by_name():
     moved = ["a", "[MASK]", "[SEP]", "[UNK]", "[PAD]", "[CLS]"]
     tokenizer = Tokenizer(moved)
-    found = (tokenizer.mask_id, tokenizer.sep_id, tokenizer.unk_id, tokenizer.pad_id, tokenizer.cls_id)
-    assert found == (1, 2, 3, 4, 5) and tokenizer.eos_id == tokenizer.sep_id
+    found = (tokenizer.mask_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.cls_id)
+    assert found == (1, 2, 4, 5) and tokenizer.eos_id == tokenizer.sep_id
     assert tokenizer.special_ids == {1, 2, 3, 4, 5}
     assert tokenizer.encode("a?") == [5, 0, 3, 2]
 
@@ -232,8 +232,8 @@ def test_special_ids_are_found_by_name():
 
 def test_built_vocabulary_has_the_published_special_ids():
     tokenizer = Tokenizer(build_vocab(["酒店很好"] * 3))
-    special = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
-    assert special == (0, 100, 101, 102, 103)
+    special = (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
+    assert special == (0, 101, 102, 103) and tokenizer.vocab[100] == "[UNK]"
     assert tokenizer.vocab[1:100] == [f"[unused{i}]" for i in range(1, 100)]
 
 
@@ -249,7 +249,7 @@ def test_built_vocabulary_spells_every_latin_word():
     assert set("zebra42") | {f"##{c}" for c in "zebra42"} <= set(tokenizer.vocab)
     pieces = [tokenizer.vocab[i] for i in tokenizer.encode("barez24")[1:-1]]
     assert pieces == ["b", "##a", "##r", "##e", "##z", "##2", "##4"]
-    assert tokenizer.encode("好")[1] == tokenizer.unk_id
+    assert tokenizer.encode("好")[1] == tokenizer.vocab.index("[UNK]")
 
 
 def test_built_vocabulary_does_not_depend_on_the_order_of_texts():

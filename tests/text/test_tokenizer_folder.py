@@ -16,8 +16,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 import minirlhf
 from conftest import VOCAB as WORDS
 from minirlhf import Tokenizer
-from minirlhf.text.byte_bpe import ByteBPE
-from minirlhf.text.wordpiece import WordPiece
+from minirlhf.text.tokenizer_models import ByteBPE, WordPiece
 
 VOCAB, MERGES = trained_bpe()
 WEIGHTS = Path(minirlhf.__file__).parents[1] / "weights"
