@@ -21,7 +21,7 @@ from minirlhf.io.files import atomic_write, replaced_folder, sha256
 WEIGHTS_FOLDER = "weights"
 TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-# The forms in which weights are published; only the first one here that a model has is fetched.
+# Forms of weights; only the first one here that a model has is fetched.
 WEIGHT_FORMS = (
     re.compile(r"model\.safetensors"),
     re.compile(r"model\.safetensors\.index\.json|model-\d{5}-of-\d{5}\.safetensors"),
@@ -62,7 +62,9 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
     placed = Path(WEIGHTS_FOLDER) / name
     if placed.is_dir():
         return placed
-    snapshots = [path for path in (_cached(name) / "snapshots").glob("*") if _is_model(path)]
+    whole = [path.parent for path in (_cached(name) / "snapshots").glob("*/config.json") if path.is_file()]
+    whole = [path for path in whole if COMMIT.fullmatch(path.name)]
+    snapshots = [path for path in whole if any(_is_weights(file.name) for file in path.iterdir())]
     if snapshots:
         return max(snapshots, key=lambda path: path.stat().st_mtime_ns)
     raise FileNotFoundError(
@@ -204,12 +206,6 @@ def needed_files(name: str, listing: Iterable[str]) -> list[str]:
 
 def _is_weights(file: str) -> bool:
     return any(form.fullmatch(file) for form in WEIGHT_FORMS)
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether a snapshot of the cache has what a model is loaded from; others fetch parts of models, too."""
-    whole = COMMIT.fullmatch(folder.name) and (folder / "config.json").is_file()
-    return bool(whole) and any(_is_weights(path.name) for path in folder.iterdir())
 
 
 def _cached(name: str) -> Path:

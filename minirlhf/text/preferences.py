@@ -77,7 +77,7 @@ def read_rankings(
 
     encoding: of the file; a byte-order mark and both kinds of line ends are accepted.
     prompt_column: whether the first column of a `.tsv` file is the prompt; None: if a header says so.
-    Warns with a count if the file ranks pairs in both orders: people disagree, and training tolerates it.
+    Warns with a count if the file ranks pairs in both orders.
     Raises FileNotFoundError, or ValueError that names file, line and problem.
     """
     path = Path(path)
@@ -114,8 +114,7 @@ def rankings_of_scores(
     """What scores of the answers to one prompt say of their order.
 
     Up to 9 answers whose scores all differ make one ranking; otherwise each pair whose scores differ makes one.
-    Raises ValueError for what is no list, more than 64 answers (their pairs grow with the square), unequal numbers of
-    answers and scores, a score that is no finite number, or an answer that no `Ranking` takes.
+    Raises ValueError for more than 64 answers (their pairs grow with the square), and other bad answers or scores.
     """
     for name, value in (("answers", answers), ("scores", scores)):
         if not isinstance(value, (list, tuple)):
@@ -152,9 +151,8 @@ def split_rankings(
 ) -> tuple[list[Ranking], list[Ranking]]:
     """Hold out a share of the rankings: (train, held_out), in the order given, by SHA-256 and no random seed.
 
-    by: "prompt" keeps all rankings of a prompt on one side, so that held-out prompts are new. "answers" keeps all
-        rankings of the same answers on one side, in whatever order: for few prompts that training uses again.
-        Rankings without a prompt are always split by their answers.
+    by: "prompt" keeps all rankings of a prompt on one side. "answers" keeps all rankings of the same answers on one
+        side, in whatever order: for few prompts, and always where there is no prompt.
     Raises ValueError for a share outside (0, 1), an unknown `by`, or a side that stays empty.
     """
     if by not in SPLITS:

@@ -26,10 +26,10 @@ def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> lis
         text = raw.decode(encoding)
     except UnicodeError as error:
         number = raw[: getattr(error, "start", 0)].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {number} is not {encoding} ({error}); name the file's encoding by encoding= or --encoding, "
-            f"for instance {_another_encoding(raw, encoding)}"
-        ) from error
+        other = "gbk" if encoding.lower().replace("_", "-").startswith("utf-8") else "utf-8"
+        other = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else other
+        hint = f"name the file's encoding by encoding= or --encoding, for instance {other}"
+        raise ValueError(f"{path}, line {number} is not {encoding} ({error}); {hint}") from error
     except (LookupError, ValueError) as error:
         raise ValueError(f"encoding must be the name of a text encoding, got {encoding!r}") from error
     # str.splitlines would also split at separators that may stand within a text, such as U+2028.
@@ -54,12 +54,6 @@ def text_of(content: Mapping[str, Any], key: str) -> str:
     if not isinstance(content[key], str):
         raise ValueError(f"{key} must be a text, got a {type(content[key]).__name__}")
     return content[key]
-
-
-def _another_encoding(raw: bytes, tried: str) -> str:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    return "gbk" if tried.lower().replace("_", "-").startswith("utf-8") else "utf-8"
 
 
 def split_by_hash(items: Sequence[T], key: Callable[[T], str], share: float) -> tuple[list[T], list[T]]:

@@ -49,13 +49,6 @@ def test_another_encoding_is_offered_by_line_and_taken(tmp_path, name):
         read_demonstrations(path, "klingon")
 
 
-@pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
-def test_a_line_of_100000_characters_is_a_line(tmp_path, name):
-    long = "好" * 100_000
-    line = long if name == "d.txt" else json.dumps({"text": long})
-    assert read_demonstrations(write(tmp_path, line, name)) == [Demonstration("", long)]
-
-
 @pytest.mark.parametrize(("line", "message"), [
     ("{", "not valid JSON"), ('{"text": "a"} b', "not valid JSON"), ("[" * 100_000, "not valid JSON"),
     ("[1]", "expected a JSON object, got a list"), ("{}", "prompt and response missing"),
