@@ -41,10 +41,9 @@ OUTER_WRAPPERS = re.compile(r"^(?:(?:module|model|pretrained_model)\.)+")
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read `config.json` and the weights of a model folder: safetensors, whole or sharded, or a pickle.
+    """The config of a model folder and its tensors by name, as stored: safetensors, whole or sharded, or a pickle.
 
     folder: or the name of a model that was downloaded (see `hub`).
-    Returns the config as a dict and the tensors by name, as stored.
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name the file.
     """
     folder = locate(folder)
@@ -91,7 +90,7 @@ def _readable(folder: Path) -> Path | None:
 
 
 def _is_stale(weights: Path) -> bool:
-    """Whether a file is our conversion of a pickle that has been replaced since."""
+    """Whether a file is our conversion of a pickle that was replaced since."""
     try:
         metadata = read_metadata(weights)
     except ValueError:  # not ours; loading it raises the error
@@ -191,11 +190,10 @@ def check_tensors(
 def renamed(
     tensors: Mapping[str, Tensor], own_name: Callable[[str], str | None], origin: str | os.PathLike[str]
 ) -> dict[str, Tensor]:
-    """Tensors under a model's own names.
+    """Tensors under a model's own names. Raises ValueError if two tensors get one name.
 
-    own_name: a published name in the model's form, None for a tensor that the model does not hold. It gets names
-        without the prefixes of training wrappers, and LayerNorm's gamma and beta as weight and bias.
-    Raises ValueError if two tensors get one name.
+    own_name: from a published name, without the prefixes of training wrappers and with LayerNorm's gamma and beta as
+        weight and bias, to the model's own; None for a tensor that the model does not hold.
     """
     named: dict[str, Tensor] = {}
     for published, tensor in tensors.items():
@@ -226,7 +224,7 @@ def check_published(
 
 def published_config(content: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]:
     """A `config.json` to write: its own content, and what the loaded one said besides that still holds."""
-    loaded = {} if origin is None else origin.config
+    loaded = origin.config if origin else {}
     return {**content, **{name: loaded[name] for name in loaded if name not in content and name not in NOT_KEPT}}
 
 

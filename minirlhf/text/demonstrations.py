@@ -1,7 +1,5 @@
 """Demonstrations, the data of stage 1 of InstructGPT (Ouyang et al. 2022): texts, or prompts with a response.
 
-Two formats, told apart by the name of the file:
-
 - `.txt`, a text a line.
 - `.jsonl`, an object a line: `{"text": ...}`, or `{"prompt": ..., "response": ...}`; other keys are ignored.
 """

@@ -1,15 +1,12 @@
 """Ranked answers, the data of stage 2 of InstructGPT (Ouyang et al. 2022): read, checked, and split.
 
-Two formats, told apart by the name of the file:
-
 - `.jsonl`, a pair a line: `{"prompt": ..., "chosen": ..., "rejected": ...}`, and perhaps `"margin"`; other keys are
-  ignored. Or a list a line, as `feedback` writes it: `{"prompt": ..., "answers": [...]}`, best first, or in any order
-  with as many `"scores"`; answers with equal scores are not compared.
+  ignored. Or a list a line: `{"prompt": ..., "answers": [...]}`, best first, or with as many `"scores"`; answers with
+  equal scores are not compared.
 - `.tsv`, a list a line, the best answer first, columns separated by tabs, without quotes or escapes. The first column
-  is the prompt if the first line is a header that begins with "prompt", or if the caller says so; otherwise there is
-  no prompt, and every column is an answer.
+  is the prompt if the first line is a header that begins with "prompt", or if the caller says so.
 
-Left out: ties. Two answers that cannot be told apart belong on different lines.
+Left out: ties.
 """
 
 from __future__ import annotations

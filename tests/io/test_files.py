@@ -97,24 +97,6 @@ def test_only_regular_files_are_opened_for_writing(tmp_path):
                 open_for_writing(path, mode)
 
 
-def test_files_written_in_place_have_the_modes_and_the_text_of_open(tmp_path):
-    path = tmp_path / "log"
-    umask = os.umask(0o027)
-    try:
-        with open_for_writing(path, "a+") as file:
-            file.write("评")
-    finally:
-        os.umask(umask)
-    with open_for_writing(path, "ab") as file:
-        file.write(b"!")
-    assert path.read_bytes() == "评!".encode() and stat.S_IMODE(path.stat().st_mode) == 0o640
-    with open_for_writing(path, "w"):
-        pass
-    assert path.read_bytes() == b""
-    with pytest.raises(FileExistsError):
-        open_for_writing(path, "x")
-
-
 def test_an_atomic_write_replaces_a_link_and_leaves_what_it_points_to(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "victim")
@@ -291,14 +273,6 @@ def test_a_killed_save_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path
     with replaced_folder(folder) as staged:
         atomic_write(staged / "a", b"3")
     assert (folder / "a").read_bytes() == b"3" and names(tmp_path) == ["model"]
-
-
-def test_a_save_that_is_under_way_is_not_cleaned_up(tmp_path):
-    with replaced_folder(tmp_path / "model") as first:
-        with replaced_folder(tmp_path / "model") as second:
-            atomic_write(second / "a", b"1")
-        atomic_write(first / "b", b"2")
-    assert names(tmp_path / "model") == ["b"]  # the later one takes the place: it knew nothing of the other
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")

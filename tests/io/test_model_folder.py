@@ -234,12 +234,6 @@ def test_a_tensor_that_does_not_fit_is_described(tensor, problem):
         check_tensors({"w": tensor}, {"w": torch.Size([2, 3])}, "here")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
-def test_weights_are_stored_in_types_that_every_tool_reads(dtype):
-    with pytest.raises(ValueError, match=f"stored as one of torch.float16, .*, got {dtype}"):
-        cast({"w": torch.ones(1)}, dtype)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])
 def test_weights_that_a_type_cannot_hold_are_not_stored(value):
     with pytest.raises(ValueError, match=r"w holds values that torch.float16 cannot hold: up to"):
@@ -252,9 +246,3 @@ def test_check_tensors_passes_what_fits_and_lists_what_does_not():
     with pytest.raises(ValueError, match="in here do not fit") as caught:
         check_tensors({"a": torch.tensor([1.0, torch.inf]), "c": torch.ones(1)}, expected, "here")
     assert all(part in str(caught.value) for part in ("missing b (2,)", "unexpected c (1,)", "a holds NaN or infinite"))
-
-
-def test_a_long_list_of_problems_is_cut():
-    with pytest.raises(ValueError, match=r"missing t19 .*and 30 more$") as caught:
-        check_tensors({}, {f"t{i}": torch.Size([1]) for i in range(50)}, "here")
-    assert "t20" not in str(caught.value)
