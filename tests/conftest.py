@@ -1,11 +1,14 @@
 """Fixtures that many tests share: a small vocabulary, small random models, and one thread for small tensors."""
 
+import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, NGramScorer, SentimentReward, Tokenizer
 from minirlhf.rewards.sentiment import CANARIES
@@ -57,6 +60,22 @@ def _scale(model: torch.nn.Module, scale: float, seed: int) -> None:
             parameter.mul_(scale)
         else:  # biases and LayerNorms away from their neutral values
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_relatively_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict], dict | None]) -> None:
+    """Store what `change` makes of a model's tensors, or leaves in them."""
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors) or tensors
+    save_file({name: t.contiguous() for name, t in changed.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def rewrite_config(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
 # ---- scripts --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""How long PPO takes here, how much memory, and how near that is to what the machine can do.
+"""How long PPO takes on this machine, how much memory it needs, and how close that is to what the machine can do.
 
     python examples/benchmark                                  # one iteration by phases, against its floor
     python examples/benchmark --precision fp32 bf16 --against transformers
     python examples/benchmark --peer-command "python x.py"      # in turns with a command, see peer_trl.py
     python examples/benchmark scaling ragged overhead          # the other tables
-    python examples/benchmark --size tiny --quick              # does it run? seconds
+    python examples/benchmark --size tiny --quick              # a check that it runs; seconds
 
 The work: a GPT-2 base and a BERT base with random weights (or --policy and --reward), 128 prompts of 3 tokens, 16 new
 tokens, top-p .95, 4 epochs. Prints tables, and writes results.json, report.md and pictures to --output. A peer command
@@ -46,14 +46,14 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     works = [work_of(args, precision) for precision in args.precision]
-    for work in works:  # what is bad is told before anything is timed
+    for work in works:  # errors come before anything is timed
         work.ppo(), work.lengths(), Precision(work.precision, torch.device(args.device))
     if args.json_lines:
         for work in works:
             for sample in Ours(work).repeat(args.repeats):
                 print(json.dumps(dataclasses.asdict(sample)), flush=True)
         return
-    report.figure()  # better to know now that it cannot be drawn
+    report.figure()  # fail now, not after the timings, if matplotlib is missing
     result: dict[str, Any] = {
         "command": shlex.join(["python", "examples/benchmark", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -80,7 +80,8 @@ def main() -> None:
 def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str, Any]:
     """Ours and the peers in turns, with rates measured before and after.
 
-    Each side is a process, so that it has the memory for itself; but not ours and transformers.
+    Each side is a process of its own, so that its memory can be measured; only with `--against` ours and transformers
+    share one.
     """
     device = torch.device(args.device)
     sides: list[tuple[str, Any]] = []
@@ -126,7 +127,7 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
 
 
 class Ours:
-    """Our side: models made once, sampled and scored once to warm up; where kernels are made first, trained as well."""
+    """Our side: models made once, then one batch as a warm-up; with training where kernels are compiled first."""
 
     def __init__(self, work: Work):
         self.work, self.trainer, self.reward = work, work.trainer(), work.reward_function()
@@ -203,10 +204,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=at_least_one, help="of PyTorch on the CPU; default its own choice")
     parser.add_argument("--repeats", type=at_least_one, help="turns; default 3, with --quick 1")
-    parser.add_argument("--quick", action="store_true", help="small batches, one turn: figures of no worth")
+    parser.add_argument("--quick", action="store_true", help="small batches and one turn: only to see that it runs")
     parser.add_argument("--against", choices=["transformers"], help="the same work in the same process, in turns")
     parser.add_argument("--peer-command", action="append", default=[], metavar="COMMAND", help="may be given again")
-    parser.add_argument("--json-lines", action="store_true", help="print our timings as JSON lines, and no more")
+    parser.add_argument("--json-lines", action="store_true", help="print our timings as JSON lines, and nothing else")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder of what is written")
     args = parser.parse_args()
     args.tables = args.tables or ["iteration"]

@@ -1,10 +1,10 @@
-"""The least that an iteration of PPO costs: operations, bytes, and the rates of this machine. For `examples/benchmark`.
+"""The least that an iteration of PPO costs: operations, bytes, and the rates of this machine.
 
-Counted are the matrix products, 2 m k n operations for (m, k) @ (k, n), of an implementation that computes nothing
+The operations are those of matrix products, 2 m k n for (m, k) @ (k, n), in an implementation that computes nothing
 twice: a key/value cache, a prompt that occurs n times computed once, attention over the tokens before only, the LM head
-at response tokens only, no padding. Not counted: softmax, LayerNorm, activations, sampling, Python. Bytes are those
-that must come from memory at least once: weights, the key/value cache, and the state of Adam. The longer of the two
-times is the bound.
+at response tokens only, no padding. Softmax, LayerNorm, activations, sampling and Python are not counted. Bytes are
+those that must come from memory at least once: weights, the key/value cache, and the state of Adam. The longer of the
+two times is the bound.
 
 In fp32 the old log-probabilities are by-products of the decode. In 16 bits they would differ from those of the update's
 forward pass by a few hundredths of a nat, so a pass of the policy is counted there.
@@ -36,13 +36,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine can do: operations a second of a matrix product, bytes a second, read and written."""
+    """What the machine can do: operations a second in matrix products, and bytes a second read and written."""
 
     flop: float
     bytes: float
 
     def seconds(self, costs: Sequence[Cost]) -> float:
-        """Of costs one after the other, each bounded by its arithmetic or by its memory."""
+        """The time of these costs one after the other, each bounded by its arithmetic or its memory."""
         return sum(max(cost.flop / self.flop, cost.bytes / self.bytes) for cost in costs)
 
 
@@ -64,13 +64,13 @@ class Batch:
 
 
 def gpt2_flop(c: GPT2Config, tokens: float, pairs: float, logits: float) -> float:
-    """Of a forward pass: tokens through the layers, (query, key) pairs a head, rows of the LM head."""
+    """Operations of a forward pass: tokens through the layers, (query, key) pairs a head, rows of the LM head."""
     matrices = 4 * c.n_embd**2 + 2 * c.n_embd * (c.n_inner or 4 * c.n_embd)
     return 2 * c.n_layer * (tokens * matrices + 2 * pairs * c.n_embd) + 2 * logits * c.n_embd * c.vocab_size
 
 
 def bert_flop(c: BertConfig, lengths: Sequence[int]) -> float:
-    """Of classifying texts of so many tokens: layers, attention, pooler, classes."""
+    """Operations of classifying texts of these lengths: layers, attention, pooler, classes."""
     matrices = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
     layers = sum(n * matrices + 2 * n * n * c.hidden_size for n in lengths)
     return 2 * c.num_hidden_layers * layers + 2 * len(lengths) * c.hidden_size * (c.hidden_size + len(c.id2label))
@@ -145,12 +145,12 @@ def bert_parameters(c: BertConfig) -> int:
 
 
 def measure_rates(device: torch.device, precision: str, seconds: float = 1.0, width: int = 768) -> Rates:
-    """The best median over a few shapes and ways, each measured for so long; of matrices for models of this width."""
+    """The best median over a few shapes and libraries, each measured for `seconds`; width: of the model."""
     return Rates(matrix_rate(device, precision, seconds, width), memory_rate(device, seconds, width))
 
 
 def matrix_rate(device: torch.device, precision: str, seconds: float, width: int) -> float:
-    """Operations a second: products of the MLP's shape and of a cube, by the fastest way that rounds as it should.
+    """Operations a second in products of the MLP's shape and of a cube, by the fastest library of the right precision.
 
     On a CPU 'medium' hands fp32 products to another library, which may be faster, and may round to bf16.
     """
@@ -198,7 +198,7 @@ def _is_exact(device: torch.device) -> bool:
 
 
 def _median_time(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """The median of the times of at least three calls, after one that warms up."""
+    """The median time of at least three calls, after a warm-up call."""
     times: list[float] = []
     while len(times) < 4 or sum(times) < seconds:
         start = now(device)
@@ -208,7 +208,7 @@ def _median_time(work: Callable[[], object], device: torch.device, seconds: floa
 
 
 def now(device: torch.device) -> float:
-    """Seconds; on a GPU once the queued work is done."""
+    """Seconds by the clock, on a GPU after the queued work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

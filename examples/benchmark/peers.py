@@ -1,5 +1,4 @@
-"""Others doing the same work: transformers with PPO as TRL writes it, and commands that time themselves. For
-`examples/benchmark`."""
+"""The same work done by others: transformers with PPO as TRL writes it, and commands that time themselves."""
 
 import contextlib
 import json
@@ -26,8 +25,8 @@ from minirlhf.rl.shaping import token_rewards
 class TransformersPeer:
     """One iteration on transformers' models: `generate`, one padded classifier batch, and a step like TRL's.
 
-    As TRL 0.11 has it: a pass each of policy and reference before the update, logits at all positions, a log-softmax
-    over all of them, plain Adam, autocast for 16 bits. Raises ImportError if transformers is not installed.
+    As in TRL 0.11: one pass each of policy and reference before the update, logits at all positions, a log-softmax over
+    all of them, plain Adam, autocast for 16 bits. Raises ImportError if transformers is not installed.
     """
 
     def __init__(self, work: Work):
@@ -46,7 +45,7 @@ class TransformersPeer:
         self.order = torch.Generator().manual_seed(self.config.seed)
 
     def collect(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, list[float]]:
-        """Tokens (B, T), their mask (B, T), scores (B,), and the moments at which sampling and scoring were done."""
+        """Tokens (B, T), their mask (B, T), scores (B,), and the times at which sampling and scoring ended."""
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         width, new = max(map(len, ids)), self.config.gen_len
         padded = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=self.device)
@@ -87,7 +86,7 @@ class TransformersPeer:
                 self.optimizer.step()
 
     def iteration(self, prompts: Sequence[str]) -> list[Sample]:
-        """The Samples of one batch; without memory, which two peers in one process share."""
+        """The Samples of one batch, without memory, because two peers in one process share it."""
         start = now(self.device)
         *batch, (sampled, scored) = self.collect(prompts)
         self.step(*batch)
@@ -123,7 +122,7 @@ class TransformersPeer:
 def run_command(command: str | Sequence[str]) -> list[Sample]:
     """Run a command that prints a JSON object a line, with "peer", "phase", "seconds" and perhaps "peak_mb".
 
-    "iteration" is the sum of "generate", "score" and "step" where it is not told. Other lines are passed over.
+    If "iteration" is missing, it is the sum of "generate", "score" and "step". Other lines are ignored.
     Raises ValueError if it fails, or prints no such line.
     """
     words = shlex.split(command) if isinstance(command, str) else list(command)

@@ -1,4 +1,4 @@
-"""What a benchmark says: the machine, medians and spread, tables in Markdown, pictures. For `examples/benchmark`."""
+"""The results of a benchmark: the machine, medians and spread, tables in Markdown, pictures."""
 
 import importlib.metadata
 import io
@@ -28,7 +28,7 @@ OUTLIER = 1.2  # times the shortest
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the timings depend on besides the code."""
+    """Everything besides the code that the timings depend on."""
     info = _cpu_info()
     facts: dict[str, Any] = {
         "CPU": info.get("model name") or platform.processor() or platform.machine(),
@@ -173,7 +173,7 @@ def load_line(turns: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; columns in the order in which they occur, without those that are empty."""
+    """Rows as a Markdown table; columns in order of their first occurrence, empty ones left out."""
     names = [n for n in dict.fromkeys(n for row in rows for n in row) if any(row.get(n) is not None for row in rows)]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(_shown(row.get(name)) for name in names) + " |" for row in rows]
@@ -181,7 +181,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A cell: three significant digits, whole numbers whole, nothing for nothing."""
+    """A cell: floats with three significant digits, None as an empty cell."""
     if value is None:
         return ""
     if isinstance(value, (list, tuple)):
@@ -261,7 +261,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_info() -> dict[str, str]:
-    """The first core's lines of /proc/cpuinfo; nothing where there is none."""
+    """The first core's lines of /proc/cpuinfo; empty if the file does not exist."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if path.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

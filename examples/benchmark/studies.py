@@ -1,4 +1,4 @@
-"""Three questions besides how long an iteration takes, each a list of table rows. For `examples/benchmark`.
+"""Three more questions, each answered by a list of table rows.
 
 scaling: does the cost grow with batch and new tokens, or faster? ragged: what does padding waste, and do rows that
 ended still cost? overhead: how much of a step of the default example is not forward, backward or decode?
@@ -24,7 +24,7 @@ END = 5  # id of the token that ends a response in the study of ragged batches, 
 
 
 def nothing(texts: Sequence[str]) -> list[float]:
-    """A reward that costs nothing, and differs between texts."""
+    """A reward that takes no time and differs between texts."""
     return [i / len(texts) for i in range(len(texts))]
 
 
@@ -46,9 +46,9 @@ def scaling(work: Work, batches: Sequence[int], new_tokens: Sequence[int], rows:
 
 
 def timed(trainer: PPOTrainer, batch: int, repeats: int) -> dict[str, float]:
-    """Medians over so many iterations, after one that warms up: the optimizer has its state then.
+    """Medians over `repeats` iterations, after a warm-up iteration that also creates the optimizer state.
 
-    A small one; for a GPU a whole one, as a CUDA graph is for a number of rows.
+    The warm-up batch is small, except on a GPU, where a CUDA graph is captured for a fixed number of rows.
     """
 
     def measure(rows: int) -> dict[str, float]:
@@ -128,7 +128,7 @@ def share_row(what: str, seconds: float, full: float, share: float) -> Row:
 
 
 def ended(work: Work, longest: int, repeats: int) -> Row:
-    """Sampling that ends at random, against sampling that does not end, of a policy made so that both happen."""
+    """Sampling that ends at random against sampling that does not end, both from a policy that ends often."""
     policy = ending_policy(work.gpt2(), chance=2 / longest).to(work.device)
     tokenizer, device = work.tokenizers()[0], torch.device(work.device)
     prompts = [tokenizer.encode_prompt(prompt) for prompt in work.prompts]

@@ -1,4 +1,4 @@
-"""The work that is timed: models, prompts, one iteration of PPO by phases, and a clock. For `examples/benchmark`."""
+"""The work that is timed: models, prompts, and one iteration of PPO by phases, with its time and memory."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One timing: who did what, in how many seconds, with how much memory at most (MB; None: not to be told)."""
+    """One timing: peer, phase, seconds, and peak memory in MB (None if unknown)."""
 
     peer: str
     phase: str
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: models (a name in SIZES, or folders), sequences, new tokens, and how."""
+    """What to do: models (a name in SIZES, or folders), sequences, new tokens, and settings."""
 
     size: str = "uer"
     policy: str | None = None
@@ -50,7 +50,7 @@ class Work:
 
     @property
     def name(self) -> str:
-        """Of our side in the tables."""
+        """The name of our side in the tables."""
         more = "".join(f" {name}={value}" for name, value in self.config.items())
         return f"minirlhf {self.precision} minibatch {self.minibatch}{more}"
 
@@ -64,7 +64,7 @@ class Work:
         return PPOConfig.with_overrides(**{**fields, **self.config, **changes})
 
     def configs(self) -> tuple[GPT2Config, BertConfig]:
-        """Of the models."""
+        """The configs of policy and classifier."""
         gpt2, bert = (kind(**sizes) for kind, sizes in zip((GPT2Config, BertConfig), SIZES[self.size], strict=True))
         return (gpt2 if self.policy is None else self.gpt2().config,
                 bert if self.reward is None else self.bert().config)  # fmt: skip
@@ -81,7 +81,7 @@ class Work:
         return BertClassifier(BertConfig(**SIZES[self.size][1])).eval()
 
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
-        """Of policy and classifier; for random models a vocabulary of characters."""
+        """The tokenizers of policy and classifier; for random models a vocabulary of characters."""
         made = Tokenizer(characters(GPT2Config().vocab_size))
         return tuple(
             made if folder is None else Tokenizer.from_pretrained(folder) for folder in (self.policy, self.reward)
@@ -144,10 +144,10 @@ def iteration(trainer: PPOTrainer, prompts: Sequence[str], reward: Any, name: st
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """Within it memory is watched; afterwards the list holds the most that was in use, MB.
+    """A context that measures peak memory; afterwards the list holds it, in MB.
 
-    On a GPU what tensors take; on a CPU the resident set of the process, since its start where the kernel cannot tell
-    less.
+    On a GPU the memory of tensors; on a CPU the resident set of the process, since its start if the kernel cannot reset
+    the peak.
     """
     found: list[float] = []
     if device.type == "cuda":

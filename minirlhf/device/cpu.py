@@ -16,20 +16,16 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
-
 MATMULS = ("default", "onednn")
 MATMUL_FLOP = 6e8  # of one timed product: a few milliseconds
 MATMUL_GAIN = 0.97  # oneDNN's time must be below this share of the default's
 
 
 @contextlib.contextmanager
-def onednn_matmul() -> Iterator[None]:
-    """A context in which fp32 matrix products go through oneDNN instead of MKL, with the same rounding.
+def matmul_precision(setting: str) -> Iterator[None]:
+    """A context in which `torch.set_float32_matmul_precision(setting)` holds; afterwards the setting is as before.
 
-    PyTorch takes oneDNN where products of "medium" precision are allowed. Where these round more than fp32 (CPUs with
-    AMX compute them in bf16), nothing is changed. The setting is PyTorch's global one; afterwards it is as before. A
-    user's own `torch.backends.*.fp32_precision`, which PyTorch does not mix with it, stays.
+    A user's own `torch.backends.*.fp32_precision`, which PyTorch does not mix with it, stays.
     """
     try:
         before = torch.get_float32_matmul_precision()
@@ -37,16 +33,24 @@ def onednn_matmul() -> Iterator[None]:
         yield
         return
     try:
-        if _medium_is_full():
-            torch.set_float32_matmul_precision("medium")
+        torch.set_float32_matmul_precision(setting)
         yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
+def onednn_matmul() -> contextlib.AbstractContextManager[None]:
+    """A context in which fp32 matrix products go through oneDNN instead of MKL, with the same rounding.
+
+    PyTorch takes oneDNN where products of "medium" precision are allowed. Where these round more than fp32 (CPUs with
+    AMX compute them in bf16), nothing changes.
+    """
+    return matmul_precision("medium") if _medium_is_full() else contextlib.nullcontext()
+
+
 @functools.cache
 def fastest_matmul(n_in: int, n_out: int) -> str:
-    """Which library multiplies by a matrix (n_in, n_out) faster on this machine, of MATMULS; timed once a process.
+    """The library, of MATMULS, that multiplies faster by a matrix (n_in, n_out) here; timed once a process.
 
     oneDNN needs 10 to 20% less time than MKL with AVX-512, and more than MKL with AVX2. Both are timed in turns, and
     the best of four turns counts, within about 50 ms.
@@ -68,24 +72,20 @@ def fastest_matmul(n_in: int, n_out: int) -> str:
 
 @functools.cache
 def _medium_is_full() -> bool:
-    """Whether a product of "medium" precision is as exact as any in fp32, which is measured."""
+    """Whether a product of "medium" precision is measured to be as exact as any in fp32."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 256, 256, generator=generator)[i] for i in (0, 1))
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
+    with matmul_precision("medium"):
         error = ((a @ b).double() - a.double() @ b.double()).abs().max()
-    finally:
-        torch.set_float32_matmul_precision(before)
     return bool(error < 1e-4)  # of sums of 256 products; about 2e-5 in fp32, 0.1 in bf16
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let the allocator keep what is freed for the next step, which asks for the same again; for the whole process.
+    """Let the allocator keep freed memory for the next step, which asks for the same again; for the whole process.
 
     By default glibc gives large blocks back to the system at once, and every new one costs a page fault for each 4 KiB.
-    Returns whether it was set: with glibc it is, other allocators (jemalloc by LD_PRELOAD, say) do as they are set.
+    Returns whether the allocator is glibc's, which alone can be asked.
     """
     if sys.platform != "linux":
         return False
@@ -98,12 +98,12 @@ def keep_freed_memory() -> bool:
 
 @functools.cache
 def limit_threads() -> int | None:
-    """Let PyTorch start no more threads than the control group (a container) has time for; for the whole process, once.
+    """Let PyTorch start no more threads than the quota of a container has time for; once a process.
 
     PyTorch starts one a core that it sees. With a quota of fewer cores all of them are stopped together once it is
-    used up, and the threads that are done wait for those that are not. The quota is rounded up: half a core is one.
-    Nothing is changed if OMP_NUM_THREADS or MKL_NUM_THREADS is set, or if PyTorch has another number of threads than it
-    takes by itself, cores or half of them (two to a core): somebody has set it.
+    used up, and the threads that are done wait for those that are not. The quota is rounded up.
+    Nothing changes if OMP_NUM_THREADS or MKL_NUM_THREADS is set, or PyTorch has another number of threads than it
+    takes by itself (cores, or half of them with two threads to a core), which somebody must have set.
     Returns the new number; None: the old one stays.
     """
     if sys.platform != "linux" or os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
@@ -116,33 +116,16 @@ def limit_threads() -> int | None:
 
 
 def cpu_quota() -> float | None:
-    """How many cores' time the control groups of this process, their parents included, may use; None: any.
-
-    Read from cpu.max (version 2), or cpu.cfs_quota_us and cpu.cfs_period_us (version 1).
-    """
+    """The cores whose time this process's control groups (version 2), parents included, may use; None: any number."""
     try:
-        groups = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
-    except OSError:
+        own = CGROUPS / OWN_CGROUP.read_text().split("::", 1)[1].strip().lstrip("/")
+    except (OSError, IndexError):
         return None
     limits = []
-    for _, controllers, path in groups:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = CGROUPS / "cpu" if controllers else CGROUPS
-        own = top / path.strip("/")  # in a container it may be a path outside, of which there is the top alone
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(top):
-                limits += _quota(folder)
-    return min(limits, default=None)
-
-
-def _quota(folder: Path) -> list[float]:
-    """The quota of one control group, in cores, if it has one."""
-    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+    for folder in (own, *own.parents):
         try:
-            quota, period = (int(x) for name in names for x in (folder / name).read_text().split())
-        except (OSError, ValueError):  # not there, or "max"
+            quota, period = (int(x) for x in (folder / "cpu.max").read_text().split())
+            limits.append(quota / period)
+        except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
             continue
-        if quota > 0 and period > 0:  # version 1: -1 for none
-            return [quota / period]
-    return []
+    return min(limits, default=None)

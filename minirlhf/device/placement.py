@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -13,21 +14,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
     Raises ValueError for an unknown name or a GPU that is not there.
     """
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:index]', got {device!r}") from error
-    if resolved.type not in ("cpu", "cuda"):
+    name, there = str(device), torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if there else "cpu")
+    if not re.fullmatch(r"(cpu|cuda)(:[0-9]{1,2})?", name):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:index]', got {device!r}")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
+    if name.startswith("cuda") and not there:
         raise ValueError(f"device is {device!r}, but this PyTorch sees no GPU; use 'cpu' or 'auto'")
-    return resolved
+    return torch.device(name)
 
 
 class Attempt:
-    """One attempt with batches of `size` rows, used in a `with`: out of memory ends the attempt and not the program."""
+    """One attempt with batches of `size` rows: a `with` that out of memory ends, and not the program."""
 
     def __init__(self, size: int):
         self.size, self.fitted = size, False

@@ -22,11 +22,10 @@ SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """Mixed precision over fp32 master weights (Micikevicius et al. 2018): autocast, and loss scaling for fp16.
 
-    name: "fp32", which on a GPU is all of fp32 unless the user's own `torch.set_float32_matmul_precision` allows less;
-        "tf32", products of a GPU rounded to 10 bits of mantissa; "bf16" or "fp16". Raises ValueError for another, or
-        for one that the device does not have.
-    model: the one that is run. On a CPU a large one gets the faster library for its largest matrices, whose name is
-        `matmul`. (oneDNN keeps a kernel of about 0.1 MB for every shape that occurs: too much for a small model.)
+    name: "fp32"; "tf32", products of a GPU rounded to 10 bits of mantissa; "bf16" or "fp16".
+    model: on a CPU a large one gets the faster library for its largest matrices, whose name is `matmul`. (oneDNN keeps
+        a kernel of about 0.1 MB for every shape that occurs: too much for a small model.)
+    Raises ValueError for an unknown precision, or one that the device does not have.
     """
 
     def __init__(self, name: str, device: torch.device, model: nn.Module | None = None):
@@ -34,13 +33,10 @@ class Precision:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
         if name == "tf32" and device.type != "cuda":
             raise ValueError(f"precision 'tf32' needs a GPU, but the device is {device}; use 'fp32' or 'bf16'")
-        self.name = name
-        self.device_type = device.type
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"precision is 'bf16', but {device} cannot compute in it; fp32 and fp16 it can")
-        self.matmul = (
-            "default"  # as `cpu.MATMULS`; a resumed run keeps the one it began with, whose rounding is its own
-        )
+        self.name, self.device_type = name, device.type
+        self.matmul = "default"  # of `cpu.MATMULS`; a resumed run keeps the one it began with, for its rounding
         if device.type == "cpu" and model is not None and is_large(model):
             self.matmul = fastest_matmul(*_largest_matrix(model))
         # fp16 has 5 exponent bits: small gradients vanish unless the loss is scaled up. bf16 has fp32's range.
@@ -58,7 +54,7 @@ class Precision:
         return onednn_matmul() if self.matmul == "onednn" else contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the (scaled) gradients of a loss; also within `autocast`, which a backward pass is none of."""
+        """Accumulate the (scaled) gradients of a loss; also inside `autocast`."""
         with self._products(), torch.autocast(self.device_type, enabled=False):
             self.scaler.scale(loss).backward()
 
@@ -67,26 +63,20 @@ class Precision:
     ) -> Tensor:
         """Unscale, clip the global gradient norm, step, and clear the gradients.
 
-        optimizer: a fused one clips and skips by itself, so that no device is waited for; any other does as well.
-        loss: 0-d, of which these are the gradients. If it or a gradient is not finite the step is skipped: weights and
-        optimizer state stay as they are. With fp16 that is also how a loss scale is found that does not overflow.
+        optimizer: a fused one, which clips and skips by itself, so that no device is waited for.
+        loss: 0-d, of which these are the gradients. If it or a gradient is not finite, weights and optimizer state
+        stay as they are; with fp16 this also finds a loss scale that does not overflow.
         Returns the gradient norm before clipping, 0-d; NaN or infinite for a step that was skipped.
         """
         self.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = torch.where(torch.isfinite(loss.detach()), norm, torch.nan)
-        divisor = ((norm + 1e-6) / max_grad_norm).clamp_min(1.0)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            # What fused optimizers get from a GradScaler: they divide by the one, and do nothing if the other is 1.
-            told: Any = optimizer
-            told.grad_scale, told.found_inf = divisor.float(), (~torch.isfinite(norm)).float()
-            optimizer.step()
-            del told.grad_scale, told.found_inf
-        elif torch.isfinite(norm):
-            for gradient in gradients:
-                gradient.div_(divisor)
-            optimizer.step()
+        # What fused optimizers get from a GradScaler: they divide by the one, and do nothing if the other is 1.
+        told: Any = optimizer
+        told.grad_scale = ((norm + 1e-6) / max_grad_norm).clamp_min(1.0).float()
+        told.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        del told.grad_scale, told.found_inf
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
@@ -98,7 +88,7 @@ def is_large(model: nn.Module) -> bool:
 
 
 def _largest_matrix(model: nn.Module) -> tuple[int, int]:
-    """The shape of most of a model's matrix products: of the matrices with most elements in all."""
+    """The shape of the matrices of a model that have most elements in all."""
     shapes: Counter[tuple[int, int]] = Counter()
     for p in model.parameters():
         if p.ndim == 2:

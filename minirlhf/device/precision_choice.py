@@ -1,10 +1,8 @@
 """What `precision="auto"` stands for: bf16 where it is faster and changes next to nothing, fp32 everywhere else.
 
-Three things must hold for bf16. The model is large: a small one gains nothing. The device has instructions for it: an
-emulation is slower than fp32. And the probabilities that the model gives are in bf16 what they are in fp32, as far as
-PPO can tell: a ratio between the two is to it like a step of the policy, of which it clips what leaves the clip range.
-`Rounding` is that comparison, for the choice and for the doctor. Weights with outliers, whose activations need more
-than bf16's 8 binary digits, fail it.
+Three things must hold for bf16: the model is large (a small one gains nothing), the device has instructions for it (an
+emulation is slower than fp32), and the ratios of the model's probabilities in bf16 to those in fp32 stay far within
+PPO's clip range. Weights with outliers, whose activations need more than bf16's 8 binary digits, fail the last.
 """
 
 from __future__ import annotations
@@ -19,33 +17,26 @@ from torch import Tensor, nn
 from minirlhf.device.precision import LARGE_MODEL, PRECISION_SETTINGS, Precision, is_large
 from minirlhf.device.random import eval_mode
 
-# The share of the clip range that rounding may take on the average token; on none may it take it all.
-ROUNDING_SHARE = 0.25
-CLIPRANGE = 0.2  # where there is none: that of PPO
+ROUNDING_SHARE = 0.25  # of the clip range, for rounding on the average token; no token may take all of it
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """|ratio - 1| of probabilities as they were rounded to those of the same tokens as they should be.
-
-    mean, worst: of the tokens; NaN or infinite if a log-probability is.
-    """
+    """|ratio - 1| of rounded to exact probabilities of the same tokens; NaN or infinite if a log-probability is."""
 
     mean: float
     worst: float
 
     @classmethod
     def between(cls, logprobs: Tensor, exact: Tensor) -> Rounding:
-        """Of log-probabilities, nats, both of any one shape."""
+        """Of log-probabilities in nats, both of the same shape."""
         error = (logprobs - exact).expm1().abs()
         return cls(error.mean().item(), error.max().item())
 
     def mean_fits(self, cliprange: float) -> bool:
-        """Whether the mean stays within its share of the clip range."""
         return self.mean <= ROUNDING_SHARE * cliprange
 
     def worst_fits(self, cliprange: float) -> bool:
-        """Whether no token is outside the clip range."""
         return self.worst <= cliprange
 
     def __str__(self) -> str:
@@ -54,7 +45,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """A precision, and why it is that one; reason: "" if it was asked for by its name."""
+    """A precision, and the reason for it; "" if it was asked for by its name."""
 
     name: str
     reason: str = ""
@@ -64,12 +55,12 @@ class PrecisionChoice:
 
 
 def choose_precision(
-    asked: str, model: nn.Module, probe: Callable[[], Tensor], cliprange: float = CLIPRANGE
+    asked: str, model: nn.Module, probe: Callable[[], Tensor], cliprange: float = 0.2
 ) -> PrecisionChoice:
     """The precision that was asked for; for "auto", bf16 or fp32.
 
-    model: the one that is run, on its device. probe: gives log-probabilities of it, the same ones each time; it is
-    called in fp32, then in bf16, in eval mode, and not at all if the model or the device settle it.
+    model: on its device. probe: gives the same log-probabilities of it each time; it is called in fp32, then in bf16,
+    in eval mode, and not at all if the model or the device settle the choice.
     Raises ValueError for an unknown precision.
     """
     if asked not in PRECISION_SETTINGS:
@@ -95,12 +86,11 @@ def choose_precision(
 def has_native_bf16(device: torch.device) -> bool:
     """Whether a device has instructions for matrix products in bf16, and this PyTorch uses them.
 
-    A GPU from compute capability 8.0 (Ampere); a CPU with AVX512_BF16, AMX, or the BF16 extension of ARM. Where a CPU
-    is not known to have them the answer is no.
+    A GPU from compute capability 8.0 (Ampere); a CPU that is known to have AVX512_BF16, AMX, or ARM's BF16.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # oneDNN says yes to any AVX-512 as well, on which it computes bf16 by way of fp32.
+    # oneDNN says yes to any AVX-512, on which it computes bf16 by way of fp32.
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):

@@ -10,9 +10,9 @@ from torch import nn
 
 
 class DropoutStream:
-    """Random numbers for dropout, which can draw from the global generators only, from a stream of its own.
+    """Random numbers for dropout, which draws from the global generators, from a stream of its own.
 
-    states: of the CPU's generator and of the device's, after the last use; set them to resume.
+    states: of the CPU's generator and the device's, after the last use; set them to resume.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -23,7 +23,7 @@ class DropoutStream:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
-        """Inside this context the global generators are this stream; afterwards they are as the caller had them."""
+        """Inside this context the global generators are this stream; afterwards they are as before."""
         cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if cuda else []):
             torch.set_rng_state(self.states["dropout"])
@@ -49,7 +49,7 @@ def undone_on_error(generators: Iterable[torch.Generator]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode inside this context; afterwards it is in the mode that it was in."""
+    """Put a model in eval mode inside this context; afterwards its mode is as before."""
     training = model.training
     model.eval()
     try:

@@ -1,6 +1,6 @@
 """Batched sampling from a decoder with a key/value cache.
 
-Left out: beam search and repetition penalties; PPO needs samples whose probabilities are known.
+Left out: beam search and repetition penalties, because PPO needs samples whose probabilities are known.
 
 Shapes: B rows, P longest prompt, R new tokens, T = P + R, C width, V vocabulary.
 """
@@ -30,9 +30,8 @@ class Generation:
 
     tokens: (B, T) int64. mask: (B, T) int64, 1 at real tokens. response_mask: (B, R) bool, True up to and including
     an end-of-sequence token. logprobs: (B, R) fp32, nats, of each response token under the distribution it was drawn
-    from; 0 at padding. sampling_sets: (B, R, ceil(V / 8)) uint8, the packed sampling set of each response token, or
-    None if nothing was truncated or the sets were not asked for. states: (B, R, C), the model's hidden state before
-    each response token, undefined at padding; None if they were not asked for.
+    from; 0 at padding. If asked for: sampling_sets, (B, R, ceil(V / 8)) uint8, packed, None also if nothing was
+    truncated; states, (B, R, C), the hidden state before each response token, undefined at padding.
     """
 
     tokens: Tensor
@@ -67,10 +66,8 @@ def generate(
 
     model: a decoder in eval mode (dropout would sample from another policy than the one that is scored).
     prompts: token ids of each prompt, 1-D, of any lengths of at least 1.
-    max_new_tokens: R; without `eos_token_id` every response has exactly this length, as in the original recipe.
-    eos_token_id: a row stops after this token.
-    generator: on the model's device, the source of all randomness: R * B uniform numbers are drawn from it at once.
-        None: PyTorch's global one.
+    max_new_tokens: R; without `eos_token_id`, after which a row stops, every response has exactly this length.
+    generator: on the model's device; R * B uniform numbers are drawn from it at once. None: PyTorch's global one.
     keep_sampling_sets, keep_states: whether the result has them.
     graphed: decodes every token after the first at fixed shapes, on a GPU by a CUDA graph. None: plain decoding, in
         which rows that have ended cost nothing. Both give the same samples.
@@ -85,10 +82,9 @@ def generate(
     ids, prompt_mask = left_pad(prompts, pad_token_id)
     longest, padded = int(prompt_mask.sum(-1).max()), not bool(prompt_mask.all())
     if longest + max_new_tokens > model.n_positions:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room for {max_new_tokens} new ones in the model's context of "
-            f"{model.n_positions}; shorten the prompt to {model.n_positions - max_new_tokens}"
-        )
+        room = f"for {max_new_tokens} new ones in the model's context of {model.n_positions}"
+        advice = f"shorten the prompt to {model.n_positions - max_new_tokens}"
+        raise ValueError(f"a prompt of {longest} tokens leaves no room {room}; {advice}")
     ids, prompt_mask = to_device(ids, model.device), to_device(prompt_mask, model.device)
     B, P = ids.shape
     uniforms = draw_uniforms(max_new_tokens, B, model.device, generator)
@@ -97,15 +93,16 @@ def generate(
     cache = model.new_cache(B, columns if step is None else P)
     state, logits = _prefill(model, ids, prompt_mask if padded else None, cache)
     if step is not None:
-        step.load(cache, prompt_mask)
+        step.cache.load(cache, prompt_mask)
     sets = model.vocab_size if keep_sampling_sets and sampling.truncates else 0
     sampled = _Samples(ids, prompt_mask, max_new_tokens, pad_token_id, state, sets, keep_states)
 
     rows = torch.arange(B, device=model.device)  # the rows that are still decoded
     running = torch.ones_like(rows, dtype=torch.bool)  # of these, the ones that have not ended
     for t in range(max_new_tokens):
-        new, logprobs, keep = sample(logits, sampling, uniforms[t, rows])
-        sampled.append(t, rows, new, logprobs, keep, state, None if eos_token_id is None else running)
+        drawn = sample(logits, sampling, uniforms[t, rows])
+        sampled.append(t, rows, drawn, state, None if eos_token_id is None else running)
+        new = drawn[0]
         if t + 1 == max_new_tokens:
             break
         if eos_token_id is not None:
@@ -137,20 +134,13 @@ class _Samples:
         self.states = state.new_zeros(B, R, state.size(-1)) if keep_states else None
 
     def append(
-        self,
-        t: int,
-        rows: Tensor,
-        tokens: Tensor,
-        logprobs: Tensor,
-        keep: Tensor | None,
-        state: Tensor,
-        running: Tensor | None,
+        self, t: int, rows: Tensor, drawn: tuple[Tensor, Tensor, Tensor | None], state: Tensor, running: Tensor | None
     ) -> None:
-        """Write response token t of b rows: tokens, logprobs (b,), keep (b, V), state (b, C), the one it was drawn by.
+        """Write response token t of b rows: what `sample` gave for them, and the states (b, C) before it.
 
         running: bool (b,), False for rows that have ended, which stay as padding; None: all rows run.
         """
-        column = self.P + t
+        column, (tokens, logprobs, keep) = self.P + t, drawn
         if running is not None:
             tokens = torch.where(running, tokens, self.tokens[rows, column])
             logprobs = torch.where(running, logprobs, 0.0)
@@ -171,10 +161,7 @@ class _Samples:
 
 
 def _prefill(model: Decoder, ids: Tensor, mask: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Fill the cache with the prompts (B, P); return the states (B, C) and the logits (B, V) after them.
-
-    Equal prompts are computed once.
-    """
+    """Fill the cache with the prompts (B, P), equal ones once; return states (B, C) and logits (B, V) after them."""
     distinct, row = torch.unique(ids if mask is None else torch.cat([ids, mask], 1), dim=0, return_inverse=True)
     cache.take_rows(slice(len(distinct)))
     mask = None if mask is None else distinct[:, ids.size(1) :]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minirlhf.common import validation
 from minirlhf.device.cpu import keep_freed_memory, limit_threads
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
 from minirlhf.generation.static_decode import GraphedDecoder
-from minirlhf.models.compilation import compile_blocks
-from minirlhf.models.decoder import Decoder, share_frozen_parameters
-from minirlhf.models.heads import ActorCritic, check_models, language_model, with_value_head
+from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
+from minirlhf.models.heads import ActorCritic, language_model, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.probes import language_model_probe
 from minirlhf.text.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class Models:
     """The models of a rollout: policy and frozen reference with one vocabulary on one device, and their tokenizer.
 
     precision: of their forward passes. graphed: decodes by CUDA graphs; None: plainly.
-    scoring_batch_size: sequences of a pass without gradient, which keeps no activations.
+    scoring_batch_size: sequences of a pass without gradient.
     """
 
     policy: ActorCritic
@@ -60,18 +60,19 @@ def prepare(
         ref_policy = load_decoder(ref_policy)
     kind = (config.value_head or "linear") if with_values else None
     actor = with_value_head(policy, kind, config.value_head_init, config.seed)
-    if actor.value_head is not None and config.value_head not in (None, actor.value_head.kind):
-        raise ValueError(
-            f"PPOConfig.value_head is {config.value_head!r}, but the policy has a {actor.value_head.kind!r} head; "
-            "pass the plain decoder to get a new one"
-        )
-    reference = language_model(ref_policy)
-    check_models(actor.decoder, reference, tokenizer)
-    positions = actor.decoder.n_positions
-    if config.gen_len > positions:  # the last token needs no position: nothing follows it
-        raise ValueError(f"PPOConfig.gen_len must be at most the model's {positions} positions, got {config.gen_len}")
-    if config.eos_token_id is not None and config.eos_token_id >= len(tokenizer):
-        raise ValueError(f"PPOConfig.eos_token_id must be in [0, {len(tokenizer)}), got {config.eos_token_id}")
+    if actor.value_head is not None and config.value_head is not None:
+        own = actor.value_head.kind
+        advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
+        validation.require(config, "value_head", config.value_head == own, advice)
+    reference, positions = language_model(ref_policy), actor.decoder.n_positions
+    actor.decoder.fit_vocabulary(len(tokenizer), "policy")
+    reference.fit_vocabulary(len(tokenizer), "reference")
+    if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
+    if reference.n_positions < positions:
+        raise ValueError(f"the reference has {reference.n_positions} positions, fewer than the policy's {positions}")
+    validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
+    validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -85,7 +86,7 @@ def prepare(
         compile_blocks(actor.decoder, reference)
     probe = language_model_probe(actor.decoder, config.logprobs_divisor)
     choice = choose_precision(config.precision, actor, probe, config.cliprange)
-    # From here on the config names the precision: a run that goes on elsewhere keeps the one that it began with.
+    # The config names the precision from here on, so that a run that goes on elsewhere keeps it.
     config = dataclasses.replace(config, precision=choice.name)
     graphed = GraphedDecoder() if config.cuda_graphs and device.type == "cuda" else None
     batch_size = 128 if device.type == "cpu" else 1024

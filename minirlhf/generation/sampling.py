@@ -1,8 +1,7 @@
 """From logits to a sampled token: temperature, top-k and top-p as pure functions over a batch.
 
-Shapes: B rows, V vocabulary. A sampling set is the bool (B, V) of the tokens that may be drawn; packed into bits
-(`pack_set`) it is small enough to keep for a whole rollout, so that scoring can use exactly the distribution that was
-sampled from.
+Shapes: B rows, V vocabulary. A sampling set is the bool (B, V) of the tokens that may be drawn. Packed into bits
+(`pack_set`) it is kept for a whole rollout, so that scoring can use exactly the distribution that was sampled from.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def top_p_set(probs: Tensor, p: float) -> Tensor:
     """
     if p >= 1:
         return probs > 0  # a rounded running sum would lose the tail
-    # On a GPU a sort is quick, and what the histogram selects would have to be waited for.
+    # On a GPU a sort is quick, and the histogram would force a synchronisation.
     return _top_p_by_histogram(probs, p) if probs.device.type == "cpu" else _top_p_by_sort(probs, p)
 
 
@@ -94,16 +93,11 @@ def _top_p_by_histogram(probs: Tensor, p: float) -> Tensor:
     return keep
 
 
-def sampling_set(logits: Tensor, config: SamplingConfig) -> Tensor | None:
-    """Bool (B, V): the tokens that `config` allows after each row's logits; None if it allows all.
+def truncate(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (B, V), 0 outside the sampling set but not renormalised, and that set; None: every token.
 
     Temperature comes first, then top-k, then top-p over what top-k left, as in transformers.
     """
-    return _truncate(logits, config)[1]
-
-
-def _truncate(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
-    """Probabilities (B, V), 0 outside the sampling set but not renormalised, and that set; None: every token."""
     logits, keep = restrict(logits, config.temperature), None
     if config.top_k > 0:
         keep = top_k_set(logits, config.top_k)
@@ -131,10 +125,9 @@ def sample(logits: Tensor, config: SamplingConfig, uniforms: Tensor) -> tuple[Te
 
     logits: (B, V). uniforms: (B,) fp64 in [0, 1), the randomness of each row's draw.
     Returns tokens (B,) int64, their log-probabilities (B,) in nats, fp32, under the distribution that was sampled
-    from, and the sampling set, bool (B, V) or None.
-    Raises FloatingPointError on the CPU if a row of logits has a NaN, or no finite maximum.
+    from, and the sampling set, bool (B, V) or None. Raises as `draw`.
     """
-    probs, keep = _truncate(logits, config)
+    probs, keep = truncate(logits, config)
     tokens, total = draw(probs, uniforms)
     share = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / total  # fp64
     return tokens, share.log().to(probs.dtype), keep
@@ -143,9 +136,8 @@ def sample(logits: Tensor, config: SamplingConfig, uniforms: Tensor) -> tuple[Te
 def draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw an index a row with a probability in proportion to its weight, by the inverse distribution function.
 
-    weights: (B, V), not negative. uniforms: (B,) fp64 in [0, 1). The function is inverted in two levels: first which
-    block of about sqrt(V) weights, then which weight in the block, so that the running sums, in fp64, are short. A
-    weight of 0 is never drawn.
+    weights: (B, V), not negative; one of 0 is never drawn. uniforms: (B,) fp64 in [0, 1). The function is inverted in
+    two levels, so that the running sums, in fp64, are short: a block of about sqrt(V) weights, then a weight in it.
     Returns the indices (B,) int64, and the sum of each row's weights (B,) fp64.
     Raises FloatingPointError on the CPU if the sum of a row is 0, infinite or NaN; a GPU would need a synchronisation.
     """
@@ -174,17 +166,14 @@ def draw_uniforms(tokens: int, rows: int, device: torch.device, generator: torch
     """The randomness of a whole batch, (R, B) fp64 in [0, 1): token t of row b is drawn with entry [t, b].
 
     A sample then depends neither on which other rows have ended nor on how the batch is decoded.
-    generator: on the device; None: PyTorch's global one.
     """
     return torch.rand(tokens, rows, generator=generator, dtype=torch.float64, device=device)
 
 
 def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token a row from the nucleus: the smallest set of most probable tokens whose mass reaches p.
+    """Draw one token a row from the nucleus, `top_p_set`: (B, V) probabilities to (B,) int64.
 
-    probs: (B, V), rows sum to 1. p: in (0, 1]. Returns tokens (B,) int64.
-    Raises ValueError for a p out of range. Source: Holtzman et al. 2020, "The Curious Case of Neural Text
-    Degeneration".
+    Raises ValueError for a p outside (0, 1].
     """
     if not 0 < p <= 1:
         raise ValueError(f"p must be in (0, 1], got {p}")

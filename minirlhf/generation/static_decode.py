@@ -1,25 +1,21 @@
 """Decoding at fixed shapes, so that a GPU can replay it: one launch a token instead of some hundred.
 
-Decoding a token is so little work for a GPU that launching its kernels takes most of the time. A CUDA graph is recorded
-once and replayed (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs); in return nothing in it may change
-but the content of tensors. So the key/value cache has its full length from the start, a mask hides columns that are
-not written yet, and the place of the next token is a number in a tensor (see `models.cache.StaticKVCache`).
-
-Only the forward pass of one token a row is in the graph. Sampling stays outside, in `generate`. Nothing synchronises
-with the GPU between two tokens, so rows that have ended go on, and `generate` drops what they draw.
+A CUDA graph is recorded once and replayed (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs); nothing
+in it may change but the content of tensors. So `models.cache.StaticKVCache` has its full length from the start. Only
+the forward pass of one token a row is in the graph; `generate` samples outside. Nothing synchronises with the GPU
+between two tokens, so rows that have ended go on, and `generate` drops what they draw.
 
 Shapes: B rows, P prompt, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import torch
 from torch import Tensor
 
-from minirlhf.models.cache import KVCache, StaticKVCache
+from minirlhf.models.cache import StaticKVCache
 from minirlhf.models.decoder import Decoder
 
 COLUMNS = 64  # the length of a static cache is a multiple: batches of about the same length share a graph
@@ -27,10 +23,7 @@ WARM_UPS = 3  # runs before the capture, in which libraries choose kernels and t
 
 
 class DecodeStep:
-    """State and logits after one more token in each of B rows, computed in place in tensors of fixed shape.
-
-    On a CPU it runs as it is; on a GPU, once captured, as a replay.
-    """
+    """State and logits after one more token in each of B rows, computed in place; once captured, by a replay."""
 
     def __init__(self, model: Decoder, batch_size: int, columns: int):
         self.model, self.columns = model, columns
@@ -42,23 +35,13 @@ class DecodeStep:
 
     @staticmethod
     def key_of(model: Decoder, batch_size: int) -> tuple[object, ...]:
-        """What must be the same for a step to be used again: rows, types, and the addresses of the weights.
-
-        An optimizer changes weights in place, so their addresses stay.
-        """
+        """What must be equal to use a step again: rows, types, and addresses of weights, which an optimizer keeps."""
         device = model.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return batch_size, kind, *((p.data_ptr(), p.dtype) for p in model.parameters())
 
-    def load(self, cache: KVCache, prompt_mask: Tensor) -> None:
-        """Begin after the prompts, with their keys and values. prompt_mask: (B, P), 1 at real tokens."""
-        self.cache.load(cache, prompt_mask)
-
     def __call__(self, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed one token a row (B,); return hidden states (B, C) and logits (B, V) after it.
-
-        The next call overwrites them.
-        """
+        """Feed one token a row (B,); return states (B, C) and logits (B, V) after it. The next call overwrites them."""
         self.new.copy_(new.unsqueeze(-1))
         if self.graph is None or self.outputs is None:
             return self._forward()
@@ -66,51 +49,38 @@ class DecodeStep:
         return self.outputs
 
     def _forward(self) -> tuple[Tensor, Tensor]:
-        with self._autocast():
+        device = self.new.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # No cache of casts, which a context empties at its end: a replay would read freed memory.
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
             state = self.model.hidden_states(self.new, cache=self.cache)[:, -1]
             return state, self.model.lm_logits(state)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Autocast without its cache of casts, which a context empties at its end: a replay would read freed memory."""
-        device = self.new.device.type
-        if not torch.is_autocast_enabled(device):
-            return contextlib.nullcontext()
-        return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
-
     def capture(self) -> None:
         """On a GPU, record the step as a graph. Raises RuntimeError if something in it cannot be recorded."""
-        device = self.new.device
-        if device.type != "cuda":
+        if self.new.device.type != "cuda":
             return
-        with torch.cuda.device(device):
-            before = torch.cuda.current_stream()
+        with torch.cuda.device(self.new.device):
+            graph, side, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
             try:
-                self._record(before)
+                side.wait_stream(before)
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UPS):  # the new cache has room for them, and is loaded before it is read
+                        self._forward()
+                before.wait_stream(side)
+                # Other threads, say of a reward function, may use the GPU meanwhile.
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    outputs = self._forward()
             finally:  # a capture that fails leaves its own stream behind
                 torch.cuda.set_stream(before)
-
-    def _record(self, stream: torch.cuda.Stream) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self.cache.rewind()
-                self._forward()
-        stream.wait_stream(side)
-        self.cache.rewind()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, say of a reward function, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            outputs = self._forward()
         self.graph, self.outputs = graph, outputs
 
 
 class GraphedDecoder:
     """Makes a DecodeStep for `generate`, and keeps it for later batches of as many rows and the same weights.
 
-    It holds one key/value cache. A graph keeps the settings, for example of TF32, with which it was captured. If a
-    capture fails, `generate` decodes plainly from then on. (PyTorch's global generator of that GPU may refuse to draw
-    after that; the trainer has its own.)
+    A graph keeps the settings, for example of TF32, with which it was captured. If a capture fails, `generate` decodes
+    plainly from then on. (PyTorch's global generator of that GPU may then refuse to draw; the trainer has its own.)
     """
 
     def __init__(self) -> None:
@@ -119,18 +89,16 @@ class GraphedDecoder:
 
     def step_for(self, model: Decoder, batch_size: int, columns: int) -> DecodeStep | None:
         """A step with room for so many columns; None, with a warning the first time, if it cannot be captured."""
-        if self._failed:
-            return None
         step = self._step
         if step is not None and step.key == DecodeStep.key_of(model, batch_size) and columns <= step.columns:
             return step
         self._step = step = None  # frees its memory before the next one takes as much
-        try:
-            step = DecodeStep(model, batch_size, -(-columns // COLUMNS) * COLUMNS)
-            step.capture()
-        except RuntimeError as error:
-            self._failed = True
-            warnings.warn(f"decoding without a CUDA graph, as it cannot be captured: {error}", stacklevel=3)
-            return None
-        self._step = step
-        return step
+        if not self._failed:
+            try:
+                step = DecodeStep(model, batch_size, -(-columns // COLUMNS) * COLUMNS)
+                step.capture()
+                self._step = step
+            except RuntimeError as error:
+                self._failed = True
+                warnings.warn(f"decoding without a CUDA graph, as it cannot be captured: {error}", stacklevel=3)
+        return self._step

@@ -1,6 +1,6 @@
 """What a softmax over logits says of tokens: log-probability, entropy, KL divergence.
 
-First as they are defined, then in fewer passes over the logits; the tests compare the two.
+First as they are defined, then in fewer passes over the logits.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -30,10 +30,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(p || q) (...) in nats over the vocabulary, with p = softmax(logits (..., V)) and q of `ref_logits`.
-
-    Where p is 0 (a logit of -inf) the term is 0.
-    """
+    """KL(p || q) (...) in nats, with p = softmax(logits (..., V)) and q of `ref_logits`; where p is 0 the term is 0."""
     logp, logq = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (logp.exp() * torch.where(logits == -torch.inf, 0.0, logp - logq)).sum(-1)
 
@@ -47,7 +44,7 @@ def compare(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, entropy, the reference's log-probability, and KL(policy || reference), each (N,), in nats.
 
-    logits, ref_logits: (N, V), finite, of policy and reference. Other arguments as of `LogprobsAndEntropy`.
+    logits, ref_logits: (N, V), finite. Other arguments as of `LogprobsAndEntropy`.
     """
 
     def normalised(z: Tensor) -> Tensor:  # (N, V), finite also where it is not kept
@@ -61,8 +58,7 @@ def compare(
     at, logp, logq = tokens.unsqueeze(-1), normalised(logits), normalised(ref_logits)
     logprobs, ref_logprobs = of_tokens(logp), of_tokens(logq)
     p = logp.exp() if keep is None else logp.exp().masked_fill_(~keep, 0.0)
-    # Logarithms are subtracted before they are summed, so that no digits are lost; no matrix product, which autocast
-    # would round.
+    # Differences are summed, so that no digits are lost; not by a matrix product, which autocast would round.
     entropy = -(p * logp).sum(-1)
     kl = p.mul_(logp.sub_(logq)).sum(-1)
     return logprobs, entropy, ref_logprobs, kl
@@ -71,9 +67,9 @@ def compare(
 class LogprobsAndEntropy(torch.autograd.Function):
     """`apply`: log-probability (N,) of each token, -inf for one outside `keep`, and entropy (N,), in nats.
 
-    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: of the distribution that was sampled
-    from, as in `sampling.restrict`. Autograd of the definitions keeps half a dozen tensors of the logits' shape for the
-    backward pass; this keeps one. With p = softmax(x), x = logits / temperature, and H the entropy of p:
+    logits: (N, V), finite. tokens: (N,) int64. temperature, keep (N, V) bool: as in `sampling.restrict`. Autograd of
+    the definitions keeps half a dozen tensors of the logits' shape for the backward pass; this keeps one. With
+    p = softmax(x), x = logits / temperature, and H the entropy of p:
 
         d log p_i / dx_j = [i = j] - p_j        dH / dx_j = -p_j (log p_j + H)
     """

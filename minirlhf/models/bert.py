@@ -20,14 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.common.validation import (
-    require,
-    require_above,
-    require_fraction,
-    require_one_of,
-    require_positive_ints,
-    require_rates,
-)
+from minirlhf.common import validation
 from minirlhf.io.files import naming
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import (
@@ -51,18 +44,10 @@ from minirlhf.models.layers import (
 )
 from minirlhf.models.packing import Packing
 
-NEGATIVE_LABEL, POSITIVE_LABEL = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
-
-
 # Variants of the computation that published configs can ask for and this model does not have.
-FIXED_FIELDS = {
-    "position_embedding_type": ("absolute",),
-    "is_decoder": (False,),
-}
+FIXED_FIELDS = {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
 LAYER_TENSORS = 16  # of one layer
-# Prefix of tensors -> a model that is not this one (other positions, no segments, shared layers, ...).
-RELATIVES = {"roberta.": "RoBERTa", "distilbert.": "DistilBERT", "albert.": "ALBERT", "electra.": "ELECTRA",
-             "deberta.": "DeBERTa", "xlm-roberta.": "XLM-RoBERTa", "ernie.": "ERNIE"}  # fmt: skip
+LABELS = ("negative (stars 1, 2 and 3)", "positive (stars 4 and 5)")  # of uer's published classifier
 
 
 @dataclass(frozen=True)
@@ -81,28 +66,18 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    id2label: Mapping[int, str] = field(default_factory=lambda: {0: NEGATIVE_LABEL, 1: POSITIVE_LABEL})
+    id2label: Mapping[int, str] = field(default_factory=lambda: dict(enumerate(LABELS)))
 
     def __post_init__(self) -> None:
-        require_positive_ints(
-            self,
-            "vocab_size",
-            "max_position_embeddings",
-            "type_vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-        )
-        require_rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        require_fraction(self, "layer_norm_eps")
-        require_above(self, 0, "initializer_range")
-        require_one_of(self, "hidden_act", ACTIVATIONS)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"BertConfig.hidden_size must be a multiple of num_attention_heads={self.num_attention_heads}, "
-                f"got {self.hidden_size}"
-            )
+        sizes = ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "intermediate_size")
+        validation.require_positive_ints(self, *sizes, "num_hidden_layers", "num_attention_heads")
+        validation.require_rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        validation.require_fraction(self, "layer_norm_eps")
+        validation.require_above(self, 0, "initializer_range")
+        validation.require_one_of(self, "hidden_act", ACTIVATIONS)
+        heads = self.num_attention_heads
+        whole = self.hidden_size % heads == 0
+        validation.require(self, "hidden_size", whole, f"a multiple of num_attention_heads={heads}")
         object.__setattr__(self, "id2label", _checked_labels(self.id2label))
 
     @property
@@ -187,9 +162,9 @@ class BertModel(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embeddings(ids)
-        # Padded queries attend and are never read; every query sees at least the keys of its row's real tokens.
+        # Padded queries attend and are never read.
         allowed = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-        # In a row that reads both ways nothing can be shared, but what works on single tokens can skip padding.
+        # Rows that read both ways share nothing, but layers that work on single tokens can skip padding.
         packing = None if attention_mask is None else Packing.of(ids, attention_mask, share=False)
         x = x if packing is None else packing.pack(x)  # (N, C)
         for layer in self.encoder["layer"].children():
@@ -200,8 +175,7 @@ class BertModel(nn.Module):
 class BertClassifier(nn.Module):
     """BERT with a classification head: `model(ids, attention_mask=None) -> logits (B, L)`.
 
-    config: a BertConfig, whose `id2label` sets the number and the names of the labels.
-    seed: of the generator that draws the initial weights.
+    config: its `id2label` names the labels. seed: of the generator that draws the initial weights.
     """
 
     origin: Origin | None = None  # what it was loaded from
@@ -225,9 +199,9 @@ class BertClassifier(nn.Module):
 
     def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of the last layer; arguments and errors as in `forward`."""
-        limit = self.config.max_position_embeddings
-        if ids.size(1) > limit:
-            raise ValueError(f"a sequence of {ids.size(1)} tokens is longer than the model's {limit} positions")
+        length, limit = ids.size(1), self.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"a sequence of {length} tokens is longer than the model's {limit} positions")
         if attention_mask is not None and attention_mask.shape != ids.shape:
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(ids.shape)}")
         return self.bert(ids, attention_mask)
@@ -255,14 +229,13 @@ class BertClassifier(nn.Module):
         one without a classification head.
         """
         content, named = _read_published(folder)
-        if not any(name.startswith("classifier.") for name in named):
-            raise ValueError(
-                f"{folder} holds no classification head (classifier.weight, classifier.bias): it is a BERT that was "
-                "not yet trained to classify"
-            )
+        if "classifier.weight" not in named:
+            raise ValueError(f"{folder} holds no classification head (classifier.weight): not yet trained to classify")
         if content.get("id2label") is None:  # no names, so none are invented
-            with naming(folder):
-                content["id2label"] = _nameless_labels(content.get("num_labels"))
+            count, said = sum(named["classifier.weight"].shape[:1]), content.get("num_labels")
+            if said not in (None, count):
+                raise ValueError(f"{folder}: config.json has num_labels={said!r:.80}, but {count} are stored")
+            content["id2label"] = {i: f"LABEL_{i}" for i in range(count)}
         with naming(folder), shapes_only():
             model = cls(_config(content, len(named)))
         fill(model, named, folder)
@@ -271,11 +244,10 @@ class BertClassifier(nn.Module):
 
     @classmethod
     def from_trunk(cls, folder: str | os.PathLike[str], id2label: Mapping[int, str], seed: int = 0) -> BertClassifier:
-        """A new classification head on the encoder of any BERT folder, in eval mode, without the folder's own heads.
+        """The encoder of any BERT folder with a new classification head, in eval mode.
 
-        id2label: the labels of the new head. seed: of the generator that draws it, and a pooler if the folder holds
-            none (a BertForMaskedLM).
-        Raises as `from_pretrained`, but needs no classification head.
+        id2label: the labels of the new head. seed: of the generator that draws the head, and a pooler if the folder
+            has none. Raises as `from_pretrained`, but needs no classification head.
         """
         content, named = _read_published(folder)
         trunk = {name: tensor for name, tensor in named.items() if name.startswith("bert.")}
@@ -284,10 +256,9 @@ class BertClassifier(nn.Module):
         new = [part for part in ("bert.pooler.dense", "classifier") if not any(name.startswith(part) for name in trunk)]
         shapes = {name: p.shape for name, p in model.state_dict().items()}
         check_tensors(trunk, {name: shapes[name] for name in shapes if not name.startswith(tuple(new))}, folder)
-        generator = torch.Generator().manual_seed(seed)
+        generator, std = torch.Generator().manual_seed(seed), model.config.initializer_range
         for part in new:
             weight, bias = f"{part}.weight", f"{part}.bias"
-            std = model.config.initializer_range
             trunk[weight] = torch.empty(shapes[weight]).normal_(0.0, std, generator=generator)
             trunk[bias] = torch.zeros(shapes[bias])
         fill(model, trunk, folder)
@@ -301,12 +272,7 @@ class BertClassifier(nn.Module):
         dtype: torch.dtype = torch.float32,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
-
-        dtype: the type the weights are stored in. summary: of the training, names to JSON values, for the README and
-            the metadata of the weights.
-        Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
-        """
+        """Write a folder in the published layout; arguments and errors as of `Decoder.save_pretrained`."""
         content = {
             "architectures": ["BertForSequenceClassification"],
             "model_type": "bert",
@@ -319,24 +285,14 @@ class BertClassifier(nn.Module):
 
 
 def _read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The content of a BERT folder's `config.json`, and all its tensors by their names in the model.
-
-    Raises as `BertClassifier.from_pretrained`, naming models that descend from BERT and compute something else.
-    """
+    """A BERT folder's `config.json`, and all its tensors by their names here; raises as `from_pretrained`."""
     content, tensors = read_folder(folder)
-    for prefix, relative in RELATIVES.items():
-        if any(name.startswith(prefix) for name in tensors):
-            raise ValueError(f"{folder} holds a {relative}, which computes something else than BERT: not supported")
     check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS)
     return content, renamed(tensors, _own_name, folder)
 
 
 def _config(content: Mapping[str, Any], stored: int) -> BertConfig:
-    """The BertConfig of a published `config.json`, for a file of `stored` tensors. Raises ValueError if it is bad."""
-    config, most = config_from_json(BertConfig, content), stored // LAYER_TENSORS
-    fits = config.num_hidden_layers <= most  # even an empty layer costs memory
-    require(config, "num_hidden_layers", fits, f"at most {most}, the layers that are stored")
-    return config
+    return config_from_json(BertConfig, content, "num_hidden_layers", stored // LAYER_TENSORS)
 
 
 def _own_name(published: str) -> str | None:
@@ -345,22 +301,13 @@ def _own_name(published: str) -> str | None:
     return f"bert.{published}" if published.startswith(("embeddings.", "encoder.", "pooler.")) else published
 
 
-def _nameless_labels(count: Any) -> dict[int, str]:
-    if count is not None and (not isinstance(count, int) or not 1 <= count <= 10_000):
-        raise ValueError(f"config.json has num_labels={count!r}; it must be a number of classes")
-    return {i: f"LABEL_{i}" for i in range(2 if count is None else count)}
-
-
 def _checked_labels(id2label: Any) -> dict[int, str]:
     """id2label with int keys 0 .. L-1 (JSON has them as text)."""
     try:
         labels = {int(i): str(label) for i, label in id2label.items() if isinstance(label, (str, int, float))}
-        if len(labels) != len(id2label):
-            raise ValueError
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"BertConfig.id2label must map class numbers to names, got {id2label!r:.200}") from None
-    if sorted(labels) != list(range(len(labels))) or not labels:
-        raise ValueError(f"BertConfig.id2label must have the keys 0, 1, ... without gaps, got {sorted(labels)}")
-    if len(set(labels.values())) != len(labels):
-        raise ValueError(f"BertConfig.id2label must have distinct names, got {list(labels.values())}")
+        labels = {}
+    if not labels or sorted(labels) != list(range(len(id2label))) or len(set(labels.values())) != len(labels):
+        allowed = "map 0, 1, ... without gaps to distinct names"
+        raise ValueError(f"BertConfig.id2label must {allowed}, got {id2label!r:.200}")
     return labels

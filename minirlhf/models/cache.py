@@ -12,8 +12,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values of the tokens seen so far, allocated once for `max_length` tokens a row.
 
-    layers: one tensor (2, B, nh, max_length, hs) a layer, keys and values. length: how many tokens are filled.
-    like: a tensor of the dtype and device to allocate with.
+    layers: one tensor (2, B, nh, max_length, hs) a layer, keys and values, of the type and device of `like`.
+    length: how many tokens are filled.
     """
 
     def __init__(self, n_layer: int, batch_size: int, heads: int, max_length: int, head_size: int, like: Tensor):
@@ -29,7 +29,7 @@ class KVCache:
         return store[0, :, :, :end], store[1, :, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count tokens that every layer has stored."""
+        """Count the tokens that every layer has stored."""
         self.length += tokens
 
     def take_rows(self, rows: Tensor | slice) -> None:
@@ -38,7 +38,7 @@ class KVCache:
 
 
 class StaticKVCache(KVCache):
-    """A KVCache whose shapes never change, filled one token a row at a time, so that a CUDA graph can replay it.
+    """A KVCache of fixed shapes, filled one token a row at a time, so that a CUDA graph can replay it.
 
     column: (1,) int64, where the next token goes. positions: (B, 1), the position of each row's next token.
     real: (B, max_length) bool, False at the padding of a prompt.
@@ -55,7 +55,7 @@ class StaticKVCache(KVCache):
 
     @property
     def allowed(self) -> Tensor:
-        """Bool (B, 1, 1, max_length): the columns that the next token of each row may attend to, itself included."""
+        """Bool (B, 1, 1, max_length), the columns that each row's next token may attend to, its own included."""
         return (self.real & (self._columns <= self.column))[:, None, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class StaticKVCache(KVCache):
         self.positions += tokens
 
     def load(self, cache: KVCache, prompt_mask: Tensor) -> None:
-        """Begin with the prompts in another cache of as many rows. prompt_mask: (B, P), 1 at real tokens."""
+        """Begin with the prompts of another cache of as many rows. prompt_mask: (B, P), 1 at real tokens."""
         for mine, theirs in zip(self.layers, cache.layers, strict=True):
             mine[:, :, :, : cache.length] = theirs[:, :, :, : cache.length]
             # Hidden columns have weight 0, but 0 times a NaN left there would be NaN.
@@ -80,8 +80,3 @@ class StaticKVCache(KVCache):
         self.real.fill_(True)
         self.real[:, : cache.length] = prompt_mask.bool()
         self.positions.copy_(prompt_mask.sum(-1, keepdim=True))
-
-    def rewind(self) -> None:
-        """Go back to column and position 0."""
-        self.column.zero_()
-        self.positions.zero_()

@@ -24,39 +24,22 @@ class Decoder(nn.Module):
     """A causal language model: `model(ids, attention_mask=None) -> logits (B, T, V)`."""
 
     origin: Origin | None = None  # what it was loaded from
-    n_tokens: int | None = None  # tokens of the tokenizer, if the embedding has more rows (see `fit_vocabulary`)
     # Keep no activations but those between blocks; the backward pass recomputes the rest (Chen et al. 2016).
     checkpoint_activations = False
 
     # ---- what an architecture must provide --------------------------------------------------------------------------
 
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """V, the number of tokens that have a logit."""
+    vocab_size: int  # V, tokens that have a logit
+    n_positions: int  # most tokens of one sequence
+    width: int  # C
+    n_heads: int  # attention heads of a block
 
     @abstractmethod
     def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
-        """Give logits to the tokenizer's tokens only: rows that pad the embedding are then never sampled.
+        """Give logits only to the tokenizer's `n_tokens` tokens, not to rows that pad the embedding.
 
-        n_tokens: tokens of the tokenizer. name: of the model in the error.
-        Raises ValueError if the embedding has fewer rows.
+        Raises ValueError, with the name of the model, if the embedding has fewer rows, or too many for padding.
         """
-
-    @property
-    @abstractmethod
-    def n_positions(self) -> int:
-        """Most tokens of one sequence."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """C, size of a hidden state."""
-
-    @property
-    @abstractmethod
-    def n_heads(self) -> int:
-        """Attention heads of a block."""
 
     @property
     @abstractmethod
@@ -94,11 +77,11 @@ class Decoder(nn.Module):
 
     @abstractmethod
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty KVCache for `max_length` tokens a row, on the model's device in its compute type."""
+        """An empty KVCache for `max_length` tokens a row, in the model's compute type."""
 
     @abstractmethod
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The content of `config.json` and the tensors by their published names, as transformers has them.
+        """The content of `config.json`, with what a loaded one said besides, and the tensors by their published names.
 
         Raises ValueError if a weight is not finite in `dtype`.
         """
@@ -109,11 +92,6 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights."""
-        return next(self.parameters()).dtype
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of the next token after each position; arguments as in `hidden_states`."""
@@ -127,19 +105,28 @@ class Decoder(nn.Module):
     ) -> None:
         """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
 
-        dtype: the type the weights are stored in. summary: of the training, names to JSON values, for the README and
-            the metadata of the weights.
+        dtype: the type the weights are stored in. summary: of the training, names to JSON values.
         Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
         """
         config, tensors = self.published(dtype)
         write_folder(folder, config, tensors, ModelCard(type(self).__name__, self.origin, summary))
 
 
-def share_frozen_parameters(model: Decoder, reference: Decoder) -> int:
-    """Let a reference use the memory of the model's own parameters where these are frozen.
+def compile_blocks(*models: Decoder) -> None:
+    """Let `torch.compile` compile the blocks of these models, in place, for passes over whole sequences.
 
-    Returns the number of parameters, in elements, that are held once. Raises ValueError, before anything is shared, if
-    the model trains all of its parameters, or a frozen one differs from the reference's.
+    All layers share one small program with symbolic sizes, as micro-batches differ in theirs. With a key/value cache
+    the blocks run as they are: a cache is one token longer each time.
+    """
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+
+def share_frozen_parameters(model: Decoder, reference: Decoder) -> None:
+    """Let a reference use the memory of the model's frozen parameters.
+
+    Raises ValueError, before anything is shared, if nothing is frozen, or a frozen parameter differs.
     """
     others = dict(reference.named_parameters())
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
@@ -150,4 +137,3 @@ def share_frozen_parameters(model: Decoder, reference: Decoder) -> int:
             raise ValueError(f"{name} is frozen, but differs from the reference's: they cannot share it")
     for name, p in frozen.items():
         others[name].data = p.data
-    return sum(p.numel() for p in frozen.values())

@@ -6,8 +6,6 @@ embedding. Parameter names are those of the published checkpoints (`wte`, `h.0.a
 
 Shapes: B batch, T tokens of this call, S tokens in the cache and this call together, C width, nh heads, hs = C / nh
 head size, V vocabulary.
-
-Left out: cross-attention.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,15 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.common.validation import (
-    require,
-    require_above,
-    require_bools,
-    require_fraction,
-    require_one_of,
-    require_positive_ints,
-    require_rates,
-)
+from minirlhf.common import validation
 from minirlhf.io.files import naming
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed
@@ -53,20 +44,12 @@ from minirlhf.models.packing import Packing
 
 # Variants of the computation that published configs can ask for and this model does not have.
 FIXED_FIELDS = {
-    "scale_attn_weights": (True,),  # `read_published` turns other values of these two into other query weights
+    "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
 TRUNK = ("wte", "wpe", "h", "ln_f")  # what every head stands on
 LAYER_TENSORS = 12  # of one block
-# Other names that published configs have for fields of ours.
-FIELD_NAMES = {
-    "n_ctx": "n_positions",
-    "max_position_embeddings": "n_positions",
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-}
 TRANSFORMERS_EOS = 50256  # the token that transformers' GPT-2 config ends texts with unless told otherwise
 
 
@@ -89,16 +72,15 @@ class GPT2Config:
     tie_word_embeddings: bool = True  # False: the LM head has a weight of its own
 
     def __post_init__(self) -> None:
-        require_positive_ints(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-        require_rates(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
-        require_fraction(self, "layer_norm_epsilon")
-        require_above(self, 0, "initializer_range")
-        require_bools(self, "tie_word_embeddings")
-        require_one_of(self, "activation_function", ACTIVATIONS)
+        validation.require_positive_ints(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        validation.require_rates(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
+        validation.require_fraction(self, "layer_norm_epsilon")
+        validation.require_above(self, 0, "initializer_range")
+        validation.require_bools(self, "tie_word_embeddings")
+        validation.require_one_of(self, "activation_function", ACTIVATIONS)
         if self.n_inner is not None:
-            require_positive_ints(self, "n_inner")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"GPT2Config.n_embd must be a multiple of n_head={self.n_head}, got {self.n_embd}")
+            validation.require_positive_ints(self, "n_inner")
+        validation.require(self, "n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}")
 
 
 class BlockInputs(NamedTuple):
@@ -124,9 +106,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: BlockInputs, layer: int) -> Tensor:
         packing = inputs.packing
-        qkv = self.c_attn(x)
-        if packing is not None:
-            qkv = packing.unpack(qkv)
+        qkv = self.c_attn(x) if packing is None else packing.unpack(self.c_attn(x))
         B, T, C = qkv.size(0), qkv.size(1), x.size(-1)
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
         if inputs.cache is not None:
@@ -168,12 +148,13 @@ class Block(nn.Module):
 class GPT2(Decoder):
     """GPT-2 with an LM head: `model(ids, attention_mask=None) -> logits (B, T, V)`.
 
-    config: a GPT2Config. seed: of the generator that draws the initial weights.
+    seed: of the generator that draws the initial weights.
     """
 
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
-        self.config = config
+        self.config, self.vocab_size, self.n_positions = config, config.vocab_size, config.n_positions
+        self.width, self.n_heads = config.n_embd, config.n_head
         with global_rng_kept():
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -182,35 +163,17 @@ class GPT2(Decoder):
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
             tied = config.tie_word_embeddings
             self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._init_weights(seed)
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens that have a logit."""
-        return self.n_tokens or self.config.vocab_size
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The weight (V, C) of the LM head: the token embedding's, unless the head is untied."""
-        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
-        return weight if self.n_tokens is None else weight[: self.n_tokens]
+        generator = torch.Generator().manual_seed(seed)
+        normal_init(self, config.initializer_range, generator)
+        residual = config.initializer_range / math.sqrt(2 * config.n_layer)  # scaled by depth: section 2.3 of the paper
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, 0.0, residual, generator=generator)
 
     def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
         """See `Decoder.fit_vocabulary`."""
         check_vocabulary(self.config.vocab_size, n_tokens, name)
-        self.n_tokens = None if n_tokens == self.config.vocab_size else n_tokens
-
-    @property
-    def n_positions(self) -> int:
-        return self.config.n_positions
-
-    @property
-    def width(self) -> int:
-        return self.config.n_embd
-
-    @property
-    def n_heads(self) -> int:
-        return self.config.n_head
+        self.vocab_size = n_tokens
 
     @property
     def embeddings(self) -> list[nn.Module]:
@@ -229,9 +192,9 @@ class GPT2(Decoder):
     ) -> Tensor:
         """See `Decoder.hidden_states`."""
         T, past = ids.size(1), 0 if cache is None else cache.length
-        if attention_mask is not None and attention_mask.shape != (len(ids), past + T):
-            expected = (len(ids), past + T)
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {expected}")
+        shape = (len(ids), past + T)
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {shape}")
         packing, allowed = None, None  # type: Packing | None, Tensor | None
         if isinstance(cache, StaticKVCache):
             positions, allowed = cache.positions, cache.allowed
@@ -243,8 +206,8 @@ class GPT2(Decoder):
             # Rows in a cache have different pasts, and dropout makes equal rows differ: only then nothing is shared.
             alike = past == 0 and not any(module.training for module in self.modules())
             packing = Packing.of(ids, None if attention_mask is None else attention_mask[:, past:], share=alike)
-        if past + T > self.n_positions:
-            self._check_length(positions)
+        if past + T > self.n_positions and (longest := int(positions.max()) + 1) > self.n_positions:
+            raise ValueError(f"a sequence of {longest} tokens is longer than the model's {self.n_positions} positions")
         inputs = BlockInputs(allowed, cache, packing)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         x = x if packing is None else packing.pack(x)  # (N, C)
@@ -253,82 +216,67 @@ class GPT2(Decoder):
                 x = checkpoint(block, x, inputs, layer, use_reentrant=False)
             elif cache is None:
                 x = block(x, inputs, layer)
-            else:  # not what `torch.compile` made of it: see `compilation`
+            else:  # not what `torch.compile` made of it: see `compile_blocks`
                 x = block.forward(x, inputs, layer)
         if cache is not None:
             cache.advance(T)
         x = self.ln_f(x)
         return x if packing is None else packing.unpack(x)  # (B, T, C)
 
-    def _check_length(self, positions: Tensor) -> None:
-        longest = int(positions.max()) + 1
-        if longest > self.n_positions:
-            raise ValueError(f"a sequence of {longest} tokens is longer than the model's {self.n_positions} positions")
-
     def lm_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C)."""
-        return F.linear(hidden, self.head_weight)
+        """See `Decoder.lm_logits`."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight  # (V, C), tied or not
+        return F.linear(hidden, weight if self.vocab_size == len(weight) else weight[: self.vocab_size])
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """See `Decoder.new_cache`."""
         weight, c = self.wte.weight, self.config
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        like = weight.new_empty(0, dtype=dtype)
-        return KVCache(c.n_layer, batch_size, c.n_head, max_length, c.n_embd // c.n_head, like)
-
-    @staticmethod
-    def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `gpt2.read_published`."""
-        return read_published(folder)
+        sizes = (c.n_layer, batch_size, c.n_head, max_length, c.n_embd // c.n_head)
+        return KVCache(*sizes, like=weight.new_empty(0, dtype=dtype))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
         Names may have the prefixes of training wrappers and `transformer.` or not; `lm_head.weight` may be stored,
-        tied or untied. Causal masks and a value head of TRL (`v_head.*`) are dropped.
+        tied or untied. Causal masks and a value head are dropped.
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
+        return cls.with_value_head(folder)[0]
+
+    @classmethod
+    def with_value_head(cls, folder: str | os.PathLike[str]) -> tuple[GPT2, dict[str, Tensor]]:
+        """The model of `from_pretrained`, and the tensors of TRL's value head, `v_head.*`, if the folder has one."""
         content, named = read_published(folder)
-        return cls.from_tensors(
-            folder, content, {name: t for name, t in named.items() if not name.startswith("v_head.")}
-        )
+        head = {n.removeprefix("v_head."): named.pop(n) for n in list(named) if n.startswith("v_head.")}
+        return cls._from_tensors(folder, content, named), head
 
     @classmethod
     def from_trunk(cls, folder: str | os.PathLike[str]) -> GPT2:
-        """Load the transformer of a GPT-2 folder without its heads, of whatever kind, with a tied LM head.
-
-        Raises as `from_pretrained`.
-        """
+        """Load the transformer of any GPT-2 folder, without its heads; raises as `from_pretrained`."""
         content, named = read_published(folder)
         trunk = {name: tensor for name, tensor in named.items() if name.split(".")[0] in TRUNK}
-        return cls.from_tensors(folder, {**content, "tie_word_embeddings": True}, trunk)
+        return cls._from_tensors(folder, {**content, "tie_word_embeddings": True}, trunk)
 
     @classmethod
-    def from_tensors(cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]) -> GPT2:
-        """A model of what `read_published` read from a folder, less what the model does not hold."""
+    def _from_tensors(
+        cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]
+    ) -> GPT2:
         with naming(folder), shapes_only():
             model = cls(read_config(content, len(named)))
-        head = None
-        if model.config.tie_word_embeddings:
-            head = named.pop("lm_head.weight", None)
-            if head is not None:
-                named.setdefault("wte.weight", head)
+        head = named.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+        if head is not None:
+            named.setdefault("wte.weight", head)
         fill(model, named, folder)
         if head is not None and not torch.equal(model.wte.weight, head.float()):
-            raise ValueError(
-                f"{folder}: lm_head.weight differs from wte.weight; config.json must say tie_word_embeddings=false then"
-            )
+            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight, but tie_word_embeddings is not false")
         model.origin = Origin.of(folder, content)
         return model.eval()
 
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The content of `config.json` and the tensors by their published names, as transformers has them.
-
-        Keys of the config.json that the model was loaded with, say of its special tokens, are in it too.
-        Raises ValueError if a weight is not finite in `dtype`.
-        """
+        """See `Decoder.published`."""
         content = {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -336,61 +284,35 @@ class GPT2(Decoder):
             "n_ctx": self.config.n_positions,  # what llama.cpp's converter reads
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        tensors = {
-            name if name.startswith("lm_head.") else f"transformer.{name}": tensor
-            for name, tensor in self.state_dict().items()
-        }
+        tensors = {n if n.startswith("lm_head.") else f"transformer.{n}": t for n, t in self.state_dict().items()}
         config = published_config(content, self.origin)
         if self.config.vocab_size <= TRANSFORMERS_EOS:  # no token of this vocabulary
             config = {"bos_token_id": None, "eos_token_id": None, **config}
         return config, cast(tensors, dtype)
 
-    def _init_weights(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        std = self.config.initializer_range
-        normal_init(self, std, generator)
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # residual layers scaled by their number, section 2.3 of the paper
-                nn.init.normal_(parameter, 0.0, std / math.sqrt(2 * self.config.n_layer), generator=generator)
-
 
 def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The content of a GPT-2 folder's `config.json`, and all its tensors by their names in the model.
+    """A GPT-2 folder's `config.json`, and all its tensors by their names here; raises as `GPT2.from_pretrained`.
 
-    Variants of the scale of attention become the usual one, 1 / sqrt(hs), with the difference in the query weights.
-    Raises as `GPT2.from_pretrained`.
+    Where attention is scaled by the inverse of the layer's number, too, the query weights become smaller instead.
     """
     content, tensors = read_folder(folder)
     by_layer = content.get("scale_attn_by_inverse_layer_idx") is True
-    unscaled = content.get("scale_attn_weights") is False
     if by_layer:
         content["scale_attn_by_inverse_layer_idx"] = False
-    if unscaled:
-        content["scale_attn_weights"] = True
     check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
     named = renamed(tensors, own_name, folder)
-    if by_layer or unscaled:
-        with naming(folder):
-            config = read_config(content, len(tensors))
-        scale = math.sqrt(config.n_embd / config.n_head) if unscaled else 1.0
-        for layer in range(config.n_layer):
-            for name in (f"h.{layer}.attn.c_attn.weight", f"h.{layer}.attn.c_attn.bias"):
-                if name in named and named[name].is_floating_point():
-                    named[name] = named[name].float()
-                    named[name][..., : config.n_embd] *= scale / (layer + 1 if by_layer else 1)  # the queries
+    for name, tensor in named.items() if by_layer else ():
+        layer = re.fullmatch(r"h\.([0-9]{1,9})\.attn\.c_attn\.(weight|bias)", name)
+        if layer and tensor.ndim and tensor.is_floating_point():
+            named[name] = tensor.float()
+            named[name][..., : tensor.size(-1) // 3] *= 1 / (int(layer[1]) + 1)
     return content, named
 
 
 def read_config(content: Mapping[str, Any], stored: int) -> GPT2Config:
-    """The GPT2Config of a published `config.json`, with any of its names for a field, for a file of `stored` tensors.
-
-    Raises ValueError for a bad field, or more layers than the file can hold: even an empty one costs memory.
-    """
-    known = {own: content[other] for other, own in FIELD_NAMES.items() if other in content}
-    config = config_from_json(GPT2Config, {**known, **content})
-    most = stored // LAYER_TENSORS
-    require(config, "n_layer", config.n_layer <= most, f"at most {most}, the layers that are stored")
-    return config
+    """The GPT2Config of a published `config.json`, for a file of `stored` tensors; see `config_from_json`."""
+    return config_from_json(GPT2Config, content, "n_layer", stored // LAYER_TENSORS)
 
 
 def own_name(published: str) -> str | None:
@@ -401,7 +323,7 @@ def own_name(published: str) -> str | None:
 
 
 def token_positions(attention_mask: Tensor | None, past: int, total: int, device: torch.device) -> Tensor:
-    """Positions of the new tokens, (B, T) or (T,): real tokens are numbered 0, 1, 2, ... in every row."""
+    """Positions (B, T) or (T,) of the new tokens: real tokens are numbered 0, 1, 2, ... in every row."""
     if attention_mask is None:
         return torch.arange(past, total, device=device)
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
@@ -411,8 +333,7 @@ def causal_mask(attention_mask: Tensor | None, past: int, new: int, device: torc
     """Bool (B or 1, 1, T, S), which keys each new token may attend to; None stands for all that are not after it."""
     if attention_mask is None and (past == 0 or new == 1):
         return None
-    total = past + new
-    causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(past)[None, None]  # (1, 1, T, S)
+    causal = torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)[None, None]  # (1, 1, T, S)
     if attention_mask is None:
         return causal
     # A padding token may attend to itself: a softmax over nothing would be NaN.

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.device.precision import full_precision
+from minirlhf.io.files import naming
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard
 from minirlhf.io.model_folder import cast, check_tensors, read_metadata, read_tensors, write_folder
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import global_rng_kept
 from minirlhf.models.loading import decoder_class
-from minirlhf.text.tokenizer import Tokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_KINDS = ("linear", "tanh")
@@ -30,8 +30,8 @@ class ValueHead(nn.Module):
 
     kind: "linear", unbounded; or "tanh", Linear -> Tanh -> Dropout as in the original recipe, bounded to (-1, 1).
     dropout: of the "tanh" head.
-    init_range: weights start uniform in +-init_range. 0: the first values are 0 and the first advantages those of no
-        baseline at all, as in Ziegler et al. 2019. seed: of the generator that draws them.
+    init_range: weights start uniform in +-init_range; 0: the first values are 0, as in Ziegler et al. 2019.
+    seed: of the generator that draws the weights.
     Raises ValueError for an unknown kind.
     """
 
@@ -55,8 +55,7 @@ class ValueHead(nn.Module):
 class ActorCritic(nn.Module):
     """A decoder and a value head on its last hidden state: the policy of PPO.
 
-    decoder: a GPT2 or another Decoder. value_head: a ValueHead, or the kind of a new one; None: no values, for
-    algorithms that need none.
+    value_head: a ValueHead, or the kind of a new one; None: no values, for algorithms that need none.
     """
 
     def __init__(self, decoder: Decoder, value_head: ValueHead | str | None = "linear"):
@@ -79,25 +78,20 @@ class ActorCritic(nn.Module):
         value_head: the kind of head; None: the one in the folder, or a linear one.
         Raises as `load_decoder`, and ValueError for a head that does not fit.
         """
-        kind = decoder_class(folder)
-        content, named = kind.read_published(folder)
-        of_trl = {name.removeprefix("v_head."): named.pop(name) for name in list(named) if name.startswith("v_head.")}
-        decoder = kind.from_tensors(folder, content, named)
-        path = locate(folder) / VALUE_HEAD_FILE
-        stored = read_metadata(path).get("kind", "linear") if path.is_file() else None
-        if of_trl:
-            if stored is not None:
+        decoder, tensors = decoder_class(folder).with_value_head(folder)
+        path, stored = locate(folder) / VALUE_HEAD_FILE, "linear"  # as TRL's is
+        if path.is_file():
+            if tensors:
                 raise ValueError(f"{folder} holds two value heads, {VALUE_HEAD_FILE} and v_head.* among the weights")
-            stored = "linear"  # as TRL's is
-        if stored is not None and stored not in VALUE_HEAD_KINDS:
-            raise ValueError(f"{path} holds a {stored!r} value head, known are {', '.join(VALUE_HEAD_KINDS)}")
-        if stored is not None and value_head not in (None, stored):
+            stored, tensors = read_metadata(path).get("kind", "linear"), read_tensors(path)
+        if not tensors:
+            return cls(decoder, value_head or "linear").eval()
+        if value_head not in (None, stored):
             raise ValueError(f"{path} holds a {stored!r} value head, but a {value_head!r} one was asked for")
-        head = ValueHead(decoder.width, value_head or stored or "linear")
-        if stored is not None:
-            tensors = of_trl or read_tensors(path)
-            check_tensors(tensors, {name: p.shape for name, p in head.state_dict().items()}, path)
-            head.load_state_dict(tensors)
+        with naming(path):
+            head = ValueHead(decoder.width, stored)
+        check_tensors(tensors, {name: p.shape for name, p in head.state_dict().items()}, path)
+        head.load_state_dict(tensors)
         return cls(decoder, head).eval()
 
     def save_pretrained(
@@ -120,7 +114,7 @@ class ActorCritic(nn.Module):
 
 
 def language_model(model: Decoder | ActorCritic) -> Decoder:
-    """The decoder of a model that may have a value head."""
+    """The decoder of a model, with or without a value head."""
     return model.decoder if isinstance(model, ActorCritic) else model
 
 
@@ -128,22 +122,8 @@ def with_value_head(
     model: Decoder | ActorCritic, kind: str | None, init_range: float = 0.0, seed: int = 0
 ) -> ActorCritic:
     """The model with the value head it has, or a new one of this kind; without one if kind is None."""
-    if kind is None:
-        return ActorCritic(language_model(model), None)
-    if isinstance(model, ActorCritic) and model.value_head is not None:
+    if kind is not None and isinstance(model, ActorCritic) and model.value_head is not None:
         return model
     decoder = language_model(model)
-    return ActorCritic(decoder, ValueHead(decoder.width, kind, init_range=init_range, seed=seed))
-
-
-def check_models(policy: Decoder, reference: Decoder, tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless policy, reference and tokenizer fit each other."""
-    policy.fit_vocabulary(len(tokenizer), "policy")
-    reference.fit_vocabulary(len(tokenizer), "reference")
-    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
-        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
-    if reference.n_positions < policy.n_positions:
-        raise ValueError(
-            f"the reference has {reference.n_positions} positions, fewer than the policy's {policy.n_positions}: it "
-            "could not score what the policy writes"
-        )
+    head = None if kind is None else ValueHead(decoder.width, kind, init_range=init_range, seed=seed)
+    return ActorCritic(decoder, head)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minirlhf.common.validation import require
 from minirlhf.io.model_folder import check_tensors
 
 Config = TypeVar("Config")
@@ -65,9 +66,8 @@ def attention(
 
     q: (B, nh, T, hs); k, v: (B, nh, S, hs).
     allowed: bool, broadcast to (B, nh, T, S), True where a query may attend; or is_causal for the lower triangle.
-    `F.scaled_dot_product_attention`, but on a CPU for short sequences and for single queries (while decoding): there
-    the formula itself is up to five times as quick as the fused kernel, forward and backward. (In 16 bits it rounds
-    scores before the softmax, as transformers' eager attention does; the kernel keeps them in fp32.)
+    For short sequences and single queries on a CPU the formula itself is up to five times as quick as PyTorch's fused
+    kernel, which does the rest. (In 16 bits the formula rounds scores before the softmax, the kernel after it.)
     """
     short = k.size(2) <= SHORT_SEQUENCE or q.size(2) == 1
     if not short or q.device.type != "cpu" or dropout_p > 0:
@@ -88,14 +88,20 @@ def check_vocabulary(rows: int, n_tokens: int, name: str = "model") -> None:
         raise ValueError(f"the vocabulary has {n_tokens} tokens, but the {name} was made for {rows}")
 
 
-def config_from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
-    """Build a config dataclass from a published `config.json`; keys that are not its fields are ignored."""
+def config_from_json(kind: type[Config], content: Mapping[str, Any], layers: str, most: int) -> Config:
+    """Build a config dataclass from a published `config.json`; keys that are not its fields are ignored.
+
+    Raises ValueError for a bad field, or if the field `layers` is above `most`, the layers that are stored: even an
+    empty layer costs memory.
+    """
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in content.items() if name in names})
+    config = kind(**{name: value for name, value in content.items() if name in names})
+    require(config, layers, getattr(config, layers) <= most, f"at most {most}, the layers that are stored")
+    return config
 
 
 def global_rng_kept() -> contextlib.AbstractContextManager[Any]:
-    """Restore the global random state at the end; PyTorch's own initial weights of new layers advance it."""
+    """Restore the global random state at the end: PyTorch draws initial weights of new layers from it."""
     return torch.random.fork_rng(devices=[])
 
 
@@ -110,7 +116,7 @@ class _WithoutDraws(TorchFunctionMode):
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Build models without memory or random numbers, whatever their config asks for; `fill` gives them weights.
+    """Build models without memory or random numbers; `fill` gives them weights.
 
     Raises ValueError for a shape that no tensor can have.
     """
@@ -132,10 +138,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | os.PathL
 
 
 def normal_init(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Draw every weight matrix from N(0, std), zero the biases and set LayerNorms to identity, in module order.
-
-    A generator of our own is used instead of the global one.
-    """
+    """Draw every weight matrix from N(0, std), zero the biases and set LayerNorms to identity, in module order."""
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding, Conv1D)):
             nn.init.normal_(child.weight, 0.0, std, generator=generator)

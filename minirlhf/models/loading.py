@@ -26,8 +26,5 @@ def decoder_class(folder: str | os.PathLike[str]) -> type[GPT2]:
 
 
 def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
-    """Load a decoder's folder, in fp32 and in eval mode.
-
-    Raises as `decoder_class`, and ValueError for a damaged file.
-    """
+    """Load a decoder's folder, in fp32 and in eval mode. Raises as `decoder_class` and its `from_pretrained`."""
     return decoder_class(folder).from_pretrained(folder)

@@ -1,8 +1,7 @@
 """The tokens of a batch that have to be computed: no padding, and no token twice.
 
-The state of a token in a causal model depends only on it and the tokens before it. Rows that begin alike, say with the
-same prompt, therefore share the states of their beginning: layers that work on single tokens get only the distinct
-tokens, side by side, and attention gets the batch back.
+Rows of a causal model that begin alike, say with the same prompt, share the states of their beginning. Layers that
+work on single tokens get only the distinct tokens, side by side, and attention gets the batch back.
 
 Shapes: B batch, T tokens, N distinct real tokens.
 """
@@ -19,8 +18,8 @@ WORTH = 0.9  # of a batch without padding: with more tokens than that left, to g
 class Packing:
     """The distinct real tokens of a batch side by side.
 
-    kept: (N,) int64, their places among all B * T. source: (B * T,) int64, which of them stands at each place, and N
-    where there is padding. shape: (B, T). padded: whether there is.
+    kept: (N,) int64, their places among all B * T. source: (B * T,) int64, which of them stands at each place, N at
+    padding. shape: (B, T). padded: whether there is padding.
     """
 
     def __init__(self, kept: Tensor, source: Tensor, shape: tuple[int, int], padded: bool):
@@ -31,21 +30,20 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.kept)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, C) back to (B, T, C), 0 at padding: attention multiplies it by 0, and a NaN would come through."""
+        """(N, C) back to (B, T, C), 0 at padding: attention multiplies padding by 0, and a NaN would stay NaN."""
         x = F.pad(x, (0, 0, 0, 1)) if self.padded else x
         return x.index_select(0, self.source).unflatten(0, self.shape)
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None, share: bool = True) -> Packing | None:
-        """The packing of a batch on a CPU, or None if it has no padding and little to share.
+        """The packing of a batch, or None if it has no padding and little to share.
 
         ids: (B, T) int64. mask: (B, T), 1 at real tokens; None: all are. share: whether rows that begin alike compute
-            their beginning once; not if they differ in what is not in `ids`, such as a cache, or dropout.
-        None, too, on a GPU, which would have to be waited for, and where a program is recorded for other batches.
+            their beginning once; not if a cache or dropout makes them differ.
+        Also None on a GPU (it would force a synchronisation).
         """
         alone = not share or len(ids) == 1
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if ids.device.type != "cpu" or recorded or ids.numel() == 0 or (mask is None and alone):
+        if ids.device.type != "cpu" or ids.numel() == 0 or (mask is None and alone):
             return None
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         own = torch.arange(ids.numel()).view(ids.shape)
@@ -60,9 +58,9 @@ class Packing:
 
 
 def first_alike(ids: Tensor, real: Tensor) -> Tensor:
-    """Of each token the place, row * T + column, of the first token that has the same value and the same past.
+    """The place row * T + column, (B, T) int64, of the first token with the same value and past as each token.
 
-    ids: (B, T) int64; real: bool (B, T), False at padding, which is the same whatever stands there. (B, T) int64.
+    ids: (B, T) int64; real: bool (B, T), False at padding, which is the same whatever stands there.
     """
     B, T = ids.shape
     first = torch.arange(B * T).view(B, T)

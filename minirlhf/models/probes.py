@@ -17,7 +17,7 @@ ROWS, TOKENS = 4, 16  # of the batch that the choice looks at
 def language_model_probe(model: Decoder, temperature: float = 1.0) -> Callable[[], Tensor]:
     """A probe of 64 log-probabilities: of a token drawn from the model after each token of 4 random rows.
 
-    temperature: what logits are divided by. The rows and the draws come from a generator of their own.
+    temperature: what logits are divided by.
     """
     drawn: list[Tensor] = []
 
@@ -36,10 +36,6 @@ def language_model_probe(model: Decoder, temperature: float = 1.0) -> Callable[[
 
 def classifier_probe(model: BertClassifier) -> Callable[[], Tensor]:
     """A probe of the log-probabilities (4, L) of a classifier's labels for 4 random rows."""
-
-    def probe() -> Tensor:
-        generator, c = torch.Generator().manual_seed(0), model.config
-        ids = torch.randint(c.vocab_size, (ROWS, min(TOKENS, c.max_position_embeddings)), generator=generator)
-        return full_precision(model(ids.to(next(model.parameters()).device))).log_softmax(-1)
-
-    return probe
+    generator, c = torch.Generator().manual_seed(0), model.config
+    ids = torch.randint(c.vocab_size, (ROWS, min(TOKENS, c.max_position_embeddings)), generator=generator)
+    return lambda: full_precision(model(ids.to(next(model.parameters()).device))).log_softmax(-1)

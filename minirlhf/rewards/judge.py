@@ -22,7 +22,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,10 +207,11 @@ class ChatJudge:
             pool = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="chat-judge")
             try:
                 futures = [pool.submit(self._ask, complete, text) for text in texts]
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                failed = [error for future in done if (error := future.exception()) is not None]
-                if failed:
-                    raise failed[0]
+                running: set[Future[Any]] = set(futures)
+                while running:  # with a timeout, because Ctrl-C cannot end a longer wait everywhere
+                    done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
                 return [future.result() for future in futures]
             finally:  # after an error or Ctrl-C, requests under way end with the client that sent them
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -8,5 +8,5 @@ Read in this order, each file from its top:
     advantages   from rewards to advantages and returns
     losses, kl   what is minimised, and the leash to the reference
     masked       means and whitening over real tokens
-    statistics, config, presets, state  what stands around the algorithm
+    statistics, config, field_names, presets, state  what stands around the algorithm
 """

@@ -1,7 +1,7 @@
 """How much better than expected each token was: one function an estimator, all of them listed in ADVANTAGES.
 
 An estimator takes a rollout with token rewards and the config, and returns advantages and returns, (B, R), 0 at
-padding. Returns are what the value head learns; None: the method uses no values, so no value head is made.
+padding. Returns are what the value head learns; None: the method uses no values.
 
 Shapes: B sequences, R response tokens.
 """
@@ -36,9 +36,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.size(1))):
-        # delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # A_t = delta_t + gamma * lam * A_{t+1}
         advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
         next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages, advantages + values
@@ -53,16 +51,16 @@ def gae_advantages(batch: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
     return gae(rewards, batch.values, batch.response_mask, config.gamma, config.lam)
 
 
-ADVANTAGES: dict[str, Callable[[Rollout, PPOConfig], tuple[Tensor, Tensor | None]]] = {
-    "gae": gae_advantages,
-}
-USES_VALUES = {"gae"}  # the others return None for the returns, so no value head is made
+ADVANTAGES: dict[str, Callable[[Rollout, PPOConfig], tuple[Tensor, Tensor | None]]] = {"gae": gae_advantages}
+USES_VALUES = {"gae"}  # only for these a value head is made; the others return None for the returns
 
 
 def with_advantages(batch: Rollout, config: PPOConfig) -> Rollout:
     """The batch with its advantages, whitened over all its tokens if the config says so, and returns."""
     c, mask, per_row = config, batch.response_mask, config.whiten_scope == "sequence"
     advantages, returns = ADVANTAGES[c.advantages](batch, c)
+    if (returns is not None) != (c.advantages in USES_VALUES):
+        raise ValueError(f"{c.advantages!r} must be in USES_VALUES if it gives returns, and only then")
     if not c.whiten_advantages:
         return batch.replace(advantages=advantages, returns=returns)
     scale = whitening_scale(advantages, mask, c.whiten_ddof, per_row=per_row)

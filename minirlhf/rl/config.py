@@ -6,19 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from minirlhf.common import validation
 from minirlhf.common.suggestions import suggest
-from minirlhf.common.validation import (
-    require,
-    require_above,
-    require_bools,
-    require_counts,
-    require_finite,
-    require_non_negative,
-    require_one_of,
-    require_positive,
-    require_positive_ints,
-    require_unit_interval,
-)
 from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.heads import VALUE_HEAD_KINDS
@@ -110,36 +99,36 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
-        require_positive_ints(self, *counts, "group_size", "max_bad_steps")
-        require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")
-        require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
-        require_unit_interval(self, "gamma", "lam")
-        require_finite(self, "missing_eos_score", "score_scale")
-        require_counts(self, "seed")
-        require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
+        validation.require_positive_ints(self, *counts, "group_size", "max_bad_steps")
+        validation.require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")
+        validation.require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
+        validation.require_unit_interval(self, "gamma", "lam")
+        validation.require_finite(self, "missing_eos_score", "score_scale")
+        validation.require_counts(self, "seed")
+        validation.require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name in ("target_kl", "score_clip", "reward_timeout"):
             if getattr(self, name) is not None:
-                require_above(self, 0, name)
+                validation.require_above(self, 0, name)
         if self.max_grad_norm is not None:
-            require_positive(self, "max_grad_norm")
+            validation.require_positive(self, "max_grad_norm")
         if self.eos_token_id is not None:
-            require_counts(self, "eos_token_id")
-        require(self, "whiten_ddof", type(self.whiten_ddof) is int and self.whiten_ddof in (0, 1), "0 or 1")
-        require_one_of(self, "precision", PRECISION_SETTINGS)
-        require_one_of(self, "advantages", ADVANTAGES)
+            validation.require_counts(self, "eos_token_id")
+        validation.require(self, "whiten_ddof", type(self.whiten_ddof) is int and self.whiten_ddof in (0, 1), "0 or 1")
+        validation.require_one_of(self, "precision", PRECISION_SETTINGS)
+        validation.require_one_of(self, "advantages", ADVANTAGES)
         for name, kind in get_type_hints(PPOConfig).items():
             if kind is bool:
-                require_bools(self, name)
+                validation.require_bools(self, name)
             elif get_origin(kind) is Literal:
-                require_one_of(self, name, get_args(kind))
+                validation.require_one_of(self, name, get_args(kind))
         if self.value_head is not None:
-            require_one_of(self, "value_head", VALUE_HEAD_KINDS)
+            validation.require_one_of(self, "value_head", VALUE_HEAD_KINDS)
         fine = self.missing_eos == "keep" or self.eos_token_id is not None
-        require(self, "missing_eos", fine, "keep unless eos_token_id is set")
+        validation.require(self, "missing_eos", fine, "keep unless eos_token_id is set")
         fits = self.batch_size % self.group_size == 0 and self.minibatch_size % self.group_size == 0
-        require(self, "group_size", fits, "a divisor of batch_size and minibatch_size, so that groups stay whole")
+        validation.require(self, "group_size", fits, "a divisor of batch_size and minibatch_size: groups stay whole")
         pair, allowed = (self.kl_estimator, self.kl_placement), [" in the ".join(pair) for pair in KL_PLACEMENTS]
-        require(
+        validation.require(
             self, "kl_placement", pair in KL_PLACEMENTS,
             f"one that pulls the policy towards the reference with kl_estimator={self.kl_estimator!r} "
             f"({', '.join(allowed)}; docs/kl.md says why)",
@@ -155,11 +144,6 @@ class PPOConfig:
     def iterations(self) -> int:
         """Batches of the whole run."""
         return -(-self.steps // self.batch_size)
-
-    @property
-    def prompts_per_batch(self) -> int:
-        """Prompts that are drawn for a batch, each for `group_size` responses."""
-        return self.batch_size // self.group_size
 
     @property
     def logprobs_divisor(self) -> float:

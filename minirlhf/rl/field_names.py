@@ -1,8 +1,4 @@
-"""What other libraries call the fields of PPOConfig, for the error on an unknown name.
-
-The names are of TRL (0.11 and later), OpenRLHF, verl, transformers' TrainingArguments and GenerationConfig, and
-baselines' PPO2.
-"""
+"""What TRL, OpenRLHF, verl, transformers and baselines call the fields of PPOConfig, for errors on unknown names."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ _NAMES: dict[tuple[str | None, str], str] = {
     ("max_grad_norm", ""): "max_norm grad_clip clip_grad gradient_clipping",
     (None, "AdamW runs without weight decay"): "weight_decay",
     (None, "there is no warm-up of the learning rate"): "warmup_steps warmup_ratio",
-    ("steps", "steps counts episodes (sequences) of the whole run"): "total_episodes num_episodes",
-    ("steps", "steps counts episodes (sequences) of the whole run, so batches times batch_size"): "total_ppo_epochs",
+    ("steps", "steps counts episodes (sequences) of the whole run"): "total_episodes num_episodes total_ppo_epochs",
     ("steps", "steps counts episodes: iterations times batch_size"): "num_train_steps max_steps total_training_steps",
     ("steps", "steps counts episodes: epochs times the number of prompts"): "num_train_epochs",
     ("batch_size", "in sequences an iteration"): "rollout_batch_size",
@@ -26,22 +21,19 @@ _NAMES: dict[tuple[str | None, str], str] = {
         "per_device_train_batch_size local_rollout_forward_batch_size micro_train_batch_size "
         "micro_batch_size ppo_micro_batch_size ppo_micro_batch_size_per_gpu",
     ("forward_batch_size", "minibatch_size sequences a step, this many a forward pass"): "gradient_accumulation_steps",
-    ("ppo_epochs", ""): "num_ppo_epochs noptepochs update_epochs",
-    ("ppo_epochs", "passes over each batch"): "max_epochs",
+    ("ppo_epochs", "passes over each batch"): "num_ppo_epochs noptepochs update_epochs max_epochs",
     ("save_freq", "in iterations"): "save_steps save_interval",
     ("group_size", "responses a prompt"): "num_generations n_samples_per_prompt rollout_n",
-    ("gen_len", "in new tokens a prompt"): "max_new_tokens response_length generate_max_len max_response_length "
-    "max_completion_length",
-    ("gen_len", "in new tokens a prompt, without the prompt"): "max_length",
-    ("eos_token_id", "the id of the token"): "stop_token eos_token",
-    ("eos_token_id", ""): "stop_token_id",
+    ("gen_len", "in new tokens a prompt, without the prompt"):
+        "max_new_tokens response_length generate_max_len max_response_length max_completion_length max_length",
+    ("eos_token_id", "the id of the token"): "stop_token eos_token stop_token_id",
     ("temperature", ""): "sampling_temperature",
     ("top_p", ""): "nucleus",
-    ('missing_eos_score', 'with missing_eos="subtract", as a number that is subtracted'): "missing_eos_penalty",
-    ('missing_eos', '"replace" or "subtract"'): "non_eos_penalty",
+    ("missing_eos_score", 'with missing_eos="subtract", as a number that is subtracted'): "missing_eos_penalty",
+    ("missing_eos", '"replace" or "subtract"'): "non_eos_penalty",
     (None, "tokens are always sampled; top_k=1 is greedy"): "do_sample",
-    (None, "PPO needs samples whose probabilities are known"): "repetition_penalty no_repeat_ngram_size length_penalty "
-    "num_beams min_length",
+    (None, "PPO needs samples whose probabilities are known"):
+        "repetition_penalty no_repeat_ngram_size length_penalty num_beams min_length",
     ("lam", ""): "gae_lambda lambd lmbda",
     ("gamma", ""): "discount",
     ("cliprange", ""): "eps_clip clip_eps clip_range clip_ratio clip_param epsilon",
@@ -50,23 +42,19 @@ _NAMES: dict[tuple[str | None, str], str] = {
     ("entropy_coef", ""): "ent_coef entropy_coeff",
     ("whiten_scope", "advantages are whitened over a batch, a minibatch or a sequence"): "norm_adv normalize_advantage",
     ("score_scale", "a factor; 1 for none"): "use_score_scaling reward_scale",
-    ("score_clip", ""): "reward_clip",
-    ("score_clip", "scores are clipped to +- this"): "reward_clip_range cliprange_reward",
+    ("score_clip", "scores are clipped to +- this"): "reward_clip reward_clip_range cliprange_reward",
     ("init_kl_coef", "with adaptive_kl=False it stays"): "kl_coef beta",
-    ('init_kl_coef', 'with kl_placement="loss"'): "kl_loss_coef",
+    ("init_kl_coef", 'with kl_placement="loss"'): "kl_loss_coef",
     ("adaptive_kl", ""): "adap_kl_ctrl use_adaptive_kl",
     ("target", "KL in nats a sequence"): "kl_target",
     ("horizon", "in episodes"): "kl_horizon",
-    ('kl_estimator', "k1 (TRL's kl), k2 (mse), k3 or exact (full)"): "kl_penalty",
-    ("kl_estimator", "k1, k2, k3 or exact"): "kl_loss_type",
-    ('kl_placement', '"loss" or "reward"'): "use_kl_loss",
+    ("kl_estimator", "k1 (TRL's kl), k2 (mse), k3 or exact (full)"): "kl_penalty kl_loss_type",
+    ("kl_placement", '"loss" or "reward"'): "use_kl_loss",
     ("target_kl", "nats a token; None: no early stopping"): "early_stopping",
-    ('precision', '"bf16"'): "bf16",
-    ('precision', '"fp16"'): "fp16",
-    ("precision", ""): "dtype torch_dtype mixed_precision",
+    ("precision", '"bf16", "fp16" or another'): "bf16 fp16 dtype torch_dtype mixed_precision",
     ("checkpoint_activations", ""): "gradient_checkpointing",
     ("compile", ""): "torch_compile",
-    ('device', '"cpu"'): "use_cpu",
+    ("device", '"cpu"'): "use_cpu",
     ("seed", ""): "random_seed",
     (None, "models are handed to PPOTrainer"): "model_name model_name_or_path",
     (None, "rewards are callables that are handed to PPOTrainer.train"): "reward_model reward_model_path",

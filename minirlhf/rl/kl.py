@@ -38,7 +38,7 @@ class FixedKL:
 
     def __init__(self, coef: float):
         if not coef >= 0:
-            raise ValueError(f"the KL coefficient must not be negative, got {coef}")
+            raise ValueError(f"coef must be at least 0, got {coef}")
         self.coef = float(coef)
 
     def update(self, kl: float, n: int) -> None:
@@ -51,8 +51,7 @@ class AdaptiveKL:
         e = clip(KL / target - 1, -0.2, 0.2)
         coef *= 1 + e * n / horizon
 
-    init_coef: the first coefficient. target: KL per sequence (sum over its tokens) to aim at, in nats.
-    horizon: episodes over which a full error multiplies the coefficient by about e^0.2.
+    target: KL per sequence (sum over its tokens) to aim at, in nats. horizon: in episodes.
     Raises ValueError for a negative coefficient, or a target or horizon that is not positive.
     """
 
@@ -66,8 +65,7 @@ class AdaptiveKL:
     def update(self, kl: float, n: int) -> None:
         """Move the coefficient after a batch of n episodes with this mean KL per sequence, in nats.
 
-        It never becomes negative, as a batch of more than 5 horizons could make it. A KL that is not finite is
-        ignored.
+        It never becomes negative, not even after a batch of more than 5 horizons. Ignores a KL that is not finite.
         """
         if not math.isfinite(kl):
             return

@@ -1,7 +1,8 @@
 """Where response tokens meet the states that predict them: log-probabilities, entropy and KL under what was sampled.
 
-`response_states` is the one place of the shift by one. Nothing of shape (B, T, V) is made: hidden states are cut to the
-response positions, padding is dropped, and the LM head runs over chunks of what is left.
+`response_states` is the one place of the shift by one (states kept from the decode are before their tokens already).
+Nothing of shape (B, T, V) is made: the LM head runs over chunks of the real response positions, and the softmax of each
+chunk is in `generation.token_statistics`, for the reference over the policy's sampling set as well.
 
 Shapes: B batch, P prompt, R response, T = P + R, C width, V vocabulary, N real response tokens of the batch.
 """
@@ -17,13 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minirlhf.generation.sampling import restrict, unpack_set
-from minirlhf.generation.token_statistics import (
-    LogprobsAndEntropy,
-    compare,
-    entropy,
-    exact_kl,
-    gather_logprobs,
-)
+from minirlhf.generation.token_statistics import LogprobsAndEntropy, compare, entropy, exact_kl, gather_logprobs
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 
@@ -37,8 +32,7 @@ class TokenLogprobs:
 
     logprobs, entropy: nats, of the distribution that was sampled from.
     values: of the state before each token; None without a value head.
-    ref_logprobs, exact_kl: nats, the reference's log-probabilities and KL(policy || reference) over the whole
-        sampling set; None without a reference.
+    ref_logprobs, exact_kl: nats, KL(policy || reference) over the whole sampling set; None without a reference.
     """
 
     logprobs: Tensor
@@ -62,17 +56,15 @@ def response_logprobs(
 
     tokens: (B, T) int64, T > R. mask: (B, T), 1 at real tokens, or None for no padding; no padding stands between
         real tokens.
-    temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`); their
-        log-probabilities are those of the same distribution.
+    temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`).
     reference: a second decoder to compare with; it gets no gradient.
-    states: (B, R, C), the policy's hidden states before the response tokens where they are known already (see
-        `generation.generate`); None: they are computed.
+    states: (B, R, C), the policy's hidden states before the response tokens, if `generate` has kept them.
     Raises ValueError if R leaves no token before the response.
     """
     R = response_length
     if not 1 <= R < tokens.size(1):
         raise ValueError(f"response_length must be in 1 to {tokens.size(1) - 1} for rows of {tokens.size(1)}, got {R}")
-    # The places of the N real response tokens among all B * R; finding them makes a GPU synchronise.
+    # The places of the N real response tokens among all B * R; a GPU synchronises to find them.
     real = None if mask is None else mask[:, -R:].flatten().nonzero().squeeze(-1)
     states = response_states(policy.decoder, tokens, mask, R) if states is None else states
     hidden, picked, sets = (_real(x, real) for x in (states, tokens[:, -R:], sampling_sets))  # (N, C), (N,), (N, V / 8)
@@ -91,9 +83,8 @@ def response_logprobs(
         arguments: Any = (policy.decoder, reference, *cut, temperature)
         recomputed = recorded and len(picked) > rows
         parts.append(checkpoint(_of_chunk, *arguments, use_reentrant=False) if recomputed else _of_chunk(*arguments))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    names = ("logprobs", "entropy", "ref_logprobs", "exact_kl")[: len(columns)]
-    found = dict(zip(names, columns, strict=True))
+    names = ("logprobs", "entropy", "ref_logprobs", "exact_kl")
+    found = {name: torch.cat(column) for name, column in zip(names, zip(*parts, strict=True), strict=False)}
     if policy.value_head is not None:
         found["values"] = policy.value_head(hidden)
     return TokenLogprobs(**{name: _padded(x, real, (len(tokens), R)) for name, x in found.items()})
@@ -127,12 +118,8 @@ def _of_chunk(
     if not torch.is_grad_enabled():
         return compare(logits, ref_logits, picked, temperature, keep)
     logits, ref_logits = (restrict(z, temperature, keep) for z in (logits, ref_logits))
-    return (
-        gather_logprobs(logits, picked),
-        entropy(logits),
-        gather_logprobs(ref_logits, picked),
-        exact_kl(logits, ref_logits),
-    )
+    of_tokens, of_reference = gather_logprobs(logits, picked), gather_logprobs(ref_logits, picked)
+    return of_tokens, entropy(logits), of_reference, exact_kl(logits, ref_logits)
 
 
 def _real(x: Tensor | None, real: Tensor | None) -> Any:

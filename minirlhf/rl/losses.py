@@ -1,7 +1,7 @@
-"""The losses of PPO, per token, and the weights by which they are averaged.
+"""The losses of PPO, per token (B, R), and the weights by which they are averaged.
 
-Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms". Every loss returns terms (B, R); the trainer
-sums them with `token_weights`, which refer to the whole minibatch, so cutting it into micro-batches changes nothing.
+Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms". `token_weights` refer to the whole minibatch,
+so cutting it into micro-batches changes nothing.
 
 Shapes: B sequences, R response tokens.
 """
@@ -16,7 +16,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig
 
-
 LOG_RATIO_LIMIT = 20.0  # exp(20) is about 5e8: large enough to clip on, small enough to stay finite in fp32
 
 
@@ -25,12 +24,12 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float = 0.2) -> Tensor:
+def policy_loss(log_rho: Tensor, advantages: Tensor, cliprange: float = 0.2) -> Tensor:
     """The clipped surrogate objective, negated (Schulman et al. 2017, eq. 7), per token (B, R).
 
-    max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(log_ratio).
+    max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(log_rho).
     """
-    ratio = log_ratio.exp()
+    ratio = log_rho.exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange))
 
 
@@ -44,10 +43,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_va
 
 
 def token_weights(mask: Tensor, config: PPOConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Per-token weights (B, R) that sum to 1 over the minibatch whose response mask is given, 0 at padding.
+    """Per-token weights (B, R) that sum to 1 over the minibatch with this response mask, 0 at padding.
 
-    loss_averaging: "tokens", equal weights of all tokens; "sequences", equal weights of all rows; "micro_batches",
-    equal weights of all runs of `forward_batch_size` rows.
+    `loss_averaging` says what has equal weights: all tokens, all rows, or all runs of `forward_batch_size` rows.
     """
     mask = mask.to(dtype)
     if config.loss_averaging == "tokens":

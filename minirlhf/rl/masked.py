@@ -31,11 +31,10 @@ def masked_var(x: Tensor, mask: Tensor, ddof: int = 1, per_row: bool = False) ->
 def whiten(
     x: Tensor, mask: Tensor, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8, per_row: bool = False
 ) -> Tensor:
-    """Scale x (B, R) to variance 1 over all unmasked entries, and to mean 0 unless `shift_mean` is False.
+    """(x - mean) / sqrt(var + eps) over all unmasked entries of x (B, R), or per row; 0 at padding.
 
-    (x - mean) / sqrt(var + eps), with the variance over their number less `ddof`; without the shift the mean is added
-    back afterwards. Fewer than two unmasked entries have no variance and stay as they are. Padding becomes 0.
-    per_row: each row by its own mean and variance.
+    Without `shift_mean` the mean is added back afterwards. ddof: as in `masked_var`. Fewer than two unmasked entries
+    have no variance and stay as they are.
     """
     x = torch.where(mask.bool(), x, 0.0)
     mean = masked_mean(x, mask, per_row)
@@ -45,7 +44,7 @@ def whiten(
 
 
 def whitening_scale(x: Tensor, mask: Tensor, ddof: int = 1, eps: float = 1e-8, per_row: bool = False) -> Tensor:
-    """The factor (B, R) by which `whiten` multiplies: what else is weighed against the result needs the same."""
+    """The factor (B, R) by which `whiten` multiplies."""
     scale = (masked_var(x, mask, ddof, per_row) + eps).rsqrt()
     return torch.where(masked_sum(mask, mask, per_row) >= 2, scale, 1.0).expand_as(mask)
 

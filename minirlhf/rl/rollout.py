@@ -31,7 +31,7 @@ NOT_YET: Any = None  # in the place of a tensor that a later phase of the step c
 
 @dataclass(frozen=True)
 class Rollout:
-    """One batch of prompts, responses and what the models said of them; nothing in it changes after it is made.
+    """One batch of prompts, responses and what the models said of them. It is frozen.
 
     tokens: (B, T) int64, prompts padded on the left, responses on the right.
     mask: (B, T) int64, 1 at real tokens.
@@ -43,14 +43,13 @@ class Rollout:
     values: (B, R) fp32, of the state before each response token; 0 at padding. None without a value head.
     score_shares: (B, R) fp32, the shares of single tokens in the scores. None: the last token has the whole score.
     sampling_sets: (B, R, ceil(V / 8)) uint8, packed (see `sampling.pack_set`); None: nothing was truncated.
-    sampler_logprobs: (B, R) fp32, what the sampler itself computed while generating; None if not sampled here.
+    sampler_logprobs: (B, R) fp32, what the sampler itself computed; None if not sampled here.
     prompts, responses: the B texts; empty if the rollout was made from tokens alone.
     group_size: responses of each prompt, side by side.
     seconds: the time of each phase of collecting.
 
     Set within a step, (B, R) fp32: token_rewards, advantages, returns (None: the method has none), advantage_scale,
-    the factor by which whitening multiplied the advantages (None without it), and weights, of the tokens in the mean
-    over their minibatch.
+    the factor of whitening (None without it), and weights, of the tokens in the mean over their minibatch.
     """
 
     tokens: Tensor
@@ -85,13 +84,13 @@ class Rollout:
 
     @functools.cached_property
     def lengths(self) -> Tensor:
-        """(B, 2) int64, the real tokens of prompt and response, on the CPU: a GPU synchronises once a rollout."""
+        """(B, 2) int64 on the CPU, the real tokens of prompt and response; a GPU synchronises once a rollout."""
         R = self.response_mask.size(1)
         return torch.stack([self.mask[:, :-R].sum(-1), self.response_mask.sum(-1)], -1).cpu()
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """The mask (B, T), or None without any padding: then attention needs no mask and takes its fastest kernel."""
+        """The mask (B, T), or None without padding, where attention takes its fastest kernel."""
         return None if int(self.lengths.sum()) == self.tokens.numel() else self.mask
 
     def replace(self, **fields: Any) -> Rollout:
@@ -127,10 +126,7 @@ def collect_rollout(
 ) -> Rollout:
     """Sample `config.group_size` responses to each prompt, and score them with reward function, policy and reference.
 
-    models: policy, reference and tokenizer, in eval mode on one device.
-    prompts: texts; each is tokenised without a final [SEP].
-    reward_fn: a reward of any form that `rewards.call_reward` takes.
-    config: its sampling, `gen_len`, `eos_token_id` and `logprobs_*` are used.
+    models: in eval mode on one device. prompts: texts. reward_fn: of any form that `rewards.call_reward` takes.
     generator: on the models' device, the source of all randomness; None: PyTorch's global one.
     Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers; TimeoutError
     if the reward function takes longer than `reward_timeout`.
@@ -160,14 +156,13 @@ def collect_rollout(
     clock.stop("generation")
     scores = within(c.reward_timeout, reward_by_token, reward_fn, prompts, responses, pieces)
     clock.stop("reward")
-    found = logprobs_in_batches(
-        models, sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states
-    )
+    known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
+    found = logprobs_in_batches(models, *known)
     clock.stop("scoring")
     return Rollout(
-        tokens=sampled.tokens,
-        mask=sampled.mask,
-        response_mask=sampled.response_mask,
+        sampled.tokens,
+        sampled.mask,
+        sampled.response_mask,
         sampling_sets=sampled.sampling_sets,
         sampler_logprobs=sampled.logprobs,
         prompts=tuple(prompts),
@@ -182,12 +177,9 @@ def collect_rollout(
 def rollout_from_tokens(
     models: Models, queries: Sequence[Ids], responses: Sequence[Ids] | None, scores: Any, config: PPOConfig
 ) -> Rollout:
-    """A Rollout of B queries and responses that were sampled elsewhere, with log-probabilities of the full softmax.
+    """A Rollout of queries and responses that were sampled elsewhere, with log-probabilities of the full softmax.
 
-    queries, responses: token ids, 1-D, of any lengths of at least 1. scores: B finite numbers, or B lists of them with
-        one a token.
-    Raises ValueError for lists of unequal or no length, empty sequences, bad token ids, sequences longer than the
-    model's context, or bad scores.
+    Arguments and errors as of `PPOTrainer.step`.
     """
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
     if responses is None or scores is None:
@@ -202,23 +194,16 @@ def rollout_from_tokens(
     checked = checked_token_scores(scores, [len(ids) for ids in responses])
     longest = max((len(q) + len(r) for q, r in zip(queries, responses, strict=True)), default=0)
     if longest - 1 > model.n_positions:
-        raise ValueError(
-            f"the longest query with its response has {longest} tokens, more than the model's {model.n_positions} "
-            "positions"
-        )
+        more = f"{longest} tokens, more than the model's {model.n_positions} positions"
+        raise ValueError(f"the longest query with its response has {more}")
     query_ids, query_mask = left_pad(queries, pad_id)
     response_ids, response_mask = right_pad(responses, pad_id)
     tokens = to_device(torch.cat([query_ids, response_ids], 1), model.device)
     mask = to_device(torch.cat([query_mask, response_mask], 1), model.device)
     found = logprobs_in_batches(models, tokens, mask, response_ids.size(1), config.logprobs_divisor)
-    return Rollout(
-        tokens=tokens,
-        mask=mask,
-        response_mask=to_device(response_mask.bool(), model.device),
-        group_size=config.group_size,
-        **_score_fields(checked, found["logprobs"]),
-        **found,
-    )
+    found |= _score_fields(checked, found["logprobs"])
+    real = to_device(response_mask.bool(), model.device)
+    return Rollout(tokens, mask, real, group_size=config.group_size, **found)
 
 
 @torch.no_grad()
@@ -231,10 +216,7 @@ def logprobs_in_batches(
     sampling_sets: Tensor | None = None,
     states: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The fields of a Rollout that `response_logprobs` computes, each (B, R), in batches of similar length.
-
-    On a GPU that runs out of memory in smaller ones. Arguments as of `response_logprobs`.
-    """
+    """The fields of a Rollout that `response_logprobs` computes, each (B, R), in batches of similar length."""
     lengths, device = mask.sum(-1).tolist(), tokens.device
     for attempt in sizes_that_fit(min(models.scoring_batch_size, len(tokens))):
         with attempt, models.precision.autocast():
@@ -244,11 +226,8 @@ def logprobs_in_batches(
                 index = to_device(torch.tensor(batch), device)
                 sets, known = (None if x is None else x[index] for x in (sampling_sets, states))
                 real = mask[index] if lengths[batch[-1]] < tokens.size(1) else None  # the last is the shortest
-                parts.append(
-                    response_logprobs(
-                        models.policy, tokens[index], real, response_length, temperature, sets, models.reference, known
-                    )
-                )
+                inputs = (tokens[index], real, response_length, temperature, sets, models.reference, known)
+                parts.append(response_logprobs(models.policy, *inputs))
     back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), device)
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(TokenLogprobs)}
     return {name: torch.cat(column)[back] for name, column in columns.items() if column[0] is not None}

@@ -49,9 +49,8 @@ def token_rewards(
 ) -> Tensor:
     """Rewards (B, R): -kl_coef * KL at every response token, plus the score at the last one.
 
-    scores: (B,), one a sequence. kl: (B, R), nats a token. A sequence without response tokens gets no reward.
-    score_position: "last_token", of each row; or "last_column", of the batch, as in implementations for responses of
-        fixed length: rows that end earlier lose their score.
+    scores: (B,). kl: (B, R), nats a token.
+    score_position: "last_token" of each row; or "last_column" of the batch: rows that end earlier lose their score.
     score_shares: (B, R), the shares of single tokens in the scores; the rest of a score goes to its position.
     """
     mask = mask.bool()

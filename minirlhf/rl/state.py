@@ -14,14 +14,12 @@ if TYPE_CHECKING:
 def trainer_state(trainer: PPOTrainer) -> State:
     """Everything besides the weights that the next step depends on.
 
-    Raises RuntimeError for a trainer that an error stopped within a step, or whose shared reference was changed,
-    ValueError for weights that are not fp32.
+    Raises RuntimeError after an error inside a step, or if a shared reference was changed; ValueError for weights that
+    are not fp32.
     """
     if trainer.interrupted:
-        raise RuntimeError(
-            f"the trainer stopped within step {trainer.iteration + 1}, so its state is inconsistent; "
-            "go back to its last checkpoint"
-        )
+        where = f"the trainer stopped within step {trainer.iteration + 1}"
+        raise RuntimeError(f"{where}, so its state is inconsistent; go back to its last checkpoint")
     if trainer.config.reference == "shared" and module_hash(trainer.reference) != trainer.reference_hash:
         raise RuntimeError("the reference is not what it was: layers that it shares with the policy were changed")
     require_fp32(trainer.policy)
@@ -51,11 +49,10 @@ def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
     the trainer must not be used then.
     """
     tensors, c = state["tensors"], state["counters"]
-    if trainer.reference_hash != c["reference"]["sha256"]:
-        raise ValueError(
-            "the run began with another reference: its tensors had the SHA-256 "
-            f"{c['reference']['sha256'][:12]}..., those given have {trainer.reference_hash[:12]}..."
-        )
+    began, given = c["reference"]["sha256"], trainer.reference_hash
+    if given != began:
+        found = f"its tensors had the SHA-256 {began[:12]}..., those given have {given[:12]}..."
+        raise ValueError(f"the run began with another reference: {found}")
     for name, generator in trainer.generators.items():
         load_generator(generator, f"generator.{name}", tensors)
     load_moments(trainer.optimizer, trainer.policy.named_parameters(), tensors)

@@ -20,19 +20,17 @@ TensorStats = dict[str, Tensor]
 
 
 def rollout_statistics(batch: Rollout, scores: Tensor) -> Stats:
-    """Statistics of one batch of experience, before its update.
-
-    batch: with token rewards, advantages and returns. scores: (B,), as they became rewards. "A sequence" means the
-    sum over its response tokens, averaged over the batch; "a token" the mean over all response tokens.
-    """
+    """Statistics of a batch with token rewards, advantages and returns, before its update; scores: (B,), shaped."""
     mask, rewards = batch.response_mask, batch.token_rewards
 
     def per_sequence(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum(-1).mean()
 
-    stats = {f"objective/kl{end}": per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, kind))
-             for end, kind in (("", "k1"), ("_k2", "k2"), ("_k3", "k3"))}  # fmt: skip
-    stats |= {
+    k1, k2, k3 = (per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, kind)) for kind in ("k1", "k2", "k3"))
+    stats = {
+        "objective/kl": k1,
+        "objective/kl_k2": k2,
+        "objective/kl_k3": k3,
         "objective/kl_exact": per_sequence(batch.exact_kl),
         "objective/entropy": per_sequence(batch.entropy),
         "objective/reward_with_kl": per_sequence(rewards),
@@ -64,9 +62,6 @@ def read_stats(stats: Sequence[TensorStats]) -> list[Stats]:
 
 
 def mean_stats(stats: Sequence[Stats]) -> Stats:
-    """The mean of each statistic over minibatches.
-
-    A minibatch with a statistic that is not finite, whose optimizer step was skipped, is left out, unless all are so.
-    """
+    """The mean of each statistic over the minibatches whose statistics are all finite, or over all if none are."""
     finite = [s for s in stats if all(map(math.isfinite, s.values()))] or stats
     return {name: sum(s[name] for s in finite) / len(finite) for name in finite[0]}

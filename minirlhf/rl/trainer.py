@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 class PPOTrainer:
     """Proximal policy optimisation of a language model against a reward, held near a reference by a KL penalty.
 
-    policy: an ActorCritic; a plain decoder gets a new value head, as the config says. It is trained in place.
+    policy: trained in place; a plain decoder gets a new value head, as the config says.
     ref_policy: the frozen reference, usually a second copy of the same checkpoint; or the folder to load it from.
-    tokenizer: of both; needed for texts only.
-    config: a PPOConfig; **overrides replace its fields by name, so the whole dict of the original recipe may be given.
-        In the trainer's own config precision "auto" has become a name; `precision_choice` says why that one.
+    tokenizer: of both.
+    config: **overrides replace its fields by name, so the whole dict of the original recipe may be given. In the
+        trainer's own config precision "auto" has become a name; `precision_choice` says why that one.
     Raises ValueError for an unknown or bad field, models or tokenizer that do not fit each other, or a reference
     that shares its parameters with the policy.
     """
@@ -99,7 +99,7 @@ class PPOTrainer:
         lists of them with one a token. Or one Rollout in the place of all three. Token lists carry no sampling sets,
         so their log-probabilities are those of the full softmax at the configured temperature.
         Returns the statistics of the step by name (docs/metrics.md has their glossary).
-        Raises ValueError for lists of unequal or no length, empty responses, bad token ids, or bad scores;
+        Raises ValueError for lists of unequal or no length, empty or too long sequences, bad token ids or bad scores;
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
         """
         start = time.perf_counter()
@@ -123,7 +123,7 @@ class PPOTrainer:
                 break
 
         stats = rollout_statistics(batch, shaped) | self._update_statistics(read_stats(updates))
-        self.kl_controller.update(stats["objective/kl"], len(batch))
+        self.kl_controller.update(stats["objective/kl"], len(batch))  # k1, whatever the estimator of the penalty
         self.iteration += 1
         self.interrupted = False
         return stats | time_statistics(stats, {**rollout.seconds, "update": time.perf_counter() - start}, len(batch))
@@ -157,22 +157,16 @@ class PPOTrainer:
     def _loss(self, batch: Rollout) -> tuple[Tensor, TensorStats]:
         """The loss of a micro-batch, its share of the minibatch's mean, and the same of what is worth logging."""
         c, mask = self.config, batch.response_mask
-        now = response_logprobs(
-            self.policy,
-            batch.tokens,
-            batch.attention_mask,
-            mask.size(1),
-            c.logprobs_divisor,
-            batch.sampling_sets,
-            self.reference if c.kl_estimator == "exact" else None,
-        )
+        reference = self.reference if c.kl_estimator == "exact" else None
+        inputs, sets = (batch.tokens, batch.attention_mask, mask.size(1)), batch.sampling_sets
+        now = response_logprobs(self.policy, *inputs, c.logprobs_divisor, sets, reference)
 
         def mean(x: Tensor) -> Tensor:
             return masked_sum(x * batch.weights, mask)
 
         # rho_t = pi(y_t) / pi_old(y_t);  max(-A_t rho_t, -A_t clip(rho_t, 1 +- cliprange))
-        ratio = log_ratio(now.logprobs, batch.logprobs)
-        of_policy = mean(policy_loss(ratio, batch.advantages, c.cliprange))
+        log_rho = log_ratio(now.logprobs, batch.logprobs)
+        of_policy = mean(policy_loss(log_rho, batch.advantages, c.cliprange))
         loss, sums = of_policy, {"ppo/loss/policy": of_policy}
         if batch.returns is not None and now.values is not None:
             of_values = mean(value_loss(now.values, batch.values, batch.returns, c.cliprange_value))
@@ -182,10 +176,10 @@ class PPOTrainer:
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
             loss = loss + self.kl_controller.coef * mean(self._kl_loss(now, batch))
-        ratio_error = ratio.detach().expm1().abs()
+        ratio_error = log_rho.detach().expm1().abs()
         sums |= {
             "ppo/loss/total": loss,
-            "ppo/policy/approxkl": mean(0.5 * ratio.detach().square()),
+            "ppo/policy/approxkl": mean(0.5 * log_rho.detach().square()),
             "ppo/policy/clipfrac": mean((ratio_error > c.cliprange).to(batch.weights)),
             "ppo/policy/ratio_error": mean(ratio_error),
         }
@@ -196,9 +190,8 @@ class PPOTrainer:
 
     def _kl_loss(self, now: TokenLogprobs, batch: Rollout) -> Tensor:
         """KL (B, R) to the reference with its gradient, on the scale of the advantages that it is weighed against."""
-        if now.exact_kl is not None:
-            kl = now.exact_kl
-        else:
+        kl = now.exact_kl
+        if kl is None:
             kl = kl_estimate(now.logprobs, batch.ref_logprobs, self.config.kl_estimator)
         return kl if batch.advantage_scale is None else kl * batch.advantage_scale
 
@@ -225,10 +218,10 @@ class PPOTrainer:
         for update, bad in zip(updates, skipped, strict=True):
             self.bad_steps = self.bad_steps + 1 if bad else 0
             if self.bad_steps >= self.config.max_bad_steps:
+                loss, norm = update["ppo/loss/total"], update["ppo/grad_norm"]
                 raise FloatingPointError(
                     f"step {self.iteration + 1}: {self.bad_steps} optimizer steps in a row were skipped, as their loss "
-                    f"(the last one: {update['ppo/loss/total']}) or the norm of their gradient "
-                    f"({update['ppo/grad_norm']}) was not finite"
+                    f"(the last one: {loss}) or the norm of their gradient ({norm}) was not finite"
                 )
         stats = mean_stats(updates)
         # At the first minibatch the policy is still the one that sampled: anything but 0 is an error of scoring.
@@ -241,10 +234,7 @@ class PPOTrainer:
     # ---- experience -------------------------------------------------------------------------------------------------
 
     def collect(self, prompts: Sequence[str], reward_fn: RewardFunction) -> Rollout:
-        """`collect_rollout` with the trainer's models, config and generator; `group_size` responses a prompt.
-
-        After an error the trainer is as it was before.
-        """
+        """`collect_rollout` with the trainer's own; after an error the trainer is as it was before."""
         self.policy.eval()
         with undone_on_error(self.generators.values()):
             return collect_rollout(self.models, prompts, reward_fn, self.config, self.generators["sampling"])
@@ -258,7 +248,6 @@ class PPOTrainer:
         """Run `config.steps` episodes: draw a batch of prompts from the pool, sample, score, step, and again.
 
         prompts: the pool, drawn from with replacement: any collection of texts, or a file (see `text.prompts`).
-        reward_fn: a reward of any form that `rewards.call_reward` takes.
         on_step: called after every step with its rollout and statistics; `Run.record` is one.
         Returns the statistics of all steps. Raises ValueError for an empty pool, or a prompt that is empty or too
         long, before any training. After an error of the reward function the trainer is as it was after the last step.
@@ -266,7 +255,7 @@ class PPOTrainer:
         pool, history = self.check_prompts(prompts), []
         while self.iteration < self.config.iterations:
             with undone_on_error(self.generators.values()):
-                count = self.config.prompts_per_batch
+                count = self.config.batch_size // self.config.group_size
                 drawn = torch.randint(len(pool), (count,), generator=self.generators["shuffling"])
                 rollout = self.collect([pool[i] for i in drawn], reward_fn)
             history.append(self.step(rollout))
@@ -280,10 +269,9 @@ class PPOTrainer:
         for prompt in pool:
             length = len(self.tokenizer.encode_prompt(prompt))
             if length > positions - self.config.gen_len:
-                raise ValueError(
-                    f"prompt {prompt[:20]!r}... has {length} tokens; the model's {positions} positions less "
-                    f"gen_len={self.config.gen_len} leave room for {positions - self.config.gen_len}"
-                )
+                room = f"gen_len={self.config.gen_len} leave room for {positions - self.config.gen_len}"
+                named = f"prompt {prompt[:20]!r}... has {length} tokens"
+                raise ValueError(f"{named}; the model's {positions} positions less {room}")
         return pool
 
     # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------

@@ -53,20 +53,6 @@ def test_step_clips_the_global_norm_and_returns_it_unclipped(limit, factor):
     assert b.tolist() == pytest.approx([-8 * factor, 0], rel=1e-5)
 
 
-def test_an_optimizer_that_is_not_fused_is_clipped_and_skipped_for():
-    def weights(fused):
-        p, precision = nn.Parameter(torch.tensor([1.0, 2.0])), Precision("fp32", CPU)
-        optimizer = torch.optim.AdamW([p], lr=0.1, fused=fused)
-        for scale in (3.0, math.nan, 0.01):
-            loss = (scale * p * torch.tensor([1.0, -2.0])).sum()
-            precision.backward(loss)
-            precision.step(optimizer, [p], 1.0, loss)
-        return p.detach()
-
-    assert torch.isfinite(weights(False)).all()
-    torch.testing.assert_close(weights(False), weights(True))
-
-
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("loss", "gradient"), [
     (1.0, math.nan), (1.0, math.inf), (1.0, 1e30),  # whose square overflows

@@ -133,7 +133,7 @@ def test_it_can_be_called_where_gradients_are_off():
 def test_another_vocabulary_is_found_and_what_needs_samples_is_skipped_with_the_reason():
     status, findings = examine(tokenizer=Tokenizer([*VOCAB, "extra"]))
     assert status["vocabulary"] == "fail"
-    assert f"tokenizer {len(VOCAB) + 1}, policy config {len(VOCAB)}" in findings["vocabulary"].detail
+    assert f"tokenizer {len(VOCAB) + 1}, policy logits {len(VOCAB)}" in findings["vocabulary"].detail
     for name in ("rollout", "reference", "ratio", "weights", "memory", "precision"):
         assert status[name] == "skip" and "needs" in findings[name].detail
     for name in ("reward vocabulary", "labels", "masks", "dropout"):
@@ -225,7 +225,7 @@ def test_a_first_ratio_away_from_one_is_found(kind, named, precision):
 
 
 def test_samples_that_are_scored_with_the_full_softmax_on_purpose_are_not_held_against_the_sampler():
-    status, findings = examine(score_full_softmax=True, top_p=0.5)
+    status, findings = examine(logprobs_full_softmax=True, top_p=0.5)
     assert status["ratio"] == "ok" and "sampled" not in findings["ratio"].detail
     assert "sampled" in examine(top_p=0.5)[1]["ratio"].detail
 
@@ -622,11 +622,11 @@ def test_a_missing_reference_and_a_foreign_reward_are_found_together(folders):
 
 
 def test_a_vocabulary_that_does_not_fit_its_folder_is_found(folders):
-    Tokenizer(VOCAB[:-1]).save_pretrained(folders / "reward")
+    Tokenizer([*VOCAB, "more"]).save_pretrained(folders / "reward")
     status, findings = by_folder(folders)
-    assert status["folders"] == "fail" and f"vocabulary has {len(VOCAB) - 1} tokens" in findings["folders"].detail
+    assert status["folders"] == "fail" and f"vocabulary has {len(VOCAB) + 1} tokens" in findings["folders"].detail
     assert others(status, "reward vocabulary", "labels") == {"ok"}
-    Tokenizer(VOCAB[:-1]).save_pretrained(folders / "policy")
+    Tokenizer([*VOCAB, "more"]).save_pretrained(folders / "policy")
     assert by_folder(folders)[0]["vocabulary"] == "fail"
 
 

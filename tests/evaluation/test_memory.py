@@ -32,7 +32,7 @@ class AnyText:
     def decode(self, ids):
         return ""
 
-    def decode_pieces(self, ids):
+    def decode_response(self, prompt_ids, ids):
         return [""] * len(ids)
 
 

@@ -266,19 +266,6 @@ def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, call):
     assert snapshot(tmp_path) == before
 
 
-def test_a_run_needs_no_module_that_windows_lacks(tiny, tmp_path):
-    """One step in a process in which nothing can import them, this library's own code or another's."""
-    pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
-    blocked = ("fcntl", "termios", "resource", "tty", "pty", "pwd", "grp")
-    arguments = [*models(tiny), "--steps", "4", "--batch-size", "4", "--gen-len", "4", "--output", tmp_path / "run"]
-    code = (f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
-            f"sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = {[str(SCRIPT), *map(str, arguments)]!r}\n"
-            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")  # fmt: skip
-    done = start("-W", "ignore", "-c", code)
-    assert "saved in " in done.stdout
-    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1 and (tmp_path / "run" / "policy").is_dir()
-
-
 # ---- prompts and recipes --------------------------------------------------------------------------------------------
 
 

@@ -44,12 +44,6 @@ def eos_of(model, column, prompts=PROMPTS, length=8):
     return next(token for token in row[column:] if token not in row[:column])
 
 
-def test_greedy_rows_of_a_ragged_batch_are_those_of_single_rows(model):
-    together = generate(model, PROMPTS, 10, GREEDY)
-    for row, prompt in zip(together.responses, PROMPTS, strict=True):
-        assert torch.equal(row, generate(model, [prompt], 10, GREEDY).responses[0])
-
-
 def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(model):
     result = generate(model, PROMPTS, 6, GREEDY)
     for prompt, row in zip(PROMPTS, result.responses, strict=True):
@@ -68,11 +62,6 @@ def test_shapes_masks_and_padding(model):
         padding = 5 - len(prompt)
         assert row[:5] == [3] * padding + prompt
         assert mask == [0] * padding + [1] * (len(prompt) + 7)
-
-
-def test_tensors_are_prompts_too(model):
-    tensors = [torch.tensor(p) for p in PROMPTS]
-    assert torch.equal(generate(model, tensors, 3, GREEDY).tokens, generate(model, PROMPTS, 3, GREEDY).tokens)
 
 
 def test_a_row_ends_with_its_end_of_text_and_is_padding_from_then_on(model):
@@ -95,11 +84,7 @@ def test_a_row_ends_with_its_end_of_text_and_is_padding_from_then_on(model):
 
 def test_finished_rows_are_not_computed_again(model, monkeypatch):
     eos = eos_of(model, 5)
-    rows = []
-    inner = model.hidden_states
-    monkeypatch.setattr(
-        model, "hidden_states", lambda ids, *rest, **more: rows.append(len(ids)) or inner(ids, *rest, **more)
-    )
+    rows = counted_rows(model, monkeypatch)
     result = generate(model, PROMPTS, 8, GREEDY, eos_token_id=eos)
     lengths = result.response_mask.sum(-1)
     # Column t needs one forward of the rows that are longer than t; the first is the prompts themselves.
@@ -109,11 +94,7 @@ def test_finished_rows_are_not_computed_again(model, monkeypatch):
 def test_generation_stops_when_all_rows_are_finished(model, monkeypatch):
     prompts = [PROMPTS[0]] * 3
     eos = eos_of(model, 3, prompts)
-    calls = []
-    inner = model.hidden_states
-    monkeypatch.setattr(
-        model, "hidden_states", lambda ids, *rest, **more: calls.append(len(ids)) or inner(ids, *rest, **more)
-    )
+    calls = counted_rows(model, monkeypatch)
     result = generate(model, prompts, 30, GREEDY, eos_token_id=eos)
     length = int(result.response_mask[0].sum())
     assert length < 30 and calls == [1] + [3] * (length - 1)  # the prompt that all share is read once
@@ -122,11 +103,7 @@ def test_generation_stops_when_all_rows_are_finished(model, monkeypatch):
 
 def test_equal_prompts_are_read_once_and_each_row_goes_on_with_its_own(model, monkeypatch):
     prompts = [PROMPTS[i] for i in (1, 0, 2, 1, 1, 0)]
-    calls = []
-    inner = model.hidden_states
-    monkeypatch.setattr(
-        model, "hidden_states", lambda ids, *rest, **more: calls.append(len(ids)) or inner(ids, *rest, **more)
-    )
+    calls = counted_rows(model, monkeypatch)
     together = generate(model, prompts, 6, GREEDY).responses
     assert calls == [3] + [6] * 5
     for prompt, response in zip(prompts, together, strict=True):
@@ -229,10 +206,6 @@ def test_a_model_in_training_mode_is_refused():
     model = make_gpt2().train()
     with pytest.raises(ValueError, match="eval"):
         generate(model, PROMPTS, 2)
-
-
-def test_no_gradient_is_kept(model):
-    assert not generate(model, PROMPTS, 2, generator=seeded()).logprobs.requires_grad
 
 
 def test_a_row_depends_on_no_other_row_and_not_on_who_has_ended():

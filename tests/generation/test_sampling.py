@@ -19,9 +19,9 @@ from minirlhf.generation.sampling import (
     restrict,
     sample,
     sample_top_p,
-    sampling_set,
     top_k_set,
     top_p_set,
+    truncate,
     unpack_set,
 )
 
@@ -67,11 +67,6 @@ def test_of_equally_probable_tokens_the_lower_ids_come_first():
     assert top_k_set(probs, 3).tolist() == [[True, True, True, False], [True, True, False, True]]
 
 
-def test_a_tiny_p_keeps_the_most_probable_token():
-    probs = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]])
-    assert top_p_set(probs, 1e-12).tolist() == [[False, True, False], [True, False, False]]
-
-
 def test_p_one_keeps_every_token_that_has_mass():
     probs = torch.tensor([[0.25, 0.0, 0.5, 0.25], [0.25] * 4])
     assert top_p_set(probs, 1.0).tolist() == [[True, False, True, True], [True] * 4]
@@ -85,7 +80,7 @@ def test_top_k_set_keeps_the_k_highest():
 
 
 def test_no_set_where_nothing_is_cut():
-    assert sampling_set(torch.zeros(2, 3), SamplingConfig(temperature=0.5)) is None
+    assert truncate(torch.zeros(2, 3), SamplingConfig(temperature=0.5))[1] is None
     assert not SamplingConfig(temperature=0.5).truncates
     assert SamplingConfig(top_k=1).truncates and SamplingConfig(top_p=0.99).truncates
 
@@ -105,7 +100,7 @@ def test_the_set_is_the_one_of_transformers(setting):
     expected = logits
     for warper in warpers:
         expected = warper(None, expected)
-    keep = sampling_set(logits, SamplingConfig(temperature, top_k, top_p))
+    keep = truncate(logits, SamplingConfig(temperature, top_k, top_p))[1]
     assert torch.equal(keep, torch.isfinite(expected))
     torch.testing.assert_close(restrict(logits, temperature, keep), expected)
 
@@ -114,10 +109,10 @@ def test_temperature_top_k_and_top_p_in_their_order_by_hand():
     # p ~ 8 4 2 1 1; temperature 1/2 squares it: 64 16 4 1 1. top_k=2 leaves 64:16 = .8:.2, so top_p=.8 keeps one token
     # (top-p first, over the mass of all, .744, would keep two).
     logits = torch.tensor([[8.0, 4, 2, 1, 1]], dtype=torch.float64).log()
-    assert sampling_set(logits, SamplingConfig(0.5, 2, 0.79)).tolist() == [[True, False, False, False, False]]
-    assert sampling_set(logits, SamplingConfig(0.5, 0, 0.79)).tolist() == [[True, True, False, False, False]]
+    assert truncate(logits, SamplingConfig(0.5, 2, 0.79))[1].tolist() == [[True, False, False, False, False]]
+    assert truncate(logits, SamplingConfig(0.5, 0, 0.79))[1].tolist() == [[True, True, False, False, False]]
     # Without the temperature 8:4 = .667:.333.
-    assert sampling_set(logits, SamplingConfig(1.0, 2, 0.79)).tolist() == [[True, True, False, False, False]]
+    assert truncate(logits, SamplingConfig(1.0, 2, 0.79))[1].tolist() == [[True, True, False, False, False]]
 
 
 @pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.6, 0, 1.0), (0.8, 4, 1.0), (1.3, 6, 0.8)])
@@ -142,14 +137,6 @@ def test_sampled_tokens_follow_the_truncated_renormalised_distribution(setting):
     assert stats.chisquare(frequencies[kept], draws * expected[kept]).pvalue > 1e-4
 
 
-def test_a_wrong_distribution_would_fail_the_frequency_test():
-    """The power of the test above: a temperature 5 % off is seen."""
-    logits = 1.5 * torch.randn(1, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    tokens, _, _ = sample(logits.repeat(60000, 1), SamplingConfig(1.05), uniforms(60000, 3))
-    expected = 60000 * logits[0].softmax(-1).numpy()
-    assert stats.chisquare(np.bincount(tokens.numpy(), minlength=8), expected).pvalue < 1e-4
-
-
 def test_greedy_is_top_k_one():
     logits = torch.randn(30, 11, generator=torch.Generator().manual_seed(4))
     tokens, logp, _ = sample(logits, SamplingConfig(top_k=1), uniforms(30, 5))
@@ -165,12 +152,6 @@ def test_sample_top_p_follows_the_nucleus():
     frequencies = np.bincount(tokens.numpy(), minlength=4)
     assert frequencies[0] == frequencies[2] == 0
     assert stats.chisquare(frequencies[[1, 3]], [4000, 3000]).pvalue > 1e-4
-
-
-def test_sample_top_p_of_one_draws_from_all():
-    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).repeat(4000, 1)
-    frequencies = np.bincount(sample_top_p(probs, 1.0, torch.Generator().manual_seed(7)).numpy(), minlength=4)
-    assert stats.chisquare(frequencies, [400, 1600, 800, 1200]).pvalue > 1e-4
 
 
 def test_sampling_changes_neither_its_arguments_nor_the_global_random_state():
@@ -268,13 +249,3 @@ def test_a_p_below_all_numbers_of_fp32_keeps_the_most_probable_token():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     tokens, logprobs, keep = sample(logits, SamplingConfig(top_p=1e-50), uniforms(3, 0))
     assert torch.equal(tokens, logits.argmax(-1)) and keep.sum() == 3 and logprobs.abs().max() == 0
-
-
-def test_the_default_type_of_pytorch_does_not_matter():
-    probs = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
-    expected = top_p_set(probs, 20.0 / 21)
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert torch.equal(top_p_set(probs, 20.0 / 21), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 from transformers import BertConfig as TheirConfig
 
-from conftest import make_bert
+from conftest import assert_relatively_close, make_bert, rewrite_config, rewrite_tensors
 from minirlhf import BertClassifier, BertConfig
 
 SIZES = dict(vocab_size=50, max_position_embeddings=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -43,10 +43,6 @@ def ragged_batch() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     return rows, ids, mask
 
 
-def assert_relatively_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
-
-
 @pytest.fixture(params=["written by transformers", "written by us"])
 def pair(request, tmp_path) -> tuple[BertClassifier, BertForSequenceClassification]:
     """One set of weights in both implementations, through a folder that the one or the other wrote."""
@@ -63,17 +59,6 @@ def pair(request, tmp_path) -> tuple[BertClassifier, BertForSequenceClassificati
 def folder(tmp_path):
     make_bert(**SIZES).save_pretrained(tmp_path)
     return tmp_path
-
-
-def rewrite_tensors(folder, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    changed = change(tensors) or tensors
-    save_file({name: t.contiguous() for name, t in changed.items()}, folder / "model.safetensors", {"format": "pt"})
-
-
-def rewrite_config(folder, **changes) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
 # ---- against transformers -------------------------------------------------------------------------------------------
@@ -123,14 +108,6 @@ def test_gradients_equal_transformers(pair, dtype, tolerance):
     largest = max(gradient.abs().max().item() for gradient in expected.values())  # those of key biases are 0
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=tolerance, atol=tolerance / 10 * largest)
-
-
-@torch.no_grad()
-def test_masked_token_logits_are_by_the_word_embedding():
-    model = make_bert(**SIZES).double()
-    hidden = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = torch.einsum("btc,vc->btv", hidden, model.bert.embeddings.word_embeddings.weight)
-    torch.testing.assert_close(model.lm_logits(hidden), expected)
 
 
 # ---- padding and length ---------------------------------------------------------------------------------------------
@@ -210,15 +187,11 @@ def test_labels_are_in_the_order_of_the_logits_not_of_the_file(folder):
 
 
 def test_a_folder_without_labels_gets_no_invented_ones(folder):
-    """transformers would call them LABEL_0 and LABEL_1; to call them negative and positive would be a guess."""
+    """To call them negative and positive would be a guess."""
     content = json.loads((folder / "config.json").read_text())
     del content["id2label"], content["label2id"]
     (folder / "config.json").write_text(json.dumps(content))
-    try:
-        labels = BertClassifier.from_pretrained(folder).config.labels
-    except ValueError:
-        return
-    assert not any(label.startswith(("positive", "negative")) for label in labels)
+    assert BertClassifier.from_pretrained(folder).config.labels == ["LABEL_0", "LABEL_1"]
 
 
 @pytest.mark.parametrize("id2label", [
@@ -238,19 +211,13 @@ def test_label_count_must_fit_the_head(folder):
         BertClassifier.from_pretrained(folder)
 
 
-def test_position_ids_buffer_is_ignored(folder):
-    before = BertClassifier.from_pretrained(folder).state_dict()
-    rewrite_tensors(folder, lambda t: {**t, "bert.embeddings.position_ids": torch.arange(24)[None]})
-    after = BertClassifier.from_pretrained(folder).state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 @pytest.mark.parametrize("change", [
     lambda tensors: {name.removeprefix("bert."): t for name, t in tensors.items()},
     lambda tensors: {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
                      for name, t in tensors.items()},
-    lambda tensors: {**tensors, "cls.predictions.bias": torch.ones(50), "cls.seq_relationship.weight": torch.ones(2)},
-], ids=["no prefix", "gamma and beta", "heads of pretraining"])  # fmt: skip
+    lambda tensors: {**tensors, "cls.predictions.bias": torch.ones(50), "cls.seq_relationship.weight": torch.ones(2),
+                     "bert.embeddings.position_ids": torch.arange(24)[None]},
+], ids=["no prefix", "gamma and beta", "heads of pretraining, positions"])  # fmt: skip
 def test_other_spellings_of_a_checkpoint_load(folder, change):
     before = BertClassifier.from_pretrained(folder).state_dict()
     names = load_file(folder / "model.safetensors").keys()
@@ -269,48 +236,6 @@ def test_a_model_that_was_not_trained_to_classify_is_named(folder, prefix):
     with pytest.raises(ValueError, match=r"holds no classification head \(classifier.weight") as caught:
         BertClassifier.from_pretrained(folder)
     assert str(folder) in str(caught.value)
-
-
-@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
-def test_labels_that_do_not_exclude_each_other_are_refused(folder, problem_type):
-    """Their scores are no softmax."""
-    rewrite_config(folder, problem_type="single_label_classification")
-    BertClassifier.from_pretrained(folder)
-    rewrite_config(folder, problem_type=problem_type)
-    with pytest.raises(ValueError, match=f"problem_type='{problem_type}'; only None or 'single_label"):
-        BertClassifier.from_pretrained(folder)
-
-
-def test_the_number_of_labels_without_names(folder):
-    rewrite_config(folder, id2label=None, num_labels=2)
-    assert BertClassifier.from_pretrained(folder).config.labels == ["LABEL_0", "LABEL_1"]
-    for count in (0, -1, "2", 2.5, 10**12):
-        rewrite_config(folder, num_labels=count)
-        with pytest.raises(ValueError, match="num_labels="):
-            BertClassifier.from_pretrained(folder)
-
-
-def test_one_error_names_every_tensor_that_is_wrong(folder):
-    def damage(tensors):
-        del tensors["bert.pooler.dense.bias"], tensors["classifier.bias"]
-        tensors["bert.encoder.layer.2.output.dense.bias"] = torch.zeros(16)
-        tensors["bert.embeddings.word_embeddings.weight"] = torch.zeros(49, 16)
-        tensors["classifier.weight"][0, 0] = torch.nan
-
-    rewrite_tensors(folder, damage)
-    with pytest.raises(ValueError) as caught:
-        BertClassifier.from_pretrained(folder)
-    message = str(caught.value)
-    for problem in (str(folder), "missing bert.pooler.dense.bias", "missing classifier.bias",
-                    "unexpected bert.encoder.layer.2.output.dense.bias", "classifier.weight holds NaN",
-                    "word_embeddings.weight has shape (49, 16), the config asks for (50, 16)"):  # fmt: skip
-        assert problem in message, problem
-
-
-def test_another_model_type_is_refused(folder):
-    rewrite_config(folder, model_type="gpt2")
-    with pytest.raises(ValueError, match="'gpt2' model, expected 'bert'"):
-        BertClassifier.from_pretrained(folder)
 
 
 # ---- construction ---------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from test_trainer import batch, make_trainer, same, weights
+from small_trainer import batch, make_trainer, same, weights
 from torch import nn
 
 from conftest import make_gpt2
 from minirlhf import SamplingConfig, generate
-from minirlhf.models.compilation import compile_blocks
+from minirlhf.models.decoder import compile_blocks
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 

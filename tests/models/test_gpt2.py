@@ -1,16 +1,15 @@
 """GPT-2 against transformers' GPT2LMHeadModel, and against itself: padding and the key/value cache change nothing."""
 
-import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from transformers import GPT2Config as TheirConfig
 
-from conftest import make_gpt2
+from conftest import assert_relatively_close, make_gpt2, rewrite_config, rewrite_tensors
 from minirlhf import GPT2, GPT2Config, SamplingConfig, generate
 from minirlhf.models.decoder import share_frozen_parameters
 from minirlhf.models.gpt2 import segment_positions
@@ -46,10 +45,6 @@ def ragged_batch(side: str) -> tuple[list[torch.Tensor], torch.Tensor, torch.Ten
     return rows, ids, mask
 
 
-def assert_relatively_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
-
-
 @pytest.fixture(params=["written by transformers", "written by us"])
 def pair(request, tmp_path) -> tuple[GPT2, GPT2LMHeadModel]:
     """One set of weights in both implementations, through a folder that the one or the other wrote."""
@@ -66,17 +61,6 @@ def pair(request, tmp_path) -> tuple[GPT2, GPT2LMHeadModel]:
 def folder(tmp_path):
     make_gpt2(**SIZES).save_pretrained(tmp_path)
     return tmp_path
-
-
-def rewrite_tensors(folder, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    changed = change(tensors) or tensors
-    save_file({name: t.contiguous() for name, t in changed.items()}, folder / "model.safetensors", {"format": "pt"})
-
-
-def rewrite_config(folder, **changes) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
 # ---- against transformers -------------------------------------------------------------------------------------------
@@ -165,18 +149,6 @@ def test_padding_changes_nothing(side):
     assert torch.isfinite(logits).all()
     for i, row in enumerate(rows):
         assert_relatively_close(logits[i, mask[i].bool()], model(row[None])[0], 1e-10)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_gets_no_gradient(side):
-    model = make_gpt2(**SIZES).double()
-    _, ids, mask = ragged_batch(side)
-    ids[~mask.bool()] = 0  # random_ids never draws 0
-    hidden = model.hidden_states(ids, mask)
-    hidden[mask.bool()].square().sum().backward()
-    gradient = model.wte.weight.grad
-    assert torch.equal(gradient[0], torch.zeros_like(gradient[0]))
-    assert gradient[ids[mask.bool()]].abs().sum() > 0
 
 
 @torch.no_grad()
@@ -268,15 +240,6 @@ def test_weights_beyond_the_stored_type_are_not_written_as_infinities(folder):
     assert torch.equal(GPT2.from_pretrained(folder).wte.weight, make_gpt2(**SIZES).wte.weight)  # the old one is whole
 
 
-def test_saving_replaces_a_model_and_leaves_other_files(folder):
-    (folder / "vocab.txt").write_text("kept")
-    make_gpt2(seed=5, **SIZES).save_pretrained(folder)
-    loaded = GPT2.from_pretrained(folder)
-    assert torch.equal(loaded.wte.weight, make_gpt2(seed=5, **SIZES).wte.weight)
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "vocab.txt"]
-    assert (folder / "vocab.txt").read_text() == "kept"
-
-
 @pytest.mark.parametrize("change", [
     lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()},
     lambda tensors: {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()},
@@ -320,45 +283,6 @@ def test_layer_norms_may_have_their_old_names(folder):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_tensor_under_two_names_is_refused(folder):
-    rewrite_tensors(folder, lambda t: {**t, "wpe.weight": t["transformer.wpe.weight"] + 1})
-    with pytest.raises(ValueError, match=r"hold wpe.weight twice"):
-        GPT2.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(("own", "other"), [
-    ("n_positions", "n_ctx"), ("n_positions", "max_position_embeddings"), ("n_embd", "hidden_size"),
-    ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads"),
-])  # fmt: skip
-def test_config_fields_may_have_other_names(folder, own, other):
-    content = json.loads((folder / "config.json").read_text())
-    del content["n_ctx"]
-    value = content.pop(own)
-    (folder / "config.json").write_text(json.dumps({**content, other: value}))
-    assert GPT2.from_pretrained(folder).config == GPT2Config(**SIZES)
-    # Of two names the field's own one counts, as a mask size n_ctx may be smaller than the positions.
-    (folder / "config.json").write_text(json.dumps({**content, other: 7, own: value}))
-    assert GPT2.from_pretrained(folder).config == GPT2Config(**SIZES)
-
-
-def test_what_is_loaded_is_the_models_own_memory(folder):
-    """A change of the one does not reach the other, nor the file."""
-    first, second = GPT2.from_pretrained(folder), GPT2.from_pretrained(folder)
-    before = (folder / "model.safetensors").read_bytes()
-    with torch.no_grad():
-        for p in first.parameters():
-            p.fill_(7)
-    assert not any((p == 7).all() for p in second.parameters())
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert all(p.requires_grad and p.is_leaf and p.device.type == "cpu" for p in first.parameters())
-
-
-def test_loading_draws_no_random_numbers(folder):
-    state = torch.get_rng_state()
-    GPT2.from_pretrained(folder)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_an_untied_head_that_is_not_there_is_refused(folder):
     rewrite_config(folder, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"do not fit the model: missing lm_head.weight"):
@@ -370,20 +294,6 @@ def test_an_untied_head_that_is_not_there_is_refused(folder):
 def test_untied_head_is_refused(folder):
     rewrite_tensors(folder, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1})
     with pytest.raises(ValueError, match=r"lm_head.weight differs from wte.weight"):
-        GPT2.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("head", [torch.Tensor.clone, torch.Tensor.double])
-def test_a_head_is_compared_by_its_values(folder, head):
-    """Whatever its type; and NaN, which differs from itself, is called by its name."""
-    rewrite_tensors(folder, lambda t: {**t, "lm_head.weight": head(t["transformer.wte.weight"])})
-    GPT2.from_pretrained(folder)
-
-    def damage(tensors):
-        tensors["transformer.wte.weight"][0, 0] = tensors["lm_head.weight"][0, 0] = torch.nan
-
-    rewrite_tensors(folder, damage)
-    with pytest.raises(ValueError, match=r"do not fit the model: wte.weight holds NaN or infinite values$"):
         GPT2.from_pretrained(folder)
 
 
@@ -408,33 +318,15 @@ def test_one_error_names_every_tensor_that_is_wrong(folder):
         assert problem in message, problem
 
 
-def test_another_model_type_is_refused(folder):
-    rewrite_config(folder, model_type="bert")
-    with pytest.raises(ValueError, match="'bert' model, expected 'gpt2'") as caught:
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "bert"}, "'bert' model, expected 'gpt2'"),
+    ({"scale_attn_weights": False}, "scale_attn_weights=False; only True is supported"),
+])  # fmt: skip
+def test_a_config_that_computes_something_else_is_refused(folder, changes, message):
+    rewrite_config(folder, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
         GPT2.from_pretrained(folder)
     assert str(folder) in str(caught.value)
-
-
-@pytest.mark.parametrize("changes", [
-    {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"tie_word_embeddings": False},
-])  # fmt: skip
-@torch.no_grad()
-def test_a_config_that_computes_something_else_is_not_loaded_silently(folder, changes):
-    """Either an error, or the logits of transformers."""
-    rewrite_config(folder, **changes)
-    if "tie_word_embeddings" in changes:
-        rewrite_tensors(folder, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].flip(0)})
-    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(random_ids(2, 12)).logits
-    try:
-        ours = GPT2.from_pretrained(folder).eval()
-    except ValueError:
-        return
-    assert_relatively_close(ours(random_ids(2, 12)), expected, 1e-5)
-
-
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        GPT2.from_pretrained(tmp_path / "nowhere")
 
 
 # ---- construction ---------------------------------------------------------------------------------------------------
@@ -447,17 +339,12 @@ def test_missing_folder_is_named(tmp_path):
       for value in (-0.1, 1, 1.5, math.nan, "0.1", None, True)),
     *((name, value) for name in ("layer_norm_epsilon", "initializer_range")
       for value in (0, -1e-5, math.nan, "x", None)),
-    ("activation_function", "swish9000"), ("activation_function", None),
+    ("activation_function", "swish9000"), ("activation_function", None), ("activation_function", ["gelu"]),
     ("n_head", 3),
 ])  # fmt: skip
 def test_bad_config_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"GPT2Config\.({field}|n_embd must be a multiple)"):
         GPT2Config(**{**SIZES, field: value})
-
-
-def test_an_activation_that_is_no_text_is_refused():
-    with pytest.raises(ValueError, match=r"GPT2Config.activation_function"):
-        GPT2Config(**SIZES, activation_function=["gelu"])
 
 
 def test_building_depends_on_the_seed_alone():
@@ -551,7 +438,7 @@ def freeze(model, layers):
 def test_frozen_parameters_are_held_once_and_the_reference_computes_the_same_bits(layers):
     model, reference, apart = (make_gpt2(4, n_layer=3) for _ in range(3))
     frozen = [p for p in freeze(model, layers).parameters() if not p.requires_grad]
-    assert share_frozen_parameters(model, reference) == sum(p.numel() for p in frozen)
+    share_frozen_parameters(model, reference)
     with torch.no_grad():
         for parameter in model.parameters():  # the policy moves on, where it can
             if parameter.requires_grad:
@@ -596,13 +483,3 @@ def test_positions_count_real_tokens_so_padding_may_be_wider_than_the_context():
         model.hidden_states(ids)
     with pytest.raises(ValueError, match="9 tokens is longer"):
         model.hidden_states(ids, torch.tensor([[0] + [1] * 9]))
-
-
-def test_with_a_cache_nothing_is_checkpointed():
-    model, gradients = make_gpt2(2), []
-    for checkpointed in (False, True):
-        model.checkpoint_activations = checkpointed
-        model.zero_grad()
-        model(torch.arange(1, 6)[None], None, model.new_cache(1, 8)).square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

@@ -141,6 +141,9 @@ class Column:
     def __init__(self, numbers):
         self.numbers = numbers
 
+    def __repr__(self):
+        return f"Column({self.numbers})"
+
     def __array__(self, dtype=None, copy=None):
         return np.array(self.numbers, dtype)
 

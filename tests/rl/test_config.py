@@ -107,15 +107,6 @@ def test_a_leash_that_does_not_pull_is_refused_with_those_that_do(kind, placemen
         PPOConfig(kl_estimator=kind, kl_placement=placement)
 
 
-@pytest.mark.parametrize("name", [
-    "dual_clip", "value_warmup", "overlong", "overlong_score", "max_response_tokens", "score_whitening", "kl_unit",
-    "log_ratio_limit", "lr_warmup", "score_temperature", "score_full_softmax",
-])  # fmt: skip
-def test_settings_of_before_are_unknown(name):
-    with pytest.raises(ValueError, match=name):
-        PPOConfig.with_overrides(**{name: 1})
-
-
 @pytest.mark.parametrize("sizes", [(6, 4, 4), (8, 6, 4), (4, 2, 4)])
 def test_groups_that_would_be_cut_are_refused(sizes):
     batch_size, minibatch_size, group_size = sizes

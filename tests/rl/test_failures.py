@@ -211,8 +211,3 @@ def test_a_batch_that_cannot_be_collected_was_never_drawn():
     assert torch.equal(trainer.generators["sampling"].get_state(), before)
     trainer.collect(PROMPTS, reward)
     assert not torch.equal(trainer.generators["sampling"].get_state(), before)
-
-
-def test_a_time_limit_changes_nothing_for_a_reward_that_keeps_it():
-    plain, limited = make_trainer(), make_trainer(reward_timeout=60.0)
-    assert [figures(s) for s in plain.train(PROMPTS, reward)] == [figures(s) for s in limited.train(PROMPTS, reward)]

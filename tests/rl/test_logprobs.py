@@ -101,15 +101,6 @@ def test_score_without_a_mask_is_that_of_full_rows():
     assert scores.ref_logprobs is None and scores.exact_kl is None
 
 
-@torch.no_grad()
-def test_no_value_head_no_values():
-    tokens, mask = ragged_rollout()
-    model = make_actor_critic()
-    scores = response_logprobs(ActorCritic(model.decoder, None), tokens, mask, R)
-    assert scores.values is None
-    torch.testing.assert_close(scores.logprobs, naive_score(model, tokens, mask)["logprobs"], rtol=1e-9, atol=1e-9)
-
-
 def weighted(scores, mask: Tensor) -> Tensor:
     """A loss in which every token of every result has a weight of its own."""
     generator = torch.Generator().manual_seed(3)
@@ -228,14 +219,6 @@ def test_padding_is_exactly_zero_whatever_stands_there():
     for name in ("logprobs", "entropy", "values", "ref_logprobs", "exact_kl"):
         assert torch.equal(getattr(first, name), getattr(second, name))
         assert (getattr(first, name)[~mask[:, -R:].bool()] == 0).all()
-
-
-@torch.no_grad()
-def test_the_last_token_state_is_not_needed():
-    """The last token is predicted and predicts nothing: a sequence may be one longer than the positions."""
-    model = ActorCritic(make_gpt2(**{**SIZES, "n_positions": 8}))
-    tokens = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert response_logprobs(model, tokens, None, 3).logprobs.shape == (2, 3)
 
 
 @pytest.mark.parametrize("length", [0, 10, 11, -1])

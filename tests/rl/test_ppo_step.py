@@ -145,16 +145,11 @@ def test_a_step_on_scores_of_single_tokens(settings):
     run_both(rows, **settings)
 
 
-def test_a_step_of_one_row():
-    run_both(random_rows(3, 1))
-
-
-def test_a_step_of_one_row_of_one_token():
-    run_both([{"query": [5], "response": [3], "score": 1.5}])
-
-
-def test_a_step_of_equal_rows():
-    run_both(random_rows(4, 1) * 4)
+@pytest.mark.parametrize("rows", [
+    random_rows(3, 1), [{"query": [5], "response": [3], "score": 1.5}], random_rows(4, 1) * 4,
+], ids=["one row", "one token", "equal rows"])  # fmt: skip
+def test_a_step_of_few_or_equal_rows(rows):
+    run_both(rows)
 
 
 def test_a_step_in_micro_batches_that_do_not_divide_the_minibatch():
@@ -245,29 +240,3 @@ def test_a_step_on_sampled_rows_in_their_sampling_sets(leash):
     )
     assert stats["objective/kl"] == pytest.approx(figures["objective/kl"], rel=1e-9)
     compare(trainer, expected)
-
-
-def test_the_oracle_s_gradient_is_that_of_central_differences():
-    """The oracle's own tool, checked by another: complex step against (f(x + h) - f(x - h)) / 2h on some weights."""
-    policy, reference = models(seed=2)
-    params, _ = arrays(policy, reference)
-    row = random_rows(0, 3)[2]
-
-    def loss(p):
-        logprobs, values, entropies, _ = oracle.score_row({n: a[None] for n, a in p.items()}, row, 2, 1.0)
-        return float(sum(a[0] + b[0] ** 2 + c[0] for a, b, c in zip(logprobs, values, entropies, strict=True)).real)
-
-    variants = oracle._variants(params)
-    scored = zip(*oracle.score_row(variants, row, 2, 1.0)[:3], strict=True)
-    grads = oracle._gradients(params, sum(a + b**2 + c for a, b, c in scored))
-    for name in (
-        "decoder.wte.weight",
-        "decoder.h.0.attn.c_attn.weight",
-        "decoder.ln_f.bias",
-        "value_head.summary.weight",
-    ):
-        where = tuple(0 for _ in params[name].shape) if name != "decoder.wte.weight" else (row["response"][0], 1)
-        up, down = ({**params, name: params[name].copy()} for _ in range(2))
-        up[name][where] += 1e-5
-        down[name][where] -= 1e-5
-        assert grads[name][where] == pytest.approx((loss(up) - loss(down)) / 2e-5, rel=1e-6, abs=1e-8)

@@ -105,14 +105,6 @@ def test_more_padding_and_what_stands_there_change_nothing():
     same(weights(one), weights(other), 1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_the_size_of_micro_batches_changes_nothing(size):
-    whole, cut = (make_trainer(dtype=torch.float64, minibatch_size=5, forward_batch_size=n) for n in (5, size))
-    first, second = (trainer.step(*batch()) for trainer in (whole, cut))
-    same(weights(whole), weights(cut), 1e-12)
-    same_figures(first, second, rel=1e-9, abs=1e-12)
-
-
 def test_micro_batches_hold_rows_of_similar_length():
     trainer = make_trainer(minibatch_size=6, forward_batch_size=2, ppo_epochs=1)
     ragged = [torch.arange(1, 3 + n) for n in (9, 1, 8, 2, 9, 1)]
@@ -199,13 +191,6 @@ def test_dropout_is_off_even_if_the_policy_was_put_into_training_mode():
     same(weights(expected), weights(trainer))
 
 
-def test_checkpointed_activations_change_no_bit_of_a_step():
-    trainers = [make_trainer(checkpoint_activations=on) for on in (False, True)]
-    stats = [trainer.step(*batch()) for trainer in trainers]
-    assert figures(stats[0]) == figures(stats[1]) and trainers[1].policy.decoder.checkpoint_activations
-    same(*(weights(trainer) for trainer in trainers))
-
-
 def test_a_decoder_is_for_gpus_and_changes_no_rollout():
     trainers = [make_trainer(cuda_graphs=True) for _ in range(2)]
     assert trainers[0].models.graphed is None
@@ -245,37 +230,17 @@ def test_target_kl_stops_the_epochs():
     assert make_trainer(**settings).step(*batch())["ppo/updates"] == 4
 
 
-def learning_rates(**settings):
-    """Of every optimizer step of a run of 3 batches, 2 epochs and 2 minibatches."""
-    trainer = make_trainer(steps=12, **settings)
-    seen = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"] / 1e-3))
-    trainer.train(PROMPTS, reward)
-    assert len(seen) == 3 * 2 * 2
-    return seen
-
-
 @pytest.mark.parametrize(("schedule", "expected"), [
     ("linear", [1 - k / 12 for k in range(12)]),
     ("cosine", [(1 + math.cos(math.pi * k / 12)) / 2 for k in range(12)]),
     ("constant", [1.0] * 12),
 ])  # fmt: skip
 def test_a_schedule_runs_over_all_optimizer_steps(schedule, expected):
-    assert learning_rates(lr_schedule=schedule) == pytest.approx(expected)
-
-
-def test_an_entropy_bonus_raises_the_entropy():
-    """Without reward and KL the bonus is all there is."""
-    changes = []
-    queries, responses, _ = batch()
-    for coef in (0.0, 1.0):
-        trainer = make_trainer(entropy_coef=coef, init_kl_coef=0.0, vf_coef=0.0, minibatch_size=5, temperature=0.2)
-        with torch.no_grad():
-            trainer.policy.value_head.summary.weight.zero_()
-        runs = [trainer.step(queries, responses, [0.0] * 5)["objective/entropy"] for _ in range(3)]
-        changes.append(runs[-1] - runs[0])
-    assert abs(changes[0]) < 1e-3
-    assert changes[1] > 0.5
+    """Of a run of 3 batches, 2 epochs and 2 minibatches."""
+    trainer, seen = make_trainer(steps=12, lr_schedule=schedule), []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"] / 1e-3))
+    trainer.train(PROMPTS, reward)
+    assert seen == pytest.approx(expected)
 
 
 def test_scores_may_leave_the_temperature_out():
@@ -332,14 +297,6 @@ def test_train_runs_all_steps_and_tells_of_each():
     assert [stats for _, stats in seen] == history and {size for size, _ in seen} == {4}
 
 
-def test_the_tokens_of_a_run_keep_to_the_pool_and_the_length():
-    trainer = make_trainer()
-    rollouts = []
-    trainer.train(PROMPTS[:2], reward, on_step=lambda rollout, _: rollouts.append(rollout))
-    assert {prompt for rollout in rollouts for prompt in rollout.prompts} <= set(PROMPTS[:2])
-    assert all(rollout.response_mask.all() and rollout.response_mask.size(1) == 5 for rollout in rollouts)
-
-
 def test_a_tiny_task_is_learned():
     """The share of Chinese characters in the response; at random most tokens are something else."""
     policy, reference = (GPT2(GPT2Config(vocab_size=len(VOCAB), n_positions=16, **SMALL)) for _ in range(2))
@@ -357,30 +314,6 @@ def test_a_tiny_task_is_learned():
     assert sum(rewards[-3:]) / 3 > 0.9
     assert history[-1]["objective/kl"] > 0.1
     assert history[-1]["objective/entropy"] < history[0]["objective/entropy"]
-
-
-def test_each_token_learns_from_its_own_score():
-    """With gamma = 0 nothing comes back from later tokens: a score at the last one teaches the others nothing."""
-
-    def is_chinese(prompts, responses, tokens):
-        return [[float(any("一" <= c <= "龥" for c in token)) for token in row] for row in tokens]
-
-    def total(prompts, responses):
-        return [sum("一" <= c <= "龥" for c in text) for text in responses]
-
-    shares = []
-    for of_tokens in (is_chinese, total):
-        policy, reference = (GPT2(GPT2Config(vocab_size=len(VOCAB), n_positions=16, **SMALL)) for _ in range(2))
-        trainer = PPOTrainer(
-            policy, reference, Tokenizer(VOCAB), steps=32 * 16, batch_size=32, minibatch_size=16,
-            forward_batch_size=32, gen_len=4, lr=1e-2, top_p=1.0, device="cpu", init_kl_coef=0.0, gamma=0.0,
-        )  # fmt: skip
-        last = []
-        trainer.train(["好", "酒", "服"], of_tokens, lambda rollout, _, last=last: last.append(rollout))
-        tokens = torch.cat([rollout.tokens[:, -4:-1] for rollout in last[-3:]])  # all but the last token
-        chinese = torch.tensor(["一" <= token[0] <= "龥" for token in VOCAB])
-        shares.append(chinese[tokens].float().mean().item())
-    assert shares[0] > 0.9 and shares[0] > shares[1] + 0.1
 
 
 # ---- edges and bad input ---------------------------------------------------------------------------------------------
@@ -430,15 +363,9 @@ def ids(*values):
 GOOD = [ids(5, 6), ids(7)]
 BAD_BATCHES = {
     "one score too few": (GOOD, GOOD, [1.0]),
-    "one score too many": (GOOD, GOOD, [1.0, 2.0, 3.0]),
     "a score that is not a number": (GOOD, GOOD, [1.0, NAN]),
-    "an infinite score": (GOOD, GOOD, [1.0, math.inf]),
     "a token without a score": (GOOD, GOOD, [[1.0], [2.0]]),
-    "a score without a token": (GOOD, GOOD, [[1.0, 2.0], [2.0, 3.0]]),
-    "token scores of too few responses": (GOOD, GOOD, [[1.0, 2.0]]),
     "a token score that is not a number": (GOOD, GOOD, [[1.0, NAN], [2.0]]),
-    "token scores and a score": (GOOD, GOOD, [[1.0, 2.0], 2.0]),
-    "scores as texts": (GOOD, GOOD, ["a", "b"]),
     "no scores": (GOOD, GOOD, None),
     "no responses": (GOOD, None, [1.0, 2.0]),
     "unequal lists": (GOOD, GOOD[:1], [1.0, 2.0]),

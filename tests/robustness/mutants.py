@@ -1,8 +1,7 @@
 """Do the tests notice a fault? Plants small ones in a copy of the package, one at a time, and runs the tests.
 
-    python tests/robustness/mutants.py                     # 300 faults, hours; `make mutants`
-    python tests/robustness/mutants.py --wings rl --count 40
-    python tests/robustness/mutants.py --list              # what would be planted
+    python tests/robustness/mutants.py [--wings rl --count 40]     # default 300 faults, hours; `make mutants`
+    python tests/robustness/mutants.py --list                      # what would be planted
 
 A fault is one change of the syntax tree: another comparison, a number off by one, a sign, min for max, swapped
 arguments, a dropped statement and the like. The choice depends on the code of each fault alone. The tests of its wing
@@ -86,11 +85,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, object]]:
     """What can be made of a node: a name for each change, and the change, which may return another node."""
     if isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
-            if other := COMPARISONS.get(type(operator)):
-                yield (
-                    f"{type(operator).__name__} to {other.__name__}",
-                    lambda n, i=i, o=other: n.ops.__setitem__(i, o()),
-                )
+            other, name = COMPARISONS[type(operator)], type(operator).__name__
+            yield f"{name} to {other.__name__}", lambda n, i=i, o=other: n.ops.__setitem__(i, o())
     if isinstance(node, (ast.BinOp, ast.AugAssign)) and (other := OPERATIONS.get(type(node.op))):
         yield f"{type(node.op).__name__} to {other.__name__}", lambda n, o=other: setattr(n, "op", o())
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
@@ -200,8 +196,8 @@ def plant(mutant: Mutant, folder: Path, repo: Path, timeout: float) -> dict[str,
         outcome, seconds = run_tests(folder, tests_of(repo, mutant.file), timeout)
     finally:
         path.write_bytes(before)
-    about = dict(key=mutant.key, file=mutant.file, line=mutant.line, what=mutant.what)
-    return {**about, "outcome": outcome, "seconds": round(seconds, 1)}
+    return dict(key=mutant.key, file=mutant.file, line=mutant.line, what=mutant.what, outcome=outcome,
+                seconds=round(seconds, 1))  # fmt: skip
 
 
 def report(results: list[dict[str, object]], equivalent: set[str]) -> str:
@@ -209,10 +205,10 @@ def report(results: list[dict[str, object]], equivalent: set[str]) -> str:
     counted = [r for r in results if r["key"] not in equivalent]
     survivors = [r for r in counted if r["outcome"] == "survived"]
     lines = [f"survived {r['key']}  {r['file']}:{r['line']}  {r['what']}" for r in survivors]
-    noticed, share = len(counted) - len(survivors), 1 - len(survivors) / max(1, len(counted))
-    slow, ignored = sum(r["outcome"] == "timeout" for r in counted), len(results) - len(counted)
-    return "\n".join([*lines, f"noticed {noticed} of {len(counted)} planted faults, {share:.1%} ({slow} by a timeout; "
-                      f"{ignored} more change nothing that matters)"])  # fmt: skip
+    noticed, slow = len(counted) - len(survivors), sum(r["outcome"] == "timeout" for r in counted)
+    lines += [f"noticed {noticed} of {len(counted)} planted faults, {noticed / max(1, len(counted)):.1%} ({slow} by a "
+              f"timeout; {len(results) - len(counted)} more change nothing that matters)"]  # fmt: skip
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None, repo: Path = REPO, equivalent: Path = EQUIVALENT) -> None:
@@ -229,8 +225,8 @@ def main(arguments: list[str] | None = None, repo: Path = REPO, equivalent: Path
         return
     args.output.mkdir(parents=True, exist_ok=True)
     log = args.output / "results.jsonl"
-    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    results = {result["key"]: result for result in known}
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    results = {result["key"]: result for result in map(json.loads, lines)}
     todo = [mutant for mutant in wanted if mutant.key not in results]
     with tempfile.TemporaryDirectory() as temporary, log.open("a", encoding="utf-8") as file:
         folder = workspace(repo, Path(temporary))

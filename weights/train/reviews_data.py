@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirlhf.common.printing import error_line, show
+
 HOTEL_FILE = "ChnSentiCorp_htl_all.csv"
 SHOPPING_FILE = "online_shopping_10_cats.csv"
 LONGEST = 126  # characters: what a model of 128 positions reads
@@ -158,11 +160,11 @@ def main() -> None:
         for name, content in lines.items():
             path = args.output / name.format(suffix)
             path.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-            print(f"{path}: {len(content)}")
+            show(f"{path}: {len(content)}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))

@@ -1,8 +1,8 @@
 """The sentiment classifier of the starter weights: trained on labels and on teachers.
 
-40,000 reviews are too few for a transformer from random weights to come near character n-grams on its own. It gets
-there in three ways: it starts with the word embeddings of the language model; its first layer starts with heads that
-look at the neighbours of each character; and it learns by distillation (Hinton et al. 2015) from the teachers in
+40,000 reviews are too few for a transformer from random weights to reach character n-grams on its own. Three things
+help: it starts with the word embeddings of the language model; its first layer starts with heads that look at the
+neighbours of each character; and it learns by distillation (Hinton et al. 2015) from the teachers in
 `starter_teachers.py`.
 """
 

@@ -1,9 +1,8 @@
-"""The teachers of the starter classifier: character n-grams, and what the language model makes of a text.
+"""The teachers of the starter classifier: character n-grams, and a probe on the language model's features.
 
 Each gives P(positive) of any excerpt of a training review, always from models that were fitted without that review.
-That tells apart the excerpts that carry the review's sentiment from those that do not, and is worth more than the
-review's label. On reviews they have not seen, the n-grams and the language model err in different places, and their
-mean is better than either.
+Such opinions tell excerpts that carry the review's sentiment from those that do not, which the review's label cannot.
+On unseen reviews the n-grams and the language model make different errors, so their mean is better than either.
 """
 
 from __future__ import annotations
@@ -84,9 +83,9 @@ class NGramTeacher:
 
 
 class TextFeatures:
-    """What a language model makes of texts, (N, 3 C): the means of its last and its last but one layer, its last token.
+    """Features of texts from a language model, (N, 3 C): means of its last two layers, and the state of the last token.
 
-    Standardised over the first texts that it sees.
+    They are standardised over the first texts.
     """
 
     def __init__(self, model: GPT2, tokenizer: Tokenizer):

@@ -2,10 +2,9 @@
 
     python weights/train/train_ngram_scorer.py --data FOLDER [--output runs/weights/ngrams-chinese-reviews-sentiment]
 
-FOLDER holds ChnSentiCorp_htl_all.csv and online_shopping_10_cats.csv as ChineseNlpCorpus publishes them. It learns from
-the tenth of them that is held out from the language model and the classifier, so that it shares none of their texts.
-How good it is, is measured twice: by cross-validation within the held-out part, and on the part that it is not fitted
-on.
+FOLDER holds ChnSentiCorp_htl_all.csv and online_shopping_10_cats.csv as ChineseNlpCorpus publishes them. The scorer
+learns from the tenth of them that is held out from the language model and the classifier, so it shares none of their
+texts. Its accuracy is measured twice: by cross-validation within the held-out part, and on the other part.
 """
 
 import argparse
@@ -24,6 +23,7 @@ try:
 except ImportError:
     sys.exit("fitting needs scikit-learn: pip install -e '.[dev]'")
 
+from minirlhf.common.printing import error_line
 from minirlhf.rewards.ngrams import NGramScorer
 from reviews_data import Review, fold, load_reviews, opening, split_reviews
 
@@ -77,7 +77,7 @@ def fit(reviews: Sequence[Review]) -> NGramScorer:
 
 
 def accuracies(scorer: NGramScorer, reviews: Sequence[Review]) -> tuple[float, float]:
-    """The share of reviews that it sorts right, whole and by their openings of 10 to 20 characters."""
+    """The share of reviews classified correctly, from whole texts and from openings of 10 to 20 characters."""
     labels = torch.tensor([review.label for review in reviews]).bool()
     texts = [review.text for review in reviews], [opening(review.text) for review in reviews]
     whole, openings = (((scorer(t) > 0.5) == labels).double().mean().item() for t in texts)
@@ -95,4 +95,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:  # bad input: one line, no traceback
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
