@@ -13,10 +13,7 @@ MARKUP = r"[\\`*_~\[\]<&|$]"  # what Markdown, HTML inside it, or a table would 
 
 
 def show(text: object = "", file: TextIO | None = None) -> None:
-    """Print a text, flushed; every line of it is `printable`, so that none can steer the terminal.
-
-    file: None: standard output.
-    """
+    """Print a text, flushed, every line of it `printable`. file: None: standard output."""
     print("\n".join(map(printable, str(text).split("\n"))), file=file, flush=True)
 
 

@@ -9,12 +9,10 @@ SPELLING = 0.8  # the ratio of difflib above which two names differ by a slip of
 
 
 def suggest(name: str, known: Collection[str], table: Mapping[str, tuple[str | None, str]]) -> str:
-    """A hint for an unknown name, by meaning first, by spelling second.
+    """A clause such as "did you mean 'lr'?" for an unknown name, by meaning first, by spelling second.
 
-    known: the names that exist. table: what other libraries call things -> the known name, or None where there is no
-        counterpart, and a remark on its unit or on what to do instead ("" for none). Names in the table are compared
-        without case, and with `-` as `_`.
-    Returns a clause such as "did you mean 'lr'?" that ends an error message; all known names if nothing is near.
+    known: the names that exist, all listed if nothing is near. table: a name of another library, in lower case with
+        `_` -> the known name, None if there is none, and a remark on its unit or on what to do instead.
     """
     plain = name.lower().replace("-", "_")
     if plain in table:

@@ -1,7 +1,6 @@
 """Weights that were published as a pickle, `pytorch_model.bin`, read as plain tensors that safetensors can store.
 
-A pickle is a program: a careless reader runs any command in it. `torch.load(weights_only=True)` runs none and builds
-only tensors and plain containers, in the versions of PyTorch that keep this promise.
+A pickle is a program. `torch.load(weights_only=True)` runs no command in it and builds only tensors and containers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ MOST_SHARED = 16  # tensors that share memory may add up to this many times the 
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` made of a state dict, without running any of its code.
+    """The tensors of a state dict that `torch.save` wrote, without running any code of the file.
 
     Raises FileNotFoundError, ValueError if the file is damaged, holds anything but tensors by name or would grow far
     beyond its size, RuntimeError under a PyTorch that cannot read a pickle safely.
@@ -42,7 +41,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold tensors by name, but holds a {type(content).__name__}")
     for name, tensor in content.items():
-        if isinstance(name, str) and not _is_storable(name):
+        if isinstance(name, str) and (name == "__metadata__" or any("\ud800" <= char <= "\udfff" for char in name)):
             raise ValueError(f"{path} names a tensor {name!r:.80}, which safetensors cannot")
         if not isinstance(name, str) or not _is_plain(tensor):
             kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -87,14 +86,6 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path} {_complaint(error)}") from None
     if unpacked > path.stat().st_size:
         raise ValueError(f"{path} is refused: it is compressed and would unpack to {unpacked} bytes")
-
-
-def _is_storable(name: str) -> bool:
-    """Whether a safetensors header (JSON in UTF-8) can have a tensor of this name."""
-    try:
-        return name.encode("utf-8") != b"__metadata__"
-    except UnicodeEncodeError:
-        return False
 
 
 def _is_plain(tensor: object) -> bool:

@@ -1,6 +1,5 @@
 """Files and folders that are whole or not there: text, JSON, atomic files, folders replaced as one.
 
-A write goes to a temporary name beside its target, is flushed to the disk, and takes the target's name in one rename.
 A reader, or a crash at any moment, sees the old content or the new, never a part.
 """
 
@@ -35,10 +34,8 @@ def check_content(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(
-                f"{path} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in its "
-                "repository"
-            )
+            fetch = "run `git lfs install` and `git lfs pull` in its repository"
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: {fetch}")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -57,13 +54,16 @@ def read_json(
 
     pairs: makes a dict of an object's names and values; the default lets the last of equal names win.
     """
-    text = read_text(path)
+    return _json_object(read_text(path), path, object_pairs_hook=pairs, parse_float=_finite, parse_constant=_finite)
+
+
+def _json_object(text: str | bytes, where: object, **options: Any) -> dict[str, Any]:
     try:
-        content = json.loads(text, object_pairs_hook=pairs, parse_float=_finite, parse_constant=_finite)
+        content = json.loads(text if isinstance(text, str) else text.decode("utf-8"), **options)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
+        raise ValueError(f"{where} must hold a JSON object, but holds a {type(content).__name__}")
     return content
 
 
@@ -115,14 +115,13 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def open_for_writing(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
-    """`open` for files of our own that are written in place: logs, locks, partial downloads.
+    """`open` for files of our own that are written in place: logs and locks.
 
     mode: as in `open`; text is UTF-8. Missing files are created where the mode creates them.
     Raises OSError if the path is a symbolic link (what it points to may belong to someone else) or not a regular file.
     """
-    path = os.fspath(path)
 
-    def opener(_: str, flags: int) -> int:
+    def opener(path: str, flags: int) -> int:
         if os.path.islink(path):  # also where O_NOFOLLOW does not exist
             raise OSError(errno.ELOOP, "is a symbolic link, and files are not written through links", path)
         # O_NONBLOCK: opening a pipe must not wait for a reader.
@@ -132,7 +131,7 @@ def open_for_writing(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a regular file", path)
 
-    return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
+    return open(os.fspath(path), mode, encoding=None if "b" in mode else "utf-8", opener=opener)
 
 
 def lock_descriptor(descriptor: int) -> None:
@@ -140,13 +139,10 @@ def lock_descriptor(descriptor: int) -> None:
 
     Raises BlockingIOError if another process has it, OSError if files cannot be locked here.
     """
-    try:
+    with contextlib.suppress(ImportError):
         import fcntl
-    except ImportError:
-        pass
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
+
+        return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         msvcrt: Any = importlib.import_module("msvcrt")
     except ImportError:
@@ -190,17 +186,21 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Files of the old folder that are not written anew stay. If the block raises, or the process is killed, the old
     folder is unchanged; the next save removes what a killed one left. A mount point, the current directory and a
-    folder whose parent is not writable cannot be replaced: they get their files one by one at the end. Each file is
-    whole then, but a kill at that moment leaves old files beside new ones.
+    folder whose parent is not writable get their files one by one at the end, each whole.
     Raises OSError if the folder cannot be written.
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fixed = folder.is_dir() and _is_fixed(folder)
+    fixed = folder.is_dir() and (  # a rename cannot replace it
+        os.path.ismount(folder) or os.path.samefile(folder, os.curdir) or not os.access(folder.parent, os.W_OK)
+    )
     place = folder if fixed else folder.parent
-    _remove_abandoned(folder, place)
+    for left in place.glob(f".{folder.name}.*{PARTIAL}"):  # by a save that was killed
+        owner = left.name.removeprefix(f".{folder.name}.").split(".")[0]
+        if folder.exists() and owner.isdigit() and not is_running(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
     staged = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name}.{os.getpid()}.", suffix=PARTIAL))
     try:
         os.chmod(staged, 0o777 & ~_umask())
@@ -231,19 +231,15 @@ def flush_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
-    if os.name == "nt":  # where os.kill would interrupt it
-        windows = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
-        handle = windows.OpenProcess(0x100000, False, pid)  # SYNCHRONIZE
-        running = bool(handle) and windows.WaitForSingleObject(handle, 0) != 0  # 0: it has ended
-        windows.CloseHandle(handle)
-        return running
+    """Whether a process of this number may run on this machine."""
+    if os.name == "nt":  # os.kill would end it there
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it runs as another user
-        return True
+        pass
     return True
 
 
@@ -267,11 +263,6 @@ def _exchange(staged: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_fixed(folder: Path) -> bool:
-    """Whether this folder cannot be replaced by a rename."""
-    return os.path.ismount(folder) or os.path.samefile(folder, os.curdir) or not os.access(folder.parent, os.W_OK)
-
-
 def _fill(folder: Path, staged: Path) -> None:
     """Move the content of `staged`, which is inside `folder`, into `folder`, file by file."""
     gone = {path.name for path in folder.iterdir() if path != staged} - {path.name for path in staged.iterdir()}
@@ -284,14 +275,6 @@ def _fill(folder: Path, staged: Path) -> None:
     for name in gone:
         (folder / name).unlink()
     flush_folder(folder)
-
-
-def _remove_abandoned(folder: Path, place: Path) -> None:
-    """Remove what killed processes left of their saves of this folder."""
-    for left in place.glob(f".{folder.name}.*{PARTIAL}"):
-        owner = left.name.removeprefix(f".{folder.name}.").split(".")[0]
-        if folder.exists() and owner.isdigit() and not is_running(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -309,11 +292,7 @@ def _umask() -> int:
 
 
 def remove_partial(*folders: str | os.PathLike[str]) -> None:
-    """Remove what a killed process had not finished writing in these folders. Only their owner may call this: a
-    running save of another process would lose its files.
-
-    Raises OSError for a file that cannot be removed.
-    """
+    """Remove what a killed process had not finished writing in folders that no other process is writing."""
     for part in [part for folder in folders for part in Path(folder).glob(f".*{PARTIAL}")]:
         if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part, ignore_errors=True)
@@ -333,12 +312,4 @@ def read_jsonl(path: str | os.PathLike[str], length: int | None = None) -> list[
     if not path.is_file():  # opening a pipe would wait for a writer
         raise ValueError(f"{path} is not a file")
     whole = path.read_bytes()[:length].split(b"\n")[:-1]  # a whole line ends in a line feed
-    content = []
-    for number, line in enumerate(whole, 1):
-        try:
-            content.append(json.loads(line.decode("utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(content[-1], dict):
-            raise ValueError(f"{path}, line {number} must hold a JSON object, but holds a {type(content[-1]).__name__}")
-    return content
+    return [_json_object(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]

@@ -1,8 +1,6 @@
 """Models by name: where a downloaded one lies, and the download, by `huggingface_hub`.
 
-Loading a model never fetches anything: `locate` only looks. A download fetches only files of an allow-list, and a
-folder that it fills is complete or unchanged. Within one run a broken transfer goes on where it stopped; the next run
-fetches only the files that had not come whole.
+Loading a model never fetches anything: `locate` only looks. A download fetches only files of an allow-list.
 
 Left out: conversion (see `model_folder.convert`), uploads.
 """
@@ -13,17 +11,17 @@ import contextlib
 import inspect
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minirlhf.io.files import atomic_write, link_or_copy, replaced_folder, sha256
+from minirlhf.io.files import atomic_write, replaced_folder, sha256
 
 WEIGHTS_FOLDER = "weights"
 TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-# The forms in which weights are published; only the first one here that a model has is fetched.
+# Forms of weights; only the first one here that a model has is fetched.
 WEIGHT_FORMS = (
     re.compile(r"model\.safetensors"),
     re.compile(r"model\.safetensors\.index\.json|model-\d{5}-of-\d{5}\.safetensors"),
@@ -38,8 +36,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 ETAG = re.compile(r"[\w-]+", re.ASCII)
 
 
-class DamagedError(ValueError):
-    """A file that is not what the server announced."""
+class DownloadError(ValueError):
+    """A model or a file that is not what it should be, whatever the connection."""
 
 
 def is_name(text: str) -> bool:
@@ -50,8 +48,8 @@ def is_name(text: str) -> bool:
 def locate(name_or_folder: str | os.PathLike[str]) -> Path:
     """The folder of a model: an existing folder as it is; for a name on the hub, where a download put it.
 
-    A name is looked for as `weights/NAME` under the current directory, then in the hub's cache (HF_HOME), where the
-    newest snapshot with a config and weights counts. Nothing is fetched.
+    Looks for `weights/NAME` under the current directory, then for the newest snapshot in the hub's cache (HF_HOME) that
+    has a config and weights. Fetches nothing.
     Raises FileNotFoundError that says how to get the model.
     """
     name = os.fspath(name_or_folder)
@@ -64,7 +62,9 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
     placed = Path(WEIGHTS_FOLDER) / name
     if placed.is_dir():
         return placed
-    snapshots = [path for path in (_cached(name) / "snapshots").glob("*") if _is_model(path)]
+    whole = [path.parent for path in (_cached(name) / "snapshots").glob("*/config.json") if path.is_file()]
+    whole = [path for path in whole if COMMIT.fullmatch(path.name)]
+    snapshots = [path for path in whole if any(_is_weights(file.name) for file in path.iterdir())]
     if snapshots:
         return max(snapshots, key=lambda path: path.stat().st_mtime_ns)
     raise FileNotFoundError(
@@ -76,14 +76,14 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
 def download(name: str, to: str | os.PathLike[str] | None = None, revision: str = "main") -> Path:
     """Fetch config, tokenizer and weights of a model on the hub, and nothing else; returns their folder.
 
-    name: `owner/model`, or `model`. to: the files go into the folder `to/name`; None: into the hub's cache.
+    name: `owner/model`, or `model`. to: the files go into the folder `to/name`, which is complete or unchanged
+        afterwards; None: into the hub's cache. Weights that are already there are not fetched again.
     revision: a branch, a tag or a commit. HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN count as usual.
-    safetensors are preferred; without them `pytorch_model.bin` is fetched, which has to be converted. Weights that are
-    already there are not fetched again. A transfer that exceeds the announced size is stopped, and large files (those
-    with a SHA-256 on the hub) are checked against it.
+    Prefers safetensors to `pytorch_model.bin`, which has to be converted. A transfer that exceeds the announced size is
+    stopped, and large files (those with a SHA-256 on the hub) are checked against it.
     Raises ValueError for a bad name or revision before any work, and for a model without config or weights, or a file
     that is not what the server announced; OSError that says what to do if the hub has no such model, refuses it or
-    cannot be reached; ImportError without huggingface_hub. An existing folder `to/name` is unchanged then.
+    cannot be reached; ImportError without huggingface_hub.
     """
     if not is_name(name):
         raise ValueError(
@@ -97,30 +97,21 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
     except ImportError as error:
         raise ImportError("downloads need huggingface_hub: pip install huggingface_hub") from error
 
-    folder = None if to is None else Path(to) / name
-    store = None if folder is None else folder.with_name(f".{folder.name}.download")
-    if folder and folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, not a folder")
-    links = [] if store is None else [path for path in (store, *store.rglob("*")) if path.is_symlink()]
-    if links:  # huggingface_hub would write through them
-        raise FileExistsError(f"{links[0]} is a symbolic link, and files are not written through links: remove {store}")
-    elsewhere = _elsewhere(name, to, revision)
-    with _explained(name, revision, elsewhere):
+    with _explained(name, to, revision):
         info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    commit = str(info.sha)
-    if not COMMIT.fullmatch(commit):
-        raise ValueError(f"{constants.ENDPOINT} gives {name} the commit {commit!r}, which is not a commit")
-    files = needed_files(name, [file.rfilename for file in info.siblings or ()])
-    for file in files:
-        if folder and store and file.endswith((".safetensors", ".bin")):
-            store.mkdir(parents=True, exist_ok=True)
-            if (folder / file).is_file() and not (store / file).exists():  # is kept if its SHA-256 is the hub's
-                link_or_copy(os.path.realpath(folder / file), store / file)
-        with _explained(name, revision, elsewhere):
-            _fetch(name, commit, file, store)
-    if folder and store:
-        _place(folder, store, files)
-        return folder
+        commit = str(info.sha)
+        if not COMMIT.fullmatch(commit):
+            raise DownloadError(f"{constants.ENDPOINT} gives {name} the commit {commit!r}, which is not a commit")
+        files = needed_files(name, [file.rfilename for file in info.siblings or ()])
+        if to is not None:
+            with replaced_folder(Path(to) / name) as staged, tempfile.TemporaryDirectory(dir=staged) as fresh:
+                for old in [path for path in staged.iterdir() if _is_weights(path.name) and path.name not in files]:
+                    old.unlink()
+                for file in files:
+                    _fetch(name, commit, file, staged, fresh)
+            return Path(to) / name
+        for file in files:
+            _fetch(name, commit, file)
     if revision != commit:
         reference = _cached(name) / "refs" / revision  # by which other tools find the snapshot without a network
         reference.parent.mkdir(parents=True, exist_ok=True)
@@ -130,15 +121,17 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
     return snapshot
 
 
-def _fetch(name: str, commit: str, file: str, store: Path | None) -> None:
-    """Bring a file into the store, or the hub's cache. Raises ValueError if it is not what the server announced."""
+def _fetch(name: str, commit: str, file: str, folder: Path | None = None, fresh: str | None = None) -> None:
+    """Bring a file into the hub's cache, or by way of the empty folder `fresh` into a folder that lacks it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import tqdm
 
     announced = get_hf_file_metadata(hf_hub_url(name, file, revision=commit))
     etag, size = announced.etag, announced.size
     if etag is None or not ETAG.fullmatch(etag):
-        raise DamagedError(f"the server gives {file} of {name} the ETag {etag!r}, which cannot name a file")
+        raise DownloadError(f"the server gives {file} of {name} the ETag {etag!r}, which cannot name a file")
+    if folder and (folder / file).is_file() and sha256(folder / file) == etag:
+        return
 
     class Bounded(tqdm):
         """A progress bar that stops a transfer beyond the announced size."""
@@ -148,61 +141,50 @@ def _fetch(name: str, commit: str, file: str, store: Path | None) -> None:
         def update(self, n: float | None = 1) -> Any:
             self.came += n or 0
             if size is not None and self.came > size:
-                raise DamagedError(f"{file} of {name} came damaged: the server announced {size} bytes and sent more")
+                raise DownloadError(f"{file} of {name} came damaged: the server announced {size} bytes and sent more")
             return super().update(n)
 
-    arguments: dict[str, Any] = {"revision": commit, "local_dir": store}
-    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # not in old versions
-        arguments["tqdm_class"] = Bounded
-    path = Path(hf_hub_download(name, file, **arguments))
+    bar: Any = {"tqdm_class": Bounded} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
+    path = Path(hf_hub_download(name, file, revision=commit, local_dir=fresh, **bar))
     if size not in (None, path.stat().st_size) or (SHA256.fullmatch(etag) and sha256(path) != etag):
         os.unlink(os.path.realpath(path))  # the blob of the cache
         path.unlink(missing_ok=True)
-        raise DamagedError(f"{file} of {name} came damaged: its size or SHA-256 is not {size}, {etag}; run this again")
-
-
-def _place(folder: Path, store: Path, files: list[str]) -> None:
-    """Move the fetched files into the folder, all at one moment, and remove weights that they replace."""
-    with replaced_folder(folder) as staged:
-        for old in list(staged.iterdir()):
-            if _is_weights(old.name) and old.name not in files:
-                old.unlink()
-        for file in files:
-            os.replace(store / file, staged / file)
-    shutil.rmtree(store, ignore_errors=True)
+        raise DownloadError(f"{file} of {name} came damaged: its size or SHA-256 is not {size}, {etag}; run this again")
+    if folder:
+        os.replace(path, folder / file)
 
 
 @contextlib.contextmanager
-def _explained(name: str, revision: str, elsewhere: str) -> Iterator[None]:
+def _explained(name: str, to: str | os.PathLike[str] | None, revision: str) -> Iterator[None]:
     """Turn what huggingface_hub raises, with whichever HTTP client, into an OSError that says what to do."""
     from huggingface_hub import constants, get_token, utils
 
     endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+    token = "set HF_TOKEN to your access token"
     try:
         yield
     except utils.OfflineModeIsEnabled:
-        raise ConnectionError(f"HF_HUB_OFFLINE is set, so {name} is not fetched; unset it, or {elsewhere}") from None
-    except utils.GatedRepoError:
-        raise PermissionError(
-            f"{name} is gated: ask for access at {endpoint}/{name}, then set HF_TOKEN to your access token"
+        raise ConnectionError(
+            f"HF_HUB_OFFLINE is set, so {name} is not fetched; unset it, or {_elsewhere(name, to, revision)}"
         ) from None
+    except utils.GatedRepoError:
+        raise PermissionError(f"{name} is gated: ask for access at {endpoint}/{name}, then {token}") from None
     except utils.RevisionNotFoundError:
         raise FileNotFoundError(f"{name} has no revision {revision!r} at {endpoint}") from None
     except utils.RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"{endpoint} has no model {name}, or shows it only to those who may see it: check the name, or set "
-            "HF_TOKEN to your access token"
+            f"{endpoint} has no model {name}, or shows it only to those who may see it: check the name, or {token}"
         ) from None
     except Exception as error:
         # An OSError with a number is of this machine: a full disk, no permission.
-        if isinstance(error, DamagedError) or (isinstance(error, OSError) and error.errno is not None):
+        if isinstance(error, DownloadError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         reason = re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?[^\s'\"]*", "", reason))  # signed addresses, passwords
         reason = reason.replace(get_token() or "\0", "***")
         raise ConnectionError(
-            f"{name} did not come from {endpoint} ({reason}). Run the command again and it keeps the files that have "
-            f"come; without a network, {elsewhere}"
+            f"{name} did not come from {endpoint} ({reason}). Try again; without a network, "
+            f"{_elsewhere(name, to, revision)}"
         ) from None
 
 
@@ -216,7 +198,7 @@ def needed_files(name: str, listing: Iterable[str]) -> list[str]:
         weights = [file for file in present if form.fullmatch(file)]
         if weights and "config.json" in present:
             return [file for file in TEXT_FILES if file in present] + weights
-    raise ValueError(
+    raise DownloadError(
         f"{name} cannot be loaded: it must have config.json and model.safetensors or pytorch_model.bin, "
         f"and has {', '.join(present[:20]) or 'no files'}"
     )
@@ -226,24 +208,15 @@ def _is_weights(file: str) -> bool:
     return any(form.fullmatch(file) for form in WEIGHT_FORMS)
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether a snapshot of the cache has what a model is loaded from; others fetch parts of models, too."""
-    if not COMMIT.fullmatch(folder.name) or not (folder / "config.json").is_file():
-        return False
-    return any(_is_weights(path.name) for path in folder.iterdir())
-
-
 def _cached(name: str) -> Path:
     """The folder of a model in the hub's cache."""
-    return Path(_cache()) / f"models--{name.replace('/', '--')}"
-
-
-def _cache() -> str:
     try:
         from huggingface_hub import constants
-    except ImportError:  # it only ever held what huggingface_hub fetched
-        return os.path.join(os.path.expanduser("~"), ".cache", "huggingface", "hub")
-    return constants.HF_HUB_CACHE
+
+        cache = Path(constants.HF_HUB_CACHE)
+    except ImportError:  # the cache only ever held what huggingface_hub fetched
+        cache = Path.home() / ".cache/huggingface/hub"
+    return cache / f"models--{name.replace('/', '--')}"
 
 
 def _elsewhere(name: str, to: str | os.PathLike[str] | None = None, revision: str = "main") -> str:

@@ -1,8 +1,4 @@
-"""The origin of a model and its card: metadata of the saved weights, and a short `README.md`.
-
-The texts of a training summary come from the caller. The card escapes them, so that no character can end a table cell,
-open a tag or start a link.
-"""
+"""The origin of a model and its card: metadata of the saved weights, and a short `README.md`."""
 
 from __future__ import annotations
 
@@ -17,21 +13,36 @@ from typing import Any
 from minirlhf.io.files import atomic_write
 from minirlhf.version import __version__
 
-CARD_FILE = "README.md"
 OURS = "<!-- Written by minirlhf and replaced by its next save. Without this line it is yours, and stays as it is. -->"
 
+DECODER = ("text-generation", "AutoModelForCausalLM")
+CLASSIFIER = ("text-classification", "AutoModelForSequenceClassification")
 # Our class -> what it is, the task in the hub's terms, the class of transformers that reads the same folder.
 CLASSES = {
-    "GPT2": ("A GPT-2 language model", "text-generation", "AutoModelForCausalLM"),
-    "ActorCritic": (
-        "A GPT-2 language model with the value head of PPO, which stands in a file of its own and which only "
-        "minirlhf reads",
-        "text-generation",
-        "AutoModelForCausalLM",
-    ),
-    "RewardModel": ("A reward model with a scalar head", "text-classification", "AutoModelForSequenceClassification"),
-    "BertClassifier": ("A BERT text classifier", "text-classification", "AutoModelForSequenceClassification"),
+    "GPT2": ("A GPT-2 language model", *DECODER),
+    "ActorCritic": ("A GPT-2 language model with the value head of PPO, in a file that only minirlhf reads", *DECODER),
+    "RewardModel": ("A reward model with a scalar head", *CLASSIFIER),
+    "BertClassifier": ("A BERT text classifier", *CLASSIFIER),
 }
+
+CARD = f"""---
+library_name: transformers
+pipeline_tag: {{task}}
+tags:
+- minirlhf
+{{base}}---
+{OURS}
+
+{{what}}, saved by minirlhf {__version__}.
+
+```python
+from minirlhf import {{ours}}
+
+model = {{ours}}.from_pretrained("this/folder")
+```
+
+It is in the Hugging Face layout: `transformers.{{theirs}}` reads it, too.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,63 +85,35 @@ class ModelCard:
 
     def metadata(self) -> dict[str, str]:
         """Texts by name, for the header of a safetensors file."""
-        content = {"library": f"minirlhf {__version__}"}
-        if self.origin:
-            content["base_model"] = self.origin.name
-        if self.summary:
-            content["training"] = json.dumps({**self.summary})
-        return content
+        base = {"base_model": self.origin.name} if self.origin else {}
+        training = {"training": json.dumps({**self.summary})} if self.summary else {}
+        return {"library": f"minirlhf {__version__}", **base, **training}
 
     def text(self) -> str:
         """The card in Markdown, with the front matter that the hub reads."""
         what, task, transformers_class = CLASSES[self.model_class]
-        base_model = self.origin.name if self.origin else ""
-        made_from = f", made from {escape(base_model)}" if base_model else ""
-        lines = [
-            "---",
-            "library_name: transformers",
-            f"pipeline_tag: {task}",
-            "tags:",
-            "- minirlhf",
-            *([f"base_model: {json.dumps(base_model)}"] if "/" in base_model else []),
-            "---",
-            OURS,
-            "",
-            f"{what}{made_from}, saved by minirlhf {__version__}.",
-            "",
-            "```python",
-            f"from minirlhf import {self.model_class}",
-            "",
-            f'model = {self.model_class}.from_pretrained("this/folder")',
-            "```",
-            "",
-            "It is in the Hugging Face layout, so that other tools read it too:",
-            "",
-            "```python",
-            f"from transformers import {transformers_class}",
-            "",
-            f'model = {transformers_class}.from_pretrained("this/folder")',
-            "```",
-        ]
+        base = self.origin.name if self.origin else ""
+        what += f", made from {escape(base)}" if base else ""
+        base = f"base_model: {json.dumps(base)}\n" if "/" in base else ""
+        text = CARD.format(task=task, base=base, what=what, ours=self.model_class, theirs=transformers_class)
         if self.summary:
-            rows = [f"| {escape(str(name))} | {escape(_shown(value))} |" for name, value in self.summary.items()]
-            lines += ["", "## Training", "", "| | |", "|---|---|", *rows]
-        return "\n".join(lines) + "\n"
+            rows = [f"| {escape(str(name))} | {escape(_shown(value))} |\n" for name, value in self.summary.items()]
+            text += "\n## Training\n\n| | |\n|---|---|\n" + "".join(rows)
+        return text
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
     """Write `README.md` into a folder, unless the folder has one that is not ours."""
-    path = folder / CARD_FILE
-    if path.exists() and OURS.encode() not in path.read_bytes():
-        return
-    atomic_write(path, card.text().encode("utf-8"))
+    path = folder / "README.md"
+    if not path.exists() or OURS.encode() in path.read_bytes():
+        atomic_write(path, card.text().encode("utf-8"))
 
 
 def escape(text: str) -> str:
     """A text as one line of Markdown that readers show literally, also in a table cell.
 
-    Characters of Markdown's own become entities, which are always text (CommonMark, section 2.5). Line ends, control
-    and direction characters become spaces.
+    Markdown's characters become entities, which are always text (CommonMark, section 2.5); line ends, control and
+    direction characters become spaces.
     """
     line = "".join(char if char.isprintable() else " " for char in text)
     return re.sub(r"[&<>|`*\[\]\\~$!]", lambda found: f"&#{ord(found[0])};", line)

@@ -1,9 +1,8 @@
 """Model folders in the Hugging Face layout: `config.json` and `model.safetensors` to and from a dict and tensors.
 
-This module knows files, names and tensors, and no model. A model passes the names and shapes that it expects to
-`check_tensors` and gets exactly those tensors, or one error that lists everything that is wrong.
+This module knows no model: a model passes the names and shapes that it expects to `check_tensors`.
 
-Left out: writing in shards; what is written is one file.
+Left out: writing in shards.
 """
 
 from __future__ import annotations
@@ -42,10 +41,9 @@ OUTER_WRAPPERS = re.compile(r"^(?:(?:module|model|pretrained_model)\.)+")
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read `config.json` and the weights of a model folder: safetensors, whole or sharded, or a pickle.
+    """The config of a model folder and its tensors by name, as stored: safetensors, whole or sharded, or a pickle.
 
     folder: or the name of a model that was downloaded (see `hub`).
-    Returns the config as a dict and the tensors by name, as stored.
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name the file.
     """
     folder = locate(folder)
@@ -60,23 +58,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             write_tensors(folder / WEIGHTS_FILE, tensors, metadata)
         except OSError as error:
-            warnings.warn(
-                f"{folder} cannot be written ({error.strerror or error}), so {metadata['converted_from']} is converted "
-                "in memory each time it is loaded",
-                stacklevel=2,
-            )
+            problem = f"{folder} cannot be written ({error.strerror or error})"
+            source = metadata["converted_from"]
+            warnings.warn(f"{problem}, so {source} is converted in memory each time it is loaded", stacklevel=2)
         return tensors
     return read_shards(weights, read_tensors) if weights.name == INDEX_FILE else read_tensors(weights)
 
 
 def convert(folder: str | os.PathLike[str]) -> Path:
-    """The safetensors file of a model folder, written first if the folder has only a pickle, or a newer one.
+    """The safetensors file of a model folder, or its index; converts a pickle first that is alone or newer.
 
-    Returns the path of `model.safetensors`, or of `model.safetensors.index.json` if the folder has that instead.
     Tensors that share memory in the pickle (a head tied to the embedding) are stored once. The metadata names the
-    others, and records size, time and SHA-256 of the files that were converted: if they change, so does the conversion.
-    Raises FileNotFoundError if there are no weights, ValueError for a pickle that is damaged or needs more than
-    tensors, OSError if the folder cannot be written; it leaves nothing behind then.
+    others, and records size, times and SHA-256 of the converted files: if they change, they are converted anew.
+    Raises FileNotFoundError if there are no weights, ValueError as `read_pickle`, OSError if the folder cannot be
+    written; it is unchanged then.
     """
     folder = Path(folder)
     weights = _readable(folder)
@@ -95,7 +90,7 @@ def _readable(folder: Path) -> Path | None:
 
 
 def _is_stale(weights: Path) -> bool:
-    """Whether a file is our conversion of a pickle that has been replaced since."""
+    """Whether a file is our conversion of a pickle that was replaced since."""
     try:
         metadata = read_metadata(weights)
     except ValueError:  # not ours; loading it raises the error
@@ -104,12 +99,11 @@ def _is_stale(weights: Path) -> bool:
     if not sources or not all(path.is_file() for path in sources):
         return False
     try:
-        recorded = json.loads(metadata.get("sources", ""))
-    except (ValueError, RecursionError):
+        recorded = json.loads(metadata["sources"])
+        same_names = recorded.keys() == {path.name for path in sources}
+        return not (same_names and all(_is_unchanged(path, recorded[path.name]) for path in sources))
+    except (ValueError, KeyError, AttributeError, RecursionError):  # no record, or a damaged one
         return True
-    if not isinstance(recorded, dict) or recorded.keys() != {path.name for path in sources}:
-        return True
-    return not all(_is_unchanged(path, recorded[path.name]) for path in sources)
 
 
 def _is_unchanged(path: Path, recorded: Any) -> bool:
@@ -172,12 +166,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], origin: str | os.PathLike[str]
 ) -> None:
-    """Compare names, shapes and values with what a model expects.
+    """Raise one ValueError that lists missing and unexpected names, wrong shapes, types and values not finite in fp32.
 
-    tensors: name -> tensor, names already in the model's own form.
-    expected: name -> shape.
-    Raises one ValueError that lists missing and unexpected names, wrong shapes, other types than floating point, and
-    values that are not finite in fp32.
+    tensors: name -> tensor, names already in the model's own form. expected: name -> shape.
     """
     problems = [f"missing {name} {tuple(shape)}" for name, shape in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
@@ -199,11 +190,10 @@ def check_tensors(
 def renamed(
     tensors: Mapping[str, Tensor], own_name: Callable[[str], str | None], origin: str | os.PathLike[str]
 ) -> dict[str, Tensor]:
-    """Tensors under a model's own names.
+    """Tensors under a model's own names. Raises ValueError if two tensors get one name.
 
-    own_name: a published name in the model's form, None for a tensor that the model does not hold. It gets names
-        without the prefixes of training wrappers, and LayerNorm's gamma and beta as weight and bias.
-    Raises ValueError if two tensors get one name.
+    own_name: from a published name, without the prefixes of training wrappers and with LayerNorm's gamma and beta as
+        weight and bias, to the model's own; None for a tensor that the model does not hold.
     """
     named: dict[str, Tensor] = {}
     for published, tensor in tensors.items():
@@ -234,7 +224,7 @@ def check_published(
 
 def published_config(content: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]:
     """A `config.json` to write: its own content, and what the loaded one said besides that still holds."""
-    loaded = {} if origin is None else origin.config
+    loaded = origin.config if origin else {}
     return {**content, **{name: loaded[name] for name in loaded if name not in content and name not in NOT_KEPT}}
 
 
@@ -261,8 +251,7 @@ def write_folder(
     tensors: tied ones must be given once. card: also the metadata of the weights; None: no card.
     beside: further safetensors files, name -> (tensors, metadata).
     Other files of the folder stay, also a README.md that is not ours; but shards of an older model are removed, since
-    other tools would read them as part of this one. Raises OSError if the folder cannot be written; it is unchanged
-    then.
+    other tools would read them. Raises OSError if the folder cannot be written; it is unchanged then.
     """
     with replaced_folder(folder) as staged:
         for old in [*staged.glob("model-*-of-*.safetensors"), staged / INDEX_FILE]:
@@ -273,10 +262,8 @@ def write_folder(
         if len(list(staged.glob("*.safetensors"))) > 1:
             # vLLM and SGLang load every safetensors file of a folder, unless an index says which are the model's.
             size = sum(tensor.nbytes for tensor in tensors.values())
-            write_json(
-                staged / INDEX_FILE,
-                {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(sorted(tensors), WEIGHTS_FILE)},
-            )
+            placed = dict.fromkeys(sorted(tensors), WEIGHTS_FILE)
+            write_json(staged / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": placed})
         write_json(staged / CONFIG_FILE, config)
         if card is not None:
             write_card(staged, card)

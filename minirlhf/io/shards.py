@@ -1,8 +1,7 @@
-"""Sharded checkpoints: an index file that says which file of its folder holds which tensor.
+"""Sharded weights: an index file that says which file of its folder holds which tensor.
 
-An index may come from a stranger, so it may name only plain files beside itself: no `..`, no folders, no absolute
-paths. Such a file may be a symbolic link: the snapshots of a hub cache consist of links, and large files are often
-linked from another disk. Following a link gives nothing away, because its target is read as tensors or refused.
+An index may come from a stranger, so it may name only files beside itself. These may be symbolic links, as they are in
+the hub's cache: their targets are read as tensors or refused.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from minirlhf.io.files import read_json
 def read_shards(index: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """All tensors of the shards that an index names, each file read by `read`.
 
-    Raises FileNotFoundError for a missing file, ValueError for an index that is damaged, leads out of its folder or
-    does not name exactly the tensors that its shards hold; both name the file and the tensors.
+    Raises as `read_index`, FileNotFoundError for a missing shard, ValueError for one with other tensors than named.
     """
     shards = read_index(index)
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -48,24 +46,19 @@ def read_index(path: Path) -> dict[str, set[str]]:
         raise ValueError(f"{path} has no weight_map from tensor names to files")
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
+        # A name under the rules of every system, without folders.
+        plain = isinstance(shard, str) and shard not in ("", ".", "..") and shard.isprintable()
+        if not (plain and PurePosixPath(shard).name == shard == PureWindowsPath(shard).name):
             raise ValueError(f"{path} places {tensor} in {shard!r}, which is not the name of a file beside it")
         shards.setdefault(shard, set()).add(tensor)
     return shards
 
 
-def _is_plain_name(name: str) -> bool:
-    """Whether a text names an entry of a folder, under the rules of every system."""
-    printable = name not in ("", ".", "..") and name.isprintable()
-    return printable and PurePosixPath(name).name == name == PureWindowsPath(name).name
-
-
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"it names {name} twice")
-        content[name] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
     return content
 
 

@@ -1,7 +1,6 @@
-"""The state of a training between two steps, apart from the weights: tensors by name, and counters as JSON has them.
+"""The state of a training between two steps, apart from the weights, which are saved as a model folder.
 
-A trainer's `state_dict()` returns a `State` and its `load_state_dict` takes one; `runs` writes it to disk. The weights
-themselves are saved as a model folder.
+A trainer's `state_dict()` returns a `State` and its `load_state_dict` takes one; `runs` writes it to disk.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ def load_moments(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]
 ) -> None:
     """Give an Adam optimizer the state that `moments` returned. Raises ValueError for another shape or dtype."""
-    for name, parameter in named:
-        if f"optimizer.step.{name}" not in tensors:
-            continue
+    for name, parameter in [pair for pair in named if f"optimizer.step.{pair[0]}" in tensors]:
         shapes = {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         loaded = {}
         for key, shape in shapes.items():
@@ -52,19 +49,13 @@ def load_moments(
 
 
 def load_generator(generator: torch.Generator, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Set a generator to the state saved as `name`.
-
-    Raises ValueError if it is missing or of another kind of device.
-    """
+    """Set a generator to the state saved as `name`. Raises ValueError if it is missing or of another kind of device."""
     if name not in tensors:
         raise ValueError(f"{name} is missing")
     try:
         generator.set_state(tensors[name])
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{name} was saved on another kind of device than {generator.device}, and random generators of the two "
-            f"differ: {error}"
-        ) from error
+        raise ValueError(f"{name} was saved on another kind of device than {generator.device}: {error}") from error
 
 
 def frozen(model: nn.Module) -> list[str]:
@@ -79,10 +70,7 @@ def require_fp32(model: nn.Module) -> None:
 
 
 def check_counters(counters: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    """Raise ValueError with name and value for a counter that is missing or fails its check.
-
-    A check sum says that a file was not changed since it was written, not that this library wrote it.
-    """
+    """Raise ValueError with name and value for a counter that is missing or fails its check."""
     for name, fits in checks.items():
         if name not in counters or not fits(counters[name]):
             found = repr(counters.get(name, "nothing"))[:100]

@@ -20,11 +20,7 @@ def left_pad(sequences: Sequence[Ids], pad_id: int = 0) -> tuple[Tensor, Tensor]
 
 
 def right_pad(sequences: Sequence[Ids], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad to the longest sequence on the right, as encoders and language-model training need it.
-
-    Returns ids (B, T) int64 and mask (B, T) int64 with 1 at real tokens, on the CPU.
-    Raises ValueError for no sequences or an empty one.
-    """
+    """Pad to the longest sequence on the right, as encoders and language-model training need it; see `left_pad`."""
     return _pad(sequences, pad_id, left=False)
 
 

@@ -1,7 +1,5 @@
 """Demonstrations, the data of stage 1 of InstructGPT (Ouyang et al. 2022): texts, or prompts with a response.
 
-Two formats, told apart by the name of the file:
-
 - `.txt`, a text a line.
 - `.jsonl`, an object a line: `{"text": ...}`, or `{"prompt": ..., "response": ...}`; other keys are ignored.
 """
@@ -13,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf.text.text_files import hash_fraction, json_object, numbered_lines, text_of
+from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
 
 
 @dataclass(frozen=True)
@@ -67,19 +65,7 @@ def split_demonstrations(
     All demonstrations of a prompt, and all copies of a text, fall on one side.
     Raises ValueError for a share outside (0, 1), or a side that stays empty.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share must be between 0 and 1, got {share!r}")
-    train: list[Demonstration] = []
-    held_out: list[Demonstration] = []
-    for one in demonstrations:
-        key = one.prompt or one.response
-        (held_out if hash_fraction(key) < share else train).append(one)
-    if not train or not held_out:
-        raise ValueError(
-            f"with share={share:g} the hash leaves {len(train)} texts to train on and {len(held_out)} held out; "
-            "give more of them, or another share"
-        )
-    return train, held_out
+    return split_by_hash(demonstrations, lambda one: one.prompt or one.response, share)
 
 
 def _from_json(line: str) -> Demonstration:

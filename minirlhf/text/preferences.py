@@ -1,15 +1,12 @@
 """Ranked answers, the data of stage 2 of InstructGPT (Ouyang et al. 2022): read, checked, and split.
 
-Two formats, told apart by the name of the file:
-
 - `.jsonl`, a pair a line: `{"prompt": ..., "chosen": ..., "rejected": ...}`, and perhaps `"margin"`; other keys are
-  ignored. Or a list a line, as `feedback` writes it: `{"prompt": ..., "answers": [...]}`, best first, or in any order
-  with as many `"scores"`; answers with equal scores are not compared.
+  ignored. Or a list a line: `{"prompt": ..., "answers": [...]}`, best first, or with as many `"scores"`; answers with
+  equal scores are not compared.
 - `.tsv`, a list a line, the best answer first, columns separated by tabs, without quotes or escapes. The first column
-  is the prompt if the first line is a header that begins with "prompt", or if the caller says so; otherwise there is
-  no prompt, and every column is an answer.
+  is the prompt if the first line is a header that begins with "prompt", or if the caller says so.
 
-Left out: ties. Two answers that cannot be told apart belong on different lines.
+Left out: ties.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minirlhf.text.text_files import hash_fraction, json_object, numbered_lines, text_of
+from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
 
 MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
 MAX_SCORED = 64  # scored answers to one prompt: at most 2,016 pairs
@@ -77,7 +74,7 @@ def read_rankings(
 
     encoding: of the file; a byte-order mark and both kinds of line ends are accepted.
     prompt_column: whether the first column of a `.tsv` file is the prompt; None: if a header says so.
-    Warns with a count if the file ranks pairs in both orders: people disagree, and training tolerates it.
+    Warns with a count if the file ranks pairs in both orders.
     Raises FileNotFoundError, or ValueError that names file, line and problem.
     """
     path = Path(path)
@@ -87,7 +84,8 @@ def read_rankings(
     if kind == ".jsonl" and prompt_column is not None:
         raise ValueError(f"prompt_column is for .tsv files; the lines of {path} name their prompt")
     lines = numbered_lines(path, encoding)
-    header = kind == ".tsv" and prompt_column is not False and bool(lines) and _is_header(lines[0][1])
+    first = lines[0][1].split("\t")[0].strip().lower() if kind == ".tsv" and lines else ""
+    header = prompt_column is not False and first == "prompt"
     rankings: list[Ranking] = []
     numbers: list[int] = []
     for number, line in lines[1:] if header else lines:
@@ -101,12 +99,9 @@ def read_rankings(
         raise ValueError(f"{path} holds no rankings")
     disputed = contradictions(rankings)
     if disputed:
-        first, second = (numbers[i] for i in disputed[0])
-        warnings.warn(
-            f"{path}: {len(disputed)} pairs of answers are ranked in both orders, the first in lines {first} and "
-            f"{second}",
-            stacklevel=2,
-        )
+        lines_of_first = " and ".join(str(numbers[i]) for i in disputed[0])
+        problem = f"{len(disputed)} pairs of answers are ranked in both orders, the first in lines {lines_of_first}"
+        warnings.warn(f"{path}: {problem}", stacklevel=2)
     return rankings
 
 
@@ -116,8 +111,7 @@ def rankings_of_scores(
     """What scores of the answers to one prompt say of their order.
 
     Up to 9 answers whose scores all differ make one ranking; otherwise each pair whose scores differ makes one.
-    Raises ValueError for what is no list, more than 64 answers (their pairs grow with the square), unequal numbers of
-    answers and scores, a score that is no finite number, or an answer that no `Ranking` takes.
+    Raises ValueError for more than 64 answers (their pairs grow with the square), and other bad answers or scores.
     """
     for name, value in (("answers", answers), ("scores", scores)):
         if not isinstance(value, (list, tuple)):
@@ -154,13 +148,10 @@ def split_rankings(
 ) -> tuple[list[Ranking], list[Ranking]]:
     """Hold out a share of the rankings: (train, held_out), in the order given, by SHA-256 and no random seed.
 
-    by: "prompt" keeps all rankings of a prompt on one side, so that held-out prompts are new. "answers" keeps all
-        rankings of the same answers on one side, in whatever order: for few prompts that training uses again.
-        Rankings without a prompt are always split by their answers.
+    by: "prompt" keeps all rankings of a prompt on one side. "answers" keeps all rankings of the same answers on one
+        side, in whatever order: for few prompts, and always where there is no prompt.
     Raises ValueError for a share outside (0, 1), an unknown `by`, or a side that stays empty.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share must be between 0 and 1, got {share!r}")
     if by not in SPLITS:
         raise ValueError(f"by must be one of {', '.join(SPLITS)}, got {by!r}")
 
@@ -169,21 +160,7 @@ def split_rankings(
             return ranking.prompt
         return "\0".join([ranking.prompt, *sorted(ranking.answers)])
 
-    train: list[Ranking] = []
-    held_out: list[Ranking] = []
-    for ranking in rankings:
-        (held_out if hash_fraction(key(ranking)) < share else train).append(ranking)
-    if not train or not held_out:
-        groups = len({key(ranking) for ranking in rankings})
-        raise ValueError(
-            f"with share={share:g} the hash leaves {len(train)} rankings to train on and {len(held_out)} held out, "
-            f"in {groups} groups by {by}; give more data, or another share or by"
-        )
-    return train, held_out
-
-
-def _is_header(line: str) -> bool:
-    return line.split("\t")[0].strip().lower() == "prompt"
+    return split_by_hash(rankings, key, share)
 
 
 def _json_rankings(line: str) -> list[Ranking]:
@@ -207,5 +184,5 @@ def _pair(content: Mapping[str, Any]) -> Ranking:
 
 
 def _list(line: str, with_prompt: bool) -> Ranking:
-    columns = line.split("\t")
-    return Ranking(columns[0], tuple(columns[1:])) if with_prompt else Ranking("", tuple(columns))
+    prompt, *answers = line.split("\t") if with_prompt else ["", *line.split("\t")]
+    return Ranking(prompt, tuple(answers))

@@ -17,8 +17,7 @@ EXAMPLE = 'give a list of texts, such as ["酒店", "The room"], or pathlib.Path
 def as_prompts(prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
     """Prompts as a list of texts: from a list, tuple, set, generator, pandas Series or datasets column, or a file.
 
-    A set is sorted, so that the order is the same in every process. A path is read as in `read_prompts`; a text that
-    is not in a list is refused, because it may be a prompt or the name of a file.
+    A set is sorted, so that its order is the same in every process. A path is read by `read_prompts`.
     Raises ValueError for anything else, naming its type or the first element that is not a text, and for no prompts.
     """
     if isinstance(prompts, os.PathLike):
@@ -35,9 +34,8 @@ def as_prompts(prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
         raise ValueError(f"got more than {MOST_PROMPTS} prompts: does the {kind} ever end?")
     for i, prompt in enumerate(found):
         if not isinstance(prompt, str):
-            raise ValueError(
-                f"prompt {i} must be a text, got {prompt!r:.80} of type {type(prompt).__name__}: {EXAMPLE}"
-            )
+            got = f"{prompt!r:.80} of type {type(prompt).__name__}"
+            raise ValueError(f"prompt {i} must be a text, got {got}: {EXAMPLE}")
     if not found:
         raise ValueError(f"got no prompts: {EXAMPLE}")
     texts = [str(prompt) for prompt in found]  # of numpy's texts, too

@@ -6,9 +6,11 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[tuple[int, str]]:
@@ -24,10 +26,10 @@ def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> lis
         text = raw.decode(encoding)
     except UnicodeError as error:
         number = raw[: getattr(error, "start", 0)].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {number} is not {encoding} ({error}); name the file's encoding by encoding= or --encoding, "
-            f"for instance {_another_encoding(raw, encoding)}"
-        ) from error
+        other = "gbk" if encoding.lower().replace("_", "-").startswith("utf-8") else "utf-8"
+        other = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else other
+        hint = f"name the file's encoding by encoding= or --encoding, for instance {other}"
+        raise ValueError(f"{path}, line {number} is not {encoding} ({error}); {hint}") from error
     except (LookupError, ValueError) as error:
         raise ValueError(f"encoding must be the name of a text encoding, got {encoding!r}") from error
     # str.splitlines would also split at separators that may stand within a text, such as U+2028.
@@ -54,12 +56,20 @@ def text_of(content: Mapping[str, Any], key: str) -> str:
     return content[key]
 
 
-def _another_encoding(raw: bytes, tried: str) -> str:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    return "gbk" if tried.lower().replace("_", "-").startswith("utf-8") else "utf-8"
+def split_by_hash(items: Sequence[T], key: Callable[[T], str], share: float) -> tuple[list[T], list[T]]:
+    """Hold out the share of the items whose key has a small SHA-256: (train, held_out), in the order given.
 
-
-def hash_fraction(text: str) -> float:
-    """A text to [0, 1) by SHA-256; a JSON file may hold lone surrogates, which have no UTF-8."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+    Raises ValueError for a share outside (0, 1), or a side that stays empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be between 0 and 1, got {share!r}")
+    sides: tuple[list[T], list[T]] = ([], [])
+    for item in items:  # a JSON file may hold lone surrogates, which have no UTF-8
+        digest = hashlib.sha256(key(item).encode("utf-8", "surrogatepass")).digest()
+        sides[int.from_bytes(digest[:6], "big") / 2**48 < share].append(item)
+    if not all(sides):
+        raise ValueError(
+            f"with share={share:g} the hash leaves {len(sides[0])} to train on and {len(sides[1])} held out, in "
+            f"{len(set(map(key, items)))} groups; give more data or another share"
+        )
+    return sides

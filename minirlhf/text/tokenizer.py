@@ -1,6 +1,6 @@
 """Text to token ids and back: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's byte-level BPE.
 
-Built on the `tokenizers` package. The kinds are `wordpiece` and `byte_bpe`; `tokenizer_folder` reads either from files.
+Built on the `tokenizers` package. `tokenizer_models` has both kinds; `tokenizer_folder` reads either from files.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from minirlhf.io.files import atomic_write, replaced_folder, write_json
 from minirlhf.text.tokenizer_folder import TOKENIZER_FILES, read_tokenizer
-from minirlhf.text.tokenizer_model import TokenizerModel, is_unicode
-from minirlhf.text.wordpiece import WordPiece, build_vocab
+from minirlhf.text.tokenizer_models import TokenizerModel, WordPiece, build_vocab, is_unicode
 
 __all__ = ["Tokenizer", "build_vocab"]
 
@@ -39,20 +38,15 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """Read the tokenizer of a model folder, whichever kind its files are of.
 
-        `tokenizer.json` is read if it is there, else `vocab.json` with `merges.txt`, else `vocab.txt`; besides,
-        `tokenizer_config.json` and `special_tokens_map.json`.
-        Raises FileNotFoundError that lists what was looked for, or ValueError with the file for a damaged file, and
-        for a tokenizer or a setting that is not supported.
+        See `read_tokenizer` for the files and errors.
         """
         return cls(read_tokenizer(folder))
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
-        """Write all that transformers needs for the same ids, at one moment; the folder is made if it is not there.
+        """Write all that transformers needs for the same ids, at one moment, in the place of other tokenizer files.
 
-        max_length: of the model's input in tokens, by which other tools cut long texts if they are asked to; None: as
-            in the folder that was read.
-        Other tokenizer files of the folder are removed, and all else in it stays. Raises OSError if the folder cannot
-        be written.
+        max_length: of the model's input in tokens, where other tools cut long texts; None: as in the folder read.
+        Raises OSError if the folder cannot be written.
         """
         files = self.model.files(max_length)
         with replaced_folder(folder) as staged:
@@ -105,9 +99,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of token ids, special tokens left out.
 
-        WordPiece: clean text, no spaces between Chinese characters, a space between Latin words. BPE: byte for byte;
-        an incomplete character becomes U+FFFD.
-        Raises ValueError for an id outside the vocabulary.
+        WordPiece: no spaces between Chinese characters, a space between Latin words. BPE: byte for byte; an incomplete
+        character becomes U+FFFD. Raises ValueError for an id outside the vocabulary.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         for i in ids:
@@ -118,9 +111,8 @@ class Tokenizer:
     def decode_response(self, prompt_ids: Iterable[int] | Tensor, response_ids: Iterable[int] | Tensor) -> list[str]:
         """What each token of a response adds to the text of its prompt; joined, they are the text of the response.
 
-        It begins with the space that separates two Latin words of WordPiece, and with a character that the prompt's
-        last token left incomplete: prompt and response together are `decode` of all tokens.
-        Raises ValueError for an id outside the vocabulary.
+        It begins with the space after a Latin word, or with a character that the prompt left incomplete, so that prompt
+        and response together are `decode` of all tokens. Raises ValueError as `decode`.
         """
         prompt, response = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (prompt_ids, response_ids))
         return self.decode_pieces([*prompt, *response])[len(prompt) :]
@@ -128,8 +120,7 @@ class Tokenizer:
     def decode_pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
         """The text that each token adds: as many texts as ids, which joined are `decode` of all.
 
-        Special tokens add nothing; of the tokens of one character, only the one that completes it adds something.
-        Raises ValueError for an id outside the vocabulary.
+        Special tokens add nothing; of the tokens of one character, only the last does. Raises ValueError as `decode`.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         spoken = [i for i, token in enumerate(ids) if token not in self.special_ids]
@@ -147,13 +138,8 @@ class Tokenizer:
         return 1 if token_id in self.special_ids else self.model.width(token_id)
 
     @property
-    def unk_id(self) -> int:
-        """Id of [UNK]. Raises ValueError for BPE, as the three below."""
-        return self._bert_id("[UNK]")
-
-    @property
     def cls_id(self) -> int:
-        """Id of [CLS]."""
+        """Id of [CLS]. Raises ValueError for BPE, as the two below."""
         return self._bert_id("[CLS]")
 
     @property
@@ -185,7 +171,6 @@ class Tokenizer:
         return [*self.model.opening, *ids, *self.model.closing]
 
     def _encode(self, text: str) -> list[int]:
-        """The token ids of a text, nothing before or after."""
         return self.model.backend.encode(_checked(text), add_special_tokens=False).ids
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -1,10 +1,9 @@
 """The tokenizer of a model folder: `tokenizer.json`, or `vocab.json` with `merges.txt`, or `vocab.txt`.
 
-A setting under which a text would get other ids than ours is an error that names the file, the setting and what is
-supported. Settings that change no id are ignored; those of KEPT are saved again.
+A setting under which a text would get other ids than ours is an error. Settings that change no id are ignored; those
+of KEPT are saved again.
 
-Left out: Unigram and SentencePiece, other ways to split a text than BERT's and GPT-2's, and added tokens that are not
-special.
+Left out: Unigram and SentencePiece, other ways to split a text, and added tokens that are not special.
 """
 
 from __future__ import annotations
@@ -21,37 +20,35 @@ import tokenizers
 from minirlhf.io.files import naming, read_json, read_text
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
-from minirlhf.text import byte_bpe, wordpiece
-from minirlhf.text.byte_bpe import END_OF_TEXT, MERGES_FILE, ByteBPE
-from minirlhf.text.tokenizer_model import SETTINGS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, TokenizerModel
-from minirlhf.text.wordpiece import MAX_CHARS_PER_WORD, PREFIX, ROLES, WordPiece
+from minirlhf.text.tokenizer_models import (
+    BPE_FILE,
+    END_OF_TEXT,
+    MAX_CHARS_PER_WORD,
+    MERGES_FILE,
+    PREFIX,
+    ROLES,
+    SETTINGS_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FILE,
+    WORDPIECE_FILE,
+    ByteBPE,
+    TokenizerModel,
+    WordPiece,
+)  # fmt: skip
 
 ADDED_TOKENS_FILE = "added_tokens.json"
 # Every file by which a folder can describe a tokenizer of these kinds.
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    byte_bpe.VOCAB_FILE,
-    MERGES_FILE,
-    wordpiece.VOCAB_FILE,
-    ADDED_TOKENS_FILE,
-    SETTINGS_FILE,
-    SPECIAL_TOKENS_FILE,
-)
-
-# ---- what the files may say -----------------------------------------------------------------------------------------
+TOKENIZER_FILES = (TOKENIZER_FILE, BPE_FILE, MERGES_FILE, WORDPIECE_FILE, ADDED_TOKENS_FILE, SETTINGS_FILE,
+                   SPECIAL_TOKENS_FILE)  # fmt: skip
 
 Supported = Mapping[str, Sequence[Any]]  # name -> what it may be; the first value is what a missing name means
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the files of one kind of tokenizer may say.
+    """What the files of one kind of tokenizer may say."""
 
-    settings: of `tokenizer_config.json` and `special_tokens_map.json`. model, normalizer, pre_tokenizer, added_token:
-    of these parts of `tokenizer.json`.
-    """
-
-    settings: Supported
+    settings: Supported  # of tokenizer_config.json and special_tokens_map.json; the others are parts of tokenizer.json
     model: Supported
     normalizer: Supported
     pre_tokenizer: Supported
@@ -75,8 +72,7 @@ WORDPIECE = Kind(
     settings={
         **COMMON,
         "tokenizer_class": (*ANY_CLASS, *BERT_CLASSES),
-        "do_lower_case": (True, False),
-        "tokenize_chinese_chars": (True, False),
+        **{name: (True, False) for name in ("do_lower_case", "tokenize_chinese_chars")},
         "strip_accents": (None, True, False),
         "do_basic_tokenize": (True,),
         "never_split": (None, []),
@@ -84,7 +80,7 @@ WORDPIECE = Kind(
         **{role: (None, *ROLES.values()) for role in ("bos_token", "eos_token")},
     },
     model={
-        "unk_token": (ROLES["unk_token"],),
+        "unk_token": ("[UNK]",),
         "continuing_subword_prefix": (PREFIX,),
         "max_input_chars_per_word": (MAX_CHARS_PER_WORD,),
     },
@@ -98,18 +94,15 @@ BYTE_BPE = Kind(
         **COMMON,
         "tokenizer_class": (*ANY_CLASS, "GPT2Tokenizer", "GPT2TokenizerFast"),
         "add_prefix_space": (False,),
-        "add_bos_token": (False, None),
-        "add_eos_token": (False, None),
+        **{name: (False, None) for name in ("add_bos_token", "add_eos_token")},
         "errors": ("replace",),
         **{role: (END_OF_TEXT, None) for role in ("bos_token", "eos_token", "unk_token")},
         **{role: (None,) for role in ("sep_token", "cls_token", "mask_token")},
     },
     model={
         "dropout": (None, 0.0),
-        "continuing_subword_prefix": (None, ""),
-        "end_of_word_suffix": (None, ""),
-        "byte_fallback": (False,),
-        "ignore_merges": (False,),
+        **{name: (None, "") for name in ("continuing_subword_prefix", "end_of_word_suffix")},
+        **{name: (False,) for name in ("byte_fallback", "ignore_merges")},
     },
     normalizer={"type": (None,)},
     pre_tokenizer={"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
@@ -118,13 +111,9 @@ BYTE_BPE = Kind(
 KINDS = {"WordPiece": WORDPIECE, "BPE": BYTE_BPE}  # by their names in tokenizer.json
 
 
-# ---- reading a folder -----------------------------------------------------------------------------------------------
-
-
 def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerModel:
-    """Read the tokenizer of a model folder: `tokenizer.json`, else `vocab.json` with `merges.txt`, else `vocab.txt`.
+    """Read `tokenizer.json`, else `vocab.json` with `merges.txt`, else `vocab.txt`, and the settings of a model folder.
 
-    `tokenizer_config.json` and `special_tokens_map.json`, where they are, say the rest.
     Raises FileNotFoundError that lists what was looked for, or ValueError with the file for a damaged file, and for a
     tokenizer or a setting that is not supported.
     """
@@ -144,21 +133,18 @@ def _read(folder: Path) -> TokenizerModel:
         return _from_tokenizer_json(folder)
     if ADDED_TOKENS_FILE in there and read_json(folder / ADDED_TOKENS_FILE):
         raise ValueError(f"{folder / ADDED_TOKENS_FILE} adds tokens, but only those in {TOKENIZER_FILE} are supported")
-    if byte_bpe.VOCAB_FILE in there and MERGES_FILE in there:
+    if BPE_FILE in there and MERGES_FILE in there:
         return _from_vocab_and_merges(folder)
-    if wordpiece.VOCAB_FILE in there:
+    if WORDPIECE_FILE in there:
         return _from_vocab_txt(folder)
     raise FileNotFoundError(
-        f"{folder} holds no tokenizer: looked for {TOKENIZER_FILE}, for {byte_bpe.VOCAB_FILE} with {MERGES_FILE}, and "
-        f"for {wordpiece.VOCAB_FILE}; found {', '.join(there) or 'none of them'}"
+        f"{folder} holds no tokenizer: looked for {TOKENIZER_FILE}, for {BPE_FILE} with {MERGES_FILE}, and "
+        f"for {WORDPIECE_FILE}; found {', '.join(there) or 'none of them'}"
     )
 
 
-# ---- the three layouts ----------------------------------------------------------------------------------------------
-
-
 def _from_vocab_txt(folder: Path) -> WordPiece:
-    path = folder / wordpiece.VOCAB_FILE
+    path = folder / WORDPIECE_FILE
     lines = _read_lines(path)
     while lines and lines[-1] == "":
         lines.pop()
@@ -170,13 +156,13 @@ def _from_vocab_txt(folder: Path) -> WordPiece:
 
 
 def _from_vocab_and_merges(folder: Path) -> ByteBPE:
-    path, merges_path = folder / byte_bpe.VOCAB_FILE, folder / MERGES_FILE
+    path, merges_path = folder / BPE_FILE, folder / MERGES_FILE
     ids, lines = read_json(path), _read_lines(merges_path)
     with naming(merges_path):
         merges = _pairs(lines[1:] if lines and lines[0].startswith("#version") else lines)
     settings, special = read_settings(folder, BYTE_BPE)
     with naming(f"{path} with {MERGES_FILE}"):
-        return _byte_bpe(_in_order(ids), merges, settings, special)
+        return ByteBPE(_in_order(ids), merges, settings.get("pad_token"), special)
 
 
 def _from_tokenizer_json(folder: Path) -> TokenizerModel:
@@ -198,10 +184,13 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
     settings, special = read_settings(folder, kind)
     with naming(path):
         if kind is BYTE_BPE:
-            model: TokenizerModel = _byte_bpe(vocab, merges, settings, [*added, *special])
+            model: TokenizerModel = ByteBPE(vocab, merges, settings.get("pad_token"), [*added, *special])
         else:
-            options = settings if _is_bert(folder, settings) else _bert_options(rules["normalizer"])
-            model = _wordpiece(vocab, options, [*added, *special])
+            if not _is_bert(folder, settings):
+                found = rules["normalizer"]
+                settings = {"do_lower_case": found["lowercase"], "strip_accents": found["strip_accents"],
+                            "tokenize_chinese_chars": found["handle_chinese_chars"]}  # fmt: skip
+            model = _wordpiece(vocab, settings, [*added, *special])
         expected = [*model.opening, *model.closing]
         brings_its_own = kind is WORDPIECE and rules["post_processor"] is None  # BertTokenizer's is always the same
         if frame != expected and not brings_its_own:
@@ -212,15 +201,6 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
 def _wordpiece(vocab: Sequence[str], settings: Mapping[str, Any], special: Sequence[str]) -> WordPiece:
     options = ("do_lower_case", "tokenize_chinese_chars", "strip_accents")
     return WordPiece(vocab, **{name: settings[name] for name in options if name in settings}, extra_special=special)
-
-
-def _byte_bpe(
-    vocab: Sequence[str], merges: Sequence[tuple[str, str]], settings: Mapping[str, Any], special: Sequence[str]
-) -> ByteBPE:
-    return ByteBPE(vocab, merges, settings.get("pad_token"), special)
-
-
-# ---- parts of files -------------------------------------------------------------------------------------------------
 
 
 def _model_type(content: Mapping[str, Any]) -> Any:
@@ -254,15 +234,6 @@ def _is_bert(folder: Path, settings: Mapping[str, Any]) -> bool:
         config = read_json(folder / CONFIG_FILE)
         name = config.get("tokenizer_class") or ("BertTokenizer" if config.get("model_type") == "bert" else None)
     return name in BERT_CLASSES
-
-
-def _bert_options(normalizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of BertTokenizer in the normalizer of a `tokenizer.json`."""
-    return {
-        "do_lower_case": normalizer["lowercase"],
-        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        "strip_accents": normalizer["strip_accents"],
-    }
 
 
 def _joined(vocab: Any, added: Mapping[str, int]) -> dict[str, Any]:
@@ -313,15 +284,8 @@ def _read_lines(path: Path) -> list[str]:
     return [line.rstrip("\r") for line in lines]
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
-
-
 def read_settings(folder: Path, kind: Kind) -> tuple[dict[str, Any], list[str]]:
-    """Read `tokenizer_config.json` and `special_tokens_map.json`, where they are.
-
-    Returns the settings, a token as its text, and the special tokens that are named in lists of their own.
-    Raises ValueError with the file for a damaged one, or a value that is not supported.
-    """
+    """The settings of both files, a token as its text, and the special tokens that are named in lists of their own."""
     settings: dict[str, Any] = {}
     special: list[str] = []
     for path in (folder / SETTINGS_FILE, folder / SPECIAL_TOKENS_FILE):

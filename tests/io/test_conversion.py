@@ -85,14 +85,6 @@ def test_existing_safetensors_are_left_alone(tmp_path, name):
     assert names(tmp_path) == sorted([name, "pytorch_model.bin"]) and (tmp_path / name).read_bytes() == b"as it is"
 
 
-def test_the_second_time_nothing_is_done(tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    before = convert(tmp_path).stat()
-    assert convert(tmp_path).stat() == before
-    (tmp_path / "pytorch_model.bin").unlink()
-    assert convert(tmp_path).stat() == before and read_weights(tmp_path)["a"].tolist() == [1, 1]
-
-
 # ---- a pickle that changes after it was converted -------------------------------------------------------------------
 
 
@@ -200,11 +192,6 @@ def test_a_conversion_replaces_a_link_and_is_not_written_through_it(tmp_path):
 # ---- other inputs ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_weights_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors does not exist, nor does .*pytorch_model.bin,"):
-        convert(tmp_path)
-
-
 def test_tensors_of_one_storage_part():
     """Whatever views a storage has, what is stored is contiguous, and safetensors accepts it."""
     base = torch.arange(12.0)
@@ -233,10 +220,6 @@ class Command:
         return os.system, (f"touch {self.proof}",)
 
 
-class Foreign:
-    pass
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["zip", "legacy", "protocol 2", "protocol 4", "shard"])
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, kind):
@@ -263,14 +246,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, kind):
     assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None  # no advice to switch it off
 
 
-@LEGACY
-def test_a_pickle_of_foreign_objects_is_refused(tmp_path, zipped):
-    torch.save({"a": Foreign()}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is refused: it asks to load .*Foreign"):
-        convert(tmp_path)
-    assert names(tmp_path) == ["pytorch_model.bin"]
-
-
 @pytest.mark.parametrize(("content", "message"), [
     ({"model": {"a": torch.ones(2)}, "epoch": 3}, "plain tensors by name, but 'model' is a dict"),
     ({"a": torch.ones(2), "epoch": 3}, "'epoch' is a int"), ([torch.ones(2)], "tensors by name, but holds a list"),
@@ -292,15 +267,6 @@ def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"pytorch_model.bin names a tensor '.*', which safetensors cannot"):
         convert(tmp_path)
     assert names(tmp_path) == ["pytorch_model.bin"]
-
-
-def test_a_tied_tensor_cannot_take_the_place_of_the_format(tmp_path):
-    tensor = torch.ones(2)
-    torch.save({"a": tensor, "format": tensor, "converted_from": tensor}, tmp_path / "pytorch_model.bin")
-    content = metadata(convert(tmp_path))
-    assert (content["format"], content["converted_from"]) == ("pt", "pytorch_model.bin") and content.keys() == {
-        "format", "converted_from", "sources",
-    }  # fmt: skip
 
 
 def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
@@ -355,33 +321,3 @@ def test_an_old_torch_does_not_read_pickles(tmp_path, monkeypatch, version):
         convert(tmp_path)
     monkeypatch.setattr(conversion.torch, "__version__", TorchVersion("2.10.0"))
     assert convert(tmp_path).is_file()
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
-            convert(tmp_path)
-    assert names(tmp_path) == ["pytorch_model.bin"]
-    assert convert(tmp_path).is_file()
-
-
-def test_a_pickle_is_read_in_the_place_of_a_broken_link(tmp_path):
-    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
-    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    convert(tmp_path)
-    assert (
-        not (tmp_path / "model.safetensors").is_symlink() and load_file(tmp_path / "model.safetensors")["a"].sum() == 2
-    )
-
-
-def test_safetensors_refuses_what_untied_takes_apart(tmp_path):
-    shared = torch.ones(4)
-    with pytest.raises(RuntimeError, match="share memory"):
-        save_file({"a": shared, "b": shared}, tmp_path / "x")
-    save_file(untied({"a": shared, "b": shared})[0], tmp_path / "x")

@@ -7,7 +7,7 @@ import torch
 
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import ActorCritic, BertClassifier, Tokenizer
-from minirlhf.text.byte_bpe import ByteBPE
+from minirlhf.text.tokenizer_models import ByteBPE
 
 MISSING = object()
 VALUES = [MISSING, None, True, 0, 3, -1, 2**70, 1.5, "12", ["x"], [3], {}, {"a": 3}, {"0": ["x"]}]

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import GPT2Tokenizer, GPT2TokenizerFast
 
 from conftest import make_gpt2
-from minirlhf import GPT2, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer, generate
+from minirlhf import PPOTrainer, Tokenizer
 from minirlhf.evaluation.explanation import explain
-from minirlhf.supervised.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity
-from minirlhf.text.byte_bpe import ByteBPE, byte_alphabet
+from minirlhf.supervised.sft import encode_demonstrations
 from minirlhf.text.demonstrations import Demonstration
+from minirlhf.text.tokenizer_models import ByteBPE, byte_alphabet
 
 VOCAB, MERGES = trained_bpe()
 ORACLE = OriginalBPE(VOCAB, MERGES)
@@ -61,12 +61,6 @@ def test_any_text_is_encoded_as_by_both_and_comes_back(ours, theirs, text):
     assert ours.decode(ids) == text
 
 
-def test_the_trained_vocabulary_merges_what_is_frequent(ours):
-    """Or the tests above would compare bytes."""
-    assert len(ours.encode("the hotel is good")) <= 5
-    assert len(ours.encode("酒店很好")) < len("酒店很好".encode())
-
-
 def test_encoding_by_hand():
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hell"), ("å", "¥")]
     vocab = [*byte_alphabet(), *("".join(pair) for pair in merges), END]
@@ -89,15 +83,6 @@ def test_truncation_equals_transformers(ours, theirs, max_length):
     text = "hello world, wifi"
     expected = theirs(text, truncation=True, max_length=max_length)["input_ids"]
     assert ours.encode(text, max_length) == expected == ours.encode(text)[:max_length]
-
-
-def test_no_room_is_refused(ours):
-    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
-        ours.encode("hello", 0)
-
-
-def test_a_batch_is_encoded_as_its_texts_are(ours):
-    assert ours.encode_batch(TEXTS, 7) == [ours.encode(text, 7) for text in TEXTS]
 
 
 def test_a_prompt_is_encoded_as_it_is(ours):
@@ -124,7 +109,7 @@ def test_half_a_surrogate_pair_is_read_as_the_replacement_character(ours, text):
     assert ours.encode_batch([text]) == [ours.encode(readable)]
 
 
-@pytest.mark.parametrize("name", ["cls_id", "sep_id", "mask_id", "unk_id"])
+@pytest.mark.parametrize("name", ["cls_id", "sep_id", "mask_id"])
 def test_the_tokens_of_bert_are_missing(ours, name):
     with pytest.raises(ValueError, match=rf"byte-level BPE has no \[{name[:3].upper()}"):
         getattr(ours, name)
@@ -146,12 +131,6 @@ def test_a_character_that_was_cut_is_replaced_once(ours):
     assert ours.decode(ids) == "好😀"
     assert [ours.decode(ids[:n]) for n in range(1, 7)] == ["�", "�", "好", "好�", "好�", "好�"]
     assert ours.decode([*ids[:2], ours.eos_id, ids[2]]) == "好"
-
-
-@pytest.mark.parametrize("bad", [-1, len(VOCAB)])
-def test_decoding_an_id_outside_the_vocabulary_is_refused(ours, bad):
-    with pytest.raises(ValueError, match=rf"token id {bad} is outside the vocabulary of {len(VOCAB)}"):
-        ours.decode([5, bad])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -205,27 +184,6 @@ def test_responses_follow_their_prompts_and_end(ours):
 # ---- a model ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_learns_texts_by_heart_and_where_they_end(ours):
-    model = GPT2(
-        GPT2Config(**{**SIZES, "n_embd": 32}, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), seed=0
-    )
-    learned = ["the hotel is good 😀", "酒店很好，房间干净"]
-    encoded = encode_demonstrations(ours, learned)
-    assert [s.ids for s in encoded] == [[*ours.encode(text), ours.eos_id] for text in learned]
-    assert [s.ids for s in cut(encoded, 3)] == [ours.encode(text, 3) for text in learned]
-    config = SFTConfig(epochs=60, lr=1e-2, max_length=32, tokens_per_batch=64, device="cpu")
-    SFTTrainer(model, ours, learned, config).train()
-    figures = perplexity(model, ours, learned, 32)
-    assert figures["token"] < 1.1 and 1 < figures["character"] < 1.1
-    prompts = ["the", "酒店很好"]
-    sampled = generate(
-        model, [ours.encode_prompt(prompt) for prompt in prompts], 24, SamplingConfig(top_k=1),
-        eos_token_id=ours.eos_id, pad_token_id=ours.pad_id,
-    )  # fmt: skip
-    assert [prompt + ours.decode(row) for prompt, row in zip(prompts, sampled.responses, strict=True)] == learned
-    assert all(row[-1] == ours.eos_id for row in sampled.responses)
-
-
 def test_a_step_of_ppo(ours):
     """With padding and end of text the same id: masks, not ids, say what is padding."""
     policy, reference = (make_gpt2(seed, scale=4.0, **SIZES) for seed in (0, 1))
@@ -274,14 +232,6 @@ def test_a_character_that_the_prompt_began_belongs_to_the_response(ours):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.integers(0, len(VOCAB) - 1), max_size=8), st.lists(st.integers(0, len(VOCAB) - 1), max_size=8))
-def test_any_prompt_and_response_join_to_the_whole_text(prompt, response):
-    tokenizer = Tokenizer(ByteBPE(VOCAB, MERGES))
-    pieces = tokenizer.decode_pieces([*prompt, *response])
-    assert tokenizer.decode_response(prompt, response) == pieces[len(prompt) :]
-
-
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(0, len(VOCAB) - 1), max_size=12))
 def test_pieces_of_any_tokens_make_up_the_text(ids):
     tokenizer = Tokenizer(ByteBPE(VOCAB, MERGES))
@@ -289,3 +239,9 @@ def test_pieces_of_any_tokens_make_up_the_text(ids):
     assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
     for t in range(len(ids)):  # no piece before its time
         assert tokenizer.decode(ids[: t + 1]).startswith("".join(pieces[: t + 1]))
+
+
+def test_the_trained_vocabulary_merges_what_is_frequent(ours):
+    """Or the tests above would compare bytes."""
+    assert len(ours.encode("the hotel is good")) <= 5
+    assert len(ours.encode("酒店很好")) < len("酒店很好".encode())

@@ -20,40 +20,13 @@ def rows() -> list[str]:
     return [json.dumps({"text": ONE.response}, ensure_ascii=False), json.dumps(pair, ensure_ascii=False)]
 
 
-CHANGES = [
-    lambda text: text, lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n"),
-    lambda text: text.removesuffix("\n"), lambda text: "\n\n" + text.replace("\n", "\n \n\n"),
-]  # fmt: skip
-NAMES = ["plain", "byte-order mark", "CRLF", "no end", "empty lines"]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=NAMES)
-def test_marks_line_ends_and_empty_lines_change_nothing(tmp_path, change):
-    path = write(tmp_path, change("\n".join(rows()) + "\n"), "d.jsonl")
-    assert read_demonstrations(path) == [ONE, TWO]
-    path = write(tmp_path, change("服务很好\n a\u2028b {\n"), "d.TXT")
-    assert read_demonstrations(path) == [ONE, Demonstration("", " a\u2028b {")]
-
-
-@pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
-def test_another_encoding_is_offered_by_line_and_taken(tmp_path, name):
-    lines = ["hello", "酒店很好"] if name == "d.txt" else ['{"text": "hello"}', '{"text": "酒店很好"}']
-    path = write(tmp_path, "\r\n".join(lines).encode("gbk"), name)
-    with pytest.raises(ValueError, match=r"d\.\w+, line 2 is not utf-8 .* --encoding, for instance gbk"):
+def test_texts_and_pairs_by_hand(tmp_path):
+    for text in ("\n".join(rows()) + "\n", "\ufeff\n" + "\r\n \r\n".join(rows())):
+        assert read_demonstrations(write(tmp_path, text, "d.jsonl")) == [ONE, TWO]
+    path = write(tmp_path, "服务很好\r\n\r\na".encode("gbk"), "d.txt")
+    assert read_demonstrations(path, "gbk") == [ONE, Demonstration("", "a")]
+    with pytest.raises(ValueError, match=r"d.txt, line 1 is not utf-8 .*gbk$"):
         read_demonstrations(path)
-    assert read_demonstrations(path, "gbk") == [Demonstration("", "hello"), Demonstration("", "酒店很好")]
-    mixed = write(tmp_path, lines[1].encode() + b"\n" + lines[0].encode() + b"\n" + lines[1].encode("gbk"), name)
-    with pytest.raises(ValueError, match="line 3 is not utf-8"):
-        read_demonstrations(mixed)
-    with pytest.raises(ValueError, match="encoding must be the name of a text encoding, got 'klingon'"):
-        read_demonstrations(path, "klingon")
-
-
-@pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
-def test_a_line_of_100000_characters_is_a_line(tmp_path, name):
-    long = "好" * 100_000
-    line = long if name == "d.txt" else json.dumps({"text": long})
-    assert read_demonstrations(write(tmp_path, line, name)) == [Demonstration("", long)]
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -93,5 +66,5 @@ def test_a_prompt_or_a_text_falls_on_one_side_and_the_split_never_changes():
     for share in (0.0, 1.0, -1, 2):
         with pytest.raises(ValueError, match="share must be between 0 and 1"):
             split_demonstrations(pairs, share)
-    with pytest.raises(ValueError, match=r"leaves . texts to train on and . held out"):
+    with pytest.raises(ValueError, match=r"leaves . to train on and . held out"):
         split_demonstrations(pairs[:1])

@@ -56,12 +56,6 @@ def test_every_collection_becomes_the_same_list(pool):
     assert found == TEXTS and type(found) is list and all(type(text) is str for text in found)
 
 
-def test_the_caller_s_list_is_copied():
-    pool = list(TEXTS)
-    as_prompts(pool).clear()
-    assert pool == TEXTS
-
-
 def test_a_set_has_one_order_in_every_process():
     """Or a resumed run would draw other prompts."""
     program = "from minirlhf.text.prompts import as_prompts; print(as_prompts({'b', 'c', 'a', 'd'}))"

@@ -13,7 +13,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 
 import minirlhf
 from minirlhf import Tokenizer
-from minirlhf.text.byte_bpe import ByteBPE
+from minirlhf.text.tokenizer_models import ByteBPE
 
 REPO = Path(minirlhf.__file__).parents[1]
 SHIPPED = REPO / "weights" / "gpt2-chinese-reviews-small"
