@@ -77,10 +77,10 @@ def test_a_run_leaves_its_log_its_newest_checkpoints_and_the_best(undisturbed):
     assert {"step-000004", "step-000006", "best"} <= set(checkpoints(undisturbed))
 
 
-def run_of_rewards(folder, rewards, **keep):
-    """A run whose batches have these mean rewards, saved at every step."""
+def run_of_rewards(folder, rewards):
+    """A run whose batches have these mean rewards, saved at every step. Returns its checkpoints after each step."""
     shown = []
-    with Run.start(folder, new_trainer(save_freq=1, steps=4 * len(rewards)), {}, **keep) as run:
+    with Run.start(folder, new_trainer(save_freq=1, steps=4 * len(rewards)), {}) as run:
         run.trainer.train(
             PROMPTS,
             lambda texts: [rewards[run.trainer.iteration]] * len(texts),
@@ -89,29 +89,11 @@ def run_of_rewards(folder, rewards, **keep):
     return shown
 
 
-@pytest.mark.parametrize(("keep_last", "expected"), [
-    (1, [[1], [1, 2], [2, 3], [2, 4], [2, 5], [6]]),
-    (2, [[0, 1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6]]),
-    (9, [[0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6]]),
-])  # fmt: skip
-def test_the_newest_checkpoints_stay_and_the_first_of_the_best(tmp_path, keep_last, expected):
-    rewards = [0.25, 0.5, 0.375, 0.5, 0.125, 0.75]
-    best = [1, 2, 2, 2, 2, 6]
-    if keep_last == 1:  # 1 is the best until 2 is
-        expected = [[1], [2], [2, 3], [2, 4], [2, 5], [6]]
-    shown = run_of_rewards(tmp_path / "run", rewards, keep_last=keep_last)
+def test_the_newest_checkpoints_stay_and_the_first_of_the_best(tmp_path):
+    shown = run_of_rewards(tmp_path / "run", [0.25, 0.5, 0.375, 0.5, 0.125, 0.75])
+    expected = [[0, 1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6]]
     assert shown == [["best", *(f"step-{step:06d}" for step in steps)] for steps in expected]
-    assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == f"step-{best[-1]:06d}"
-    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "best")["counters"]["iteration"] == 6
-
-
-@pytest.mark.parametrize("keep_last", [0, -1, 1.5, "2", None, True])
-def test_a_bad_keep_last_is_refused_before_anything_is_written(tmp_path, keep_last):
-    with pytest.raises(ValueError, match="keep_last"):
-        Run.start(tmp_path / "run", new_trainer(), {}, keep_last=keep_last)
-    with pytest.raises(ValueError, match="keep_last"):
-        Run.resume(tmp_path / "run", keep_last=keep_last)
-    assert list(tmp_path.iterdir()) == []
+    assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == "step-000006"
 
 
 def test_samples_are_texts_of_the_batch_with_their_scores(tmp_path):
@@ -136,15 +118,14 @@ def test_record_wants_every_step_once(tmp_path):
 # ---- start and resume -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, undisturbed, parts):
+def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, undisturbed):
     """Left by an exception at every step in turn; the steps since the last save are made again, or were saved."""
 
     class Crash(BaseException):
         pass
 
     folder = tmp_path / "run"
-    for part in range(1, parts + 1):
+    for part in range(1, 4):
         with pytest.raises(Crash), go_on(folder) as run:
 
             def leave(rollout, stats, run=run, step=part + 1):
@@ -156,13 +137,8 @@ def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, undisturbed, parts):
         whole(folder)
     finish(folder)
     same_end(folder, undisturbed)
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path, undisturbed):
-    shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
-    before = snapshot(tmp_path)
-    finish(tmp_path / "run")
-    assert snapshot(tmp_path) == before
+    finish(folder)  # it is at its end: nothing changes
+    same_end(folder, undisturbed)
 
 
 def test_a_run_may_be_made_longer(tmp_path, undisturbed):
@@ -251,15 +227,6 @@ def test_a_run_without_a_readable_checkpoint_says_so_and_keeps_what_there_is(tmp
     assert snapshot(tmp_path) == before
 
 
-def kept_run(folder, keep_last):
-    """A run of four steps, of which the first has the highest reward and the last ones are the newest."""
-    rewards = [9.0, 1.0, 2.0, 1.0]
-    with Run.start(folder, new_trainer(save_freq=1), {}, keep_last=keep_last) as run:
-        for score in rewards:
-            rollout = run.trainer.collect(PROMPTS, lambda texts, score=score: [score] * len(texts))
-            run.record(rollout, run.trainer.step(rollout))
-
-
 LOG_DAMAGES = {
     "NULs": lambda content: b"\0" * len(content),
     "empty": lambda content: b"",
@@ -271,34 +238,37 @@ LOG_DAMAGES = {
 @pytest.mark.parametrize("damage", LOG_DAMAGES)
 def test_a_damaged_log_is_repaired_and_deletes_no_checkpoint(tmp_path, damage):
     folder = tmp_path / "run"
-    kept_run(folder, keep_last=1)
+    rewards = [9.0, 1.0, 2.0, 1.0]  # the first is the best, the last two are the newest
+    run_of_rewards(folder, rewards)
     before, log = snapshot(folder / "checkpoints"), folder / "metrics.jsonl"
-    assert checkpoints(folder) == ["best", "step-000001", "step-000004"]
+    assert checkpoints(folder) == ["best", "step-000001", "step-000003", "step-000004"]
     log.write_bytes(LOG_DAMAGES[damage](log.read_bytes()))
     with (
         pytest.warns(UserWarning, match=r"metrics\.jsonl is damaged"),
-        Run.resume(folder, reference(), keep_last=1) as run,
+        Run.resume(folder, reference(), steps=4 * STEPS) as run,
     ):
         assert os.readlink(folder / "checkpoints" / "best") == "step-000001"
         assert snapshot(folder / "checkpoints") == before
         history = run.history()
         assert [line["step"] for line in history] == [1, 2, 3, 4]
         if damage in ("NULs", "empty"):  # only what the checkpoint knows
-            assert history == [{"step": i, "reward/mean": x} for i, x in enumerate([9.0, 1.0, 2.0, 1.0], 1)]
+            assert history == [{"step": i, "reward/mean": x} for i, x in enumerate(rewards, 1)]
         rollout = run.trainer.collect(PROMPTS, lambda texts: [3.0] * len(texts))
         run.record(rollout, run.trainer.step(rollout))
-    assert checkpoints(folder) == ["best", "step-000001", "step-000005"]
+    assert checkpoints(folder) == ["best", "step-000001", "step-000004", "step-000005"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the repaired log is the one that step 5 was saved with
-        with Run.resume(folder, reference(), keep_last=1) as run:
+        with Run.resume(folder, reference()):
             assert os.readlink(folder / "checkpoints" / "best") == "step-000001"
+
+
+MARKS = {name: {"bytes": 0, "sha256": ""} for name in ("metrics.jsonl", "samples.jsonl")}
 
 
 @pytest.mark.parametrize("record", [
     None, {}, {"log": {}, "rewards": {}}, {"log": {"../metrics.jsonl": 0}, "rewards": {}},
-    {"log": {name: {"bytes": -1, "sha256": ""} for name in ("metrics.jsonl", "samples.jsonl")}, "rewards": {}},
-    {"log": {name: {"bytes": 0, "sha256": ""} for name in ("metrics.jsonl", "samples.jsonl")}, "rewards": {"٣": 1.0}},
-    {"log": {name: {"bytes": 0, "sha256": ""} for name in ("metrics.jsonl", "samples.jsonl")}, "rewards": {"3": "1"}},
+    {"log": {**MARKS, "samples.jsonl": {"bytes": -1, "sha256": ""}}, "rewards": {}},
+    {"log": MARKS, "rewards": {"٣": 1.0}}, {"log": MARKS, "rewards": {"3": "1"}},
 ])  # fmt: skip
 def test_a_checkpoint_without_the_record_of_a_run_is_refused(tmp_path, record):
     run = finish(tmp_path / "run")
@@ -313,46 +283,32 @@ def test_a_checkpoint_without_the_record_of_a_run_is_refused(tmp_path, record):
 
 
 def test_a_copy_that_followed_links_is_resumed(tmp_path, undisturbed):
-    """As by cp -rL, zip or object storage: `best` is a folder, a second copy of a checkpoint."""
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder)
-    assert (folder / "checkpoints" / "best").is_dir() and not (folder / "checkpoints" / "best").is_symlink()
-    finish(folder)
-    same_end(folder, undisturbed)
+    """As by cp -rL, zip or object storage: `best` is a folder, which is kept; or by an archive without links: a file."""
+    for number, place in enumerate(("folder", "file")):
+        folder = tmp_path / str(number)
+        shutil.copytree(undisturbed, folder, symlinks=place == "file")
+        best = folder / "checkpoints" / "best"
+        if place == "file":
+            best.unlink()
+            best.write_text("step-000002")
+            finish(folder)
+        else:
+            content = snapshot(best)
+            with pytest.warns(UserWarning, match=r"best is a folder and no link; it is kept as best\.copy"):
+                finish(folder)
+            assert snapshot(folder / "checkpoints" / "best.copy") == content
+            shutil.rmtree(folder / "checkpoints" / "best.copy")
+        same_end(folder, undisturbed)
 
 
-@pytest.mark.parametrize("manifest", ["other", "none"])
-def test_a_folder_in_the_place_of_best_that_is_no_copy_is_kept(tmp_path, undisturbed, manifest):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder)
-    best = folder / "checkpoints" / "best"
-    (best / "manifest.json").unlink() if manifest == "none" else (best / "manifest.json").write_text('{"sha256": {}}')
-    content = snapshot(best)
-    with pytest.warns(UserWarning, match=r"best is a folder and no copy .* kept as best\.copy"):
-        finish(folder)
-    assert snapshot(folder / "checkpoints" / "best.copy") == content
-    assert os.readlink(best) == os.readlink(undisturbed / "checkpoints" / "best")
-
-
-def test_a_file_in_the_place_of_best_is_replaced(tmp_path, undisturbed):
-    """As an archive without links unpacks it."""
+def test_names_that_are_not_ours_do_not_block_a_run(tmp_path, undisturbed):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder, symlinks=True)
-    (folder / "checkpoints" / "best").unlink()
-    (folder / "checkpoints" / "best").write_text("step-000002")
-    finish(folder)
-    same_end(folder, undisturbed)
-
-
-@pytest.mark.parametrize(
-    "name", ["step-٠٠٠٠٠٩", "step-０００００９", "step-²²²²²²", "step-0000009", "step-9", "step-000009 "]
-)
-def test_names_that_are_not_ours_do_not_block_a_run(tmp_path, undisturbed, name):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder, symlinks=True)
-    (folder / "checkpoints" / name).mkdir()
+    names = ["step-٠٠٠٠٠٩", "step-０００００９", "step-²²²²²²", "step-0000009", "step-9", "step-000009 "]
+    for name in names:
+        (folder / "checkpoints" / name).mkdir()
     assert Run.resume(folder, reference()).trainer.iteration == STEPS
-    assert (folder / "checkpoints" / name).is_dir()
+    assert all((folder / "checkpoints" / name).is_dir() for name in names)
 
 
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "samples.jsonl", "checkpoints"])
@@ -456,8 +412,7 @@ def test_killed_while_it_saves_a_run_is_begun_again_or_resumed(tmp_path, undistu
 # ---- stopped --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 4, STEPS])
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (4, signal.SIGINT), (STEPS, signal.SIGTERM)])
 def test_asked_to_stop_a_run_ends_its_step_and_saves_it(tmp_path, undisturbed, number, step, capfd):
     folder, before = tmp_path / "run", [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
