@@ -144,14 +144,6 @@ def test_the_longer_of_two_times_bounds_each_cost():
     assert floor.with_best([floor.Rates(3, 9), floor.Rates(4, 7)]) == floor.Rates(4, 9)
 
 
-def test_measured_rates_are_rates_and_leave_no_setting_behind():
-    before = torch.get_float32_matmul_precision()
-    for precision in ("fp32", "bf16"):
-        rates = floor.measure_rates(CPU, precision, seconds=0.0, width=64)
-        assert 1e6 < rates.flop < 1e15 and 1e6 < rates.bytes < 1e13
-    assert torch.get_float32_matmul_precision() == before
-
-
 # ---- the work -------------------------------------------------------------------------------------------------------
 
 
@@ -263,12 +255,6 @@ def turns(monkeypatch):
     return take
 
 
-def test_sides_take_turns(turns):
-    kept, dropped, told = turns(2, {"A": [1.0, 1.1], "B": [5.0, 5.5]})
-    assert kept == {"A": [1.0, 1.1], "B": [5.0, 5.5]} and dropped == {"A": [], "B": []}
-    assert told == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
-
-
 def test_a_turn_that_is_an_outlier_is_repeated(turns):
     """The 91 s beside 63 s: it gives way to what repeats it, and a repetition that is slow as well does not count."""
     kept, dropped, told = turns(2, {"A": [91.0, 63.0, 64.0], "B": [80.0, 81.0]})
@@ -347,12 +333,6 @@ def test_the_bounds_of_a_phase():
     assert row == {"phase": "update", "GFLOP": 30, "GB": 5, "arithmetic s": 3, "memory s": 2.5, "floor s": 5}
 
 
-def test_the_shortest_iterations_are_compared_as_well():
-    samples = [Sample(peer, "iteration", s) for peer, times in (("us", (4, 5, 9)), ("them", (8, 9, 9))) for s in times]
-    (row,) = report.ratios(report.summarise(samples), ["us"])
-    assert row["iteration"] == 5 / 9 and row["shortest iteration"] == 0.5
-
-
 def test_the_report_says_whose_load_it_was():
     def said(*turns):
         names = ("other cores", "shared", "dropped")
@@ -366,16 +346,6 @@ def test_the_report_says_whose_load_it_was():
         "Load: **not its own in 1 of 2 turns**; other work took up to 0.90 cores. Turns that were repeated: 1."
     )
     assert "does not say" in said((None, False, False))
-
-
-def test_tables_in_markdown():
-    rows = [{"a": "x", "b": 1234.5678, "gone": None}, {"a": 7, "b": 0.0123456, "c": 2.0}]
-    assert report.table(rows).splitlines() == [
-        "| a | b | c |",
-        "|---|---|---|",
-        "| x | 1,235 |  |",
-        "| 7 | 0.0123 | 2 |",
-    ]
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -425,14 +395,6 @@ def test_in_turns_with_a_command(timed, tmp_path):
     assert order == [ours, "x"]  # those that count
     (ratio,) = result["ratios"]
     assert (ratio["ours"], ratio["over"]) == (ours, "x") and ratio["iteration"] > 0 and ratio["peak memory"] > 1
-
-
-def test_our_timings_as_json_lines(timed, tmp_path):
-    error, shown = timed(*SMALL, "--json-lines", "--repeats", 2)
-    assert error is None and list(tmp_path.iterdir()) == []
-    samples = peers.read_lines(shown)
-    assert len(samples) == len(shown.splitlines()) == 2 * len(report.PHASES)
-    assert {s.peer for s in samples} == {"minirlhf fp32 minibatch 16"}
 
 
 def test_the_commands_of_the_readme_are_commands(monkeypatch):

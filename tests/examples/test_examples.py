@@ -47,13 +47,13 @@ def models(tiny):
     return ["--policy", str(tiny / "policy"), "--reward", str(tiny / "reward")]
 
 
-def start(*command, fine=True):
+def start(*command):
     """Run Python in a process of its own, in the repository."""
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error:::minirlhf"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=REPO, env=environment, capture_output=True, encoding="utf-8"
     )
-    assert not fine or done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -141,17 +141,11 @@ def test_summary_table_and_picture(runs):
     assert table[0] == "| prompt | before | reward | after | reward |" and table[2].startswith("| 酒店 | ")
     picture = (run / "reward_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
+    names = {"metrics.jsonl", "samples.jsonl", "config.json", "summary.json", "before_after.md", "reward_curve.png"}
+    assert {path.name for path in run.iterdir()} == names | {"checkpoints", "policy", "reference"}
     shown = runs.output["plain"].stdout
     assert str(run) in shown and "policy/reward" in shown and table[2] in shown and said in shown
     assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
-
-
-def test_the_run_folder_holds_nothing_else(runs):
-    expected = {"metrics.jsonl", "samples.jsonl", "config.json", "summary.json", "before_after.md", "reward_curve.png"}
-    names = {path.name for path in runs("plain").iterdir()}
-    assert names == expected | {"checkpoints", "policy", "reference"}
-    saved = {path.name for path in (runs("plain") / "checkpoints").iterdir()}
-    assert saved >= {"step-000004", "step-000005", "best"} and len(saved) <= 4
 
 
 def test_the_reference_is_the_input_and_the_policy_is_not(runs, tiny):
@@ -259,26 +253,6 @@ def test_a_run_that_fails_says_why_and_how_to_go_on_in_one_line(runs, tiny, tmp_
     assert error is None and figures(run) == figures(plain)
 
 
-def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, call):
-    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
-    before = snapshot(tmp_path)
-    assert call(SCRIPT, "--resume", tmp_path / "run")[0] is None
-    assert snapshot(tmp_path) == before
-
-
-def test_a_run_needs_no_module_that_windows_lacks(tiny, tmp_path):
-    """One step in a process in which nothing can import them, this library's own code or another's."""
-    pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
-    blocked = ("fcntl", "termios", "resource", "tty", "pty", "pwd", "grp")
-    arguments = [*models(tiny), "--steps", "4", "--batch-size", "4", "--gen-len", "4", "--output", tmp_path / "run"]
-    code = (f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
-            f"sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = {[str(SCRIPT), *map(str, arguments)]!r}\n"
-            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")  # fmt: skip
-    done = start("-W", "ignore", "-c", code)
-    assert "saved in " in done.stdout
-    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1 and (tmp_path / "run" / "policy").is_dir()
-
-
 # ---- prompts and recipes --------------------------------------------------------------------------------------------
 
 
@@ -307,12 +281,6 @@ def test_the_original_recipe_is_the_chapter_s(runs):
     assert line["ppo/updates"] == 4 * 128
 
 
-def test_the_original_recipe_runs_25000_steps():
-    config = PPOConfig.preset("original")
-    assert config.steps == 25000 and config.iterations == 196
-    assert {name: getattr(config, name) for name in CHAPTER} == CHAPTER
-
-
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -329,14 +297,6 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def lengthen(folder):  # a model may have more tokens than its vocabulary, but not fewer
-    Tokenizer([*VOCAB, "x1"]).save_pretrained(folder)
-
-
-def no_json(folder):
-    (folder / "config.json").write_text("{")
-
-
 def prompt_file(tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)
     return ["--prompts", tmp_path / "prompts.txt"]
@@ -348,34 +308,21 @@ def full_folder(tmp_path):
     return ["--output", tmp_path / "full"]
 
 
-def below_a_file(tmp_path):
-    (tmp_path / "file").write_text("keep me")
-    return ["--output", tmp_path / "file" / "run"]
-
-
 BAD = {
     "output exists": (lambda tiny, tmp: full_folder(tmp), "full"),
-    "output below a file": (lambda tiny, tmp: below_a_file(tmp), "file"),
-    "output is a file": (lambda tiny, tmp: [below_a_file(tmp)[0], tmp / "file"], "file"),
     "no policy": (lambda tiny, tmp: ["--policy", tmp / "nowhere"], "nowhere"),
     "no reward": (lambda tiny, tmp: ["--reward", tmp / "nowhere"], "nowhere"),
     "policy is cut": (lambda tiny, tmp: damaged(tiny, tmp, "policy", cut), "model.safetensors"),
-    "reward is cut": (lambda tiny, tmp: damaged(tiny, tmp, "reward", cut), "model.safetensors"),
-    "policy's config": (lambda tiny, tmp: damaged(tiny, tmp, "policy", no_json), "config.json"),
-    "policy's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "policy", lengthen), str(len(VOCAB) + 1)),
-    "reward's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "reward", lengthen), str(len(VOCAB) + 1)),
     "models swapped": (lambda tiny, tmp: ["--policy", tiny / "reward"], "bert"),
     "empty prompt file": (lambda tiny, tmp: prompt_file(tmp, b""), "prompt"),
-    "prompt file of blanks": (lambda tiny, tmp: prompt_file(tmp, b" \n\n\t\n"), "prompt"),
+    "misspelt prompt file": (lambda tiny, tmp: ["--prompts", "promts.txt"], "promts.txt"),  # and no prompt
     "prompt file not UTF-8": (lambda tiny, tmp: prompt_file(tmp, "酒店".encode("gb18030")), "utf-8"),
     "blank prompt": (lambda tiny, tmp: ["--prompts", "酒店", " "], "empty"),
     "long prompt": (lambda tiny, tmp: ["--prompts", "很好" * 14], "28 tokens|29 tokens"),
-    "precision": (lambda tiny, tmp: ["--precision", "int4"], "fp32, tf32, bf16, fp16"),
     "device": (lambda tiny, tmp: ["--device", "abacus"], "abacus"),
     "batch size": (lambda tiny, tmp: ["--batch-size", "0"], "batch_size"),
     "gen-len": (lambda tiny, tmp: ["--gen-len", "32"], "gen_len"),
     "resume nothing": (lambda tiny, tmp: ["--resume", tmp / "nowhere"], "nowhere"),
-    "resume an empty folder": (lambda tiny, tmp: ["--resume", tmp], "config.json"),
     "resume a model folder": (lambda tiny, tmp: ["--resume", tiny / "policy"], "policy"),
 }
 
@@ -397,12 +344,6 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, call, name):
     assert snapshot(tmp_path) == before and snapshot(tiny) == before_tiny
 
 
-def test_a_misspelled_prompt_file_is_not_a_prompt(tiny, tmp_path, call):
-    """Otherwise the run learns to continue the text "promts.txt", which nobody notices."""
-    error, _ = call(SCRIPT, *models(tiny), *SMALL, "--prompts", "promts.txt", "--output", tmp_path / "run")
-    assert error is not None and "promts.txt" in error
-
-
 def test_a_resumed_run_has_the_prompts_it_was_started_with(tiny, tmp_path, call):
     """Whatever has become of their file since, and whatever the folder is in which it is resumed."""
     file, run = tmp_path / "prompts.txt", tmp_path / "run"
@@ -414,14 +355,6 @@ def test_a_resumed_run_has_the_prompts_it_was_started_with(tiny, tmp_path, call)
     assert content(run / "before_after.md") == before
 
 
-def test_options_that_a_resumed_run_cannot_follow_are_not_ignored(runs, tmp_path, call):
-    """More steps: it goes on to the new end, or says that it will not."""
-    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
-    error, _ = call(SCRIPT, "--resume", tmp_path / "run", "--steps", (ITERATIONS + 1) * BATCH)
-    went_on = len(lines(tmp_path / "run" / "metrics.jsonl")) == ITERATIONS + 1
-    assert went_on if error is None else "steps" in error
-
-
 def test_a_missing_extra_is_noticed_before_the_run_not_after_it(tiny, tmp_path, call, monkeypatch):
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -431,16 +364,6 @@ def test_a_missing_extra_is_noticed_before_the_run_not_after_it(tiny, tmp_path, 
         pytest.fail(f"a traceback at the end instead of a line at the start: {exception}")
     assert isinstance(error, str) and ".[examples]" in error
     assert not (tmp_path / "run").exists()
-
-
-def test_the_error_of_a_process(tiny, tmp_path):
-    """The same in a process of its own: exit code 1, and nothing but the line."""
-    pytest.importorskip("tqdm")
-    output = full_folder(tmp_path)
-    done = start(SCRIPT, *models(tiny), *output, fine=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
 # ---- the small scripts ----------------------------------------------------------------------------------------------

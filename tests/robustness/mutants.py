@@ -87,10 +87,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, object]]:
     if isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
             if other := COMPARISONS.get(type(operator)):
-                yield (
-                    f"{type(operator).__name__} to {other.__name__}",
-                    lambda n, i=i, o=other: n.ops.__setitem__(i, o()),
-                )
+                what = f"{type(operator).__name__} to {other.__name__}"
+                yield what, lambda n, i=i, o=other: n.ops.__setitem__(i, o())
     if isinstance(node, (ast.BinOp, ast.AugAssign)) and (other := OPERATIONS.get(type(node.op))):
         yield f"{type(node.op).__name__} to {other.__name__}", lambda n, o=other: setattr(n, "op", o())
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
@@ -162,20 +160,8 @@ def tests_of(repo: Path, file: str) -> list[str]:
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[str, float]:
     """ "survived", "noticed" or "timeout", and the seconds that it took."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        *tests,
-    ]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     settings = dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=subprocess.DEVNULL,

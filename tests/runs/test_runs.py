@@ -65,6 +65,12 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def copied(tmp_path, undisturbed):
+    """A copy of that run."""
+    return shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
+
+
 # ---- what a run leaves ----------------------------------------------------------------------------------------------
 
 
@@ -141,15 +147,13 @@ def test_a_run_in_parts_ends_as_one_in_one_go(tmp_path, undisturbed):
     same_end(folder, undisturbed)
 
 
-def test_a_run_may_be_made_longer(tmp_path, undisturbed):
-    shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
+def test_a_run_may_be_made_longer(copied, tmp_path):
     with Run.resume(tmp_path / "run", reference(), steps=4 * STEPS + 8) as run:
         run.trainer.train(PROMPTS, reward, run.record)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == STEPS + 2
 
 
-def test_a_run_is_never_overwritten(tmp_path, undisturbed):
-    shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
+def test_a_run_is_never_overwritten(copied, tmp_path):
     for name in ("thesis.txt", "config.json", "lock"):
         (tmp_path / name[:1]).mkdir()
         (tmp_path / name[:1] / name).write_text("mine")
@@ -187,43 +191,31 @@ def test_what_is_no_run_is_not_resumed(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_another_reference_is_refused_and_nothing_is_touched(tmp_path, undisturbed):
-    shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
-    before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="another reference"):
-        Run.resume(tmp_path / "run", new_trainer().policy.decoder)
-    assert snapshot(tmp_path) == before
-
-
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.json", "manifest.json"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, undisturbed, name):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder, symlinks=True)
-    path = folder / "checkpoints" / f"step-{STEPS:06d}" / name
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(copied, undisturbed, name):
+    path = copied / "checkpoints" / f"step-{STEPS:06d}" / name
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.warns(UserWarning, match=r"step-000006 is damaged.*; going back to the checkpoint before it"):
-        run = Run.resume(folder, reference())
-    assert run.trainer.iteration == 4 and len(read_jsonl(folder / "metrics.jsonl")) == 4
+        run = Run.resume(copied, reference())
+    assert run.trainer.iteration == 4 and len(read_jsonl(copied / "metrics.jsonl")) == 4
     with run:
         run.trainer.train(PROMPTS, reward, run.record)
-    shutil.rmtree(folder / "checkpoints" / "step-000006.damaged")  # it was kept, out of the way
-    same_end(folder, undisturbed)
+    shutil.rmtree(copied / "checkpoints" / "step-000006.damaged")  # it was kept, out of the way
+    same_end(copied, undisturbed)
 
 
-def test_a_run_without_a_readable_checkpoint_says_so_and_keeps_what_there_is(tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder, symlinks=True)
-    for path in (folder / "checkpoints").glob("step-*/training.safetensors"):
+def test_a_run_without_a_readable_checkpoint_says_so_and_keeps_what_there_is(copied, tmp_path):
+    for path in (copied / "checkpoints").glob("step-*/training.safetensors"):
         path.unlink()
     before = snapshot(tmp_path)
     with (
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(ValueError, match="run has no checkpoint that can be"),
     ):
-        Run.resume(folder, reference())
+        Run.resume(copied, reference())
     assert snapshot(tmp_path) == before
 
 
@@ -283,7 +275,7 @@ def test_a_checkpoint_without_the_record_of_a_run_is_refused(tmp_path, record):
 
 
 def test_a_copy_that_followed_links_is_resumed(tmp_path, undisturbed):
-    """As by cp -rL, zip or object storage: `best` is a folder, which is kept; or by an archive without links: a file."""
+    """As by cp -rL, zip or object storage: `best` is a folder, which is kept; by archives without links, a file."""
     for number, place in enumerate(("folder", "file")):
         folder = tmp_path / str(number)
         shutil.copytree(undisturbed, folder, symlinks=place == "file")
@@ -301,20 +293,17 @@ def test_a_copy_that_followed_links_is_resumed(tmp_path, undisturbed):
         same_end(folder, undisturbed)
 
 
-def test_names_that_are_not_ours_do_not_block_a_run(tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder, symlinks=True)
+def test_names_that_are_not_ours_do_not_block_a_run(copied):
     names = ["step-٠٠٠٠٠٩", "step-０００００９", "step-²²²²²²", "step-0000009", "step-9", "step-000009 "]
     for name in names:
-        (folder / "checkpoints" / name).mkdir()
-    assert Run.resume(folder, reference()).trainer.iteration == STEPS
-    assert all((folder / "checkpoints" / name).is_dir() for name in names)
+        (copied / "checkpoints" / name).mkdir()
+    assert Run.resume(copied, reference()).trainer.iteration == STEPS
+    assert all((copied / "checkpoints" / name).is_dir() for name in names)
 
 
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "samples.jsonl", "checkpoints"])
-def test_nothing_is_written_through_a_link(tmp_path, undisturbed, name):
-    folder, victim = tmp_path / "run", tmp_path / "victim"
-    shutil.copytree(undisturbed, folder, symlinks=True)
+def test_nothing_is_written_through_a_link(copied, tmp_path, name):
+    folder, victim = copied, tmp_path / "victim"
     if name == "checkpoints":
         (folder / name).rename(victim)
     else:
@@ -327,10 +316,9 @@ def test_nothing_is_written_through_a_link(tmp_path, undisturbed, name):
     assert snapshot(tmp_path) == before
 
 
-def test_a_checkpoint_that_is_a_link_is_no_checkpoint_of_the_run(tmp_path, undisturbed):
+def test_a_checkpoint_that_is_a_link_is_no_checkpoint_of_the_run(copied, tmp_path, undisturbed):
     """It is neither loaded nor rotated away, and nothing is saved through it."""
-    folder, victim = tmp_path / "run", tmp_path / "victim"
-    shutil.copytree(undisturbed, folder, symlinks=True)
+    folder, victim = copied, tmp_path / "victim"
     shutil.copytree(undisturbed / "checkpoints" / "step-000006", victim)
     before, link = snapshot(victim), folder / "checkpoints" / "step-000008"
     link.symlink_to(victim)
@@ -343,13 +331,11 @@ def test_a_checkpoint_that_is_a_link_is_no_checkpoint_of_the_run(tmp_path, undis
     assert link.is_symlink() and snapshot(victim) == before
 
 
-def test_a_run_of_an_older_version_is_refused_by_name(tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder, symlinks=True)
-    (folder / "checkpoint").mkdir()  # where version 0.1.0 kept a supervised run's
+def test_a_run_of_an_older_version_is_refused_by_name(copied, tmp_path):
+    (copied / "checkpoint").mkdir()  # where version 0.1.0 kept a supervised run's
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"run of supervised fine-tuning by minirlhf 0\.1\.0, which can resume it"):
-        Run.resume(folder)
+        Run.resume(copied)
     assert snapshot(tmp_path) == before
 
 
