@@ -24,7 +24,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from minirlhf.io.files import PARTIAL, flush_folder, read_json, read_jsonl, remove_partial, write_json
@@ -206,9 +206,7 @@ class Run(Generic[Trainer]):
         self._stop.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if isinstance(error, Exception) and not isinstance(error, Stopped):
                 done, steps = self._recorded, self.trainer.steps_total

@@ -23,7 +23,6 @@ from conftest import VOCAB
 from folders import content, snapshot
 from minirlhf import GPT2, ActorCritic, PPOConfig, Tokenizer
 from minirlhf.runs.checkpoint import read_checkpoint
-from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
 from shared import prompt_pool
 
@@ -159,16 +158,6 @@ def test_the_reference_is_the_input_and_the_policy_is_not(runs, tiny):
         assert Tokenizer.from_pretrained(runs("plain") / name).vocab == VOCAB
 
 
-@pytest.mark.parametrize("name", ["policy", "reference"])
-def test_the_saved_models_load_with_transformers(runs, name):
-    transformers = pytest.importorskip("transformers")
-    folder = runs("plain") / name
-    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), GPT2.from_pretrained(folder)
-    ids = torch.tensor([Tokenizer(VOCAB).encode_prompt("酒店很好，wifi")])
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
-
-
 def test_the_same_seed_repeats_the_run_and_another_does_not(runs, tiny, tmp_path, call):
     for seed in (3, 4):  # in this process: the plain run was another one
         error, _ = call(SCRIPT, *models(tiny), *SMALL, "--seed", seed, "--output", tmp_path / str(seed))
@@ -221,16 +210,6 @@ def test_ctrl_c_and_sigterm_stop_a_run_and_print_the_command_that_goes_on(tiny, 
         assert told == f"stopped after step {step} of 10000, which is saved"
         command = [Path(shlex.split(printed)[0]), *shlex.split(printed)[1:]]
         assert not (run / "summary.json").exists()
-
-
-def test_two_runs_in_one_folder_are_refused_in_one_line(runs, tiny, tmp_path, call):
-    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
-    lock, before = FolderLock(tmp_path / "run"), snapshot(tmp_path)
-    for arguments in (["--resume", tmp_path / "run"], [*models(tiny), *SMALL, "--output", tmp_path / "run"]):
-        error, _ = call(SCRIPT, *arguments)
-        assert isinstance(error, str) and error.startswith("error: ") and f"is in use by process {os.getpid()}" in error
-    assert snapshot(tmp_path) == before
-    lock.release()
 
 
 def test_a_run_that_fails_says_why_and_how_to_go_on_in_one_line(runs, tiny, tmp_path, call, monkeypatch):
