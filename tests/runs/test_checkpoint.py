@@ -1,7 +1,6 @@
 """Checkpoints: a run that was cut goes on bit for bit; what does not fit, or was damaged, is refused by name."""
 
 import hashlib
-import itertools
 import math
 import shutil
 
@@ -22,59 +21,35 @@ DEFAULTS = dict(
     steps=8, batch_size=4, minibatch_size=2, forward_batch_size=2, gen_len=5, ppo_epochs=2, lr=1e-3, device="cpu",
     adam_eps=1e-5,
 )  # fmt: skip
-WHOLE = dict(minibatch_size=5, forward_batch_size=5)  # of `batch()`: an epoch is one update
 
 
 def reward(texts):
     return [len(set(text)) / 8 for text in texts]
 
 
-def make_trainer(dtype=torch.float32, **settings):
+def make_trainer(**settings):
     """A small policy with a value head away from zero, and a reference."""
     policy = ActorCritic(make_gpt2(0, scale=4.0, **SMALL))
     with torch.no_grad():
         policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
-    return PPOTrainer(policy.to(dtype), make_reference().to(dtype), Tokenizer(VOCAB), **{**DEFAULTS, **settings})
+    return PPOTrainer(policy, make_reference(), Tokenizer(VOCAB), **{**DEFAULTS, **settings})
 
 
 def make_reference():
     return make_gpt2(1, scale=4.0, **SMALL)
 
 
-def batch(lengths=((3, 4), (1, 1), (6, 2), (2, 7), (4, 5))):
-    """Ragged queries and responses of these lengths, and scores."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = [[torch.randint(5, len(VOCAB), (n,), generator=generator) for n in pair] for pair in lengths]
-    queries, responses = zip(*pairs, strict=True)
-    return list(queries), list(responses), [float(x) for x in torch.randn(len(lengths), generator=generator)]
+def one_step(trainer):
+    trainer.step(trainer.collect(PROMPTS, reward))
 
 
-def plant_nan(trainer, updates):
-    """Put NaN into the gradient of one weight, in the updates of these numbers (of a step in whole minibatches)."""
-    count = itertools.count()
-    weight = trainer.policy.decoder.h[0].mlp.c_fc.weight
-    weight.register_hook(lambda gradient: gradient * (math.nan if next(count) in updates else 1))
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+def same_weights(trainer, other):
+    for (name, a), b in zip(trainer.policy.named_parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def figures(stats):
     return {name: value for name, value in stats.items() if not name.startswith("time/")}
-
-
-@pytest.fixture
-def favourable(monkeypatch):
-    """Every model is large, and every device has bf16."""
-    monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
-    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
 
 
 RUN = dict(
@@ -109,7 +84,7 @@ def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
     assert resumed.iteration == 2 and resumed.config == whole.config
     rest = resumed.train(PROMPTS, reward)
     assert [figures(stats) for stats in rest] == [figures(stats) for stats in expected[2:]]
-    same(weights(whole), weights(resumed))
+    same_weights(whole, resumed)
     save_checkpoint(whole, tmp_path / "whole")
     save_checkpoint(resumed, tmp_path / "resumed")
     assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "whole")  # all else: moments, generators, counters
@@ -119,21 +94,21 @@ def test_what_was_frozen_stays_frozen_and_bad_steps_are_remembered(tmp_path):
     policy = ActorCritic(make_gpt2(0, **SMALL))
     policy.decoder.wte.requires_grad_(False)
     trainer = PPOTrainer(policy, make_reference(), Tokenizer(VOCAB), **DEFAULTS)
-    trainer.step(*batch())
+    one_step(trainer)
     trainer.micro_batch_size, trainer.bad_steps = 1, 2  # as after a GPU had no room for more, and NaN gradients
     save_checkpoint(trainer, tmp_path / "state")
     resumed = resume(tmp_path / "state")
     assert (resumed.micro_batch_size, resumed.bad_steps) == (1, 2)
     assert resume(tmp_path / "state", forward_batch_size=4).micro_batch_size == 2
     for each in (trainer, resumed):
-        each.step(*batch())
+        one_step(each)
     assert not resumed.policy.decoder.wte.weight.requires_grad
-    same(weights(resumed), weights(trainer))
+    same_weights(resumed, trainer)
 
 
 def test_a_checkpoint_is_a_model_folder_of_safetensors_and_json(tmp_path):
     trainer = make_trainer(value_head="linear")
-    trainer.step(*batch())
+    one_step(trainer)
     save_checkpoint(trainer, tmp_path / "state")
     policy = ActorCritic.from_pretrained(tmp_path / "state")
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), trainer.policy.parameters(), strict=True))
@@ -256,7 +231,7 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     trainer = make_trainer()
-    trainer.step(*batch())
+    one_step(trainer)
     folder = tmp_path_factory.mktemp("saved") / "state"
     save_checkpoint(trainer, folder)
     assert resume(folder).iteration == 1
@@ -291,7 +266,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     trainer = make_trainer()
     save_checkpoint(trainer, path)
     before = snapshot(tmp_path)
-    trainer.step(*batch())
+    one_step(trainer)
     for function in ("replace", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(f"os.{function}", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -304,20 +279,22 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_trainer_that_stopped_within_a_step_is_not_saved(tmp_path):
     """Some of its updates are made: it is in the state of no step."""
-    trainer = make_trainer(max_bad_steps=1, **WHOLE, ppo_epochs=2)
+    trainer = make_trainer(max_bad_steps=1)
     with pytest.raises(ValueError):
-        trainer.step(*batch()[:2], [math.nan] * 5)
+        trainer.collect(PROMPTS, lambda texts: [math.nan] * 4)
     save_checkpoint(trainer, tmp_path / "state")  # nothing was begun
-    plant_nan(trainer, {1})
+    trainer.policy.decoder.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(FloatingPointError):
-        trainer.step(*batch())
+        one_step(trainer)
     before = snapshot(tmp_path)
     with pytest.raises(RuntimeError, match="within step 1"):
         save_checkpoint(trainer, tmp_path / "state")
     assert snapshot(tmp_path) == before
 
 
-def test_a_run_keeps_the_precision_that_auto_gave_it(favourable, monkeypatch, tmp_path):
+def test_a_run_keeps_the_precision_that_auto_gave_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
+    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
     trainer = make_trainer(**RUN)
     save_checkpoint(trainer, tmp_path / "state")
     monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: False)  # another machine
@@ -329,16 +306,11 @@ def test_a_run_keeps_the_precision_that_auto_gave_it(favourable, monkeypatch, tm
         resume(tmp_path / "state", precision="fp32")
 
 
-def make_frozen_trainer(**settings):
+def test_a_shared_reference_is_resumed_and_guarded_by_its_hash(tmp_path):
     policy = ActorCritic(make_gpt2(0, n_layer=3)).eval()
     for module in (policy.decoder.wte, policy.decoder.wpe, policy.decoder.h[0], policy.decoder.h[1]):
         module.requires_grad_(False)
-    settings = {"seed": 3, "batch_size": 8, "minibatch_size": 4, "gen_len": 5, "lr": 1e-3, "device": "cpu", **settings}
-    return PPOTrainer(policy, make_gpt2(0, n_layer=3), Tokenizer(VOCAB), **settings)
-
-
-def test_a_shared_reference_is_resumed_and_guarded_by_its_hash(tmp_path):
-    trainer = make_frozen_trainer(reference="shared")
+    trainer = PPOTrainer(policy, make_gpt2(0, n_layer=3), Tokenizer(VOCAB), **DEFAULTS, reference="shared")
     save_checkpoint(trainer, tmp_path / "state")
     resumed = load_checkpoint(tmp_path / "state", make_gpt2(0, n_layer=3))
     shared, own = resumed.policy.decoder.h[1].attn.c_attn.weight, resumed.policy.decoder.h[2].attn.c_attn.weight
