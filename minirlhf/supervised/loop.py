@@ -49,9 +49,10 @@ class FitConfig:
     precision: str = "fp32"
     device: str = "auto"
     seed: int = 0  # of shuffling, masking and dropout
+    save_freq: int = 100  # optimizer steps between two checkpoints of a run
 
     def __post_init__(self) -> None:
-        require_positive_ints(self, "epochs")
+        require_positive_ints(self, "epochs", "save_freq")
         require(self, "max_length", type(self.max_length) is int and self.max_length >= 2, "an integer of at least 2")
         fits = type(self.tokens_per_batch) is int and self.tokens_per_batch >= self.max_length
         require(self, "tokens_per_batch", fits, f"an integer of at least max_length={self.max_length}")

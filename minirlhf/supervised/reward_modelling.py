@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.common.validation import require_positive_ints
 from minirlhf.device.placement import resolve_device
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
@@ -35,11 +34,6 @@ class RewardTrainingConfig(FitConfig):
 
     epochs: int = 1  # InstructGPT found that more overfit
     lr: float = 1e-4
-    save_freq: int = 100  # optimizer steps between two checkpoints of a run
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_ints(self, "save_freq")
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,10 @@ class SFTConfig(FitConfig):
     precision: str = "auto"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: see `precision_choice`
     accumulation: int = 1  # forward passes an optimizer step
     packing: bool = False  # several sequences a row, none of which attends to another; rows have max_length tokens
-    save_freq: int = 100  # optimizer steps between two checkpoints of a run
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_ints(self, "accumulation", "save_freq")
+        require_positive_ints(self, "accumulation")
         require_bools(self, "packing")
 
 

@@ -48,6 +48,14 @@ def same_end(folder, other):
     assert snapshot(folder / "checkpoints") == snapshot(other / "checkpoints")
 
 
+def same_last_step(folder, other, but=""):
+    """What `same_end` compares but for earlier checkpoints, and one file of the last."""
+    assert figures(folder) == figures(other)
+    assert (folder / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    mine, theirs = (snapshot(run / f"checkpoints/step-{STEPS:06d}") for run in (folder, other))
+    assert {**mine, but: 0} == {**theirs, but: 0}
+
+
 def whole(folder):
     """What must hold whenever a process has died: every checkpoint can be read, no line is missing or doubled."""
     if not (folder / "config.json").exists():
@@ -416,10 +424,7 @@ def test_asked_to_stop_a_run_ends_its_step_and_saves_it(tmp_path, undisturbed, n
     assert read_checkpoint(folder / "checkpoints" / f"step-{step:06d}")["counters"]["iteration"] == step
     assert not (folder / "lock").exists()
     finish(folder)
-    assert figures(folder) == figures(undisturbed)
-    assert (folder / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
-    last = f"checkpoints/step-{STEPS:06d}"
-    assert snapshot(folder / last) == snapshot(undisturbed / last)
+    same_last_step(folder, undisturbed)
 
 
 def test_asked_twice_a_run_stops_at_once(tmp_path):
@@ -482,11 +487,7 @@ def test_a_reward_that_fails_ends_the_run_saved_up_to_the_step_before(tmp_path, 
     whole(folder)
     assert read_checkpoint(folder / saved)["counters"]["iteration"] == step - 1
     finish(folder)
-    assert figures(folder) == figures(undisturbed)
-    last = f"checkpoints/step-{STEPS:06d}"
-    config = ("training.json",) if name == "hangs" else ()  # it has another reward_timeout
-    same = [{k: v for k, v in snapshot(run / last).items() if k not in config} for run in (folder, undisturbed)]
-    assert same[0] == same[1]
+    same_last_step(folder, undisturbed, "training.json" if name == "hangs" else "")  # it has another reward_timeout
 
 
 def test_a_step_whose_line_is_not_written_is_not_saved(tmp_path, undisturbed):
