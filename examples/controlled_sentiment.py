@@ -98,8 +98,7 @@ def main() -> None:
                 show(f"{target.tag} {what:11} {figures[f'reference/{name}']:.3f} -> {figures[f'policy/{name}']:.3f}")
         write_json(run.folder / "summary.json", summary)
         atomic_write(run.folder / "before_after.md", "\n".join(tables).encode())
-        trainer.policy.save_pretrained(run.folder / "policy")
-        tokenizer.save_pretrained(run.folder / "policy")
+        trainer.save_pretrained(run.folder / "policy")
     show(f"saved in {run.folder}")
 
 

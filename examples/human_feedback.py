@@ -97,8 +97,7 @@ def train(args: argparse.Namespace) -> None:
             show(f"step {trainer.iteration} of {trainer.config.iterations}: mean reward {reward:.2f}, KL {kl:.2f}")
 
         trainer.train(args.prompts, HumanReward(file, keyboard.read, write), on_step)
-        trainer.policy.save_pretrained(run.folder / "policy")
-        trainer.tokenizer.save_pretrained(run.folder / "policy")
+        trainer.save_pretrained(run.folder / "policy")
     show(f"saved in {run.folder / 'policy'}")
 
 

@@ -62,8 +62,7 @@ def main() -> None:
             # 5. Read them: a policy that has found words which fool the judge has a fine reward too.
             for text, score in samples:
                 show(f"    {score:4.1f}  {text}")
-        trainer.policy.save_pretrained(run.folder / "policy")
-        trainer.tokenizer.save_pretrained(run.folder / "policy")
+        trainer.save_pretrained(run.folder / "policy")
     show(f"saved in {run.folder}")
 
 

@@ -70,8 +70,7 @@ def main() -> None:
 
     with run:
         trainer.train(args.prompts, reward, on_step)
-        trainer.policy.save_pretrained(output / "policy")
-        trainer.tokenizer.save_pretrained(output / "policy")
+        trainer.save_pretrained(output / "policy")
 
         # 5. The judge that neither model saw, and the learned reward of the same samples.
         models, settings = (trainer.policy, trainer.reference, trainer.tokenizer), EvaluationConfig(max_n=16)

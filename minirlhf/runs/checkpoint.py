@@ -1,12 +1,11 @@
 """A checkpoint: a model folder like any other, with the state of its training beside the model. No pickle.
 
-    config.json, model.safetensors, ...    model and tokenizer, as the trainer's `save_pretrained` writes them
-    training.safetensors    tensors of the trainer's `state_dict`: optimizer moments, random generators
-    training.json           its counters and config, the kind of training, and the run's own record
-    manifest.json           SHA-256 of every other file
+    config.json, model.safetensors, ...    model and tokenizer, as `save_pretrained` writes them
+    training.safetensors, training.json    the trainer's `state_dict`, and the run's own record
+    manifest.json                          SHA-256 of every other file
 
-The folder is replaced as one: a checkpoint is complete or it does not exist, and a file that changed afterwards is
-noticed. A reference model or training data, which never change, are not in it: their hash is.
+The folder is replaced as one, so a checkpoint is complete or absent. Of the reference model or the training data, which
+never change, it holds only the hash.
 """
 
 from __future__ import annotations
@@ -24,22 +23,14 @@ from torch import nn
 from minirlhf.io.files import naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.io.training_state import (
-    Check,
-    State,
-    check_counters,
-    is_amount,
-    is_count,
-    is_record,
-    is_scaler,
-    is_text,
-)
+from minirlhf.io.training_state import Check, State, check_counters, is_amount, is_count, is_record, is_scaler, is_text
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.trainer import PPOTrainer
+from minirlhf.runs.log import is_marks, is_rewards
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer
 from minirlhf.text.tokenizer import Tokenizer
@@ -50,40 +41,33 @@ STATE_TENSORS, COUNTERS_FILE, MANIFEST_FILE = "training.safetensors", "training.
 FREE_FIELDS: dict[str, set[str]] = {
     "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
             "checkpoint_activations", "compile", "cuda_graphs"},
-    "sft": {"save_freq", "device"},
-    "reward_model": {"save_freq", "device"},
+    "sft": {"save_freq", "device"}, "reward_model": {"save_freq", "device"},
 }  # fmt: skip
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that changed since it was written, or a folder that is no checkpoint."""
+    """The checkpoint changed since it was written, or the folder is no checkpoint."""
 
 
 class Trainable(Protocol):
     """What a trainer offers, so that a `Run` can save it and go on with it.
 
     kind: "ppo", "sft" or "reward_model". interrupted: True inside a step, where the state is inconsistent.
+    config: a dataclass with `save_freq`, the steps between two checkpoints.
     """
 
     kind: ClassVar[str]
     interrupted: bool
 
     @property
-    def config(self) -> Any:
-        """A dataclass with `save_freq`: steps between two checkpoints."""
-
+    def config(self) -> Any: ...
     @property
     def steps_done(self) -> int: ...
-
     @property
     def steps_total(self) -> int: ...
-
     def state_dict(self) -> State: ...
-
     def load_state_dict(self, state: State) -> None: ...
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write model and tokenizer."""
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None: ...
 
 
 def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
@@ -91,7 +75,7 @@ def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Map
 
     run: what `Run` keeps with it, in training.json.
     Raises FileExistsError for a symbolic link or a folder that holds something else, OSError if it cannot be written,
-    and as the trainer's `state_dict`.
+    and as `state_dict`.
     """
     folder = Path(folder)
     if folder.is_symlink():
@@ -114,8 +98,8 @@ def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Map
 def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     """Tensors and counters of a checkpoint, after a check of every byte in it, the model's files included.
 
-    Raises FileNotFoundError if there is no such folder, DamagedCheckpoint, a ValueError, if it is not as it was
-    written, ValueError if another version of this library wrote it.
+    Raises FileNotFoundError if there is no such folder, DamagedCheckpoint if it is not as it was written, ValueError if
+    another version of this library wrote it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -133,17 +117,38 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     if not sums.keys() >= {STATE_TENSORS, COUNTERS_FILE}:
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST_FILE} does not list {COUNTERS_FILE}")
     counters = read_json(folder / COUNTERS_FILE)
-    found = counters.get("format")
-    if found in (1, "sft-1"):
+    if (found := counters.get("format")) != FORMAT:
         raise ValueError(
-            f"{folder} has the checkpoint format {found}: minirlhf 0.1.0 can resume it, this version cannot"
+            f"{folder} has the checkpoint format {found!r:.20}, this version reads {FORMAT} (minirlhf 0.1.0 can resume "
+            "1 and 'sft-1')"
         )
-    if found != FORMAT:
-        raise ValueError(f"{folder} has the checkpoint format {found!r:.20}, this version reads {FORMAT}")
     with naming(folder / COUNTERS_FILE):
-        check_counters(counters, READ_FIRST)
+        check_counters(counters, {"kind": lambda value: isinstance(value, str) and value in FREE_FIELDS})
+        check_counters(counters, COUNTERS | (PPO_COUNTERS if counters["kind"] == "ppo" else SUPERVISED_COUNTERS))
     counters["config"] = {name: math.inf if x == "inf" else x for name, x in counters["config"].items()}
     return {"tensors": read_tensors(folder / STATE_TENSORS), "counters": counters}
+
+
+# What training.json must hold.
+COUNTERS: dict[str, Check] = {
+    "config": lambda value: isinstance(value, dict),
+    "run": lambda value: value is None or is_record(value, log=is_marks, rewards=is_rewards),
+    "scaler": is_scaler,
+    "frozen": lambda value: isinstance(value, list) and all(map(is_text, value)),
+    "origin": lambda value: value is None or is_record(value, name=is_text, config=lambda x: isinstance(x, dict)),
+}
+PPO_COUNTERS: dict[str, Check] = {
+    "iteration": is_count,
+    "optimizer_steps": is_count,
+    "bad_steps": is_count,
+    "micro_batch_size": lambda value: is_count(value) and value > 0,
+    "kl_coef": is_amount,
+    "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
+}
+SUPERVISED_COUNTERS: dict[str, Check] = {
+    "steps": is_count,
+    "data": lambda value: is_record(value, sha256=is_text, count=is_count),
+}
 
 
 def load_checkpoint(
@@ -163,9 +168,6 @@ def load_checkpoint(
     folder = Path(folder)
     state = read_checkpoint(folder)
     kind, counters = state["counters"]["kind"], state["counters"]
-    checks = COUNTERS | (PPO_COUNTERS if kind == "ppo" else SUPERVISED_COUNTERS)
-    with naming(folder / COUNTERS_FILE):
-        check_counters(counters, checks)
     if kind == "ppo":
         return _load_ppo(folder, state, ref_policy, overrides)
     if data is None:
@@ -176,27 +178,23 @@ def load_checkpoint(
         warnings.simplefilter("ignore")  # the beginning of the run warned about its data
         if isinstance(config, SFTConfig):
             model = load_decoder(folder)
-            model.origin = _origin(counters)
-            _freeze(folder, model, counters)
+            _restore(folder, model, model, counters)
             trainer = SFTTrainer(model, Tokenizer.from_pretrained(folder), data, config)
         else:
             reward = RewardModel.from_pretrained(folder, device=config.device)
-            reward.network.origin = _origin(counters)
-            _freeze(folder, reward, counters)
+            _restore(folder, reward, reward.network, counters)
             trainer = RewardModelTrainer(reward, data, config)
         trainer.load_state_dict(state)
     return trainer
 
 
 def _load_ppo(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> PPOTrainer:
-    counters = state["counters"]
     if overrides.get("precision") == "auto":  # what it was resolved to stays
         del overrides["precision"]
-    config = _config(folder, PPOConfig, counters, overrides)
+    config = _config(folder, PPOConfig, state["counters"], overrides)
     policy = ActorCritic.from_pretrained(folder)
-    policy.decoder.origin = _origin(counters)
-    _freeze(folder, policy, counters)
-    source = counters["reference"]["source"] if ref_policy is None else ref_policy
+    _restore(folder, policy, policy.decoder, state["counters"])
+    source = state["counters"]["reference"]["source"] if ref_policy is None else ref_policy
     if source is None:
         raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
     try:
@@ -208,75 +206,47 @@ def _load_ppo(folder: Path, state: State, ref_policy: Any, overrides: dict[str, 
     return trainer
 
 
-# What training.json must hold.
-READ_FIRST: dict[str, Check] = {
-    "kind": lambda value: isinstance(value, str) and value in FREE_FIELDS,
-    "config": lambda value: isinstance(value, dict),
-}
-COUNTERS: dict[str, Check] = {
-    "scaler": is_scaler,
-    "frozen": lambda value: isinstance(value, list) and all(map(is_text, value)),
-    "origin": lambda value: value is None or is_record(value, name=is_text, config=lambda x: isinstance(x, dict)),
-}
-PPO_COUNTERS: dict[str, Check] = {
-    "iteration": is_count,
-    "optimizer_steps": is_count,
-    "bad_steps": is_count,
-    "micro_batch_size": lambda value: is_count(value) and value > 0,
-    "kl_coef": is_amount,
-    "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
-}
-SUPERVISED_COUNTERS: dict[str, Check] = {
-    "steps": is_count,
-    "data": lambda value: is_record(value, sha256=is_text, count=is_count),
-}
-
-
 def _config(folder: Path, kind: type[Any], counters: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
     """The settings of a run with some replaced. Raises ValueError for one that a resumed run may not change."""
     saved = dict(counters["config"])
     if isinstance(saved.get("betas"), list):  # JSON has no tuples
         saved["betas"] = tuple(saved["betas"])
     with naming(f"{folder / COUNTERS_FILE}, config"):
-        base = _made(kind, {}, saved)
+        base = _made(kind, saved)
     free = FREE_FIELDS[counters["kind"]]
-    if (
-        getattr(base, "loss_averaging", None) == "micro_batches"
-    ):  # there the cut into forward passes is part of the loss
+    if saved.get("loss_averaging") == "micro_batches":  # there the cut into forward passes is part of the loss
         free = free - {"forward_batch_size"}
-    config = _made(kind, {**saved}, overrides)
-    for field in dataclasses.fields(base):
-        old, new = getattr(base, field.name), getattr(config, field.name)
-        if old != new and field.name not in free:
+    config = _made(kind, {**saved, **overrides})
+    for name, old in vars(base).items():
+        if old != (new := getattr(config, name)) and name not in free:
             raise ValueError(
-                f"{kind.__name__}.{field.name} was {old!r} in {folder} and cannot become {new!r}; a resumed run may "
+                f"{kind.__name__}.{name} was {old!r} in {folder} and cannot become {new!r}; a resumed run may "
                 f"change {', '.join(sorted(free))}"
             )
     return config
 
 
-def _made(kind: type[Any], base: dict[str, Any], fields: Mapping[str, Any]) -> Any:
+def _made(kind: type[Any], fields: Mapping[str, Any]) -> Any:
     """A config of these fields. Raises ValueError for an unknown name."""
-    if kind is PPOConfig and "base" not in fields:  # an argument of `with_overrides`, and no field
-        return PPOConfig.with_overrides(PPOConfig(**base), **fields)  # with its help for misspelt names
+    if kind is PPOConfig and "base" not in fields:  # an argument of `with_overrides`, which suggests the right name
+        return PPOConfig.with_overrides(None, **fields)
     known = [field.name for field in dataclasses.fields(kind)]
     for name in fields:
         if name not in known:
             raise ValueError(f"{kind.__name__} has no field {name!r}; it has {', '.join(known)}")
-    return kind(**{**base, **fields})
+    return kind(**fields)
 
 
-def _freeze(folder: Path, model: nn.Module, counters: Mapping[str, Any]) -> None:
-    """Freeze what was frozen. Raises ValueError if nothing is left to train."""
+def _restore(folder: Path, model: nn.Module, network: Any, counters: Mapping[str, Any]) -> None:
+    """Freeze what was frozen, and let the network's origin be what the run's model came from, not this checkpoint.
+
+    Raises ValueError if nothing is left to train.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in counters["frozen"])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{folder / COUNTERS_FILE} leaves nothing to train: every parameter is frozen")
-
-
-def _origin(counters: Mapping[str, Any]) -> Origin | None:
-    """Where the run's model came from first: not this checkpoint."""
-    return None if counters["origin"] is None else Origin(**counters["origin"])
+    network.origin = None if counters["origin"] is None else Origin(**counters["origin"])
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -1,7 +1,6 @@
-"""One process a folder: a lock that the system releases when its owner ends, however it ends.
+"""One process a folder: a lock of the system on an open file (see `io.files.lock_descriptor`).
 
-The lock is the system's own on an open file (see `io.files.lock_descriptor`). So no lock outlives its owner, and no
-process number is looked up that may belong to another process by now. The text in the file is for people.
+It ends with its owner, however that ends. The text in the file is for people.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ class FolderLock:
         self._path = Path(folder) / LOCK_FILE
         self._file = _acquire(self._path)
         self._file.truncate(0)
-        self._file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
         self._file.flush()
 
     @staticmethod
@@ -45,13 +43,11 @@ class FolderLock:
 
     def release(self) -> None:
         """Remove the file and let go of it."""
-        if os.name == "nt":  # an open file cannot be removed there: neither this one nor, afterwards, another owner's
+        if os.name == "nt":  # an open file cannot be removed there, neither this one nor, afterwards, another owner's
             self._file.close()
-            with contextlib.suppress(OSError):
-                self._path.unlink()
-        else:
-            self._path.unlink(missing_ok=True)  # while it is locked: afterwards it may be another's
-            self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()  # elsewhere while it is locked: afterwards it may be another's
+        self._file.close()
 
 
 def _acquire(path: Path) -> IO[str]:

@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, a line of statistics a step, and samples.jsonl, texts with their scores.
 
-A line is in its file when the call returns, where a killed process leaves it, and on the disk after `flush`, where a
-power failure does. `flush` also says what the files are, so that a checkpoint can record it and `resume` can cut them
-back to that point: no step is then missing or counted twice, and damage is noticed.
+A line is in its file when the call returns, so a killed process keeps it, and on the disk after `flush`, so a power
+failure does. `flush` also returns length and hash of the files: a checkpoint records them, and `resume` cuts the files
+back to that point, so that no step is missing or counted twice, and damage is noticed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minirlhf.common.text import json_line
-from minirlhf.io.files import atomic_write, flush_folder, open_for_writing, read_jsonl
+from minirlhf.io.files import atomic_write, flush_folder, open_for_writing
+from minirlhf.io.training_state import is_count, is_number, is_record, is_text
 
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
 LOG_FILES = (METRICS_FILE, SAMPLES_FILE)
@@ -30,17 +32,14 @@ class RunLog:
     Raises OSError if one of its files is a symbolic link or no regular file.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        self._digests, self._lengths = {}, {}  # type: tuple[dict[str, Any], dict[str, int]]
-        for name in LOG_FILES:
-            content = _read(self.folder / name)
-            self._digests[name], self._lengths[name] = hashlib.sha256(content), len(content)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        contents = {name: _read(folder / name) for name in LOG_FILES}
+        self._digests = {name: hashlib.sha256(content) for name, content in contents.items()}
+        self._lengths = {name: len(content) for name, content in contents.items()}
 
     @classmethod
-    def resume(
-        cls, folder: str | os.PathLike[str], marks: Marks, step: int, rewards: Mapping[int, float | None]
-    ) -> RunLog:
+    def resume(cls, folder: Path, marks: Marks, step: int, rewards: Mapping[int, float | None]) -> RunLog:
         """Go on with a log as it was when `flush` returned these marks; later lines are dropped.
 
         step: the last one whose lines belong to it. rewards: mean rewards of some of the steps.
@@ -48,12 +47,11 @@ class RunLog:
         be read, and for steps whose line is lost one with their mean reward.
         Raises OSError as the constructor, before anything is changed.
         """
-        folder = Path(folder)
         contents = {name: _read(folder / name) for name in LOG_FILES}
         for name, content in contents.items():
             path, mark = folder / name, marks[name]
             saved = content[: mark["bytes"]]
-            if len(saved) == mark["bytes"] and hashlib.sha256(saved).hexdigest() == mark["sha256"]:
+            if hashlib.sha256(saved).hexdigest() == mark["sha256"]:
                 if len(content) > len(saved):
                     with open_for_writing(path, "r+b") as file:
                         file.truncate(len(saved))
@@ -75,13 +73,9 @@ class RunLog:
         """Append statistics of a step to metrics.jsonl; NaN and infinities, which JSON lacks, become null."""
         self._append(METRICS_FILE, {"step": step, **{name: finite(value) for name, value in stats.items()}})
 
-    def samples(self, step: int, texts: Sequence[str], scores: Sequence[float | None]) -> None:
-        """Append texts and their scores to samples.jsonl; a text without a score has None."""
-        self._append(SAMPLES_FILE, {"step": step, "samples": [list(pair) for pair in zip(texts, scores, strict=True)]})
-
-    def history(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        return read_jsonl(self.folder / METRICS_FILE)
+    def samples(self, step: int, scored: Iterable[tuple[str, float | None]]) -> None:
+        """Append texts with their scores to samples.jsonl; a text without a score has None."""
+        self._append(SAMPLES_FILE, {"step": step, "samples": list(scored)})
 
     def flush(self) -> Marks:
         """Put all lines on the disk. Returns lengths and hashes of the files, for `resume`."""
@@ -93,11 +87,22 @@ class RunLog:
         return {name: {"bytes": self._lengths[name], "sha256": self._digests[name].hexdigest()} for name in LOG_FILES}
 
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
-        line = (json_line(content) + "\n").encode("utf-8")
+        line = _line(content)
         with open_for_writing(self.folder / name, "ab") as file:
             file.write(line)
         self._digests[name].update(line)
         self._lengths[name] += len(line)
+
+
+def is_marks(value: Any) -> bool:
+    """Whether `RunLog.flush` may have returned this value."""
+    return is_record(value, **dict.fromkeys(LOG_FILES, lambda x: is_record(x, bytes=is_count, sha256=is_text)))
+
+
+def is_rewards(value: Any) -> bool:
+    """Whether a value is the mean reward, finite or None, of steps by their numbers as texts."""
+    fits = isinstance(value, dict) and all(re.fullmatch("[0-9]{1,18}", step) for step in value)
+    return fits and all(reward is None or is_number(reward) for reward in value.values())
 
 
 def finite(value: float) -> float | None:
@@ -124,11 +129,11 @@ def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> 
             continue
         if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] <= step:
             found.append((entry["step"], line + b"\n"))
-    lost = {number: reward for number, reward in rewards.items() if number <= step}
-    for number, _ in found:
-        lost.pop(number, None)
-    found += [
-        (number, (json_line({"step": number, "reward/mean": reward}) + "\n").encode())
-        for number, reward in lost.items()
-    ]
+    readable = {number for number, _ in found}
+    lost = {number: reward for number, reward in rewards.items() if number <= step and number not in readable}
+    found += [(number, _line({"step": number, "reward/mean": reward})) for number, reward in lost.items()]
     return [line for _, line in sorted(found, key=lambda pair: pair[0])], len(lost)
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return (json_line(content) + "\n").encode("utf-8")

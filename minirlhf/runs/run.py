@@ -2,14 +2,13 @@
 
     RUN/config.json                    what the caller wants to remember
     RUN/metrics.jsonl, samples.jsonl   see `log`
-    RUN/checkpoints/step-000010/       the newest ones (see `checkpoint`), and the best
+    RUN/checkpoints/step-000010/       the two newest (see `checkpoint`), and the best
     RUN/checkpoints/best               for PPO, a link to the one whose batch had the highest mean reward of all saved
     RUN/lock                           while a process works in the folder (see `locks`)
 
-The order of writing is the promise. The lines of a step are on the disk before its checkpoint takes its name, and the
-checkpoint records what the log was then. So whenever a process is killed, the newest checkpoint and the log cut back
-to that record are the run as it was after that step. What the log says decides nothing: the mean rewards of all steps
-are in the checkpoint as well.
+The lines of a step are on the disk before its checkpoint takes its name, and the checkpoint records what the log was
+then. So whenever a process is killed, the newest checkpoint and the log cut back to that record are the run as it was
+after that step. The checkpoint also holds the mean rewards of all steps, so a damaged log changes no decision.
 """
 
 from __future__ import annotations
@@ -20,40 +19,39 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
-from minirlhf.io.files import PARTIAL, flush_folder, naming, read_json, remove_partial, write_json
-from minirlhf.io.training_state import check_counters, is_count, is_number, is_record, is_text
+from minirlhf.io.files import PARTIAL, flush_folder, read_json, read_jsonl, remove_partial, write_json
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rl.rollout import Rollout
-from minirlhf.runs.checkpoint import (
-    COUNTERS_FILE,
-    MANIFEST_FILE,
-    DamagedCheckpoint,
-    Trainable,
-    load_checkpoint,
-    save_checkpoint,
-)
+from minirlhf.runs.checkpoint import COUNTERS_FILE, DamagedCheckpoint, Trainable, load_checkpoint, save_checkpoint
 from minirlhf.runs.locks import LOCK_FILE, FolderLock
-from minirlhf.runs.log import CONFIG_FILE, LOG_FILES, RunLog, finite
-from minirlhf.runs.stopping import Stopped as Stopped
-from minirlhf.runs.stopping import StopRequest
+from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, RunLog, finite
 
 CHECKPOINTS, BEST = "checkpoints", "best"
+KEPT = 2  # newest checkpoints that stay, besides the best
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
 SHOWN = 5  # samples of a rollout that are logged at a save
 Trainer = TypeVar("Trainer", bound=Trainable)
 
 
-class RunFailed(RuntimeError):
-    """An error ended the run; its cause is the error. What was saved is intact, and `Run.resume` goes on from there.
+class Stopped(Exception):
+    """The run in `folder` was asked to stop, and is saved. done: how far it got."""
 
-    folder: of the run.
-    """
+    def __init__(self, folder: Path, done: str):
+        super().__init__(f"stopped after {done}, which is saved")
+        self.folder = folder
+
+
+class RunFailed(RuntimeError):
+    """An error, its cause, ended the run in `folder`. What was saved is intact: `Run.resume` goes on from there."""
 
     def __init__(self, folder: Path, message: str):
         super().__init__(message)
@@ -70,40 +68,24 @@ class Run(Generic[Trainer]):
     `start` or `resume` makes it. Inside the `with`, the first Ctrl-C or SIGTERM lets the step end, saves and raises
     `Stopped`; a second one ends the process at once. An error raises `RunFailed`, after the last complete step was
     saved if possible.
-
-    trainer: the one whose run it is.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        trainer: Trainer,
-        log: RunLog,
-        lock: FolderLock,
-        keep_last: int,
-        rewards: dict[int, float | None],
-    ):
-        self.folder, self.trainer = folder, trainer
-        self._log, self._lock, self._keep_last = log, lock, keep_last
+    def __init__(self, folder: Path, trainer: Trainer, log: RunLog, lock: FolderLock, rewards: dict[int, float | None]):
+        self.folder, self.trainer, self._log, self._lock = folder, trainer, log, lock
         self._rewards = rewards  # mean reward of each step; None: not finite
         self._recorded = self._saved = trainer.steps_done  # steps whose lines are written; that are in a checkpoint
         self._saving = False
-        self._stop = StopRequest()
+        self._stop = _StopRequest()
         self._rotate()
 
     @classmethod
-    def start(
-        cls, folder: str | os.PathLike[str], trainer: Trainer, config: Mapping[str, Any], keep_last: int = 2
-    ) -> Run[Trainer]:
+    def start(cls, folder: str | os.PathLike[str], trainer: Trainer, config: Mapping[str, Any]) -> Run[Trainer]:
         """A new run, with a checkpoint of the trainer as it is.
 
-        folder: made here. config: written to config.json when all else is there. keep_last: checkpoints to keep,
-        besides the best.
+        folder: made here. config: written to config.json when all else is there.
         Raises FileExistsError for a folder that is not empty (a run is never overwritten), BlockingIOError if another
-        process works in it, OSError if it cannot be written, ValueError for a bad keep_last, and as the trainer's
-        `state_dict`.
+        process works in it, OSError if it cannot be written, and as the trainer's `state_dict`.
         """
-        _check_keep_last(keep_last)
         trainer.state_dict()  # what cannot be saved is refused before anything is written
         folder = Path(folder)
         taken = FileExistsError(f"{folder} exists and is not empty; choose another folder, or resume the run in it")
@@ -112,22 +94,18 @@ class Run(Generic[Trainer]):
             raise taken
         folder.mkdir(parents=True, exist_ok=True)
         flush_folder(folder.parent)
-        lock = FolderLock(folder)
-        try:
+        with contextlib.ExitStack() as undo:
+            lock = FolderLock(folder)
+            undo.callback(lock.release)
             if not _is_unused(folder):  # another process was quicker, and has ended since
                 raise taken
             remove_partial(folder, folder / CHECKPOINTS)
             log = RunLog(folder)
-            try:
-                save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), {"log": log.flush(), "rewards": {}})
-                write_json(folder / CONFIG_FILE, config)
-            except BaseException:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-                raise
-            return cls(folder, trainer, log, lock, keep_last, {})
-        except BaseException:
-            lock.release()
-            raise
+            undo.callback(shutil.rmtree, folder / CHECKPOINTS, ignore_errors=True)
+            save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), {"log": log.flush(), "rewards": {}})
+            write_json(folder / CONFIG_FILE, config)
+            undo.pop_all()
+            return cls(folder, trainer, log, lock, {})
 
     @classmethod
     def resume(
@@ -136,7 +114,6 @@ class Run(Generic[Trainer]):
         ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None = None,
         *,
         data: Sequence[Any] | None = None,
-        keep_last: int = 2,
         **overrides: Any,
     ) -> Run[Any]:
         """Go on with a run from its newest checkpoint; from the one before, with a warning, if that is damaged.
@@ -146,7 +123,6 @@ class Run(Generic[Trainer]):
         Raises FileNotFoundError if it is no run, BlockingIOError if another process works in it, OSError if a file to
         be written is a symbolic link, ValueError if no checkpoint can be read, or as `load_checkpoint`.
         """
-        _check_keep_last(keep_last)
         folder = Path(folder)
         read_json(folder / CONFIG_FILE)
         if (folder / "checkpoint").is_dir():
@@ -157,7 +133,7 @@ class Run(Generic[Trainer]):
         try:
             remove_partial(folder, folder / CHECKPOINTS)
             damaged = []
-            for step in sorted(_steps(folder), reverse=True):
+            for step in reversed(_steps(folder)):
                 checkpoint = _checkpoint(folder, step)
                 try:
                     trainer = load_checkpoint(checkpoint, ref_policy, data, **overrides)
@@ -167,13 +143,16 @@ class Run(Generic[Trainer]):
                     damaged.append(checkpoint)
             else:
                 raise ValueError(f"{folder} has no checkpoint that can be read")
-            marks, rewards = _read_record(checkpoint)
-            log = RunLog.resume(folder, marks, step, rewards)
+            record = read_json(checkpoint / COUNTERS_FILE).get("run")
+            if record is None:
+                raise ValueError(f"{checkpoint} was saved by no run: it does not say what the log was")
+            rewards = {int(number): reward for number, reward in record["rewards"].items()}
+            log = RunLog.resume(folder, record["log"], step, rewards)
             for path in damaged:
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            return cls(folder, trainer, log, lock, keep_last, rewards)
+            return cls(folder, trainer, log, lock, rewards)
         except BaseException:
             lock.release()
             raise
@@ -199,10 +178,9 @@ class Run(Generic[Trainer]):
             raise ValueError(f"record must be called once after every step: after step {self._recorded} came {step}")
         shown: list[tuple[str, float | None]] = []
         if self.due and isinstance(batch, Rollout):
-            all_texts, scores, seed = batch.texts, batch.scores.tolist(), self.trainer.config.seed
-            count = len(all_texts)
-            rows = random.Random(f"{seed} {step - 1} shown").sample(range(count), min(SHOWN, count))
-            shown = [(all_texts[i], scores[i]) for i in rows]
+            scored = list(zip(batch.texts, batch.scores.tolist(), strict=True))
+            generator = random.Random(f"{self.trainer.config.seed} {step - 1} shown")
+            shown += generator.sample(scored, min(SHOWN, len(scored)))
         shown += [(text, None) for text in texts]
         self.log(stats, shown)
         self._recorded = step
@@ -218,24 +196,24 @@ class Run(Generic[Trainer]):
         """Append statistics and samples of the present step to the log, such as figures measured before the first."""
         self._log.metrics(self.trainer.steps_done, stats)
         if samples:
-            self._log.samples(self.trainer.steps_done, [text for text, _ in samples], [score for _, score in samples])
+            self._log.samples(self.trainer.steps_done, samples)
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        return self._log.history()
+        return read_jsonl(self.folder / METRICS_FILE)
 
     def __enter__(self) -> Run[Trainer]:
         self._stop.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if isinstance(error, Exception) and not isinstance(error, Stopped):
-                failed = self._doing()
-                complete = not self.trainer.interrupted and self.trainer.steps_done == self._recorded
-                if complete and self._recorded > self._saved and not self._saving:
+                done, steps = self._recorded, self.trainer.steps_total
+                failed = f"step {done + 1} of {steps}" if done < steps else f"what comes after the last step, {steps},"
+                if self._saving:
+                    failed = f"saving step {done} of {steps}"
+                elif not self.trainer.interrupted and self.trainer.steps_done == done > self._saved:
                     with contextlib.suppress(Exception):  # the first error is the one to report
                         self._save()
                 raise RunFailed(
@@ -247,12 +225,6 @@ class Run(Generic[Trainer]):
             self._stop.__exit__()
             self._lock.release()
 
-    def _doing(self) -> str:
-        done, steps = self._recorded, self.trainer.steps_total
-        if self._saving:
-            return f"saving step {done} of {steps}"
-        return f"step {done + 1} of {steps}" if done < steps else f"what comes after the last step, {steps},"
-
     def _save(self) -> None:
         self._saving = True
         record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
@@ -263,32 +235,47 @@ class Run(Generic[Trainer]):
 
     def _rotate(self) -> None:
         """Let `best` name the best checkpoint, and remove all but that and the newest ones."""
-        steps = sorted(_steps(self.folder))
-        kept = steps[-self._keep_last :]
-        rated = [step for step in steps if step in self._rewards]  # the very first one has no reward yet
+        steps = _steps(self.folder)
+        kept = steps[-KEPT:]
+        rated = {step: self._rewards[step] for step in steps if step in self._rewards}  # the first one has no reward
         if rated:
-            kept.append(max(rated, key=lambda step: _rating(self._rewards[step])))
-            _link(self.folder / CHECKPOINTS / BEST, _checkpoint(self.folder, kept[-1]).name)
+            best = max(rated, key=lambda step: -math.inf if (reward := rated[step]) is None else reward)
+            kept.append(best)
+            _link(self.folder / CHECKPOINTS / BEST, _checkpoint(self.folder, best).name)
         for step in set(steps) - set(kept):
-            _remove(_checkpoint(self.folder, step))
+            path = _checkpoint(self.folder, step)
+            doomed = path.with_name(f".{path.name}{PARTIAL}")
+            path.rename(doomed)  # its name goes at one moment, though not its bytes
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[int, float | None]]:
-    """What `Run._save` recorded in a checkpoint: the marks of the log, and the mean reward of each step."""
-    record = read_json(checkpoint / COUNTERS_FILE).get("run")
-    if record is None:
-        raise ValueError(f"{checkpoint} was saved by no run: it does not say what the log was")
+class _StopRequest:
+    """Inside this context the first Ctrl-C or SIGTERM only sets `made`; a second one has its usual effect.
 
-    def are_rewards(value: Any) -> bool:
-        fine = isinstance(value, dict) and all(re.fullmatch("[0-9]{1,18}", step) for step in value)
-        return fine and all(reward is None or is_number(reward) for reward in value.values())
+    Has no effect outside the main thread, where Python cannot set handlers.
+    """
 
-    def are_marks(value: Any) -> bool:
-        return is_record(value, **dict.fromkeys(LOG_FILES, lambda x: is_record(x, bytes=is_count, sha256=is_text)))
+    def __init__(self) -> None:
+        self.made = False
+        self._handlers: dict[signal.Signals, Any] = {}
 
-    with naming(checkpoint / COUNTERS_FILE):
-        check_counters({"run": record}, {"run": lambda value: is_record(value, log=are_marks, rewards=are_rewards)})
-    return record["log"], {int(step): reward for step, reward in record["rewards"].items()}
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # an ignored signal, as under nohup, stays ignored
+                    self._handlers[number] = signal.signal(number, self._make)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _make(self, number: int, frame: FrameType | None) -> None:
+        self.made = True
+        for each in self._handlers:
+            signal.signal(each, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        # Not print, which the signal may have interrupted.
+        os.write(2, f"\n{name}: finishing the step, then saving; once more ends it at once\n".encode())
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
@@ -296,32 +283,21 @@ def _checkpoint(folder: Path, step: int) -> Path:
 
 
 def _steps(folder: Path) -> list[int]:
-    """The steps that a run has checkpoints of."""
-    if not (folder / CHECKPOINTS).is_dir():
-        return []
-    names = [path.name for path in (folder / CHECKPOINTS).iterdir() if path.is_dir() and not path.is_symlink()]
-    steps = [int(name.removeprefix("step-")) for name in names if re.fullmatch("step-[0-9]{6,18}", name)]
-    return [step for step in steps if _checkpoint(folder, step).name in names]
-
-
-def _rating(reward: float | None) -> float:
-    """A mean reward that can be compared: one that was not finite is the worst."""
-    return -math.inf if reward is None else reward
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder. Its name goes at one moment, though not its bytes."""
-    doomed = path.with_name(f".{path.name}{PARTIAL}")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """The steps that a run has checkpoints of, in order."""
+    paths = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir() and not path.is_symlink()]
+    names = [path.name for path in paths if re.fullmatch("step-([0-9]{6}|[1-9][0-9]{6,17})", path.name)]
+    return sorted(int(name.removeprefix("step-")) for name in names)
 
 
 def _link(link: Path, target: str) -> None:
     """Make a symbolic link, or let it point elsewhere, at one moment."""
     if link.is_symlink() and os.readlink(link) == target:
         return
-    if link.is_dir() and not link.is_symlink():
-        _clear(link)
+    if link.is_dir() and not link.is_symlink():  # a tool that follows links copied the run
+        aside = link.with_name(f"{link.name}.copy")
+        warnings.warn(f"{link} is a folder and no link; it is kept as {aside.name}", stacklevel=2)
+        shutil.rmtree(aside, ignore_errors=True)
+        link.rename(aside)
     temporary = link.with_name(f".{link.name}{PARTIAL}")
     temporary.unlink(missing_ok=True)
     try:
@@ -335,20 +311,6 @@ def _link(link: Path, target: str) -> None:
     flush_folder(link.parent)
 
 
-def _clear(best: Path) -> None:
-    """Make room for the link `best` where a tool that follows links copied the run: a checkpoint is there twice."""
-    manifest = best / MANIFEST_FILE
-    content = manifest.read_bytes() if manifest.is_file() else b""
-    others = [path for path in best.parent.glob(f"step-*/{MANIFEST_FILE}") if path.read_bytes() == content]
-    if content and others:
-        _remove(best)
-        return
-    aside = best.with_name(f"{best.name}.copy")
-    warnings.warn(f"{best} is a folder and no copy of a checkpoint beside it; it is kept as {aside.name}", stacklevel=2)
-    shutil.rmtree(aside, ignore_errors=True)
-    best.rename(aside)
-
-
 def _is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds no more than a killed `Run.start` leaves: no config.json yet."""
     if not folder.is_dir() or (folder / CHECKPOINTS).is_symlink():
@@ -356,8 +318,3 @@ def _is_unused(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     ours = {LOCK_FILE, CHECKPOINTS, *(name for name in names if name.startswith(".") and name.endswith(PARTIAL))}
     return not names or (LOCK_FILE in names and names <= ours)
-
-
-def _check_keep_last(keep_last: int) -> None:
-    if type(keep_last) is not int or keep_last < 1:
-        raise ValueError(f"keep_last must be an integer of at least 1, got {keep_last!r}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,7 @@ from minirlhf.device.precision import PRECISIONS, Precision
 from minirlhf.device.random import DropoutStream
 from minirlhf.device.schedules import SCHEDULES, lr_factor
 from minirlhf.io.model_card import Origin
-from minirlhf.io.training_state import (
-    State,
-    frozen,
-    load_moments,
-    moments,
-    require_fp32,
-)
+from minirlhf.io.training_state import State, frozen, load_moments, moments, require_fp32
 
 Batch = TypeVar("Batch")
 Stats = dict[str, float]
@@ -55,9 +49,10 @@ class FitConfig:
     precision: str = "fp32"
     device: str = "auto"
     seed: int = 0  # of shuffling, masking and dropout
+    save_freq: int = 100  # optimizer steps between two checkpoints of a run
 
     def __post_init__(self) -> None:
-        require_positive_ints(self, "epochs")
+        require_positive_ints(self, "epochs", "save_freq")
         require(self, "max_length", type(self.max_length) is int and self.max_length >= 2, "an integer of at least 2")
         fits = type(self.tokens_per_batch) is int and self.tokens_per_batch >= self.max_length
         require(self, "tokens_per_batch", fits, f"an integer of at least max_length={self.max_length}")
@@ -77,7 +72,7 @@ class SupervisedTrainer(Generic[Batch]):
     model: trained in place; dropout is on in training, off afterwards.
     epochs: the batches of each epoch, shuffled. They must depend on data and config only, so that a resumed run
         gets the same ones.
-    data_hash: of the data, to recognise it; data_count: how many texts or rankings it has.
+    data: every text or ranking as a string, to recognise them. origin: where the model came from.
     interrupted: True inside a step, where the state is inconsistent and must not be saved.
     """
 
@@ -88,11 +83,12 @@ class SupervisedTrainer(Generic[Batch]):
         model: nn.Module,
         config: FitConfig,
         epochs: Iterable[Sequence[Batch]],
-        data_hash: str = "",
-        data_count: int = 0,
+        data: Sequence[str] = (),
+        origin: Origin | None = None,
     ):
-        self.model, self.config, self.epochs = model, config, epochs
-        self.data = {"sha256": data_hash, "count": data_count}
+        self.model, self.config, self.epochs, self.origin = model, config, epochs, origin
+        digest = hashlib.sha256("".join(f"{item}\n" for item in data).encode()).hexdigest()
+        self.data = {"sha256": digest, "count": len(data)}
         self.device = next(model.parameters()).device
         self.precision = Precision(config.precision, self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -126,13 +122,12 @@ class SupervisedTrainer(Generic[Batch]):
         """Train to the end of the last epoch; the model is left in eval mode.
 
         on_step: called after every optimizer step with its batch and statistics: `KIND/loss`, before the step, and
-            `KIND/progress`, the share of the run that is done; `Run.record` is one. After an error that it raised,
-            training may go on, here or from a checkpoint.
+            `KIND/progress`, the share of the run that is done; `Run.record` is one. If it raises, `train` may be called
+            again, here or from a checkpoint.
         Raises FloatingPointError at a loss or gradient that is not finite, before it reaches the weights (with fp16 a
         gradient that overflows is skipped, and the loss scale lowered); RuntimeError after an error within a step.
         """
-        if self.interrupted:
-            raise RuntimeError("training stopped within a step, so its state is inconsistent; go back to a checkpoint")
+        self._require_consistent()
         try:
             for epoch, i, count, batch in self._remaining():
                 # At the middle of the step, so that neither the first nor the last one has a learning rate of 0.
@@ -174,30 +169,19 @@ class SupervisedTrainer(Generic[Batch]):
         self.interrupted = False
         return total.item()
 
-    # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------
-
-    @property
-    def origin(self) -> Origin | None:
-        """Where the model came from."""
-        raise NotImplementedError
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write model and tokenizer as a model folder. Raises OSError if it cannot be written."""
-        raise NotImplementedError
+    def _require_consistent(self) -> None:
+        if self.interrupted:
+            raise RuntimeError(f"training stopped within step {self.steps_done + 1}; go back to its last checkpoint")
 
     def state_dict(self) -> State:
         """Everything besides the weights that the next step depends on; of the data, the hash.
 
         Raises RuntimeError for a trainer that an error stopped within a step, ValueError for weights that are not fp32.
         """
-        if self.interrupted:
-            raise RuntimeError(
-                f"the trainer stopped within step {self.steps_done + 1}, so its state is inconsistent; "
-                "go back to its last checkpoint"
-            )
+        self._require_consistent()
         require_fp32(self.model)
         streams = {f"generator.{name}": state for name, state in self.dropout.states.items()}
-        counters: dict[str, Any] = {
+        counters = {
             "steps": self.steps_done,
             "scaler": self.precision.scaler.state_dict(),
             "data": self.data,

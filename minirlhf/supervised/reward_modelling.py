@@ -8,7 +8,6 @@ Left out: the language-model loss beside the ranking loss, ensembles, early stop
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import warnings
@@ -19,9 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.common.validation import require_positive_ints
 from minirlhf.device.placement import resolve_device
-from minirlhf.io.model_card import Origin
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches
@@ -37,11 +34,6 @@ class RewardTrainingConfig(FitConfig):
 
     epochs: int = 1  # InstructGPT found that more overfit
     lr: float = 1e-4
-    save_freq: int = 100  # optimizer steps between two checkpoints of a run
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_ints(self, "save_freq")
 
 
 @dataclass(frozen=True)
@@ -93,8 +85,8 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
         epochs = [bucketed_batches(lengths, config.tokens_per_batch, generator, sizes) for _ in range(config.epochs)]
         model.to(resolve_device(config.device))
         model.mean, model.std = 0.0, 1.0  # the old ones belong to the old weights
-        content = "".join(f"{margin!r} {answers}\n" for margin, answers in zip(self.margins, self.encoded, strict=True))
-        super().__init__(model, config, epochs, hashlib.sha256(content.encode()).hexdigest(), len(rankings))
+        data = [f"{margin!r} {answers}" for margin, answers in zip(self.margins, self.encoded, strict=True)]
+        super().__init__(model, config, epochs, data, model.network.origin)
 
     def loss(self, batch: list[int]) -> Tensor:
         """`ranking_loss` of these rankings, with one forward pass of each answer."""
@@ -102,13 +94,8 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
         margins = torch.tensor([self.margins[i] for i in batch]).to(scores)
         return ranking_loss(scores, [len(self.encoded[i]) for i in batch], margins)
 
-    @property
-    def origin(self) -> Origin | None:
-        """Where the network came from."""
-        return self.model.network.origin
-
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the reward model and its tokenizer as a model folder. Raises OSError if it cannot be written."""
+        """Write the reward model and its tokenizer as a model folder."""
         self.model.save_pretrained(folder)
 
 
@@ -157,7 +144,7 @@ def evaluate_rankings(model: RewardModel, rankings: Sequence[Ranking], bins: int
         pairs=len(differences),
         loss=ranking_loss(scores, sizes, margins).item(),
         accuracy=((differences > 0).double() + 0.5 * (differences == 0)).mean().item(),
-        calibration_error=expected_calibration_error(table),
+        calibration_error=sum(row["count"] * abs(row["predicted"] - row["positive"]) for row in table) / len(truth),
         reliability=table,
     )
 
@@ -169,25 +156,11 @@ def reliability_table(probabilities: Tensor, labels: Tensor, bins: int = 10) -> 
     """
     index = (probabilities * bins).long().clamp_max(bins - 1)
     rows = []
-    for b in range(bins):
-        inside = index == b
-        if inside.any():
-            rows.append(
-                {
-                    "from": b / bins,
-                    "to": (b + 1) / bins,
-                    "count": int(inside.sum()),
-                    "predicted": probabilities[inside].mean().item(),
-                    "positive": labels[inside].float().mean().item(),
-                }
-            )
+    for b in index.unique().tolist():
+        predicted, positive = probabilities[index == b], labels[index == b].float()
+        means = {"predicted": predicted.mean().item(), "positive": positive.mean().item()}
+        rows.append({"from": b / bins, "to": (b + 1) / bins, "count": len(predicted), **means})
     return rows
-
-
-def expected_calibration_error(table: Sequence[dict[str, float]]) -> float:
-    """Mean distance of prediction and truth over the bins of a reliability table, weighted by their counts."""
-    total = sum(row["count"] for row in table)
-    return sum(row["count"] / total * abs(row["predicted"] - row["positive"]) for row in table)
 
 
 def _encode(model: RewardModel, rankings: Sequence[Ranking], max_length: int) -> list[list[list[int]]]:

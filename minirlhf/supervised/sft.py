@@ -3,13 +3,12 @@
 A demonstration is a text, or a prompt with a response; with a prompt the loss is on the response only. The same code
 trains a GPT-2 from random weights, as for the starter weights that ship.
 
-Left out: several GPUs, and windows over texts longer than the context (they are cut at the end, with a warning).
+Left out: several GPUs, and windows over texts longer than the context (they are cut, with a warning).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import warnings
@@ -26,7 +25,6 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.random import eval_mode
-from minirlhf.io.model_card import Origin
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
@@ -50,11 +48,10 @@ class SFTConfig(FitConfig):
     precision: str = "auto"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: see `precision_choice`
     accumulation: int = 1  # forward passes an optimizer step
     packing: bool = False  # several sequences a row, none of which attends to another; rows have max_length tokens
-    save_freq: int = 100  # optimizer steps between two checkpoints of a run
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_ints(self, "accumulation", "save_freq")
+        require_positive_ints(self, "accumulation")
         require_bools(self, "packing")
 
 
@@ -81,49 +78,49 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
     config: SFTConfig
 
     def __init__(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        demonstrations: Sequence[Demonstration | str],
+        self, model: Decoder, tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | str],
         config: SFTConfig | None = None,
-    ):
+    ):  # fmt: skip
         config = config or SFTConfig()
         model.fit_vocabulary(len(tokenizer))
         encoded = encode_demonstrations(tokenizer, demonstrations)
         self.sequences = cut(encoded, config.max_length)
-        _warn_of_losses(encoded, self.sequences, config.max_length)
+        if longer := sum(len(s.ids) > config.max_length for s in encoded):
+            lost = len(encoded) - len(self.sequences)
+            also = f"; {lost} of them have no response left and are left out" if lost else ""
+            told = f"texts have more than max_length={config.max_length} tokens and are cut at the end"
+            warnings.warn(f"{longer} of {len(encoded)} {told}{also}", stacklevel=2)
         if not self.sequences:
             raise ValueError(f"no response has a token within max_length={config.max_length}: nothing to learn")
-        positions = model.n_positions
-        check_positions(max(len(s.ids) for s in self.sequences), positions, config.max_length)
+        check_positions(max(len(s.ids) for s in self.sequences), model.n_positions, config.max_length)
         model.to(resolve_device(config.device))
         self.tokenizer = tokenizer
-        self.width = min(config.max_length, positions)  # of a packed row
+        self.width = min(config.max_length, model.n_positions)  # of a packed row
         self.precision_choice = choose_precision(config.precision, model, language_model_probe(model))
         config = dataclasses.replace(config, precision=self.precision_choice.name)  # so checkpoints have it
-        super().__init__(model, config, self._epochs(config), _hash(self.sequences), len(self.sequences))
+        data = [f"{s.first} {s.ids}" for s in self.sequences]
+        super().__init__(model, config, self._epochs(config), data, model.origin)
 
     def _epochs(self, config: SFTConfig) -> list[list[Sequence[MicroBatch]]]:
         """The micro-batches of each optimizer step of each epoch."""
         generator, lengths = torch.Generator().manual_seed(config.seed), [len(s.ids) for s in self.sequences]
         epochs: list[list[Sequence[MicroBatch]]] = []
         for _ in range(config.epochs):
-            micro_batches: list[list[Row]]
             if config.packing:
                 rows = packed_rows(lengths, self.width, generator)
                 size = config.tokens_per_batch // self.width
-                micro_batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+                micro_batches: list[MicroBatch] = [rows[i : i + size] for i in range(0, len(rows), size)]
             else:
                 batches = bucketed_batches(lengths, config.tokens_per_batch, generator)
                 micro_batches = [[[i] for i in batch] for batch in batches]
             steps = range(0, len(micro_batches), config.accumulation)
-            epochs.append([list(micro_batches[i : i + config.accumulation]) for i in steps])
+            epochs.append([micro_batches[i : i + config.accumulation] for i in steps])
         return epochs
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[tuple[Sequence[MicroBatch], float]]:
         """The micro-batches of a step, with their shares of all tokens that are predicted in it."""
-        counts = [sum(len(self.sequences[i].ids) - self.sequences[i].first for row in micro for i in row)
-                  for micro in batch]  # fmt: skip
+        sequences = [[self.sequences[i] for row in micro for i in row] for micro in batch]
+        counts = [sum(len(s.ids) - s.first for s in part) for part in sequences]
         return [([micro], count / sum(counts)) for micro, count in zip(batch, counts, strict=True)]
 
     def loss(self, batch: Sequence[MicroBatch]) -> Tensor:
@@ -132,18 +129,10 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         nll, count = token_nll(self.model, rows, self.tokenizer.pad_id, self.width if self.config.packing else None)
         return nll.sum() / count
 
-    @property
-    def origin(self) -> Origin | None:
-        """Where the model came from."""
-        return self.model.origin
-
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write model and tokenizer as a model folder. Raises OSError if it cannot be written."""
+        """Write model and tokenizer as a model folder."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-# ---- sequences -------------------------------------------------------------------------------------------------------
 
 
 def encode_demonstrations(tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | str]) -> list[LMSequence]:
@@ -173,9 +162,6 @@ def cut(sequences: Sequence[LMSequence], max_length: int) -> list[LMSequence]:
     return [LMSequence(s.ids[:max_length], s.first) for s in sequences if s.first < min(len(s.ids), max_length)]
 
 
-# ---- likelihood ------------------------------------------------------------------------------------------------------
-
-
 def token_nll(
     model: Decoder, rows: Sequence[Sequence[LMSequence]], pad_id: int, width: int | None = None
 ) -> tuple[Tensor, int]:
@@ -185,30 +171,21 @@ def token_nll(
         from 0, so that it has the same likelihoods as in a row of its own.
     width: tokens a row is padded to; None: as many as the longest has.
     """
-    device = model.device
-    ids, mask = right_pad([[token for s in row for token in s.ids] for row in rows], pad_id)
-    if width is not None and ids.size(1) < width:
-        ids, mask = (F.pad(x, (0, width - ids.size(1)), value=v) for x, v in ((ids, pad_id), (mask, 0)))
-    predicted = torch.zeros_like(mask, dtype=torch.bool)
+    ids = right_pad([[token for s in row for token in s.ids] for row in rows], pad_id)[0]
+    ids = F.pad(ids, (0, max(0, (width or 0) - ids.size(1))), value=pad_id)
+    predicted = torch.zeros_like(ids, dtype=torch.bool)
+    segments = torch.full_like(ids, -1)  # which sequence of its row a token belongs to; padding: one more
     for n, row in enumerate(rows):
         start = 0
-        for s in row:
+        for number, s in enumerate(row):
             predicted[n, start + s.first : start + len(s.ids)] = True
+            segments[n, start : start + len(s.ids)] = number
             start += len(s.ids)
-    ids, predicted = ids.to(device), predicted[:, 1:].to(device)
-    if all(len(row) == 1 for row in rows):
-        hidden = model.hidden_states(ids)  # right padding: causal attention never reads it
-    else:
-        segments = _segments([[len(s.ids) for s in row] for row in rows], ids.size(1))
-        hidden = model.hidden_states(ids, segments=segments.to(device))
+    ids, predicted = ids.to(model.device), predicted[:, 1:].to(model.device)
+    packed = any(len(row) > 1 for row in rows)  # else causal attention never reads the padding on the right
+    hidden = model.hidden_states(ids, segments=segments.to(model.device) if packed else None)
     logits = model.lm_logits(hidden[:, :-1][predicted]).float()  # (N, V)
     return F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none"), int(predicted.sum())
-
-
-def _segments(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Which sequence of its row each token belongs to, (B, width) int64; the padding of a row is one more sequence."""
-    rows = [torch.tensor([*row, width - sum(row)]) for row in lengths]
-    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), row) for row in rows])
 
 
 @torch.no_grad()
@@ -237,24 +214,3 @@ def perplexity(
             total, tokens = total + nll.double().sum().item(), tokens + count
     characters = sum(tokenizer.width(i) for s in sequences for i in s.ids[s.first :])
     return {"token": math.exp(total / tokens), "character": math.exp(total / characters)}
-
-
-def _warn_of_losses(encoded: Sequence[LMSequence], kept: Sequence[LMSequence], max_length: int) -> None:
-    """Warn the caller of the constructor of what `cut` dropped."""
-    longer = sum(len(s.ids) > max_length for s in encoded)
-    if longer:
-        lost = len(encoded) - len(kept)
-        also = f"; {lost} of them have no response left and are left out" if lost else ""
-        warnings.warn(
-            f"{longer} of {len(encoded)} texts have more than max_length={max_length} tokens and are cut at the end"
-            + also,
-            stacklevel=3,
-        )
-
-
-def _hash(sequences: Sequence[LMSequence]) -> str:
-    """SHA-256 over all token ids, their order and their borders."""
-    digest = hashlib.sha256()
-    for s in sequences:
-        digest.update(f"{s.first} {s.ids}\n".encode())
-    return digest.hexdigest()

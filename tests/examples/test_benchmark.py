@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import mmap
 import os
 import shlex
@@ -18,11 +17,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import __main__ as benchmark
-from benchmark import floor, load, peer_trl, peers, report, studies
+from benchmark import floor, load, peer_trl, peers, report
 from benchmark.load import Load
-from benchmark.work import PROMPTS, Sample, Work, characters, iteration, peak_memory
+from benchmark.work import Sample, Work, characters, iteration, peak_memory
 from conftest import make_bert, make_gpt2
-from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config
+from minirlhf import BertConfig, GPT2Config
 from minirlhf.rl.logprobs import response_logprobs
 
 REPO = Path(__file__).resolve().parents[2]
@@ -144,14 +143,6 @@ def test_the_longer_of_two_times_bounds_each_cost():
     assert floor.with_best([floor.Rates(3, 9), floor.Rates(4, 7)]) == floor.Rates(4, 9)
 
 
-def test_measured_rates_are_rates_and_leave_no_setting_behind():
-    before = torch.get_float32_matmul_precision()
-    for precision in ("fp32", "bf16"):
-        rates = floor.measure_rates(CPU, precision, seconds=0.0, width=64)
-        assert 1e6 < rates.flop < 1e15 and 1e6 < rates.bytes < 1e13
-    assert torch.get_float32_matmul_precision() == before
-
-
 # ---- the work -------------------------------------------------------------------------------------------------------
 
 
@@ -263,12 +254,6 @@ def turns(monkeypatch):
     return take
 
 
-def test_sides_take_turns(turns):
-    kept, dropped, told = turns(2, {"A": [1.0, 1.1], "B": [5.0, 5.5]})
-    assert kept == {"A": [1.0, 1.1], "B": [5.0, 5.5]} and dropped == {"A": [], "B": []}
-    assert told == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
-
-
 def test_a_turn_that_is_an_outlier_is_repeated(turns):
     """The 91 s beside 63 s: it gives way to what repeats it, and a repetition that is slow as well does not count."""
     kept, dropped, told = turns(2, {"A": [91.0, 63.0, 64.0], "B": [80.0, 81.0]})
@@ -292,22 +277,12 @@ def test_whose_load_it_was(monkeypatch, tmp_path):
     stat = "cpu  {} 20 30 9000 5000 40 50 60 70 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
     assert load.busy_seconds(stat.format(100)) == 3.0
     monkeypatch.setattr(load, "STAT", tmp_path / "stat")
-    clock = iter([(10.0, 1.0), (20.0, 13.0)])  # by the clock, own CPU seconds
-    now = []
-    monkeypatch.setattr(load.time, "perf_counter", lambda: now[0])
-    own = lambda: SimpleNamespace(user=now[1] / 2, system=now[1] / 4, children_user=now[1] / 4, children_system=0)  # noqa: E731
-    monkeypatch.setattr(load.os, "times", own)
-
-    def at(ticks):
-        now[:] = next(clock)
-        load.STAT.write_text(stat.format(ticks))
-
-    at(100)
+    load.STAT.write_text(stat.format(100))
     meter = load.Meter()
-    at(100 + 1300)
+    meter.start = (meter.start[0] - 10, meter.start[1] - 12, meter.start[2])  # by the clock, own CPU seconds
+    load.STAT.write_text(stat.format(100 + 1300))
     found = meter.load()
-    assert (found.wall, found.own, found.other) == (10.0, 12.0, pytest.approx(1.0))
-    assert found.own_cores == 1.2 and found.other_cores == pytest.approx(0.1) and not found.shared
+    assert (found.wall, found.own, found.other) == pytest.approx((10.0, 12.0, 1.0), abs=0.1) and not found.shared
     assert Load(10.0, 12.0, 1.1).shared and "NOT ITS OWN" in str(Load(10.0, 12.0, 1.1))
     load.STAT.unlink()
     assert not Load(10.0, 12.0, None).shared and load.Meter().start[2] is None
@@ -347,12 +322,6 @@ def test_the_bounds_of_a_phase():
     assert row == {"phase": "update", "GFLOP": 30, "GB": 5, "arithmetic s": 3, "memory s": 2.5, "floor s": 5}
 
 
-def test_the_shortest_iterations_are_compared_as_well():
-    samples = [Sample(peer, "iteration", s) for peer, times in (("us", (4, 5, 9)), ("them", (8, 9, 9))) for s in times]
-    (row,) = report.ratios(report.summarise(samples), ["us"])
-    assert row["iteration"] == 5 / 9 and row["shortest iteration"] == 0.5
-
-
 def test_the_report_says_whose_load_it_was():
     def said(*turns):
         names = ("other cores", "shared", "dropped")
@@ -366,16 +335,6 @@ def test_the_report_says_whose_load_it_was():
         "Load: **not its own in 1 of 2 turns**; other work took up to 0.90 cores. Turns that were repeated: 1."
     )
     assert "does not say" in said((None, False, False))
-
-
-def test_tables_in_markdown():
-    rows = [{"a": "x", "b": 1234.5678, "gone": None}, {"a": 7, "b": 0.0123456, "c": 2.0}]
-    assert report.table(rows).splitlines() == [
-        "| a | b | c |",
-        "|---|---|---|",
-        "| x | 1,235 |  |",
-        "| 7 | 0.0123 | 2 |",
-    ]
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -425,14 +384,6 @@ def test_in_turns_with_a_command(timed, tmp_path):
     assert order == [ours, "x"]  # those that count
     (ratio,) = result["ratios"]
     assert (ratio["ours"], ratio["over"]) == (ours, "x") and ratio["iteration"] > 0 and ratio["peak memory"] > 1
-
-
-def test_our_timings_as_json_lines(timed, tmp_path):
-    error, shown = timed(*SMALL, "--json-lines", "--repeats", 2)
-    assert error is None and list(tmp_path.iterdir()) == []
-    samples = peers.read_lines(shown)
-    assert len(samples) == len(shown.splitlines()) == 2 * len(report.PHASES)
-    assert {s.peer for s in samples} == {"minirlhf fp32 minibatch 16"}
 
 
 def test_the_commands_of_the_readme_are_commands(monkeypatch):
@@ -488,12 +439,3 @@ def test_bad_input_is_one_line(timed, arguments, message, tmp_path):
     else:
         assert isinstance(error, str) and error.startswith("error: ") and message in error and "\n" not in error
     assert not (tmp_path / "out").exists()
-
-
-def test_a_policy_that_ends_its_texts(monkeypatch):
-    policy = studies.ending_policy(GPT2(TINY.gpt2().config).eval(), chance=0.1)
-    ids = torch.randint(100, 20000, (4, 8), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        chance = policy(ids).softmax(-1)[..., studies.END]
-    assert 0.07 < chance.min() <= chance.max() < 0.14
-    assert isinstance(TINY.bert(), BertClassifier) and math.isnan(studies.exponent([2], [3])) and len(PROMPTS) == 4

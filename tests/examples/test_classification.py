@@ -96,18 +96,6 @@ def test_only_inner_tokens_are_masked_and_about_the_named_share(monkeypatch, tok
     assert abs(masked / real - share) < 0.06
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_same_seed_gives_the_same_weights(tokenizer, dropout):
-    def trained(seed: int) -> dict[str, torch.Tensor]:
-        model = fresh(dropout)
-        train_classifier(model, tokenizer, EXAMPLES, dataclasses.replace(CONFIG, seed=seed, mlm_weight=0.1))
-        return model.state_dict()
-
-    first, second, other = trained(0), trained(0), trained(1)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
 def test_examples_may_be_drawn_for_each_epoch(tokenizer):
     epochs = []
 
@@ -148,27 +136,6 @@ def test_bad_settings_are_refused_by_name(changes, field):
 # ---- predicting -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_predictions_are_in_order_and_unpadded(tokenizer, batch_size):
-    model = make_bert(**SIZES)
-    texts = [*GOOD, "好" * 50, "", *BAD]
-    with torch.no_grad():
-        expected = torch.cat([model(torch.tensor([tokenizer.encode(text, 16)])) for text in texts])
-    assert expected.std(0).min() > 0.01
-    torch.testing.assert_close(predict(model, tokenizer, texts, 16, batch_size), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_predictions_are_without_dropout(tmp_path, tokenizer):
-    """Also right after loading, and in a callback during training."""
-    model = make_bert(**SIZES, hidden_dropout_prob=0.5)
-    expected = predict(model, tokenizer, GOOD, 16)
-    model.save_pretrained(tmp_path)
-    for other in (BertClassifier.from_pretrained(tmp_path), model.train()):
-        mode = other.training
-        torch.testing.assert_close(predict(other, tokenizer, GOOD, 16), expected)
-        assert other.training == mode
-
-
 # ---- calibration ----------------------------------------------------------------------------------------------------
 
 
@@ -179,11 +146,3 @@ def test_a_known_temperature_is_recovered(temperature):
     logits = 2 * torch.randn(20_000, 3, generator=generator)
     labels = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
     assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.03)
-
-
-def test_the_fitted_temperature_is_the_best():
-    generator = torch.Generator().manual_seed(1)
-    logits, labels = 5 * torch.randn(300, 2, generator=generator), torch.randint(0, 2, (300,), generator=generator)
-    best = fit_temperature(logits, labels)
-    losses = {factor: F.cross_entropy(logits / (best * factor), labels).item() for factor in (0.9, 1.0, 1.1)}
-    assert losses[1.0] < losses[0.9] and losses[1.0] < losses[1.1]

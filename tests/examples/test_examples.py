@@ -23,7 +23,6 @@ from conftest import VOCAB
 from folders import content, snapshot
 from minirlhf import GPT2, ActorCritic, PPOConfig, Tokenizer
 from minirlhf.runs.checkpoint import read_checkpoint
-from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.log import RunLog
 from shared import prompt_pool
 
@@ -47,13 +46,13 @@ def models(tiny):
     return ["--policy", str(tiny / "policy"), "--reward", str(tiny / "reward")]
 
 
-def start(*command, fine=True):
+def start(*command):
     """Run Python in a process of its own, in the repository."""
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error:::minirlhf"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=REPO, env=environment, capture_output=True, encoding="utf-8"
     )
-    assert not fine or done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -141,17 +140,11 @@ def test_summary_table_and_picture(runs):
     assert table[0] == "| prompt | before | reward | after | reward |" and table[2].startswith("| 酒店 | ")
     picture = (run / "reward_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
+    names = {"metrics.jsonl", "samples.jsonl", "config.json", "summary.json", "before_after.md", "reward_curve.png"}
+    assert {path.name for path in run.iterdir()} == names | {"checkpoints", "policy", "reference"}
     shown = runs.output["plain"].stdout
     assert str(run) in shown and "policy/reward" in shown and table[2] in shown and said in shown
     assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
-
-
-def test_the_run_folder_holds_nothing_else(runs):
-    expected = {"metrics.jsonl", "samples.jsonl", "config.json", "summary.json", "before_after.md", "reward_curve.png"}
-    names = {path.name for path in runs("plain").iterdir()}
-    assert names == expected | {"checkpoints", "policy", "reference"}
-    saved = {path.name for path in (runs("plain") / "checkpoints").iterdir()}
-    assert saved >= {"step-000004", "step-000005", "best"} and len(saved) <= 4
 
 
 def test_the_reference_is_the_input_and_the_policy_is_not(runs, tiny):
@@ -163,16 +156,6 @@ def test_the_reference_is_the_input_and_the_policy_is_not(runs, tiny):
     assert tuned.value_head.summary.weight.abs().max() > 0  # it started at zero and was saved with the policy
     for name in ("policy", "reference"):
         assert Tokenizer.from_pretrained(runs("plain") / name).vocab == VOCAB
-
-
-@pytest.mark.parametrize("name", ["policy", "reference"])
-def test_the_saved_models_load_with_transformers(runs, name):
-    transformers = pytest.importorskip("transformers")
-    folder = runs("plain") / name
-    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), GPT2.from_pretrained(folder)
-    ids = torch.tensor([Tokenizer(VOCAB).encode_prompt("酒店很好，wifi")])
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_seed_repeats_the_run_and_another_does_not(runs, tiny, tmp_path, call):
@@ -229,16 +212,6 @@ def test_ctrl_c_and_sigterm_stop_a_run_and_print_the_command_that_goes_on(tiny, 
         assert not (run / "summary.json").exists()
 
 
-def test_two_runs_in_one_folder_are_refused_in_one_line(runs, tiny, tmp_path, call):
-    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
-    lock, before = FolderLock(tmp_path / "run"), snapshot(tmp_path)
-    for arguments in (["--resume", tmp_path / "run"], [*models(tiny), *SMALL, "--output", tmp_path / "run"]):
-        error, _ = call(SCRIPT, *arguments)
-        assert isinstance(error, str) and error.startswith("error: ") and f"is in use by process {os.getpid()}" in error
-    assert snapshot(tmp_path) == before
-    lock.release()
-
-
 def test_a_run_that_fails_says_why_and_how_to_go_on_in_one_line(runs, tiny, tmp_path, call, monkeypatch):
     """By a disk that is full from step 4 on. The command is run as it was printed, and ends as if nothing had been."""
     run, plain = tmp_path / "run", runs("plain")
@@ -257,13 +230,6 @@ def test_a_run_that_fails_says_why_and_how_to_go_on_in_one_line(runs, tiny, tmp_
     monkeypatch.undo()
     error, _ = call(*shlex.split(printed))
     assert error is None and figures(run) == figures(plain)
-
-
-def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, call):
-    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
-    before = snapshot(tmp_path)
-    assert call(SCRIPT, "--resume", tmp_path / "run")[0] is None
-    assert snapshot(tmp_path) == before
 
 
 # ---- prompts and recipes --------------------------------------------------------------------------------------------
@@ -294,12 +260,6 @@ def test_the_original_recipe_is_the_chapter_s(runs):
     assert line["ppo/updates"] == 4 * 128
 
 
-def test_the_original_recipe_runs_25000_steps():
-    config = PPOConfig.preset("original")
-    assert config.steps == 25000 and config.iterations == 196
-    assert {name: getattr(config, name) for name in CHAPTER} == CHAPTER
-
-
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -316,14 +276,6 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def lengthen(folder):  # a model may have more tokens than its vocabulary, but not fewer
-    Tokenizer([*VOCAB, "x1"]).save_pretrained(folder)
-
-
-def no_json(folder):
-    (folder / "config.json").write_text("{")
-
-
 def prompt_file(tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)
     return ["--prompts", tmp_path / "prompts.txt"]
@@ -335,34 +287,21 @@ def full_folder(tmp_path):
     return ["--output", tmp_path / "full"]
 
 
-def below_a_file(tmp_path):
-    (tmp_path / "file").write_text("keep me")
-    return ["--output", tmp_path / "file" / "run"]
-
-
 BAD = {
     "output exists": (lambda tiny, tmp: full_folder(tmp), "full"),
-    "output below a file": (lambda tiny, tmp: below_a_file(tmp), "file"),
-    "output is a file": (lambda tiny, tmp: [below_a_file(tmp)[0], tmp / "file"], "file"),
     "no policy": (lambda tiny, tmp: ["--policy", tmp / "nowhere"], "nowhere"),
     "no reward": (lambda tiny, tmp: ["--reward", tmp / "nowhere"], "nowhere"),
     "policy is cut": (lambda tiny, tmp: damaged(tiny, tmp, "policy", cut), "model.safetensors"),
-    "reward is cut": (lambda tiny, tmp: damaged(tiny, tmp, "reward", cut), "model.safetensors"),
-    "policy's config": (lambda tiny, tmp: damaged(tiny, tmp, "policy", no_json), "config.json"),
-    "policy's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "policy", lengthen), str(len(VOCAB) + 1)),
-    "reward's vocabulary": (lambda tiny, tmp: damaged(tiny, tmp, "reward", lengthen), str(len(VOCAB) + 1)),
     "models swapped": (lambda tiny, tmp: ["--policy", tiny / "reward"], "bert"),
     "empty prompt file": (lambda tiny, tmp: prompt_file(tmp, b""), "prompt"),
-    "prompt file of blanks": (lambda tiny, tmp: prompt_file(tmp, b" \n\n\t\n"), "prompt"),
+    "misspelt prompt file": (lambda tiny, tmp: ["--prompts", "promts.txt"], "promts.txt"),  # and no prompt
     "prompt file not UTF-8": (lambda tiny, tmp: prompt_file(tmp, "酒店".encode("gb18030")), "utf-8"),
     "blank prompt": (lambda tiny, tmp: ["--prompts", "酒店", " "], "empty"),
     "long prompt": (lambda tiny, tmp: ["--prompts", "很好" * 14], "28 tokens|29 tokens"),
-    "precision": (lambda tiny, tmp: ["--precision", "int4"], "fp32, tf32, bf16, fp16"),
     "device": (lambda tiny, tmp: ["--device", "abacus"], "abacus"),
     "batch size": (lambda tiny, tmp: ["--batch-size", "0"], "batch_size"),
     "gen-len": (lambda tiny, tmp: ["--gen-len", "32"], "gen_len"),
     "resume nothing": (lambda tiny, tmp: ["--resume", tmp / "nowhere"], "nowhere"),
-    "resume an empty folder": (lambda tiny, tmp: ["--resume", tmp], "config.json"),
     "resume a model folder": (lambda tiny, tmp: ["--resume", tiny / "policy"], "policy"),
 }
 
@@ -384,12 +323,6 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, call, name):
     assert snapshot(tmp_path) == before and snapshot(tiny) == before_tiny
 
 
-def test_a_misspelled_prompt_file_is_not_a_prompt(tiny, tmp_path, call):
-    """Otherwise the run learns to continue the text "promts.txt", which nobody notices."""
-    error, _ = call(SCRIPT, *models(tiny), *SMALL, "--prompts", "promts.txt", "--output", tmp_path / "run")
-    assert error is not None and "promts.txt" in error
-
-
 def test_a_resumed_run_has_the_prompts_it_was_started_with(tiny, tmp_path, call):
     """Whatever has become of their file since, and whatever the folder is in which it is resumed."""
     file, run = tmp_path / "prompts.txt", tmp_path / "run"
@@ -401,14 +334,6 @@ def test_a_resumed_run_has_the_prompts_it_was_started_with(tiny, tmp_path, call)
     assert content(run / "before_after.md") == before
 
 
-def test_options_that_a_resumed_run_cannot_follow_are_not_ignored(runs, tmp_path, call):
-    """More steps: it goes on to the new end, or says that it will not."""
-    shutil.copytree(runs("plain"), tmp_path / "run", symlinks=True)
-    error, _ = call(SCRIPT, "--resume", tmp_path / "run", "--steps", (ITERATIONS + 1) * BATCH)
-    went_on = len(lines(tmp_path / "run" / "metrics.jsonl")) == ITERATIONS + 1
-    assert went_on if error is None else "steps" in error
-
-
 def test_a_missing_extra_is_noticed_before_the_run_not_after_it(tiny, tmp_path, call, monkeypatch):
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -418,16 +343,6 @@ def test_a_missing_extra_is_noticed_before_the_run_not_after_it(tiny, tmp_path, 
         pytest.fail(f"a traceback at the end instead of a line at the start: {exception}")
     assert isinstance(error, str) and ".[examples]" in error
     assert not (tmp_path / "run").exists()
-
-
-def test_the_error_of_a_process(tiny, tmp_path):
-    """The same in a process of its own: exit code 1, and nothing but the line."""
-    pytest.importorskip("tqdm")
-    output = full_folder(tmp_path)
-    done = start(SCRIPT, *models(tiny), *output, fine=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
 # ---- the small scripts ----------------------------------------------------------------------------------------------

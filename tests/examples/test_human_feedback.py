@@ -101,19 +101,8 @@ def test_a_session_at_a_terminal(policy, tmp_path):
 
 def test_a_person_is_the_reward_of_ppo_and_comes_back_later(policy, tmp_path):
     run = tmp_path / "run"
-    arguments = (
-        "--policy",
-        policy,
-        "--prompts",
-        "酒店",
-        "房间",
-        "--rounds",
-        "2",
-        "--batch-size",
-        "2",
-        "--gen-len",
-        "4",
-    )
+    sizes = ("--rounds", "2", "--batch-size", "2", "--gen-len", "4")
+    arguments = ("--policy", policy, "--prompts", "酒店", "房间", *sizes)
     terminal = Terminal(*arguments, "--train", run)
     terminal.see(ECHOED)
     terminal.press("5")

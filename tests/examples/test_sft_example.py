@@ -6,12 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from lives import process, script
 
 from conftest import VOCAB
-from folders import snapshot
 from minirlhf import GPT2, Tokenizer
-from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.run import Run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sft_reviews.py"
@@ -80,34 +77,6 @@ def test_held_out_texts_of_one_s_own(given, tmp_path, call):
     check_run(run, shown)
 
 
-@pytest.fixture(scope="session")
-def undisturbed(given, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    life = process(script, folder / "out", folder, "", 0, SCRIPT, *given, "--texts", data, "--output", folder / "run")
-    life.join()
-    assert life.exitcode == 0, (folder / "out").read_text()
-    return snapshot(folder / "run")
-
-
-@pytest.mark.parametrize(("mention", "number"), [
-    ("metrics.jsonl", 9), ("checkpoints", 60), ("checkpoints", 200), ("summary.json", 1),
-])  # fmt: skip
-def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(given, data, undisturbed, tmp_path, mention, number):
-    run, output = tmp_path / "run", tmp_path / "output"
-    begin = [*given, "--texts", data, "--output", run]
-    killed = process(script, output, run, mention, number, SCRIPT, *begin)
-    killed.join()
-    assert killed.exitcode == -9, output.read_text()
-    again = ["--resume", run] if (run / "config.json").exists() else begin
-    second = process(script, output, run, "", 0, SCRIPT, *again)
-    second.join()
-    assert second.exitcode == 0, output.read_text()
-    found = snapshot(run)
-    assert found.keys() == undisturbed.keys()
-    for name, content in undisturbed.items():
-        assert name == "config.json" or found[name] == content, name  # the name of the folder is in config.json
-
-
 def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(given, data, tmp_path, call, monkeypatch):
     record, run, output = Run.record, tmp_path / "run", tmp_path / "other"
 
@@ -156,24 +125,6 @@ def test_bad_arguments_are_one_line_and_write_nothing(given, data, tmp_path, cal
     error, _ = call(SCRIPT, *given, "--output", "run", *source, *arguments)
     assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error and named in error
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"full", "full/thesis.txt"}
-
-
-def test_gbk_is_read_if_it_is_named(given, tmp_path, call):
-    path = tmp_path / "d.txt"
-    path.write_bytes("".join(f"酒店很好{i}\r\n" for i in range(60)).encode("gbk"))
-    error, shown = call(
-        SCRIPT, *given, "--texts", path, "--encoding", "gbk", "--epochs", "1", "--output", tmp_path / "run"
-    )
-    assert error is None and "demonstrations" in shown
-
-
-def test_two_runs_never_share_a_folder(given, data, tmp_path, call):
-    run = tmp_path / "run"
-    assert call(SCRIPT, *given, "--texts", data, "--epochs", "1", "--output", run)[0] is None
-    lock = FolderLock(run)
-    assert "is in use by process" in call(SCRIPT, "--resume", run)[0]
-    assert "is in use by process" in call(SCRIPT, *given, "--texts", data, "--output", run)[0]
-    lock.release()
 
 
 def test_texts_or_a_run_are_needed(given, call):

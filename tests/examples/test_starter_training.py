@@ -45,12 +45,6 @@ def test_reviews_are_loaded_without_duplicates_contradictions_and_marks(data):
     assert loaded == [("房间很好。", 1, "酒店"), ("太差", 0, "酒店"), ("WiFi 很 好", 1, "平板")]
 
 
-def test_a_file_without_byte_order_mark_is_the_same(data):
-    before = reviews_data.load_reviews(data)
-    write_csv(data / reviews_data.HOTEL_FILE, ["label", "review"], HOTEL, encoding="utf-8")
-    assert reviews_data.load_reviews(data) == before
-
-
 def test_a_missing_file_is_named(data):
     for name in (reviews_data.SHOPPING_FILE, reviews_data.HOTEL_FILE):
         (data / name).unlink()

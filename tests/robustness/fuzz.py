@@ -1,7 +1,7 @@
 """Hostile files: mutations of valid folders, given to everything of this library that reads one.
 
-    python tests/fuzz.py --inputs 100000 --seed 0              # all targets; a table at the end
-    python tests/fuzz.py --target GPT-2 --seed 0 --only 1234   # one input again, with its traceback
+    python tests/robustness/fuzz.py --inputs 100000 --seed 0              # all targets; a table at the end
+    python tests/robustness/fuzz.py --target GPT-2 --seed 0 --only 1234   # one input again, with its traceback
 
 What must hold of every input: the entrance returns an object that can be used, or raises ValueError or OSError with the
 path in its message and leaves the folder as it was. Never another exception, a crash, more than SECONDS, more memory

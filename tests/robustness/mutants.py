@@ -85,8 +85,9 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, object]]:
     """What can be made of a node: a name for each change, and the change, which may return another node."""
     if isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
-            other, name = COMPARISONS[type(operator)], type(operator).__name__
-            yield f"{name} to {other.__name__}", lambda n, i=i, o=other: n.ops.__setitem__(i, o())
+            if other := COMPARISONS.get(type(operator)):
+                what = f"{type(operator).__name__} to {other.__name__}"
+                yield what, lambda n, i=i, o=other: n.ops.__setitem__(i, o())
     if isinstance(node, (ast.BinOp, ast.AugAssign)) and (other := OPERATIONS.get(type(node.op))):
         yield f"{type(node.op).__name__} to {other.__name__}", lambda n, o=other: setattr(n, "op", o())
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
@@ -158,20 +159,8 @@ def tests_of(repo: Path, file: str) -> list[str]:
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[str, float]:
     """ "survived", "noticed" or "timeout", and the seconds that it took."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        *tests,
-    ]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     settings = dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=subprocess.DEVNULL,

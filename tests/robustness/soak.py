@@ -1,7 +1,7 @@
 """A long run stays flat: memory, open files, live objects and the time of a step, over thousands of small PPO steps.
 
-    python tests/soak.py                                      # 2,000 steps, some minutes
-    python tests/soak.py --steps 20000 --output soak.json
+    python tests/robustness/soak.py                           # 2,000 steps, some minutes
+    python tests/robustness/soak.py --steps 20000 --output soak.json
 
 Every step samples, scores, updates and logs as a real run does, and every tenth one saves a checkpoint; the models are
 tiny, so that what a step leaves behind is not lost among what it needs. Needs Linux (/proc).
@@ -49,7 +49,7 @@ def soak(steps: int, warmup: int, folder: Path, on_step: Callable[[], object] = 
             rollout = trainer.collect([PROMPTS[(i + k) % len(PROMPTS)] for k in range(4)], reward)
             log.metrics(i, trainer.step(rollout))
             if i % 10 == 0:
-                log.samples(i, rollout.texts, rollout.scores.tolist())
+                log.samples(i, zip(rollout.texts, rollout.scores.tolist(), strict=True))
                 save_checkpoint(trainer, folder / "checkpoint")
             on_step()
             now = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
@@ -69,9 +69,8 @@ def soak(steps: int, warmup: int, folder: Path, on_step: Callable[[], object] = 
 
 def make_trainer(steps: int) -> PPOTrainer:
     config = GPT2Config(vocab_size=len(VOCAB), n_positions=24, n_embd=16, n_layer=1, n_head=2)
-    settings = dict(
-        steps=4 * steps, batch_size=4, minibatch_size=2, ppo_epochs=2, gen_len=6, eos_token_id=EOS, top_p=0.9
-    )
+    settings = dict(steps=4 * steps, batch_size=4, minibatch_size=2, ppo_epochs=2, gen_len=6, eos_token_id=EOS,
+                    top_p=0.9)  # fmt: skip
     return PPOTrainer(GPT2(config), GPT2(config), Tokenizer(VOCAB), device="cpu", **settings)
 
 
@@ -102,11 +101,8 @@ def figures(measured: dict[str, list[float]]) -> dict[str, Any]:
     for name, values in measured.items():
         tenth = max(1, len(values) // 10)
         first, last = statistics.median(values[:tenth]), statistics.median(values[-tenth:])
-        result[name] = {
-            "first": first,
-            "last": last,
-            "ratio": last / first if first else 1.0 if last == 0 else math.inf,
-        }
+        ratio = last / first if first else 1.0 if last == 0 else math.inf
+        result[name] = {"first": first, "last": last, "ratio": ratio}
     return result
 
 
@@ -114,9 +110,8 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
     version = ".".join(map(str, sys.version_info[:3]))
-    return (
-        f"{cpu}, {os.cpu_count()} cores, 1 thread, torch {torch.__version__}, Python {version}, {datetime.date.today()}"
-    )
+    date = datetime.date.today()
+    return f"{cpu}, {os.cpu_count()} cores, 1 thread, torch {torch.__version__}, Python {version}, {date}"
 
 
 def main() -> int:

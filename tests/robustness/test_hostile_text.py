@@ -73,9 +73,9 @@ def test_an_explanation_keeps_its_lines(text):
 @every_text
 def test_a_logged_text_is_one_line_and_reads_back_as_it_was(tmp_path, text):
     log = RunLog(tmp_path)
-    log.samples(1, [text, text], [0.25, 1.0])
+    log.samples(1, [(text, 0.25), (text, 1.0)])
     marks = log.flush()
-    log.samples(2, ["b"], [0.5])
+    log.samples(2, [("b", 0.5)])
     path = log.folder / "samples.jsonl"
     raw = path.read_bytes().decode()
     assert len(raw.splitlines()) == raw.count("\n") == 2  # also for a reader that ends lines at U+2028
@@ -128,22 +128,8 @@ def test_no_text_of_a_run_reaches_its_picture(tmp_path):
 # ---- a whole run ----------------------------------------------------------------------------------------------------
 
 # What a model with such a vocabulary writes. A vocabulary file cannot hold line feeds and lone surrogates.
-TOKENS = [
-    "\x1b[2J",
-    "\x9b31m",
-    "\u202e",
-    "\u2028",
-    "\x85",
-    "\x07",
-    "|",
-    "<b>",
-    "`",
-    "😀",
-    "$\\frac{",
-    "\\",
-    '"',
-    "\ufeff",
-]
+TOKENS = ["\x1b[2J", "\x9b31m", "\u202e", "\u2028", "\x85", "\x07", "|", "<b>", "`", "😀", "$\\frac{", "\\", '"',
+          "\ufeff"]  # fmt: skip
 PROMPTS = ["酒店\x1b[2J", "\u202e房间\u2028", "|很好|\n", "😀w", "a\udcffb"]
 
 
@@ -188,7 +174,9 @@ def test_a_run_on_hostile_prompts_that_writes_hostile_texts(models, monkeypatch,
 
 def test_prompts_of_any_length_are_taken_or_refused_by_name(tokenizer):
     trainer = PPOTrainer(make_gpt2(0), make_gpt2(0), tokenizer, batch_size=2, gen_len=4, device="cpu")
+    reward = SentimentReward(make_bert(0), tokenizer, device="cpu")
     for text in TEXTS.values():
+        assert 0 <= reward([text]).item() <= 1  # a text of any length is scored
         try:
             trainer.check_prompts([text])
         except ValueError as error:
@@ -196,9 +184,3 @@ def test_prompts_of_any_length_are_taken_or_refused_by_name(tokenizer):
         else:
             rollout = trainer.collect([text], lambda texts: [0.0] * len(texts))
             assert rollout.texts[0].startswith(text)
-
-
-@every_text
-def test_a_text_of_any_length_is_scored(tokenizer, text):
-    reward = SentimentReward(make_bert(0), tokenizer, device="cpu")
-    assert 0 <= reward([text]).item() <= 1

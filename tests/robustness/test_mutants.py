@@ -90,11 +90,6 @@ def test_tests_that_fail_without_a_fault_are_told(repo, tmp_path):
         mutants.main(["--wings", "rl", "--output", str(tmp_path / "out")], repo)
 
 
-def test_the_module_s_own_tests_run_first():
-    found = mutants.tests_of(mutants.REPO, "minirlhf/generation/sampling.py")
-    assert found[0] == "tests/generation/test_sampling.py" and len(found) >= 2
-
-
 def test_tests_that_hang_are_ended(repo):
     (repo / "tests/rl/test_toy.py").write_text("def test():\n    while True:\n        pass\n")
     assert mutants.run_tests(repo, ["tests/rl/test_toy.py"], 0.5)[0] == "timeout"

@@ -8,7 +8,7 @@ import soak
 import torch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-STEPS, WARMUP = 60, 20
+STEPS, WARMUP = 30, 10
 KINDS = ("open_files", "Tensor", "Generator", "Optimizer")
 
 

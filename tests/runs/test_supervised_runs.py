@@ -3,19 +3,17 @@
 import dataclasses
 import json
 import signal
-import warnings
 
 import pytest
 import torch
 from lives import process
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB
 from folders import snapshot
-from minirlhf import GPT2, GPT2Config, PPOTrainer, RewardModel, Run, Tokenizer
+from minirlhf import GPT2, GPT2Config, RewardModel, Run, Tokenizer
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
-from minirlhf.runs.checkpoint import DamagedCheckpoint
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.demonstrations import Demonstration
@@ -122,9 +120,7 @@ def live(folder, kind, mention, number):
     finish(folder, kind)
 
 
-@pytest.mark.parametrize(("mention", "number"), [
-    ("training.json", 3), ("run/.config.json", 3), ("metrics.jsonl", 9), ("checkpoints", 60), ("checkpoints", 200),
-])  # fmt: skip
+@pytest.mark.parametrize(("mention", "number"), [("run/.config.json", 3), ("metrics.jsonl", 9), ("checkpoints", 200)])
 def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path, undisturbed, mention, number):
     kind, expected = undisturbed
     child = process(live, tmp_path / "run", kind, mention, number)
@@ -146,7 +142,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, undistur
 
 
 @pytest.mark.parametrize("settings", [
-    {"packing": True, "precision": "bf16"}, {"precision": "fp16"}, {"max_grad_norm": float("inf")},
+    {"packing": True, "precision": "bf16"}, {"precision": "fp16", "max_grad_norm": float("inf")},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
@@ -155,16 +151,15 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
     whole, losses = new(kind, **settings), []
     whole.train(lambda *step: losses.append(step))
     save_checkpoint(whole, tmp_path / "whole")
-    for done in (0, 1, len(losses) - 1, len(losses)):
+    for done in (1, len(losses)):
         trainer, seen = new(kind, **settings), []
 
         def leave(batch, stats, trainer=trainer, done=done):
             if trainer.steps_done == done:
                 raise Crash
 
-        if done:
-            with pytest.raises(Crash):
-                trainer.train(leave)
+        with pytest.raises(Crash):
+            trainer.train(leave)
         save_checkpoint(trainer, tmp_path / "cut")
         again = load_checkpoint(tmp_path / "cut", data=DATA[kind])
         assert (again.steps_done, again.config) == (done, whole.config)
@@ -176,44 +171,11 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
         assert snapshot(tmp_path / "end") == snapshot(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_frozen_stays_frozen(tmp_path, kind):
-    trainers = []
-    for _ in range(2):
-        trainer = new(kind)
-        embedding = next(p for name, p in trainer.model.named_parameters() if name.endswith("wte.weight"))
-        embedding.requires_grad_(False)
-        trainers.append(new_like(trainer, kind))
-    save_checkpoint(trainers[0], tmp_path / "state")
-    resumed = load_checkpoint(tmp_path / "state", data=DATA[kind])
-    resumed.train()
-    trainers[1].train()
-    assert all(torch.equal(*p) for p in zip(resumed.model.parameters(), trainers[1].model.parameters(), strict=True))
-    assert sum(not p.requires_grad for p in resumed.model.parameters()) == 1
-
-
-def new_like(trainer, kind):
-    """Another trainer of this model."""
-    if kind == "sft":
-        return SFTTrainer(trainer.model, trainer.tokenizer, DATA[kind], trainer.config)
-    return RewardModelTrainer(trainer.model, DATA[kind], trainer.config)
-
-
-def test_a_run_keeps_the_precision_that_auto_gave_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
-    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
-    trainer, named = new("sft", precision="auto"), new("sft", precision="bf16")
-    assert trainer.precision_choice.reason and trainer.config == named.config
-    save_checkpoint(trainer, tmp_path / "state")
-    monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: False)
-    assert load_checkpoint(tmp_path / "state", data=DATA["sft"]).config.precision == "bf16"
-
-
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_data_is_refused(tmp_path, kind):
+def test_other_data_and_other_settings_are_refused(tmp_path, kind):
     save_checkpoint(new(kind), tmp_path / "state")
     data = DATA[kind]
     others = [data[:3], data[::-1]]
@@ -226,11 +188,6 @@ def test_other_data_is_refused(tmp_path, kind):
             load_checkpoint(tmp_path / "state", data=other)
     with pytest.raises(ValueError, match=f"kind '{kind}'; pass the demonstrations or rankings as data"):
         load_checkpoint(tmp_path / "state")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_settings_that_compute_nothing_else_may_change(tmp_path, kind):
-    save_checkpoint(new(kind), tmp_path / "state")
     trainer = load_checkpoint(tmp_path / "state", data=DATA[kind], save_freq=7, device="cpu")
     assert trainer.config.save_freq == 7
     for changed in (dict(lr=1.0), dict(epochs=4), dict(seed=1)):
@@ -238,26 +195,6 @@ def test_only_settings_that_compute_nothing_else_may_change(tmp_path, kind):
             load_checkpoint(tmp_path / "state", data=DATA[kind], **changed)
     with pytest.raises(ValueError, match=r"has no field 'epoch'; it has .*epochs"):
         load_checkpoint(tmp_path / "state", data=DATA[kind], epoch=1)
-
-
-def test_kinds_are_told_apart(tmp_path):
-    save_checkpoint(new("sft"), tmp_path / "sft")
-    with pytest.raises(ValueError):
-        load_checkpoint(tmp_path / "sft", data=RANKINGS)
-    ppo = PPOTrainer(make_gpt2(0, n_embd=8), make_gpt2(0, n_embd=8), Tokenizer(VOCAB), device="cpu")
-    save_checkpoint(ppo, tmp_path / "ppo")
-    with pytest.raises(ValueError, match="pass it as ref_policy"):
-        load_checkpoint(tmp_path / "ppo", data=DEMONSTRATIONS)
-    assert load_checkpoint(tmp_path / "ppo", make_gpt2(0, n_embd=8)).kind == "ppo"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_refused(tmp_path, kind):
-    save_checkpoint(new(kind), tmp_path / "state")
-    weights = tmp_path / "state" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(DamagedCheckpoint, match=r"model.safetensors is not as it was written"):
-        load_checkpoint(tmp_path / "state", data=DATA[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,23 +207,17 @@ def test_weights_that_a_checkpoint_would_round_start_no_run(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["kind", "steps", "scaler", "data", "config", "origin", "frozen"])
-@pytest.mark.parametrize("value", [None, "missing", -1, [1], {"x": 1}], ids=str)
-def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, name, value, monkeypatch):
+@pytest.mark.parametrize("name", ["kind", "steps", "scaler", "data", "config", "origin", "frozen", "run"])
+def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, name, monkeypatch):
     """Its sums are right, what it says is not."""
-    if (name, value) == ("origin", None):
-        pytest.skip("a model without an origin")
     save_checkpoint(new(kind), tmp_path / "state")
-    path = tmp_path / "state" / "training.json"
+    path, manifest = tmp_path / "state" / "training.json", tmp_path / "state" / "manifest.json"
     counters = json.loads(path.read_text())
-    counters[name] = value
-    if value == "missing":
-        del counters[name]
-    path.write_text(json.dumps(counters))
     monkeypatch.setattr("minirlhf.runs.checkpoint.sha256", lambda _: "x")
-    manifest = tmp_path / "state" / "manifest.json"
     manifest.write_text(json.dumps({"sha256": dict.fromkeys(json.loads(manifest.read_text())["sha256"], "x")}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    missing = {key: value for key, value in counters.items() if key != name}
+    bad = [missing, *({**counters, name: value} for value in (None, -1, [1], {"x": 1}))]
+    for content in bad[:1] + bad[2:] if name in ("origin", "run") else bad:  # these two may be None
+        path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=rf"state.*({name}|field)"):
             load_checkpoint(tmp_path / "state", data=DATA[kind])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minirlhf.device.random import DropoutStream
-from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
+from minirlhf.supervised.loop import FitConfig, SupervisedTrainer
 
 PLAIN = dict(lr=0.05, schedule="constant", warmup=0.0, device="cpu")
 
@@ -16,12 +16,11 @@ class Regression(SupervisedTrainer):
     """A linear model, which can bring the loss to 0; dropout is of its inputs."""
 
     kind = "regression"
-    origin = None
 
     def __init__(self, config, epochs=None, model=None, dropout=0.0, sizes=None):
         self.rate, self.sizes, self.seen = dropout, sizes, []
         epochs = [[batch(), batch()]] * config.epochs if epochs is None else epochs
-        super().__init__(small_model() if model is None else model, config, epochs, "hash", 16)
+        super().__init__(small_model() if model is None else model, config, epochs, [str(i) for i in range(16)])
 
     def loss(self, batch):
         self.seen.append(self.model.training)
@@ -69,13 +68,6 @@ def test_bad_settings_are_refused_by_name(field, value):
         FitConfig(**{field: value})
 
 
-def test_settings_are_frozen_and_misspelt_ones_refused():
-    with pytest.raises(AttributeError):
-        FitConfig().lr = 1.0
-    with pytest.raises(TypeError):
-        FitConfig(learning_rate=1.0)
-
-
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -117,19 +109,6 @@ def test_every_step_is_reported_with_its_batch():
     progress = [stats["regression/progress"] for _, stats in steps]
     assert progress == pytest.approx([1 / 3, 1 / 2, 2 / 3, 7 / 9, 8 / 9, 1])
     assert steps[0][1]["regression/loss"] == pytest.approx(first)
-
-
-def test_epochs_may_be_drawn_as_they_begin():
-    drawn = []
-
-    def epochs():
-        for epoch in range(3):
-            drawn.append(epoch)
-            yield [batch()]
-
-    trainer, seen = Regression(FitConfig(epochs=3, **PLAIN), epochs()), []
-    trainer.train(lambda *_: seen.append(list(drawn)))
-    assert seen == [[0], [0, 1], [0, 1, 2]]
 
 
 def test_parts_of_a_batch_make_one_step_of_it():
@@ -178,22 +157,6 @@ def test_what_is_not_finite_stops_before_it_reaches_the_weights(of, bad, monkeyp
             attempt()
 
 
-def test_weights_that_a_checkpoint_would_round_are_trained_but_not_saved():
-    model = small_model().double()
-    x, y = batch()
-    trainer = Regression(FitConfig(**PLAIN), [[(x.double(), y.double())]] * 3, model)
-    trainer.train()
-    assert model.weight.dtype == torch.float64 and not torch.equal(model.weight, small_model().double().weight)
-    with pytest.raises(ValueError, match="a checkpoint holds fp32 weights"):
-        trainer.state_dict()
-
-
-def test_positions_are_those_that_texts_use():
-    check_positions(16, 16, 128)
-    with pytest.raises(ValueError, match=r"17 tokens within max_length=128, more than the model's 16 .* at most 16"):
-        check_positions(17, 16, 128)
-
-
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,15 +199,6 @@ def test_a_state_is_gone_on_from_bit_for_bit(stop):
     assert seen == expected[stop:] and same(again.model, whole.model) and same(parts.model, whole.model)
 
 
-def test_what_happens_between_two_steps_does_not_move_dropout():
-    config, losses = FitConfig(epochs=3, **PLAIN), []
-    for disturb in (False, True):
-        trainer, seen = Regression(config, dropout=0.5), []
-        trainer.train(lambda _, stats, s=seen, d=disturb: (s.append(stats), torch.rand(7) if d else None))
-        losses.append(seen)
-    assert losses[0] == losses[1]
-
-
 def test_other_data_and_states_that_do_not_fit_are_refused():
     trainer = Regression(FitConfig(**PLAIN))
     trainer.train()
@@ -255,8 +209,9 @@ def test_other_data_and_states_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=told):
             Regression(FitConfig(**PLAIN)).load_state_dict(other)
 
-    refused("began with other data: with 9 texts or rankings, 16 are given", data={"sha256": "hash", "count": 9})
-    refused("began with other data", data={"sha256": "other", "count": 16})
+    data = state["counters"]["data"]
+    refused("began with other data: with 9 texts or rankings, 16 are given", data={**data, "count": 9})
+    refused("began with other data", data={**data, "sha256": "other"})
     refused("generator.dropout is missing, or was saved on another", {"generator.dropout": torch.zeros(3)})
     refused(r"exp_avg.bias has shape \(3,\)", {"optimizer.exp_avg.bias": torch.zeros(3)})
     refused("dtype torch.float64", {"optimizer.exp_avg_sq.bias": torch.zeros(2).double()})

@@ -20,7 +20,6 @@ from minirlhf.supervised.reward_modelling import (
     RewardTrainingConfig,
     comparisons,
     evaluate_rankings,
-    expected_calibration_error,
     ranking_loss,
     reliability_table,
 )
@@ -93,13 +92,6 @@ def test_loss_by_hand():
     assert ranking_loss(scores, [3, 2]).item() == pytest.approx((first + math.log1p(math.exp(-0.5))) / 2, rel=1e-6)
 
 
-def test_each_list_weighs_the_same_however_long():
-    """Not each pair: a list of 9 answers has 36 of them."""
-    long, short = torch.zeros(9), torch.tensor([5.0, 0.0])
-    both = ranking_loss(torch.cat([long, short]), [9, 2]).item()
-    assert both == pytest.approx((math.log(2) + math.log1p(math.exp(-5))) / 2, rel=1e-6)
-
-
 def test_large_differences_do_not_overflow():
     scores = torch.tensor([0.0, 1e4], requires_grad=True)
     loss = ranking_loss(scores, [2])
@@ -169,22 +161,16 @@ def toy(count: int, wanted: str = "好", size: int = 2) -> list[Ranking]:
     return rankings
 
 
-@pytest.mark.parametrize("trunk", ["gpt2", "bert"])
-def test_a_toy_preference_is_learned_to_the_last_held_out_pair(trunk):
-    rankings, held_out = split_rankings(toy(400), 0.25, by="answers")
+@pytest.mark.parametrize(("trunk", "size"), [("gpt2", 3), ("bert", 2)])
+def test_a_toy_preference_is_learned_on_held_out_lists(trunk, size):
+    rankings, held_out = split_rankings(toy(200, size=size), 0.25, by="answers")
     model = fresh(trunk)
-    history = train(model, rankings, dataclasses.replace(CONFIG, epochs=3), held_out)
-    assert len(history) > 4 and len(held_out) > 60
-    assert 0.2 < history[0].accuracy < 0.8
-    assert history[-1].accuracy == 1 and history[-1].loss < 0.1 < history[0].loss
+    before = evaluate_rankings(model, held_out)
+    train(model, rankings, dataclasses.replace(CONFIG, epochs=6))
+    after = evaluate_rankings(model, held_out)
+    assert after.pairs == len(held_out) * size * (size - 1) / 2 > 25
+    assert 0.2 < before.accuracy < 0.8 and after.accuracy > 0.97 and after.loss < 0.15 < before.loss
     assert not model.training
-
-
-def test_lists_teach_the_order_of_all_their_answers():
-    rankings, held_out = split_rankings(toy(150, size=4), 0.3, by="answers")
-    model = fresh()
-    history = train(model, rankings, dataclasses.replace(CONFIG, epochs=3), held_out)
-    assert history[-1].pairs == 6 * len(held_out) and history[-1].accuracy > 0.97
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.0])
@@ -230,11 +216,6 @@ def test_the_first_loss_is_that_of_the_untrained_model():
     assert seen == [{"reward_model/progress": 1.0, "reward_model/loss": pytest.approx(expected, rel=1e-5)}]
 
 
-def test_figures_read_as_one_line():
-    figures = evaluate_rankings(fresh(), toy(5))
-    assert str(figures).startswith(f"accuracy {figures.accuracy:.3f} on 5 pairs, loss {figures.loss:.3f}, ")
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_same_seed_gives_the_same_weights(dropout):
     """With measuring in between or not."""
@@ -252,11 +233,9 @@ def test_the_same_seed_gives_the_same_weights(dropout):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("trunk", ["gpt2", "bert"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("trunk", "precision"), [("gpt2", "bf16"), ("bert", "fp16")])
 def test_mixed_precision_learns_too(trunk, precision):
-    model = fresh(trunk)
-    losses = []
+    model, losses = fresh(trunk), []
     config = dataclasses.replace(CONFIG, epochs=4, precision=precision)
     RewardModelTrainer(model, toy(100), config).train(lambda _, stats: losses.append(stats["reward_model/loss"]))
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
@@ -296,11 +275,6 @@ def test_pairs_that_are_the_same_to_the_model_are_counted():
         RewardModelTrainer(fresh(), rankings, CONFIG)
     assert [str(w.message).split(" ")[:2] for w in caught] == [["2", "of"], ["2", "pairs"]]
     assert "the same tokens to the model" in str(caught[1].message)
-
-
-def test_nothing_to_warn_of(recwarn):
-    RewardModelTrainer(fresh(), [*RAGGED, Ranking("", ("好" * 14, "差" * 14))], CONFIG)
-    assert len(recwarn) == 0
 
 
 def test_nothing_to_train_or_measure_on_is_refused():
@@ -351,6 +325,7 @@ def test_figures_by_hand():
                 Ranking("", ("0", logit(0.65))), Ranking("", ("7", "7.0"))]  # fmt: skip
     figures = evaluate_rankings(fixed(), rankings)
     assert (figures.pairs, figures.accuracy) == (4, (1 + 1 + 0 + 0.5) / 4)
+    assert str(figures).startswith(f"accuracy 0.625 on 4 pairs, loss {figures.loss:.3f}, ")
     losses = [-math.log(0.95), math.log1p(math.exp(0.5 - float(logit(0.65)))), -math.log(0.35), math.log(2)]
     assert figures.loss == pytest.approx(sum(losses) / 4, rel=1e-6)
     table = {round(row["from"], 1): row for row in figures.reliability}
@@ -381,12 +356,6 @@ def test_the_calibration_of_a_known_preference(factor):
     assert 0.6 < figures.accuracy < 0.8
 
 
-def test_expected_calibration_error_by_hand():
-    table = [{"count": 3, "predicted": 0.2, "positive": 0.5}, {"count": 1, "predicted": 0.9, "positive": 0.5}]
-    assert expected_calibration_error(table) == pytest.approx((3 * 0.3 + 0.4) / 4)
-    assert expected_calibration_error([]) == 0
-
-
 def test_measuring_leaves_the_model_as_it_was():
     model = RewardModel(make_bert(id2label={0: "reward"}), Tokenizer(VOCAB), device="cpu").train()
     first, second = evaluate_rankings(model, RAGGED), evaluate_rankings(model, RAGGED)
@@ -396,18 +365,11 @@ def test_measuring_leaves_the_model_as_it_was():
 def test_reliability_table_by_hand():
     probabilities = torch.tensor([0.0, 0.1, 0.24, 0.25, 0.6, 0.7, 0.9, 1.0])
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 1, 1])
-    rows = reliability_table(probabilities, labels, bins=4)
     expected = [
-        {"from": 0.0, "to": 0.25, "count": 3, "predicted": 0.34 / 3, "positive": 1 / 3},
-        {"from": 0.25, "to": 0.5, "count": 1, "predicted": 0.25, "positive": 1.0},
-        {"from": 0.5, "to": 0.75, "count": 2, "predicted": 0.65, "positive": 0.5},
-        {"from": 0.75, "to": 1.0, "count": 2, "predicted": 0.95, "positive": 1.0},
+        (0.0, 0.25, 3, 0.34 / 3, 1 / 3),
+        (0.25, 0.5, 1, 0.25, 1),
+        (0.5, 0.75, 2, 0.65, 0.5),
+        (0.75, 1, 2, 0.95, 1),
     ]
-    assert len(rows) == 4
-    for row, golden in zip(rows, expected, strict=True):
-        assert row == pytest.approx(golden, abs=1e-6)
-
-
-def test_reliability_table_leaves_empty_bins_out():
-    rows = reliability_table(torch.tensor([0.05, 0.95]), torch.tensor([0, 1]))
-    assert [(row["from"], row["count"]) for row in rows] == [(0.0, 1), (0.9, 1)]
+    for row, golden in zip(reliability_table(probabilities, labels, bins=4), expected, strict=True):
+        assert tuple(row.values()) == pytest.approx(golden, abs=1e-6)

@@ -48,17 +48,6 @@ def test_perplexity_equals_transformers(tmp_path, tokenizer, batch_size, max_len
     assert found["token"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
 
-def test_perplexity_by_character_counts_characters(tmp_path, tokenizer):
-    model = make_gpt2(**SIZES)
-    model.save_pretrained(tmp_path)
-    texts = ["酒店", "hello 好"]
-    total, tokens = nlls_by_transformers(tmp_path, texts)
-    assert tokens == (2 + 1) + (2 + 1)
-    characters = (2 + 1) + (6 + 1)  # an end of text counts as one, a space as none
-    found = perplexity(model, tokenizer, texts, 24)
-    assert found["character"] == pytest.approx(math.exp(total / characters), rel=1e-5)
-
-
 @pytest.mark.parametrize("loaded", [True, False])
 def test_perplexity_is_without_dropout(tmp_path, tokenizer, loaded):
     """Also right after loading, and in a callback during training."""
@@ -76,25 +65,6 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary_size(tokenizer):
     with torch.no_grad():
         model.wte.weight.zero_()
     assert perplexity(model.eval(), tokenizer, TEXTS, 24)["token"] == pytest.approx(len(VOCAB), rel=1e-5)
-
-
-def test_perplexity_of_nothing_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="at least one text"):
-        perplexity(make_gpt2(**SIZES), tokenizer, [], 24)
-
-
-@torch.no_grad()
-def test_token_nll_in_a_batch_is_that_of_each_sequence_alone(tokenizer):
-    model = make_gpt2(**SIZES).double()
-    sequences = encode_demonstrations(tokenizer, TEXTS)
-    assert len({len(s.ids) for s in sequences}) > 1
-    nll, count = token_nll(model, [[s] for s in sequences], tokenizer.pad_id)
-    alone = []
-    for s in sequences:
-        logp = model(torch.tensor([s.ids]))[0].log_softmax(-1)
-        alone += [-logp[t - 1, s.ids[t]].item() for t in range(1, len(s.ids))]
-    assert count == len(alone) == len(nll)
-    assert nll.tolist() == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_text_that_was_cut_has_no_end(tokenizer):
@@ -121,39 +91,10 @@ def test_a_tiny_model_learns_a_text_by_heart(tokenizer):
     assert response.tolist() == rest  # the end of the text included
 
 
-def test_the_first_loss_is_the_mean_over_all_tokens_of_the_batch(tmp_path, tokenizer):
-    model = make_gpt2(**SIZES, **NO_DROPOUT)
-    model.save_pretrained(tmp_path)
-    total, tokens = nlls_by_transformers(tmp_path, TEXTS)
-    losses = []
-    config = dataclasses.replace(CONFIG, epochs=1, tokens_per_batch=1000)
-    SFTTrainer(model, tokenizer, TEXTS, config).train(lambda _, stats: losses.append(stats))
-    assert losses == [{"sft/progress": 1.0, "sft/loss": pytest.approx(total / tokens, rel=1e-5)}]
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_same_seed_gives_the_same_weights(tokenizer, dropout):
-    def trained(seed: int) -> dict[str, torch.Tensor]:
-        model = fresh(resid_pdrop=dropout, embd_pdrop=dropout)
-        SFTTrainer(model, tokenizer, TEXTS, dataclasses.replace(CONFIG, seed=seed)).train()
-        return model.state_dict()
-
-    first, second, other = trained(0), trained(0), trained(1)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_training_leaves_the_global_random_state(tokenizer, dropout):
-    model = fresh(resid_pdrop=dropout)
-    state = torch.get_rng_state()
-    SFTTrainer(model, tokenizer, TEXTS, dataclasses.replace(CONFIG, epochs=1)).train()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_nothing_to_train_on_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="at least one text"):
-        SFTTrainer(fresh(), tokenizer, [], CONFIG)
+def test_nothing_to_train_or_measure_on_is_refused(tokenizer):
+    for attempt in (SFTTrainer, perplexity):
+        with pytest.raises(ValueError, match="at least one text"):
+            attempt(fresh(), tokenizer, [])
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -200,7 +141,7 @@ def test_bad_settings_are_refused_by_name(changes, field):
 # ---- prompts and responses ------------------------------------------------------------------------------------------
 
 PAIRS = [Demonstration("酒店", "很好，非常满意。"), Demonstration("房间", "干净"), Demonstration("hello w", "太差"),
-         Demonstration("", "早餐一般")]  # fmt: skip
+         Demonstration("", "早餐一般 好")]  # fmt: skip
 
 
 def pair_ids(pair: Demonstration) -> tuple[list[int], int]:
@@ -226,7 +167,7 @@ def test_the_loss_is_on_the_response_only(tmp_path, tokenizer, packing):
     model = make_gpt2(**SIZES, **NO_DROPOUT)
     model.save_pretrained(tmp_path)
     total, tokens = response_nlls_by_transformers(tmp_path, PAIRS)
-    assert tokens == (8 + 1) + (2 + 1) + (2 + 1) + (4 + 1)
+    assert tokens == (8 + 1) + (2 + 1) + (2 + 1) + (5 + 1)
     losses = []
     config = dataclasses.replace(CONFIG, epochs=1, tokens_per_batch=1000, packing=packing)
     SFTTrainer(model, tokenizer, PAIRS, config).train(lambda _, stats: losses.append(stats["sft/loss"]))
@@ -239,7 +180,7 @@ def test_perplexity_of_responses_equals_transformers(tmp_path, tokenizer):
     total, tokens = response_nlls_by_transformers(tmp_path, PAIRS)
     found = perplexity(model, tokenizer, PAIRS, 24)
     assert found["token"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
-    assert found["character"] == pytest.approx(math.exp(total / (9 + 3 + 3 + 5)), rel=1e-5)
+    assert found["character"] == pytest.approx(math.exp(total / (9 + 3 + 3 + 6)), rel=1e-5)  # a space counts as none
 
 
 def test_a_pair_begins_with_what_the_prompt_is_sampled_from(tokenizer):
@@ -247,33 +188,6 @@ def test_a_pair_begins_with_what_the_prompt_is_sampled_from(tokenizer):
         assert (found.ids, found.first) == pair_ids(pair)
         if pair.prompt:
             assert found.ids[: found.first] == tokenizer.encode_prompt(pair.prompt)
-
-
-def test_a_text_and_a_response_without_a_prompt_are_the_same(tokenizer):
-    assert encode_demonstrations(tokenizer, TEXTS) == encode_demonstrations(
-        tokenizer, [Demonstration("", text) for text in TEXTS]
-    )
-
-
-def test_what_is_cut_or_lost_is_said_with_its_count(tokenizer):
-    pairs = [Demonstration("酒店很好", "好" * 30), Demonstration("酒" * 40, "好"), Demonstration("酒店", "好")]
-    with pytest.warns(UserWarning, match=r"2 of 3 texts have more than max_length=24 .* 1 of them have no response"):
-        trainer = SFTTrainer(fresh(), tokenizer, pairs, CONFIG)
-    assert [len(s.ids) for s in trainer.sequences] == [24, 5]
-    with (
-        pytest.warns(UserWarning, match="1 of 1 texts"),
-        pytest.raises(ValueError, match="no response has a token within max_length=24"),
-    ):
-        SFTTrainer(fresh(), tokenizer, [pairs[1]], CONFIG)
-    with pytest.raises(ValueError, match="no response has a token within max_length=24"):
-        perplexity(fresh(), tokenizer, [pairs[1]], 24)
-
-
-def test_a_text_of_100000_characters_is_learned_as_far_as_it_fits(tokenizer):
-    with pytest.warns(UserWarning, match="1 of 2 texts"):
-        trainer = SFTTrainer(fresh(), tokenizer, ["好" * 100_000, "酒店"], CONFIG)
-    trainer.train()
-    assert sorted(len(s.ids) for s in trainer.sequences) == [4, 24]
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -348,6 +262,4 @@ def test_an_optimizer_step_has_as_many_forward_passes_as_asked_for(tokenizer):
     config = dataclasses.replace(CONFIG, epochs=1, accumulation=2)
     trainer = SFTTrainer(fresh(), tokenizer, ["好" * 20, "店" * 20, "差" * 20], config)
     trainer.train(lambda *step: steps.append(step))
-    assert (
-        trainer.steps_done == trainer.steps_total == len(steps) == 2
-    )  # three texts, each of them a batch: two passes, and one
+    assert trainer.steps_done == trainer.steps_total == len(steps) == 2  # of three batches: two passes, and one

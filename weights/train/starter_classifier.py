@@ -58,16 +58,9 @@ def train_sentiment_classifier(
         return drawn[draw]
 
     config = ClassifierTrainingConfig(
-        epochs=args.bert_epochs,
-        lr=6e-4,
-        weight_decay=0.05,
-        mask_probability=0.0,
-        max_length=CONTEXT,
-        tokens_per_batch=2048,
-        precision=args.precision,
-        device=args.device,
-        seed=args.seed,
-    )
+        epochs=args.bert_epochs, lr=6e-4, weight_decay=0.05, mask_probability=0.0, max_length=CONTEXT,
+        tokens_per_batch=2048, precision=args.precision, device=args.device, seed=args.seed,
+    )  # fmt: skip
     train_classifier(model, tokenizer, examples, config, on_step)
 
     labels = torch.tensor([review.label for review in tuning] * 2)

@@ -11,7 +11,7 @@ import torch
 from minirlhf import GPT2, SamplingConfig, SentimentReward, Tokenizer, generate
 from minirlhf.common.text import printable
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+WEIGHTS = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -33,11 +33,8 @@ def main() -> None:
         texts = [prompt + tokenizer.decode(response) for response in sampled.responses]
         scores = reward(texts)
         means.append(scores.mean().item())
-        print(
-            f"**{prompt}**, mean {means[-1]:.2f}: "
-            + "; ".join(f"{printable(t)} ({s:.2f})" for t, s in zip(texts, scores, strict=True))
-            + "\n"
-        )
+        shown = "; ".join(f"{printable(text)} ({score:.2f})" for text, score in zip(texts, scores, strict=True))
+        print(f"**{prompt}**, mean {means[-1]:.2f}: {shown}\n")
     print(f"Mean over all {args.count * len(args.prompts)}: {sum(means) / len(means):.3f}")
 
 

@@ -43,15 +43,8 @@ def train_language_model(
     # No dropout on the attention weights: it would force the slow attention kernel.
     dropout = dict(embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.0)
     model = GPT2(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout), seed=args.seed)
-    config = SFTConfig(
-        epochs=args.gpt2_epochs,
-        lr=2e-3,
-        max_length=CONTEXT,
-        tokens_per_batch=2048,
-        precision=args.precision,
-        device=args.device,
-        seed=args.seed,
-    )
+    config = SFTConfig(epochs=args.gpt2_epochs, lr=2e-3, max_length=CONTEXT, tokens_per_batch=2048,
+                       precision=args.precision, device=args.device, seed=args.seed)  # fmt: skip
     start = time.time()
     SFTTrainer(model, tokenizer, [review.text for review in train], config).train(Progress("gpt2", "sft"))
     minutes = (time.time() - start) / 60
