@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -116,26 +117,14 @@ def test_a_hostile_text_is_shown_and_never_obeyed(text, undrawn):
     assert all(a["alt"] in {p["alt"] for t, p in plain.elements if t == "img"} for t, a in page.elements if t == "img")
 
 
-def test_of_all_samples_the_first_are_shown(undrawn):
-    pairs = [dataclasses.replace(PAIR, after=f"text {i};") for i in range(5)]
-    page = Page(report(evaluation(pairs, held_out=False), rows=2))
+def test_of_all_samples_the_first_are_shown(undrawn, monkeypatch):
+    monkeypatch.setattr("minirlhf.evaluation.report.ROWS", 2)
+    page = Page(report(evaluation([dataclasses.replace(PAIR, after=f"text {i};") for i in range(5)], held_out=False)))
     assert "text 1;" in page and "text 2;" not in page
-    assert "Samples on the given prompts" not in Page(report(evaluation(held_out=False), rows=0))
-    with pytest.raises(ValueError, match="rows must be an integer of at least 0, got -1"):
-        report(evaluation(), rows=-1)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    import builtins
-
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=re.escape("minirlhf[examples]")):
         report(evaluation())
 

@@ -1,14 +1,9 @@
 """The picture of a run."""
 
 import pytest
+from test_hostile_text import HISTORY
 
 from minirlhf.evaluation.plots import plot_run
-
-HISTORY = [
-    {"step": i, "reward/mean": i / 4, "reward/std": 0.1, "objective/kl": 1.0 * i, "objective/entropy": 30.0 - i,
-     "ppo/loss/value": 0.5, "tokens/response": 16.0}
-    for i in range(1, 4)
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", [None, 6.0])
