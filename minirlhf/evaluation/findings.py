@@ -77,8 +77,8 @@ class Comparison:
 
     gain, second_gain: mean of the policy less mean of the reference.
     kl_exact: KL(policy || reference) a sequence, nats: at each token of the policy's samples, over its whole sampling
-        set, in the distribution that was sampled. kl_sampled: log-ratio of the sampled tokens, the same in expectation.
-    kl_full_softmax: as kl_exact, with the models' full softmax (temperature 1, nothing truncated).
+        set. kl_sampled: log-ratio of the sampled tokens, the same in expectation. kl_full_softmax: as kl_exact, with
+        the models' full softmax (temperature 1, nothing truncated).
     best_of_n: of the reference, on the same prompts. equal_kl: at the KL of the policy; None: more than
         `EvaluationConfig.max_n` candidates would be needed. ahead: reward of the policy less that of equal_kl.
     spending, frontier: kl_exact and reward beside the optimum (see `optimum`), and points of the optimum; spending is

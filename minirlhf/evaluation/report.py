@@ -46,19 +46,16 @@ footer { margin-top: 2rem; font-size: .8rem; opacity: .75; overflow-wrap: anywhe
 """
 
 GLOSSARY = (
-    ("reward, second scorer", "mean over the samples, with its bootstrap confidence interval; the policy was trained "
-     "on the reward and has never seen the second scorer"),
+    ("reward, second scorer", "mean with its bootstrap interval; the policy was never trained on the second scorer"),
     ("KL", "KL(policy || reference) a sequence, nats. Exact: at each token over all that could have been sampled; "
      "sampled: log-ratio of the tokens that were; full softmax: exact, with nothing truncated"),
     ("perplexity under the reference", "exp of the mean negative log-likelihood that the reference gives a token"),
-    ("distinct-n", "distinct n-grams of characters, or of words where a language spaces them, over all, of all "
-     "samples together"),
-    ("self-BLEU", "mean BLEU-4 of a sample against all the others, over the same units; 1: they are all alike"),
+    ("distinct-n", "distinct n-grams of characters or words over all of them, of all samples together"),
+    ("self-BLEU", "mean BLEU-4 of a sample against all the others; 1: they are all alike"),
     ("share of repeated units", "of a response's characters or words, those that occurred in it before; the mean"),
     ("best of n", "the best by reward of n samples of the reference; its KL is at most log n - (n - 1) / n"),
-    ("optimum", "the most reward at a KL, the least KL for a reward, that any policy can have: the reference's own "
-     "samples, weighted by exp(reward / beta); efficiency is the KL needed over the exact KL spent, both in the "
-     "distribution that was sampled"),
+    ("optimum", "the most reward at a KL, the least KL for a reward, that any policy can have; efficiency is the KL "
+     "needed over the exact KL spent, both in the distribution that was sampled"),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.rl.config import PRESETS
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-NAMES = ["folders", *(name for name, _, _ in CHECKS)]
+NAMES = [name for name, _, _ in CHECKS]
 SMALL = dict(n_embd=16, n_layer=1, n_head=2)
 DEFAULTS = dict(batch_size=4, minibatch_size=2, forward_batch_size=2, gen_len=5, ppo_epochs=1, lr=1e-3, device="cpu")
 NEGATIVE_FIRST = {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
@@ -78,8 +79,8 @@ def examine(policy=None, reference=None, reward=None, tokenizer=None, **settings
 
 
 def others(status, *names):
-    """The statuses of all checks but these, and but the folders."""
-    return {status[name] for name in NAMES[1:] if name not in names}
+    """The statuses of all checks but these."""
+    return {status[name] for name in NAMES if name not in names}
 
 
 # ---- health ---------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def others(status, *names):
 ])  # fmt: skip
 def test_a_healthy_run_passes(settings):
     status, findings = examine(**settings)
-    assert status.pop("folders") == "skip" and set(status.values()) == {"ok"}
+    assert set(status.values()) == {"ok"}
     assert all(finding.remedy == "" and finding.why for finding in findings.values())
 
 
@@ -518,32 +519,18 @@ def test_folders_are_loaded_and_left_as_they_are(folders):
     assert files(folders) == before and len(before) >= 6
 
 
-def test_an_untied_head_in_a_folder_is_found(folders):
+def test_a_folder_that_cannot_be_read_is_an_error_before_any_check(folders, capsys):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        by_folder(folders, folders / "nowhere")
     path = folders / "policy" / "model.safetensors"
     tensors = read_tensors(path)
     write_tensors(path, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1})
-    status, findings = by_folder(folders)
-    assert status["folders"] == "fail" and "lm_head.weight differs" in findings["folders"].detail
-    assert status["labels"] == "ok" and status["masks"] == "ok"  # of the classifier
-    assert {status[name] for name in ("rollout", "weights", "memory", "precision")} == {"skip"}
-
-
-def test_a_missing_reference_and_a_foreign_reward_are_found_together(folders):
-    for name in ("vocab.txt", "tokenizer.json"):
-        (folders / "reward" / name).unlink()
-    status, findings = by_folder(folders, folders / "nowhere")
-    assert status["folders"] == "fail" and status["masks"] == status["dropout"] == "ok"
-    assert "reference: model folder" in findings["folders"].detail and "reward: " in findings["folders"].detail
-    assert others(status, "masks", "dropout") == {"skip"}
-
-
-def test_a_vocabulary_that_does_not_fit_its_folder_is_found(folders):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs"):
+        by_folder(folders)
     Tokenizer([*VOCAB, "more"]).save_pretrained(folders / "reward")
-    status, findings = by_folder(folders)
-    assert status["folders"] == "fail" and f"vocabulary has {len(VOCAB) + 1} tokens" in findings["folders"].detail
-    assert others(status, "labels") == {"ok"}
-    Tokenizer([*VOCAB, "more"]).save_pretrained(folders / "policy")
-    assert by_folder(folders)[0]["rollout"] == "fail"
+    assert main(["doctor", "--policy", str(folders / "policy"), "--reward", str(folders / "reward")]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and re.fullmatch(r"error: .*\n", shown.err)
 
 
 def test_swapped_labels_in_a_folder_are_a_finding_and_no_python_warning(folders, recwarn):
@@ -568,7 +555,7 @@ def test_a_reward_model_in_a_folder_is_examined_by_canaries(folders, network, no
         path.write_text(json.dumps(content))
     status, findings = by_folder(folders)
     assert status["labels"] == "skip" and "canaries=" in findings["labels"].detail
-    assert others(status, "labels") == {"ok"} and status["folders"] == "ok"
+    assert others(status, "labels") == {"ok"}
     canaries = sorted(["很好", "脏"], key=lambda text: model([text]).item())
     assert by_folder(folders, canaries=(canaries[1], canaries[0]))[0]["labels"] == "ok"
     assert by_folder(folders, canaries=(canaries[0], canaries[1]))[0]["labels"] == "fail"
@@ -579,8 +566,8 @@ def test_labels_without_a_meaning_need_the_name_of_the_positive_one(folders):
     content = json.loads(path.read_text())
     positive = next(int(i) for i, label in content["id2label"].items() if label.startswith("positive"))
     path.write_text(json.dumps({**content, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}))
-    status, findings = by_folder(folders)
-    assert status["folders"] == "fail" and "cannot tell the positive label" in findings["folders"].detail
+    with pytest.raises(ValueError, match="cannot tell the positive label"):
+        by_folder(folders)
     assert set(by_folder(folders, positive_label=f"LABEL_{positive}")[0].values()) == {"ok"}
     assert by_folder(folders, positive_label=f"LABEL_{1 - positive}")[0]["labels"] == "fail"
 

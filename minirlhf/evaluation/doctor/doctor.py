@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from minirlhf.common.text import printable
 from minirlhf.device.placement import resolve_device
 from minirlhf.evaluation.doctor import model_checks, run_checks
 from minirlhf.evaluation.doctor.memory import available_memory
-from minirlhf.evaluation.doctor.setup import FAIL, OK, SKIP, Model, Result, Setup, Skipped, needed
+from minirlhf.evaluation.doctor.setup import FAIL, OK, SKIP, Model, Result, Setup, Skipped
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction
@@ -85,68 +84,46 @@ def doctor(
     file: where to print; None: standard output.
 
     Each of CHECKS is made, unless it needs what a failed one provides; the docstring of its function has its limits.
-    First comes "folders": what was given as a folder loads.
 
     It works on copies: two of each model, and the gradients and optimizer state of one. Models, their modes and
     devices, PyTorch's random state and files are afterwards as before; a reward of one's own is called as it is.
-    Raises ValueError for a bad setting, or a reference or tokenizer that is neither given nor in a folder.
+    Raises ValueError for a bad setting, a reference or tokenizer that is neither given nor in a folder, and a folder
+    that cannot be read (or OSError).
     """
     config = PPOConfig.with_overrides(config, **overrides)
     device = resolve_device(config.device)
     folder = policy if isinstance(policy, (str, os.PathLike)) else None
     if folder is None and (reference is None or tokenizer is None):
         raise ValueError("reference and tokenizer must be given with a policy that is not a folder")
-    findings: list[Finding] = []
-
-    def report(name: str, why: str, check: Callable[[], Result]) -> None:
-        found = _result(check)
-        findings.append(Finding(name, found.status, found.detail, why, found.remedy))
-        show(findings[-1], file)
-
-    loaded: list[str] = []
-    problems: list[str] = []
-
-    def load(name: str, given: Any, loader: Callable[[Folder], Any]) -> Any:
-        """What was given, or what its folder holds; None, with a problem, if that cannot be loaded."""
-        if not isinstance(given, (str, os.PathLike)):
-            return given
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reversed labels have a check of their own
-                model = loader(given)
-        except (OSError, ValueError) as error:
-            problems.append(f"{name}: {error}")
-            return None
-        loaded.append(name)
-        return model
-
-    def folders() -> Result:
-        if problems:
-            return Result(FAIL, "; ".join(problems), "repair the file that the message names, or give another")
-        needed(loaded or None, "a folder")
-        return Result(OK, f"{', '.join(loaded)} loaded")
-
+    findings = []
     gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(gpus), torch.enable_grad():  # dropout draws from the global generator
-        setup = Setup(
-            policy=load("policy", policy, ActorCritic.from_pretrained),
-            reference=load("reference", reference or folder, load_decoder),
-            tokenizer=load("tokenizer", tokenizer or folder, Tokenizer.from_pretrained),
-            reward=load("reward", reward, lambda path: load_scorer(path, config.device, positive_label)),
-            config=config,
-            prompts=prompts,
-            canaries=canaries,
-            available=available_memory(device),
-        )
-        report("folders", "a model that cannot be read cannot be trained", folders)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reversed labels have a check of their own
+            setup = Setup(
+                policy=_loaded(policy, ActorCritic.from_pretrained),
+                reference=_loaded(reference or folder, load_decoder),
+                tokenizer=_loaded(tokenizer or folder, Tokenizer.from_pretrained),
+                reward=_loaded(reward, lambda path: load_scorer(path, config.device, positive_label)),
+                config=config,
+                prompts=prompts,
+                canaries=canaries,
+                available=available_memory(device),
+            )
         for name, why, check in CHECKS:
-            report(name, why, functools.partial(check, setup))
+            found = _result(check, setup)
+            findings.append(Finding(name, found.status, found.detail, why, found.remedy))
+            show(findings[-1], file)
     return findings
 
 
-def _result(check: Callable[[], Result]) -> Result:
+def _loaded(given: Any, loader: Callable[[Folder], Any]) -> Any:
+    return loader(given) if isinstance(given, (str, os.PathLike)) else given
+
+
+def _result(check: Callable[[Setup], Result], setup: Setup) -> Result:
     try:
-        return check()
+        return check(setup)
     except Skipped as reason:
         return Result(SKIP, str(reason))
     except Exception as error:  # models and rewards are the caller's: any error of theirs is a finding

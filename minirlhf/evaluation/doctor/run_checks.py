@@ -16,7 +16,7 @@ from torch import Tensor
 from minirlhf.device.precision_choice import ROUNDING_SHARE, Rounding
 from minirlhf.evaluation.doctor.memory import estimate, total, weight_bytes
 from minirlhf.evaluation.doctor.model_checks import SAME_OUTPUT, distance, untied_error
-from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped, needed
+from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped
 from minirlhf.models.decoder import Decoder
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.rollout import Rollout, logprobs_in_batches
@@ -36,8 +36,8 @@ def rollout(setup: Setup) -> Result:
     The sample is scored by a pass of its own even where training takes the states of the decode. The caller's reward
     function is not asked: the check of the labels does that.
     """
-    tokenizer = needed(setup.tokenizer, "the tokenizer")
-    policy, reference = (copy.deepcopy(model) for model in setup.models())  # one by one: the copies share nothing
+    tokenizer = setup.tokenizer
+    policy, reference = copy.deepcopy(setup.policy), copy.deepcopy(setup.reference)  # the copies share nothing
     # Not compiled: it would take longer than all checks.
     whole = PPOTrainer(policy, reference, tokenizer, setup.config, compile=False)
     pool = setup.pool()
@@ -97,7 +97,7 @@ def ratio(setup: Setup) -> Result:
 def weights(setup: Setup) -> Result:
     """Models share nothing, one PPO step moves the policy and not the reference, and LM heads are tied after it."""
     untouched, rollout = setup.experience()
-    policy, reference = copy.deepcopy(setup.models())  # in one go: what they have in common stays in common
+    policy, reference = copy.deepcopy((setup.policy, setup.reference))  # in one go: what is shared stays so
     trainer = PPOTrainer(policy, reference, untouched.tokenizer, setup.config, **PLAIN_STEP)  # raises if they share
     scores = torch.linspace(1, 2, len(rollout)).to(rollout.scores)  # something to learn, whatever the reward
     stats = trainer.step(dataclasses.replace(rollout, scores=scores))
@@ -130,9 +130,10 @@ def memory(setup: Setup) -> Result:
     detail = f"{_gib(bytes)} needed by the formula, most of it for {largest}"
     if setup.available is None:
         raise Skipped(f"{detail}; this system does not say how much is available")
-    own = sum(weight_bytes(m) for m in setup.models() if next(m.parameters()).device.type == trainer.device.type)
+    kind, models = trainer.device.type, (setup.policy, setup.reference)
+    own = sum(weight_bytes(model) for model in models if next(model.parameters()).device.type == kind)
     room = setup.available + own  # the need counts the models themselves
-    detail += f"; {_gib(room)} available on the {trainer.device.type}"
+    detail += f"; {_gib(room)} available on the {kind}"
     if bytes <= FULL * room:
         return Result(OK, detail)
     remedies = {"weights": "take a smaller model", "update": "lower forward_batch_size"}
@@ -168,9 +169,11 @@ def precision(setup: Setup) -> Result:
     if c.precision == "fp32":  # no reason to stop this run
         status = WARN if status == FAIL else status
         detail += " (this run is in fp32)"
-    chosen = needed(setup.precision, "the precision")
+    assert setup.precision is not None  # with the rollout
+    if setup.precision.reason:
+        detail += f"; {setup.precision}"
     remedy = f"train in fp32{', or in bf16, whose range is that of fp32' if name == 'fp16' else ''}"
-    return Result(status, f"{detail}; {chosen}" if chosen.reason else detail, "" if status == OK else remedy)
+    return Result(status, detail, "" if status == OK else remedy)
 
 
 def _with(trainer: PPOTrainer, **settings: Any) -> PPOTrainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Setup:
-    """The parts of a run as given to `doctor`, None where a part could not be loaded, and what checks leave for later.
+    """The parts of a run as given to `doctor`, and what checks leave for later.
 
     prompts: the pool; None: the run's own are not known, and words of the vocabulary stand for them.
     available: bytes free on the device before anything was copied; None: unknown.
@@ -45,9 +45,9 @@ class Setup:
         check of the rollout; from then on the config names that precision too.
     """
 
-    policy: Model | None
-    reference: Model | None
-    tokenizer: Tokenizer | None
+    policy: Model
+    reference: Model
+    tokenizer: Tokenizer
     reward: RewardFunction | None
     config: PPOConfig
     prompts: Sequence[str] | None
@@ -57,31 +57,20 @@ class Setup:
     rollout: Rollout | None = None
     precision: PrecisionChoice | None = None
 
-    def models(self) -> tuple[Model, Model]:
-        """Policy and reference, as given. Raises Skipped if one is missing."""
-        return needed(self.policy, "the policy"), needed(self.reference, "the reference")
-
     def modules(self) -> dict[str, nn.Module]:
-        """Policy, reference and the classifier of a SentimentReward by name, as given. Raises Skipped without any."""
-        classifier = self.reward.model if isinstance(self.reward, SentimentReward) else None
-        named = {"policy": self.policy, "reference": self.reference, "classifier": classifier}
-        found: dict[str, nn.Module] = {name: model for name, model in named.items() if model is not None}
-        return needed(found or None, "a model")
+        """Policy, reference and the classifier of a SentimentReward by name, as given."""
+        found: dict[str, nn.Module] = {"policy": self.policy, "reference": self.reference}
+        return found | ({"classifier": self.reward.model} if isinstance(self.reward, SentimentReward) else {})
 
     def experience(self) -> tuple[PPOTrainer, Rollout]:
         """The trainer of the copies, and its rollout. Raises Skipped without them."""
-        return needed(self.trainer, "the rollout"), needed(self.rollout, "the rollout")
+        if self.trainer is None or self.rollout is None:
+            raise Skipped("needs the rollout, which failed above")
+        return self.trainer, self.rollout
 
     def pool(self) -> Sequence[str]:
         """The prompts, or words of the vocabulary in their place."""
-        return self.prompts if self.prompts is not None else words(needed(self.tokenizer, "the tokenizer"))
-
-
-def needed(x: Any, what: str) -> Any:
-    """x itself. Raises Skipped if it is None."""
-    if x is None:
-        raise Skipped(f"needs {what}, which failed above or was not given")
-    return x
+        return self.prompts if self.prompts is not None else words(self.tokenizer)
 
 
 def words(tokenizer: Tokenizer) -> list[str]:
