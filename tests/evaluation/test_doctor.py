@@ -64,9 +64,9 @@ def sentiment(swapped=False):
     raise AssertionError("equal scores")
 
 
-def examine(policy=None, reference=None, reward=None, tokenizer=None, **settings):
-    """Status by name, and the findings by name, of a setup that is healthy but for what is given."""
-    findings = doctor(
+def diagnose(policy=None, reference=None, reward=None, tokenizer=None, **settings):
+    """The findings of a setup that is healthy but for what is given."""
+    return doctor(
         policy or ActorCritic(gpt2()).eval(),
         reference or gpt2(),
         tokenizer or Tokenizer(VOCAB),
@@ -74,8 +74,21 @@ def examine(policy=None, reference=None, reward=None, tokenizer=None, **settings
         file=io.StringIO(),
         **{**DEFAULTS, **settings},
     )
+
+
+def examine(*models, **given):
+    """Status by name, and the findings by name."""
+    findings = diagnose(*models, **given)
     assert [finding.name for finding in findings] == NAMES
     return {f.name: f.status for f in findings}, {f.name: f for f in findings}
+
+
+def only(name, *models, **given):
+    """The finding of one check, made after that of the rollout alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        needed = [check for check in CHECKS if check[0] in ("rollout", name)]
+        patch.setattr("minirlhf.evaluation.doctor.doctor.CHECKS", needed)
+        return diagnose(*models, **given)[-1]
 
 
 def others(status, *names):
@@ -132,7 +145,7 @@ def test_another_vocabulary_is_found_and_what_needs_samples_is_skipped_with_the_
         assert status[name] == "skip" and "needs the rollout" in findings[name].detail
     for name in ("labels", "masks", "dropout"):
         assert status[name] == "ok"
-    assert "the reference was made for 7" in examine(reference=gpt2(vocab_size=7))[1]["rollout"].detail
+    assert "the reference was made for 7" in only("rollout", reference=gpt2(vocab_size=7)).detail
 
 
 def test_prompts_that_leave_no_room_are_found():
@@ -163,7 +176,7 @@ def test_the_kl_of_another_reference_is_that_of_an_enumeration():
     with torch.no_grad():
         p, q = (model(ids)[0, -1].double().softmax(-1).numpy() for model in (gpt2(), reference))
     expected = float((p * np.log(p / q)).sum())
-    detail = examine(reference=reference, prompts=[prompt], gen_len=1)[1]["reference"].detail
+    detail = only("reference", reference=reference, prompts=[prompt], gen_len=1).detail
     assert f"KL at step 0 is {expected:.2g} nats" in detail
 
 
@@ -194,7 +207,7 @@ def test_a_first_ratio_away_from_one_is_found(kind, named):
 def test_samples_that_are_scored_with_the_full_softmax_on_purpose_are_not_held_against_the_sampler():
     status, findings = examine(logprobs_full_softmax=True, top_p=0.5)
     assert status["ratio"] == "ok" and "sampled" not in findings["ratio"].detail
-    assert "sampled" in examine(top_p=0.5)[1]["ratio"].detail
+    assert "sampled" in only("ratio", top_p=0.5).detail
 
 
 def test_swapped_labels_are_found():
@@ -273,12 +286,12 @@ def test_a_model_left_in_training_mode_is_found(who):
 def test_one_layer_left_in_training_mode_is_found_and_training_without_dropout_is_not_a_fault():
     policy = gpt2()
     policy.h[0].mlp.train()
-    assert not policy.training and examine(policy)[0]["dropout"] == "fail"
+    assert not policy.training and only("dropout", policy).status == "fail"
     reward = sentiment()
     reward.model.train()  # SentimentReward turns it off at each call
-    assert examine(reward=reward)[0]["dropout"] == "ok"
+    assert only("dropout", reward=reward).status == "ok"
     still = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
-    assert examine(still)[0]["dropout"] == "ok"
+    assert only("dropout", still).status == "ok"
 
 
 class AlwaysDrops(GPT2):
@@ -294,7 +307,7 @@ def test_dropout_that_eval_does_not_turn_off_is_found():
     assert "__init__" in findings["dropout"].remedy
     reward = sentiment()
     reward.model.dropout.forward = lambda x: F.dropout(x, 0.5)
-    assert "classifier, in eval mode" in examine(reward=reward)[1]["dropout"].detail
+    assert "classifier, in eval mode" in only("dropout", reward=reward).detail
 
 
 def test_shared_parameters_are_found():
@@ -323,7 +336,7 @@ def test_a_policy_that_cannot_move_is_found():
     assert status["weights"] == "fail" and "the policy did not move" in findings["weights"].detail
     policy = ActorCritic(gpt2()).eval()
     policy.decoder.requires_grad_(False)
-    assert "the policy did not move" in examine(policy)[1]["weights"].detail
+    assert "the policy did not move" in only("weights", policy).detail
 
 
 class OwnHead(GPT2):
@@ -371,12 +384,12 @@ def test_the_need_is_compared_with_what_is_free_and_what_the_models_hold(monkeyp
         return need
 
     monkeypatch.setattr(run_checks, "estimate", caught)
-    assert examine()[0]["memory"] == "ok"
+    assert only("memory").status == "ok"
     own = sum(p.numel() * 4 for model in (ActorCritic(gpt2()), gpt2()) for p in model.parameters())
     for share, expected in ((0.7, "ok"), (0.9, "warn"), (1.1, "fail")):
         free = int(sizes[0] / share) - own
         monkeypatch.setattr("minirlhf.evaluation.doctor.doctor.available_memory", lambda device, free=free: free)
-        assert examine()[0]["memory"] == expected
+        assert only("memory").status == expected
 
 
 def test_where_the_system_does_not_say_what_is_free_the_need_is_still_said(monkeypatch):
@@ -399,7 +412,7 @@ def test_weights_that_overflow_in_fp16_are_found_and_are_no_fault_in_bf16():
     assert status["precision"] == "fail" and "not finite" in findings["precision"].detail
     assert "bf16" in findings["precision"].remedy
     assert status["rollout"] == status["reference"] == "ok"  # these are in fp32
-    assert "not finite" not in examine(loud(1e5), loud(1e5), precision="bf16")[1]["precision"].detail
+    assert "not finite" not in only("precision", loud(1e5), loud(1e5), precision="bf16").detail
 
 
 def sharp():
@@ -427,9 +440,9 @@ def test_rounding_may_take_a_quarter_of_the_clip_range(mean, worst, expected, mo
 
 def test_what_auto_has_chosen_is_said(monkeypatch):
     monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
-    detail = examine()[1]["precision"].detail
+    detail = only("precision").detail
     assert "(this run is in fp32); precision auto: fp32 (the model has fewer than " in detail
-    assert "auto" not in examine(precision="fp32")[1]["precision"].detail
+    assert "auto" not in only("precision", precision="fp32").detail
     monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
     status, findings = examine()
     assert set(status.values()) <= {"ok", "skip"} and "; precision auto: bf16 (" in findings["precision"].detail
@@ -467,9 +480,9 @@ def test_canaries_judge_any_reward():
         return [response.count("早餐") for response in responses]
 
     good, bad = ("早餐很好", "房间")
-    assert examine(reward=reward, canaries=(good, bad))[0]["labels"] == "ok"
-    assert examine(reward=reward, canaries=(bad, good))[0]["labels"] == "fail"
-    assert examine(reward=reward, canaries=(bad, bad))[0]["labels"] == "fail"
+    assert only("labels", reward=reward, canaries=(good, bad)).status == "ok"
+    assert only("labels", reward=reward, canaries=(bad, good)).status == "fail"
+    assert only("labels", reward=reward, canaries=(bad, bad)).status == "fail"
 
 
 def test_a_classifier_that_cannot_read_the_canaries_is_not_judged_by_them():

@@ -13,7 +13,7 @@ from test_optimum_frontier import UNIFORM
 
 from minirlhf.common.text import printable
 from minirlhf.evaluation.findings import Evaluation, Pair
-from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run
+from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run, plot_run
 from minirlhf.evaluation.report import report
 from minirlhf.evaluation.statistics import Estimate
 
@@ -153,10 +153,17 @@ def test_what_is_drawn_depends_on_every_point():
         draw_frontier([], policy)
 
 
-def test_the_curves_of_a_run_have_the_kl_that_its_rewards_would_need():
-    optimum, beyond = UNIFORM.curve(3), [{**line, "reward/mean": 2.0} for line in HISTORY]
+def test_the_curves_of_a_run_have_the_kl_that_its_rewards_would_need(tmp_path):
+    optimum, beyond = UNIFORM.curve(3), [{**line, "reward/mean": 2.0, "ppo/loss/value": None} for line in HISTORY]
     assert len({draw_run(HISTORY), draw_run(HISTORY, 6.0), draw_run(HISTORY, None, optimum)}) == 3
-    assert draw_run(beyond, None, optimum)[:4] == b"\x89PNG"  # nothing is drawn there, and nothing fails
+    plot_run(beyond, tmp_path / "run.png", None, optimum)  # nothing is drawn there, and nothing fails
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_an_empty_history_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        plot_run([], tmp_path / "run.png")
+    assert not (tmp_path / "run.png").exists()
 
 
 def test_the_report_and_the_tables_have_the_optimum(undrawn):

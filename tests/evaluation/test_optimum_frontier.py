@@ -116,13 +116,13 @@ def test_the_jackknife_leaves_one_sample_out_at_a_time():
 def test_an_interval_holds_the_optimum_as_often_as_it_says():
     exact = by_definition(np.full(10_000, 1e-4), (np.arange(10_000) + 0.5) / 10_000, 0.3)
     hits = np.zeros(4)
-    for seed in range(80):
+    for seed in range(60):
         scores = np.random.default_rng(seed).random((2, 300))
         found = Optimum(dict(zip("ab", scores, strict=True)), bootstrap=Bootstrap(200, seed=seed))
         point = found.at(0.3)
         estimates = (point.reward, point.kl, found.at_reward(exact[0]).kl, found.at_kl(exact[1]).reward)
         hits += [x.low <= e <= x.high for x, e in zip(estimates, (*exact, exact[1], exact[0]), strict=True)]
-    assert (hits >= 69).all()  # 0.95 of 80 less 3.5 standard errors
+    assert (hits >= 51).all()  # 0.95 of 60 less 3.5 standard errors
 
 
 def test_the_effective_samples_are_those_of_the_weights():
