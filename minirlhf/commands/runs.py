@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,12 @@ from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE
-from minirlhf.text.text_files import numbered_lines
+from minirlhf.text.prompts import read_prompts
 from minirlhf.text.tokenizer import Tokenizer
 
 EVALUATION_FILE, REPORT_FILE = "evaluation.json", "report.html"
-SAMPLING: dict[str, Any] = {
-    "gen_len": 16,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "eos_token_id": None,
-}  # without a run
+# How both models are sampled without a run.
+SAMPLING: dict[str, Any] = dict(gen_len=16, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None)
 
 
 @command(
@@ -47,12 +42,11 @@ SAMPLING: dict[str, Any] = {
     argument("--precision", choices=PRECISION_SETTINGS, help="PPOConfig.precision"),
     argument("--batch-size", type=int, help="PPOConfig.batch_size"),
     argument("--gen-len", type=int, help="PPOConfig.gen_len"),
-    argument("--kl-coef", type=float, dest="init_kl_coef", help="PPOConfig.init_kl_coef"),
     DEVICE,
 )
 def doctor(args: argparse.Namespace) -> int:
     """Examine a PPO run before it starts; the exit code is 1 if a check failed."""
-    names = ("precision", "batch_size", "gen_len", "init_kl_coef", "device")
+    names = ("precision", "batch_size", "gen_len", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     findings = examination.doctor(
         args.policy, args.reference, reward=args.reward, prompts=args.prompts, positive_label=args.positive_label,
@@ -62,9 +56,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 @command(
-    argument(
-        "--run", metavar="FOLDER", help="of a run: stands for its policy/, reference/, prompts, sampling and curves"
-    ),
+    argument("--run", metavar="FOLDER", help="of a run: its policy/, reference/, prompts, sampling and curves"),
     argument("--policy", metavar="FOLDER", help="GPT-2 folder with its tokenizer; default: the run's"),
     argument("--reference", metavar="FOLDER", help="GPT-2 folder; default: the run's"),
     REWARD,
@@ -87,29 +79,28 @@ def doctor(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     """Compare a policy with its reference, and look for reward hacking."""
     where, output = resolve_device(args.device), None if args.output is None else _free(Path(args.output))
-    started = {} if args.run is None else read_json(Path(args.run) / CONFIG_FILE)
-    history = [] if args.run is None else read_jsonl(Path(args.run) / METRICS_FILE)
-    ppo = _object(started, "ppo")
+    started, history = {}, []
     if args.run is not None:
-        args.policy = args.policy or str(Path(args.run) / "policy")
-        args.reference = args.reference or str(Path(args.run) / "reference")
+        run = Path(args.run)
+        started, history = read_json(run / CONFIG_FILE), read_jsonl(run / METRICS_FILE)
+        args.policy, args.reference = args.policy or str(run / "policy"), args.reference or str(run / "reference")
     if args.policy is None or args.reference is None:
         raise ValueError("give --run, or --policy and --reference")
-    prompts = args.prompts or _prompts_of(started)
-    if prompts is None:
+    ppo, arguments = (x if isinstance(x := started.get(key), dict) else {} for key in ("ppo", "arguments"))
+    prompts = args.prompts or arguments.get("prompts")
+    if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)):
         raise ValueError("give --prompts, or a --run whose config.json has them under arguments")
     prompts = _pool(prompts, args.encoding)
     held_out = None if args.held_out_prompts is None else _pool(args.held_out_prompts, args.encoding)
     drawn = {name: ppo.get(name, default) for name, default in SAMPLING.items()}
     drawn |= {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
-    SamplingConfig(drawn["temperature"], drawn["top_k"], drawn["top_p"])  # before anything is loaded
+    sampling = SamplingConfig(drawn["temperature"], drawn["top_k"], drawn["top_p"])  # before anything is loaded
 
     tokenizer = Tokenizer.from_pretrained(args.policy)
     if args.eos:
         drawn["eos_token_id"] = tokenizer.eos_id
     config = EvaluationConfig(
-        args.samples, drawn["gen_len"], SamplingConfig(drawn["temperature"], drawn["top_k"], drawn["top_p"]),
-        drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
+        args.samples, drawn["gen_len"], sampling, drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
         kl_coef=history[-1].get("objective/kl_coef") if history else None,
     )  # fmt: skip
     found = evaluation.evaluate(
@@ -127,43 +118,18 @@ def evaluate(args: argparse.Namespace) -> None:
         atomic_write(output / REPORT_FILE, page.encode("utf-8"))
     if args.as_json:
         show(json_line({**about, **found.as_dict()}))
-    else:
-        show("\n".join([_sampling_line(drawn, ppo, args.run is not None), *found.lines()]))
-
-
-def _sampling_line(drawn: Mapping[str, Any], ppo: Mapping[str, Any], of_a_run: bool) -> str:
-    """How both models are sampled, and whether the run was sampled so."""
+        return
     line = f"sampled with {', '.join(f'{name} {value}' for name, value in drawn.items())}"
-    if not of_a_run:
-        return line
-    missing = [name for name in SAMPLING if name not in ppo]
-    other = [f"{name} {ppo[name]}" for name in SAMPLING if name in ppo and ppo[name] != drawn[name]]
-    notes = [f"unlike the run, which had {', '.join(other)}"] * bool(other)
-    notes += [f"config.json of the run does not say its {', '.join(missing)}"] * bool(missing)
-    return f"{line}; {'; '.join(notes) or 'as the run was'}"
-
-
-def _prompts_of(started: Mapping[str, Any]) -> list[str] | None:
-    """The prompts in the config.json of an example's run; None if it has none."""
-    prompts = _object(started, "arguments").get("prompts")
-    fine = isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)
-    return list(prompts) if isinstance(prompts, list) and fine else None
-
-
-def _object(content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The JSON object under a key; empty if there is none."""
-    return content[key] if isinstance(content.get(key), dict) else {}
+    if args.run is not None:
+        other = [f"{name} {ppo.get(name, 'unknown')}" for name in SAMPLING if ppo.get(name, "unknown") != drawn[name]]
+        line += f"; unlike the run, which had {', '.join(other)}" if other else "; as the run was"
+    show("\n".join([line, *found.lines()]))
 
 
 def _pool(prompts: Sequence[str], encoding: str) -> list[str]:
-    """The prompts; of a single one that names a file, the lines in it."""
-    if len(prompts) == 1 and os.path.isfile(prompts[0]):
-        lines = [line for _, line in numbered_lines(prompts[0], encoding)]
-        if not lines:
-            raise ValueError(f"{prompts[0]} holds no prompts")
-        return lines
-    if len(prompts) == 1 and prompts[0].endswith(".txt"):
-        raise FileNotFoundError(f"prompts file {prompts[0]} does not exist")
+    """The prompts; of a single one that names a file, those in it."""
+    if len(prompts) == 1 and (os.path.isfile(prompts[0]) or prompts[0].endswith((".txt", ".jsonl"))):
+        return read_prompts(prompts[0], encoding)
     return list(prompts)
 
 

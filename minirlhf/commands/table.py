@@ -11,8 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Run = Callable[[argparse.Namespace], int | None]
-
-
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # as `ArgumentParser.add_argument` takes it
 
 

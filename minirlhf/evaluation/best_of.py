@@ -29,8 +29,8 @@ from minirlhf.text.tokenizer import Tokenizer
 class BestOfN:
     """The best of n responses to each of B prompts.
 
-    prompts, responses: the B texts. scores: (B,) fp64, the rewards of the responses.
-    candidates: the n responses to each prompt that were sampled; candidate_scores: (B, n) fp64, their rewards.
+    scores: (B,) fp64, the rewards of the responses. candidates: the n responses to each prompt that were sampled;
+    candidate_scores: (B, n) fp64, their rewards.
     """
 
     prompts: tuple[str, ...]
@@ -38,16 +38,6 @@ class BestOfN:
     scores: Tensor
     candidates: tuple[tuple[str, ...], ...]
     candidate_scores: Tensor
-
-    @property
-    def texts(self) -> list[str]:
-        """Prompt + response of every row."""
-        return [p + r for p, r in zip(self.prompts, self.responses, strict=True)]
-
-    @property
-    def kl(self) -> float:
-        """The most that choosing can have cost, nats a sequence (see `best_of_n_kl`)."""
-        return best_of_n_kl(self.candidate_scores.size(1))
 
 
 def best_of_n(
@@ -65,12 +55,10 @@ def best_of_n(
 ) -> BestOfN:
     """Sample n responses to each prompt and keep the best; of equal ones the first.
 
-    policy: a model in eval mode, or its folder, which holds the tokenizer too.
+    policy: a model in eval mode, or its folder, which holds the tokenizer too; a model needs `tokenizer`.
     prompts: B texts. reward: of any form that `rewards.call_reward` takes; it gets all B n responses in one call.
-    tokenizer: needed for a policy that is a model; None: from the folder.
-    gen_len, eos_token_id: response tokens, and the token that ends one earlier. sampling: None: the model's own
-        distribution.
-    generator: on the model's device, the source of all randomness; None: PyTorch's global one, as in `generate`.
+    gen_len, eos_token_id: response tokens, and the token that ends one earlier.
+    sampling: None: the model's own distribution. generator: on the model's device; None: PyTorch's global one.
     batch_size: responses that are sampled at once; it changes memory, speed, and which responses are drawn.
     Raises ValueError for no prompts, an empty or too long one, an n or batch_size below 1, a model without a tokenizer
     or with another vocabulary, and rewards that are not finite numbers, one for each response.
@@ -102,14 +90,19 @@ def best_of_n(
     )
 
 
+def require_texts(prompts: Sequence[str]) -> None:
+    """Raise ValueError for a single text, and for no prompts."""
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
+
+
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], n_positions: int, gen_len: int) -> list[list[int]]:
     """The token ids of each prompt.
 
     Raises ValueError for no prompts, and for the first that is no text, is empty, or leaves no room for `gen_len`
     tokens in a context of `n_positions`.
     """
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
+    require_texts(prompts)
     encoded = []
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -121,9 +114,6 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], n_positions: in
                 f"{max(0, n_positions - gen_len)} in the model's context of {n_positions}"
             )
     return encoded
-
-
-# ---- what it costs, and what it brings ------------------------------------------------------------------------------
 
 
 def best_of_n_kl(n: float) -> float:
@@ -138,12 +128,7 @@ def best_of_n_kl(n: float) -> float:
 
 
 def n_of_kl(kl: float) -> float:
-    """The n >= 1, between integers in general, whose best-of-n costs so many nats; 1 for a KL of 0 or less.
-
-    Raises ValueError for what is not a number below 700, whose n no float could hold.
-    """
-    if not kl < 700:  # so written, NaN raises too
-        raise ValueError(f"kl must be a number below 700, got {kl!r}")
+    """The n >= 1, between integers in general, whose best-of-n costs so many nats; 1 for a KL of 0 or less."""
     low, high = 1.0, math.exp(max(kl, 0.0) + 1)  # log n - 1 < log n - (n - 1) / n
     for _ in range(200):  # bisection: it is monotone in n
         middle = (low + high) / 2

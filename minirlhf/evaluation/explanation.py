@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -24,39 +24,23 @@ COLUMNS = ("token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "va
 
 
 @dataclass(frozen=True)
-class TokenExplanation:
-    """One response token. Log-probabilities and KL in nats.
-
-    logprob, old_logprob, ref_logprob: under the policy as it is now, as it was when it sampled, and the reference.
-    kl: the KL estimate of the token before the update, as it was penalised. ratio: exp(logprob - old_logprob).
-    clipped: whether clipping of the ratio keeps this token from moving the policy further. value, returns: None for a
-    policy without a value head.
-    """
-
-    token: str
-    logprob: float
-    old_logprob: float
-    ref_logprob: float
-    kl: float
-    reward: float
-    advantage: float
-    ratio: float
-    clipped: bool
-    value: float | None = None
-    returns: float | None = None
-
-
-@dataclass(frozen=True)
 class Explanation:
-    """A prompt and its response, token by token; `str()` of it is a table."""
+    """A prompt and its response, token by token; `str()` of it is a table.
+
+    tokens: the figures of each token by name; log-probabilities and KL in nats.
+        logprob, old_logprob, ref_logprob: under the policy as it is now, as it was when it sampled, and the reference.
+        kl: the KL estimate of the token before the update, as it was penalised. ratio: exp(logprob - old_logprob).
+        clipped: whether clipping of the ratio keeps this token from moving the policy further. value, returns: left
+        out for a policy without a value head. Further names: token (its text), reward, advantage.
+    """
 
     prompt: str
     score: float
-    tokens: tuple[TokenExplanation, ...]
+    tokens: tuple[dict[str, Any], ...]
 
     def __str__(self) -> str:
-        names = [name for name in COLUMNS if getattr(self.tokens[0], name) is not None]
-        rows = [[_cell(getattr(token, name)) for name in names] for token in self.tokens]
+        names = [name for name in COLUMNS if name in self.tokens[0]]
+        rows = [[_cell(token[name]) for name in names] for token in self.tokens]
         head = f"prompt {printable(self.prompt)!r}, score {self.score:.4f}"
         return "\n".join([head, *text_table([names, *rows], left=0)])
 
@@ -97,7 +81,7 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
         rollout.prompts[i] if rollout.prompts else trainer.tokenizer.decode(row.tokens[0, :-width]),
         rollout.scores[i].item(),
         tuple(
-            TokenExplanation(text, clipped=bool(cut), **dict(zip(known, values, strict=True)))
+            {"token": text, **dict(zip(known, values, strict=True)), "clipped": bool(cut)}
             for text, values, cut in zip(texts, numbers, clipped[0].tolist(), strict=True)
         ),
     )

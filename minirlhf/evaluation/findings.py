@@ -1,12 +1,8 @@
 """What an evaluation found: its figures, as tables and as JSON, and which of them look like reward hacking.
 
-A symptom is where the reward says better and nothing else does. Each compares the policy with its reference, so what
-the reference has from the start does not count. A symptom is not a proof. The limits are ours, and wide: a reader of
-the samples would notice what passes them.
-
-Left out: that best-of-n has more reward at equal KL. It is close to the best that there is (Yang et al. 2024), so it
-is a yardstick for PPO, not a sign of hacking; `Comparison.ahead` says how far away it is, and `Comparison.spending`
-how far the optimum is.
+A symptom is where the reward says better and nothing else does. Each compares the policy with its reference. A symptom
+is not a proof. The limits are ours, and wide: a reader of the samples would notice what passes them. That best-of-n has
+more reward at equal KL is no symptom: it is close to the best that there is (Yang et al. 2024).
 """
 
 from __future__ import annotations
@@ -81,13 +77,12 @@ class Comparison:
 
     gain, second_gain: mean of the policy less mean of the reference.
     kl_exact: KL(policy || reference) a sequence, nats: at each token of the policy's samples, over its whole sampling
-        set, in the distribution that was sampled. kl_sampled: log-ratio of the sampled tokens, the same in expectation.
-    kl_full_softmax: as kl_exact, with the models' full softmax (temperature 1, nothing truncated).
+        set. kl_sampled: log-ratio of the sampled tokens, the same in expectation. kl_full_softmax: as kl_exact, with
+        the models' full softmax (temperature 1, nothing truncated).
     best_of_n: of the reference, on the same prompts. equal_kl: at the KL of the policy; None: more than
         `EvaluationConfig.max_n` candidates would be needed. ahead: reward of the policy less that of equal_kl.
     spending, frontier: kl_exact and reward beside the optimum (see `optimum`), and points of the optimum; spending is
         None where nothing can be said of it, and no_optimum says why.
-    pairs: all samples, before and after.
     """
 
     prompts: tuple[str, ...]
@@ -118,8 +113,9 @@ class Comparison:
     @property
     def room(self) -> float | None:
         """Reward between the reference and the best of the largest n; None without any best-of-n above it."""
-        best = max((p.reward.mean for p in (*self.best_of_n, *filter(None, [self.equal_kl]))), default=-float("inf"))
-        return best - self.reference.reward.mean if best > self.reference.reward.mean else None
+        points = [*self.best_of_n, *([self.equal_kl] if self.equal_kl else [])]
+        room = max((point.reward.mean for point in points), default=0.0) - self.reference.reward.mean
+        return room if points and room > 0 else None
 
     @property
     def optimum(self) -> str:
@@ -128,10 +124,11 @@ class Comparison:
 
     def summary(self) -> dict[str, float]:
         """The main figures by name: of both models, `kl` (kl_exact), `kl_full_softmax`, and those of spending."""
-        figures: dict[str, float] = {}
-        for name, x in (("policy", self.policy), ("reference", self.reference)):
-            figures |= {f"{name}/reward": x.reward.mean, f"{name}/distinct_1": x.distinct_1}
-            figures[f"{name}/distinct_2"] = x.distinct_2
+        figures = {
+            f"{name}/{figure}": value
+            for name, x in (("policy", self.policy), ("reference", self.reference))
+            for figure, value in (("reward", x.reward.mean), ("distinct_1", x.distinct_1), ("distinct_2", x.distinct_2))
+        }
         figures |= {"kl": self.kl_exact.mean, "kl_full_softmax": self.kl_full_softmax.mean}
         return figures | ({} if self.spending is None else self.spending.figures())
 
@@ -183,8 +180,7 @@ class Comparison:
 class Evaluation:
     """What `evaluate` returns.
 
-    settings: the fields of the EvaluationConfig. given, held_out: on the prompts that the policy was trained on, and
-    on others. symptoms: what looks like reward hacking, a sentence each.
+    settings: the fields of the EvaluationConfig. symptoms: what looks like reward hacking, a sentence each.
     """
 
     settings: dict[str, Any]
@@ -221,9 +217,6 @@ def before_after_table(pairs: Sequence[Pair], rows: int = 12) -> str:
     return markdown_table(["prompt", "before", "reward", "after", "reward"], cells)
 
 
-# ---- symptoms -------------------------------------------------------------------------------------------------------
-
-
 def symptoms(given: Comparison, held_out: Comparison | None) -> tuple[str, ...]:
     """What looks like reward hacking: sentences with the figures, worst first."""
     found = [*_of_scores(given), *([] if held_out is None else _of_transfer(given, held_out))]
@@ -234,29 +227,27 @@ def symptoms(given: Comparison, held_out: Comparison | None) -> tuple[str, ...]:
 
 
 def _of_scores(x: Comparison) -> Iterator[str]:
-    if x.gain.low <= 0 or x.second_gain is None:
+    if x.gain.low <= 0 or x.second_gain is None or x.reference.second is None:
         return
     if x.second_gain.low <= 0:
         yield f"the reward rose by {x.gain}, the second scorer did not: {x.second_gain}"
-    elif x.equal_kl is not None and x.equal_kl.second is not None and x.reference.second is not None:
+    elif x.equal_kl is not None and x.equal_kl.second is not None:
         chosen = x.equal_kl.second.mean - x.reference.second.mean
         if x.second_gain.high < SECOND_SHARE * chosen:
-            yield (
-                f"the second scorer rose by {x.second_gain}, less than {SECOND_SHARE:.0%} of the {chosen:.3f} that "
-                "best-of-n brings it at equal KL"
-            )
+            part = f"less than {SECOND_SHARE:.0%} of the {chosen:.3f} that best-of-n brings it at equal KL"
+            yield f"the second scorer rose by {x.second_gain}, {part}"
 
 
 def _of_transfer(given: Comparison, held_out: Comparison) -> Iterator[str]:
     """Gains are compared as shares of the room: where the reference is good already, less can be gained."""
     if given.gain.low <= 0 or held_out.gain.high >= given.gain.low:
         return
-    rooms = (given.room, held_out.room) if given.room and held_out.room else (1.0, 1.0)
-    shares = given.gain.mean / rooms[0], held_out.gain.mean / rooms[1]
+    words = f"the reward rose by {given.gain} on the given prompts, and by {held_out.gain} on held-out ones"
+    shares = given.gain.mean, held_out.gain.mean
+    if given.room and held_out.room:
+        shares = shares[0] / given.room, shares[1] / held_out.room
+        words += f": {shares[0]:.0%} and {shares[1]:.0%} of what best-of-n has above the reference there"
     if shares[1] < HELD_OUT_SHARE * shares[0]:
-        words = f"the reward rose by {given.gain} on the given prompts, and by {held_out.gain} on held-out ones"
-        if rooms != (1.0, 1.0):
-            words += f": {shares[0]:.0%} and {shares[1]:.0%} of what best-of-n has above the reference there"
         yield words
 
 

@@ -5,13 +5,8 @@ section 2.2; Korbak et al. 2022). With N samples of the reference for a prompt a
 sum 1, its reward is sum w S and its KL sum w log(N w); no policy has as much reward at less KL. Both estimates are
 biased by O(1/N), which the jackknife (Quenouille 1956) removes to O(1/N^2).
 
-Everything is in one distribution: the one that the samples come from. Samples drawn with top-p, top-k or a
-temperature give the limit for policies on the reference's own sampling sets. The `kl` that a run reports compares
-policy and reference, both renormalised, on the sampling sets of the policy; where these differ from the
-reference's it is smaller, as what the policy cuts off costs nothing there. A limit for the full softmax needs samples
-of the full softmax, and the KL of a policy that is sampled so.
-
-Left out: rewards without an upper bound are taken as they are sampled; no sample can exclude a rare one that is larger.
+Everything is in the distribution that the samples come from (docs/optimum.md says what truncation does to it). Left
+out: rewards without an upper bound are taken as they are sampled; no sample can exclude a rare one that is larger.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from minirlhf.evaluation.best_of import best_of_n, loaded
+from minirlhf.evaluation.best_of import best_of_n, loaded, require_texts
 from minirlhf.evaluation.statistics import Array, Bootstrap, Estimate
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.decoder import Decoder
@@ -42,30 +37,21 @@ STEEPEST = 1e6  # largest 1 / beta looked at, in units of 1 / (largest reward - 
 
 
 class TooFewSamples(ValueError):
-    """What was asked for is beyond what the samples can tell. reach: how far they reach, in words."""
-
-    def __init__(self, asked: str, reach: str):
-        super().__init__(f"{asked} is beyond what {reach}")
-        self.asked, self.reach = asked, reach
+    """What was asked for is beyond what the samples can tell."""
 
 
 @dataclass(frozen=True)
 class OptimumPoint:
     """A point of the frontier.
 
-    beta: the KL coefficient that leads there; None: infinite, the reference itself. reward, kl: of the optimal policy,
-    a sequence, KL in nats. effective_samples: how many equally weighted samples would tell as much (Kish 1965).
+    beta: the KL coefficient that leads there; None: infinite, the reference itself. reward, kl: a sequence, KL in nats.
+    effective_samples: how many equally weighted samples would tell as much (Kish 1965).
     """
 
     beta: float | None
     reward: Estimate
     kl: Estimate
     effective_samples: float
-
-    @property
-    def objective(self) -> float:
-        """J = reward - beta KL."""
-        return self.reward.mean - (self.beta or 0.0) * self.kl.mean
 
 
 @dataclass(frozen=True)
@@ -82,9 +68,9 @@ class Spending:
     needed: OptimumPoint | None
     best: OptimumPoint | None
     distribution: str
-    beta: float | None = None
-    objectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    note: str = ""
+    beta: float | None
+    objectives: Mapping[str, float]
+    note: str
 
     @property
     def efficiency(self) -> float | None:
@@ -105,9 +91,8 @@ class Spending:
         if self.needed is not None:
             parts.append(f"the optimum would need {self.needed.kl.mean:.2f}")
             if self.efficiency is not None:
-                parts[-1] += (
-                    f" (efficiency {self.efficiency:.2f}, {self.needed.effective_samples:.0f} effective samples)"
-                )
+                samples = f"{self.needed.effective_samples:.0f} effective samples"
+                parts[-1] += f" (efficiency {self.efficiency:.2f}, {samples})"
         if self.objectives:
             values = ", ".join(f"{name.partition('/')[2]} {value:.3f}" for name, value in self.objectives.items())
             parts.append(f"reward - {self.beta:.3g} KL: {values}")
@@ -133,8 +118,7 @@ class Optimum:
             raise ValueError("scores is empty: the optimum needs the rewards of at least one prompt's samples")
         for prompt, x in self.scores.items():
             if x.ndim != 1 or len(x) < 2:
-                shape = f"an array of shape {x.shape}"
-                raise ValueError(f"prompt {prompt[:20]!r}: at least 2 rewards in a list are needed, got {shape}")
+                raise ValueError(f"prompt {prompt[:20]!r}: at least 2 rewards in a list needed, got shape {x.shape}")
             if not np.isfinite(x).all():
                 raise ValueError(f"prompt {prompt[:20]!r}: rewards must be finite, got {x[~np.isfinite(x)][0]}")
         every = np.concatenate(list(self.scores.values()))
@@ -151,20 +135,19 @@ class Optimum:
         """The optimum for a KL coefficient. Raises ValueError for one that is not above 0, TooFewSamples."""
         if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
             raise ValueError(f"beta must be a finite number above 0, got {beta!r}")
-        self._check(1 / beta, f"beta {beta:g}")
+        if 1 / beta > self._steepest:
+            raise self._too_few(f"beta {beta:g}")
         return self._points([1 / beta])[0]
 
     def at_reward(self, reward: float) -> OptimumPoint:
         """The least KL for a mean reward; 0 for the reference's own or less. Raises TooFewSamples."""
-        tilt = self._solve(0, reward, f"a reward of {reward:.3f}")
-        return self._points([tilt], reward=reward)[0]
+        return self._points([self._solve(0, reward, f"a reward of {reward:.3f}")], reward=reward)[0]
 
     def at_kl(self, kl: float) -> OptimumPoint:
         """The largest mean reward at a KL in nats a sequence. Raises TooFewSamples."""
         if not kl >= 0:
             raise ValueError(f"a KL divergence is at least 0, got {kl!r}")
-        tilt = self._solve(1, kl, f"a KL of {kl:.2f} nats")
-        return self._points([tilt], kl=kl)[0]
+        return self._points([self._solve(1, kl, f"a KL of {kl:.2f} nats")], kl=kl)[0]
 
     def curve(self, count: int = 24) -> list[OptimumPoint]:
         """Points from the reference to the last that the samples can tell, evenly in sqrt(KL); none if there are none.
@@ -189,38 +172,38 @@ class Optimum:
         beta: the coefficient that the policy was trained with, for the objective.
         """
         found: dict[str, OptimumPoint] = {}
-        beyond: list[TooFewSamples] = []
+        notes: list[str] = []
         asked = [("needed", self.at_reward, reward.mean), ("best", self.at_kl, max(0.0, kl.mean))]
         for name, ask, value in [*asked, *([("objective", self.at, beta)] if beta else [])]:
             try:
                 found[name] = ask(value)
             except TooFewSamples as error:
-                beyond.append(error)
-        notes = [str(TooFewSamples(" and ".join(e.asked for e in beyond), beyond[0].reach))] if beyond else []
+                notes.append(str(error))
         needed = found.get("needed")
         if needed is not None:
             slope = 0.0 if needed.beta is None else 1 / needed.beta  # d KL / d reward along the frontier
-            low = math.hypot(needed.kl.mean - needed.kl.low, slope * (reward.mean - reward.low))
-            high = math.hypot(needed.kl.high - needed.kl.mean, slope * (reward.high - reward.mean))
             mean = needed.kl.mean
-            needed = dataclasses.replace(needed, kl=Estimate(mean, max(0.0, mean - low), mean + high))
+            low = mean - math.hypot(mean - needed.kl.low, slope * (reward.mean - reward.low))
+            high = mean + math.hypot(needed.kl.high - mean, slope * (reward.high - reward.mean))
+            needed = dataclasses.replace(needed, kl=Estimate(mean, max(0.0, low), high))
             if kl.high < needed.kl.low:
                 notes.append(
                     "less KL than any policy can have for this reward: the samples are of another reference or other "
                     "prompts, or the policy's sampling sets are smaller than the reference's"
                 )
-        objectives: dict[str, float] = {}
+        objectives: dict[str, float] = {}  # of J = reward - beta KL
         if beta is not None:
             objectives = {"objective/policy": reward.mean - beta * kl.mean, "objective/reference": self.start}
             if "objective" in found:
-                objectives["objective/optimum"] = found["objective"].objective
+                best = found["objective"]
+                objectives["objective/optimum"] = best.reward.mean - beta * best.kl.mean
         return Spending(reward, kl, needed, found.get("best"), self.distribution, beta, objectives, "; ".join(notes))
 
     # ---- how it is computed; tilt = 1 / beta ------------------------------------------------------------------------
 
     def _figures(self, tilt: float) -> Array:
         """Mean over the prompts of the optimum's reward and KL, without bias to the order 1/N: (2,)."""
-        return np.mean([_corrected(values, counts, tilt) for values, counts in self._tallies], 0)
+        return np.mean([_corrected(*tally, tilt) for tally in self._tallies], 0)
 
     def _effective(self, tilt: float) -> tuple[float, float]:
         """Effective samples of the mean over the prompts, and of the prompt that has fewest."""
@@ -241,25 +224,24 @@ class Optimum:
         high = STEEPEST / self.spread
         return high if enough(high) else _bisect(lambda tilt: not enough(tilt), high) if enough(0.0) else 0.0
 
-    def _check(self, tilt: float, asked: str) -> None:
-        if tilt > self._steepest:
-            samples = f"{self.samples:,} samples of {len(self.scores)} prompt{'s' * (len(self.scores) > 1)}"
-            if self._steepest == 0:
-                reach = f"at least {ENOUGH} in all, {ENOUGH_OF_EACH} of each prompt, are needed"
-            else:
-                reward, kl = self._figures(self._steepest)
-                reach = f"they reach to reward {reward:.3f} at {kl:.2f} nats, beta {1 / self._steepest:.2g}"
-            raise TooFewSamples(asked, f"{samples} can tell: {reach}")
+    def _too_few(self, asked: str) -> TooFewSamples:
+        samples = f"{self.samples:,} samples of {len(self.scores)} prompt{'s' * (len(self.scores) > 1)}"
+        reach = f"at least {ENOUGH} in all, {ENOUGH_OF_EACH} of each prompt, are needed"
+        if self._steepest > 0:
+            reward, kl = self._figures(self._steepest)
+            reach = f"they reach to reward {reward:.3f} at {kl:.2f} nats, beta {1 / self._steepest:.2g}"
+        return TooFewSamples(f"{asked} is beyond what {samples} can tell: {reach}")
 
     def _solve(self, index: int, target: float, asked: str) -> float:
         """The tilt at which the reward (index 0) or the KL (1) reaches a target; 0 if the reference has it."""
         if not math.isfinite(target):
             raise ValueError(f"expected a finite number, got {target!r}")
+        if self._steepest == 0:
+            raise self._too_few(asked)
         if self._figures(0.0)[index] >= target:
-            self._check(0.0 if self._steepest else math.inf, asked)
             return 0.0
-        if self._steepest == 0 or self._figures(self._steepest)[index] < target:
-            self._check(math.inf, asked)
+        if self._figures(self._steepest)[index] < target:
+            raise self._too_few(asked)
         return _bisect(lambda tilt: bool(self._figures(tilt)[index] >= target), self._steepest)
 
     def _points(
@@ -271,10 +253,8 @@ class Optimum:
         """
         figures = np.stack([self._figures(tilt) for tilt in tilts])  # (T, 2)
         generator = np.random.default_rng(self.bootstrap.seed)
-        drawn = [
-            _resampled(values, counts, np.array(tilts), self.bootstrap.resamples, generator)
-            for values, counts in self._tallies
-        ]
+        resamples = self.bootstrap.resamples
+        drawn = [_resampled(*tally, np.array(tilts), resamples, generator) for tally in self._tallies]
         replicates = np.mean(drawn, 0)  # (resamples, T, 2)
         replicates = replicates - replicates.mean(0) + figures  # resampling doubles the bias
         points = []
@@ -310,8 +290,7 @@ def optimum(
     """
     if type(samples) is not int or samples < 1:
         raise ValueError(f"samples must be an integer of at least 1, got {samples!r}")
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
+    require_texts(prompts)
     distinct = list(dict.fromkeys(prompts))
     model, tokenizer = loaded(reference, tokenizer)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)

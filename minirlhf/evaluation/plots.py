@@ -40,8 +40,8 @@ def draw_run(
 ) -> bytes:
     """Draw a run as a PNG: reward with its spread, KL against its target, entropy, value loss, response length.
 
-    history: lines of metrics.jsonl; a column that is missing or null is left out. target: of the KL controller, drawn
-        as a line. frontier: points of `Optimum.curve`; adds the KL that the optimum needs for each reward.
+    history: lines of metrics.jsonl; a column that is missing or null is left out. target: of the KL controller.
+    frontier: points of `Optimum.curve`; adds the KL that the optimum needs for each reward.
     Raises ImportError that names the extra if matplotlib is missing, ValueError for an empty history.
     """
     if not history:
@@ -106,22 +106,17 @@ def draw_frontier(
         (best_of_n, "tab:gray", "-", "best-of-n of the reference"),
         (policies, "tab:blue", "none", "policy"),
     ):
-        if not points:
-            continue
-        ordered = sorted(points, key=lambda point: point.kl)
-        mean = [point.score.mean for point in ordered]
-        below = [max(0.0, point.score.mean - point.score.low) for point in ordered]
-        above = [max(0.0, point.score.high - point.score.mean) for point in ordered]
-        kls = [point.kl for point in ordered]
-        ax.errorbar(kls, mean, [below, above], color=color, linestyle=line, marker="o", capsize=3, label=name)
-        for point in ordered:  # parse_math: a label is a text, never a formula
-            ax.annotate(
-                point.label, (point.kl, point.score.mean), (6, -12), textcoords="offset points", color=color,
-                parse_math=False,
-            )  # fmt: skip
+        points = sorted(points, key=lambda point: point.kl)
+        mean = [point.score.mean for point in points]
+        sides = [[max(0.0, x.score.mean - x.score.low), max(0.0, x.score.high - x.score.mean)] for x in points]
+        bars = np.array(sides).reshape(-1, 2).T
+        kls = [point.kl for point in points]
+        ax.errorbar(kls, mean, bars, color=color, linestyle=line, marker="o", capsize=3, label=name)
+        for point in points:  # parse_math: a label is a text, never a formula
+            where = (point.kl, point.score.mean)
+            ax.annotate(point.label, where, (6, -12), textcoords="offset points", color=color, parse_math=False)
     ax.set(xlim=(-0.03 * furthest, 1.2 * furthest))  # room for labels
-    where = f"\n{distribution}" if distribution else ""
-    ax.set_xlabel(f"KL to the reference, nats a sequence{where}", parse_math=False)
+    ax.set_xlabel(f"KL to the reference, nats a sequence\n{distribution}", parse_math=False)
     ax.set_ylabel(score, parse_math=False)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right")

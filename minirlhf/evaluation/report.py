@@ -16,6 +16,7 @@ from minirlhf.evaluation.findings import Comparison, Evaluation, Pair
 from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run
 from minirlhf.version import __version__
 
+ROWS = 24  # samples shown for each list of prompts
 STYLE = """
 :root { color-scheme: light dark; --soft: #8882; --line: #8884; --good: #2a8a4a; --bad: #c0392b; }
 body { font: 16px/1.5 system-ui, "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", sans-serif;
@@ -27,10 +28,6 @@ h1, p, li { overflow-wrap: anywhere; }
 .box { border-left: 4px solid var(--good); background: var(--soft); padding: .5rem .8rem; border-radius: 4px; }
 .box.bad { border-color: var(--bad); }
 .box ul { margin: 0; padding-left: 1.1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
-.card { background: var(--soft); border-radius: 6px; padding: .5rem .7rem; }
-.card b { display: block; font-size: 1.1rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.card span { font-size: .8rem; opacity: .8; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .8rem; }
 img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 .wide { overflow-x: auto; }
@@ -49,19 +46,16 @@ footer { margin-top: 2rem; font-size: .8rem; opacity: .75; overflow-wrap: anywhe
 """
 
 GLOSSARY = (
-    ("reward, second scorer", "mean over the samples, with its bootstrap confidence interval; the policy was trained "
-     "on the reward and has never seen the second scorer"),
+    ("reward, second scorer", "mean with its bootstrap interval; the policy was never trained on the second scorer"),
     ("KL", "KL(policy || reference) a sequence, nats. Exact: at each token over all that could have been sampled; "
      "sampled: log-ratio of the tokens that were; full softmax: exact, with nothing truncated"),
     ("perplexity under the reference", "exp of the mean negative log-likelihood that the reference gives a token"),
-    ("distinct-n", "distinct n-grams of characters, or of words where a language spaces them, over all, of all "
-     "samples together"),
-    ("self-BLEU", "mean BLEU-4 of a sample against all the others, over the same units; 1: they are all alike"),
+    ("distinct-n", "distinct n-grams of characters or words over all of them, of all samples together"),
+    ("self-BLEU", "mean BLEU-4 of a sample against all the others; 1: they are all alike"),
     ("share of repeated units", "of a response's characters or words, those that occurred in it before; the mean"),
     ("best of n", "the best by reward of n samples of the reference; its KL is at most log n - (n - 1) / n"),
-    ("optimum", "the most reward at a KL, the least KL for a reward, that any policy can have: the reference's own "
-     "samples, weighted by exp(reward / beta); efficiency is the KL needed over the exact KL spent, both in the "
-     "distribution that was sampled"),
+    ("optimum", "the most reward at a KL, the least KL for a reward, that any policy can have; efficiency is the KL "
+     "needed over the exact KL spent, both in the distribution that was sampled"),
 )  # fmt: skip
 
 
@@ -71,32 +65,28 @@ def report(
     about: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
     target: float | None = None,
-    rows: int = 24,
 ) -> str:
     """The report as a text of HTML.
 
     title, about: of the run: its name, and further facts by name. history: lines of its metrics.jsonl, drawn as
-    `plots.draw_run` does, with the KL target; None: no curves. rows: samples shown for each list of prompts.
+    `plots.draw_run` does, with the KL target; None: no curves.
     Raises ImportError that names the extra if matplotlib is missing.
     """
-    if type(rows) is not int or rows < 0:
-        raise ValueError(f"rows must be an integer of at least 0, got {rows!r}")
-    parts = [f"<h1>{_text(title)}</h1>", _conclusion(evaluation), _cards(evaluation.given)]
+    parts = [f"<h1>{_text(title)}</h1>", _conclusion(evaluation)]
     for name, comparison in evaluation.comparisons.items():
         parts += [f"<h2>On the {name}</h2>", _pictures(comparison)]
         parts += ["<h3>Figures</h3>", _table(("", "reference", "policy"), comparison.rows())]
         parts += ["<h3>Best-of-n of the reference, and the optimum</h3>", _best_of_n(comparison)]
     if history:
-        drawn = draw_run(history, target, evaluation.given.frontier)
-        curves = _image(drawn, "reward, KL, entropy, value loss and length")
+        curves = _image(draw_run(history, target, evaluation.given.frontier), "curves of the run")
         parts += ["<h2>The run</h2>", f'<div class="wide">{curves}</div>']
     for name, comparison in evaluation.comparisons.items():
-        shown = comparison.pairs[:rows]
-        if shown:
-            parts += [f"<h2>Samples on the {name}</h2>", "<p>The first ones, unpicked; left before, right after.</p>"]
-            parts += map(_pair, shown)
+        parts += [f"<h2>Samples on the {name}</h2>", "<p>The first ones, unpicked; left before, right after.</p>"]
+        parts += map(_pair, comparison.pairs[:ROWS])
     parts += ["<h2>What the figures mean</h2>", _definitions(GLOSSARY), "<h2>Settings</h2>"]
-    facts = {**(about or {}), **_settings(evaluation)}
+    facts = {**(about or {}), **{f"the {name}": ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}}
+    for name, value in evaluation.settings.items():
+        facts.update(value if isinstance(value, dict) else {name: value})
     parts += [_definitions((name, value) for name, value in facts.items() if value is not None)]
     parts += [f"<footer>minirlhf {_text(__version__)}</footer>"]
     return (
@@ -110,28 +100,11 @@ def report(
     )
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
-
-
 def _conclusion(evaluation: Evaluation) -> str:
     if not evaluation.symptoms:
         return '<div class="box">No symptom of reward hacking was found.</div>'
     items = "".join(f"<li>{_text(symptom)}</li>" for symptom in evaluation.symptoms)
     return f'<div class="box bad"><ul>{items}</ul></div>'
-
-
-def _cards(x: Comparison) -> str:
-    cards = [("reward", f"{x.reference.reward.mean:.3f} → {x.policy.reward.mean:.3f}")]
-    if x.policy.second is not None and x.reference.second is not None:
-        cards.append(("second scorer", f"{x.reference.second.mean:.3f} → {x.policy.second.mean:.3f}"))
-    cards.append(("KL, nats a sequence", f"{x.kl:.2f}"))
-    cards.append(("distinct-2", f"{x.reference.distinct_2:.3f} → {x.policy.distinct_2:.3f}"))
-    if x.spending is not None and x.spending.efficiency is not None:
-        cards.append(("KL needed / KL spent", f"{x.spending.efficiency:.2f}"))
-    if x.equal_kl is not None:
-        cards.append((f"best of {x.equal_kl.n:.1f}, at equal KL", f"{x.equal_kl.reward.mean:.3f}"))
-    inner = "".join(f'<div class="card"><b>{_text(value)}</b><span>{_text(name)}</span></div>' for name, value in cards)
-    return f'<div class="cards">{inner}</div>'
 
 
 def _pictures(x: Comparison) -> str:
@@ -156,25 +129,9 @@ def _best_of_n(x: Comparison) -> str:
 
 
 def _pair(pair: Pair) -> str:
-    sides = "".join(
-        f"<div><small>{name} {_text(f'{reward:.3f}')}</small>{_text(text)}</div>"
-        for name, reward, text in (
-            ("before", pair.before_reward, pair.before),
-            ("after", pair.after_reward, pair.after),
-        )
-    )
-    return f'<div class="pair"><p>{_text(pair.prompt)}</p><div class="sides">{sides}</div></div>'
-
-
-def _settings(evaluation: Evaluation) -> dict[str, Any]:
-    """The prompts, and the fields of the EvaluationConfig and of its sampling, by name."""
-    facts: dict[str, Any] = {f"the {name}": ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}
-    for name, value in evaluation.settings.items():
-        facts.update(value if isinstance(value, dict) else {name: value})
-    return facts
-
-
-# ---- HTML -----------------------------------------------------------------------------------------------------------
+    before = f"<div><small>before {pair.before_reward:.3f}</small>{_text(pair.before)}</div>"
+    after = f"<div><small>after {pair.after_reward:.3f}</small>{_text(pair.after)}</div>"
+    return f'<div class="pair"><p>{_text(pair.prompt)}</p><div class="sides">{before}{after}</div></div>'
 
 
 def _text(x: object) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from minirlhf.common.validation import require, require_counts, require_fraction, require_positive_ints
+
 CHUNK = 2**22  # indices drawn at a time
 Array = NDArray[np.float64]
 
@@ -28,7 +30,7 @@ class Bootstrap:
     """Resamples with replacement, `resamples` times, and takes the middle `confidence` of the resampled figures.
 
     Every estimate starts from the same seed, so a figure does not depend on which others were asked for.
-    Raises ValueError for a confidence outside (0, 1), fewer than 2 resamples, or a negative seed.
+    Raises ValueError for a bad field.
     """
 
     resamples: int = 2000
@@ -36,12 +38,10 @@ class Bootstrap:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.confidence, float) and 0 < self.confidence < 1):
-            raise ValueError(f"confidence must be a number between 0 and 1, got {self.confidence!r}")
-        for name, least in (("resamples", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        require_fraction(self, "confidence")
+        require_positive_ints(self, "resamples")
+        require(self, "resamples", self.resamples >= 2, "at least 2")
+        require_counts(self, "seed")
 
     def mean(self, values: ArrayLike) -> Estimate:
         """The mean of independent values (N,)."""

@@ -77,16 +77,8 @@ def test_a_run_is_evaluated_and_leaves_its_report(run, folders, tmp_path):
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
     shown = "\n".join(out)
-    for text in (
-        "given prompts",
-        "held-out prompts",
-        "second scorer",
-        "KL exact",
-        "distinct-3",
-        "best of 3",
-        "self-BLEU",
-    ):
-        assert text in shown
+    parts = "given prompts", "held-out prompts", "second scorer", "KL exact", "distinct-3", "best of 3", "self-BLEU"
+    assert all(part in shown for part in parts)
     written = tmp_path / "new" / "evaluation"
     assert {path.name for path in written.iterdir()} == {"evaluation.json", "report.html"}
     found = read_json(written / "evaluation.json")
@@ -140,7 +132,7 @@ def test_a_run_is_sampled_as_it_was_trained_and_says_so(run, folders, tmp_path):
     write_json(tmp_path / "other" / "config.json", {"arguments": {"prompts": ["服务"]}, "ppo": {"gen_len": 3}})
     code, out, _ = run("--run", tmp_path / "other")
     assert out[0].startswith("sampled with gen_len 3, temperature 1.0,") and out[0].endswith(
-        "; config.json of the run does not say its temperature, top_k, top_p, eos_token_id"
+        "; unlike the run, which had temperature unknown, top_k unknown, top_p unknown, eos_token_id unknown"
     )
     assert run(*models(folders), "--prompts", "酒店")[1][0] == (
         "sampled with gen_len 16, temperature 1.0, top_k 0, top_p 1.0, eos_token_id None"

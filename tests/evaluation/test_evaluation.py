@@ -185,18 +185,6 @@ def test_eos_ends_responses(tokenizer):
     assert math.isfinite(x.policy.perplexity) and math.isfinite(x.kl)
 
 
-def test_a_double_policy_gives_the_same_figures(tokenizer):
-    policy, reference = models(1)
-    double = copy.deepcopy(policy.decoder).double(), copy.deepcopy(reference).double()
-    config = EvaluationConfig(**SMALL)
-    one, two = (
-        evaluate(*pair, tokenizer, PROMPTS, reward, config=config).given for pair in ((policy, reference), double)
-    )
-    assert [p.after for p in one.pairs] == [p.after for p in two.pairs]  # the same random numbers
-    assert two.kl_exact.mean == pytest.approx(one.kl_exact.mean, rel=1e-5)
-    assert two.policy.perplexity == pytest.approx(one.policy.perplexity, rel=1e-5)
-
-
 def test_a_language_with_spaces_is_measured_in_words(tokenizer):
     class Spaced:
         """Decodes every token to a word of its own."""
@@ -348,9 +336,9 @@ def test_models_of_another_vocabulary_are_refused(tokenizer, policy, reference, 
     ({"best_of": ()}, "best_of must be a tuple of integers from 1 to 64, got \\(\\)"), ({"best_of": (65,)}, "best_of"),
     ({"max_n": 65}, "max_n"), ({"max_n": 3, "best_of": (4,)}, "from 1 to 3"), ({"best_of": (2.0,)}, "best_of"),
     ({"best_of": 4}, "best_of"), ({"best_of_prompts": 0}, "best_of_prompts"),
-    ({"resamples": 1}, "resamples .* at least 2"), ({"confidence": 1.5}, "confidence"), ({"seed": -1}, "seed"),
+    ({"resamples": 1}, "resamples .* at least 2"), ({"seed": -1}, "seed"),
     ({"sampling": 0.9}, "sampling must be a SamplingConfig"), ({"eos_token_id": -1}, "eos_token_id"),
-    ({"batch_size": 0}, "batch_size"), ({"kl_coef": -1.0}, "kl_coef"),
+    ({"kl_coef": -1.0}, "kl_coef"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +13,7 @@ from test_optimum_frontier import UNIFORM
 
 from minirlhf.common.text import printable
 from minirlhf.evaluation.findings import Evaluation, Pair
-from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run
+from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run, plot_run
 from minirlhf.evaluation.report import report
 from minirlhf.evaluation.statistics import Estimate
 
@@ -116,26 +117,14 @@ def test_a_hostile_text_is_shown_and_never_obeyed(text, undrawn):
     assert all(a["alt"] in {p["alt"] for t, p in plain.elements if t == "img"} for t, a in page.elements if t == "img")
 
 
-def test_of_all_samples_the_first_are_shown(undrawn):
-    pairs = [dataclasses.replace(PAIR, after=f"text {i};") for i in range(5)]
-    page = Page(report(evaluation(pairs, held_out=False), rows=2))
+def test_of_all_samples_the_first_are_shown(undrawn, monkeypatch):
+    monkeypatch.setattr("minirlhf.evaluation.report.ROWS", 2)
+    page = Page(report(evaluation([dataclasses.replace(PAIR, after=f"text {i};") for i in range(5)], held_out=False)))
     assert "text 1;" in page and "text 2;" not in page
-    assert "Samples on the given prompts" not in Page(report(evaluation(held_out=False), rows=0))
-    with pytest.raises(ValueError, match="rows must be an integer of at least 0, got -1"):
-        report(evaluation(), rows=-1)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    import builtins
-
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=re.escape("minirlhf[examples]")):
         report(evaluation())
 
@@ -164,10 +153,17 @@ def test_what_is_drawn_depends_on_every_point():
         draw_frontier([], policy)
 
 
-def test_the_curves_of_a_run_have_the_kl_that_its_rewards_would_need():
-    optimum, beyond = UNIFORM.curve(3), [{**line, "reward/mean": 2.0} for line in HISTORY]
+def test_the_curves_of_a_run_have_the_kl_that_its_rewards_would_need(tmp_path):
+    optimum, beyond = UNIFORM.curve(3), [{**line, "reward/mean": 2.0, "ppo/loss/value": None} for line in HISTORY]
     assert len({draw_run(HISTORY), draw_run(HISTORY, 6.0), draw_run(HISTORY, None, optimum)}) == 3
-    assert draw_run(beyond, None, optimum)[:4] == b"\x89PNG"  # nothing is drawn there, and nothing fails
+    plot_run(beyond, tmp_path / "run.png", None, optimum)  # nothing is drawn there, and nothing fails
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_an_empty_history_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        plot_run([], tmp_path / "run.png")
+    assert not (tmp_path / "run.png").exists()
 
 
 def test_the_report_and_the_tables_have_the_optimum(undrawn):

@@ -57,7 +57,6 @@ def test_the_optimum_of_the_bandit_is_exact_for_each_prompt_and_for_all(bandit, 
         assert (point.reward.mean, point.kl.mean) == pytest.approx(exact[prompt], abs=1e-3)
     point, mean = found.at(beta), np.mean(list(exact.values()), 0)
     assert (point.reward.mean, point.kl.mean) == pytest.approx(tuple(mean), abs=1e-3)
-    assert point.objective == pytest.approx(mean[0] - beta * mean[1], abs=1e-3)
     assert found.at_reward(mean[0]).kl.mean == pytest.approx(mean[1], abs=2e-3)
     assert found.at_kl(mean[1]).reward.mean == pytest.approx(mean[0], abs=1e-3)
     assert found.at_kl(mean[1]).beta == pytest.approx(beta, rel=0.01)
@@ -117,12 +116,13 @@ def test_the_jackknife_leaves_one_sample_out_at_a_time():
 def test_an_interval_holds_the_optimum_as_often_as_it_says():
     exact = by_definition(np.full(10_000, 1e-4), (np.arange(10_000) + 0.5) / 10_000, 0.3)
     hits = np.zeros(4)
-    for seed in range(80):
+    for seed in range(60):
         scores = np.random.default_rng(seed).random((2, 300))
         found = Optimum(dict(zip("ab", scores, strict=True)), bootstrap=Bootstrap(200, seed=seed))
-        estimates = (found.at(0.3).reward, found.at(0.3).kl, found.at_reward(exact[0]).kl, found.at_kl(exact[1]).reward)
+        point = found.at(0.3)
+        estimates = (point.reward, point.kl, found.at_reward(exact[0]).kl, found.at_kl(exact[1]).reward)
         hits += [x.low <= e <= x.high for x, e in zip(estimates, (*exact, exact[1], exact[0]), strict=True)]
-    assert (hits >= 69).all()  # 0.95 of 80 less 3.5 standard errors
+    assert (hits >= 51).all()  # 0.95 of 60 less 3.5 standard errors
 
 
 def test_the_effective_samples_are_those_of_the_weights():
@@ -156,7 +156,8 @@ def test_what_a_policy_spent_stands_beside_what_is_needed():
     assert told.needed.kl.low < needed.kl.low and told.needed.kl.high > needed.kl.high  # the reward is uncertain too
     assert told.best.reward.mean == pytest.approx(UNIFORM.at_kl(1.2).reward.mean) and told.best.reward.mean > 0.8
     assert told.objectives["objective/policy"] == pytest.approx(0.8 - 0.15 * 1.2)
-    assert told.objectives["objective/optimum"] == pytest.approx(UNIFORM.at(0.15).objective)
+    best = UNIFORM.at(0.15)
+    assert told.objectives["objective/optimum"] == pytest.approx(best.reward.mean - 0.15 * best.kl.mean)
     assert str(told).startswith(f"reward 0.800 at 1.20 nats; the optimum would need {needed.kl.mean:.2f} (efficiency ")
     assert set(told.figures()) >= {"optimum/kl", "optimum/efficiency", "optimum/reward_at_kl", "objective/policy"}
 
@@ -185,7 +186,8 @@ def test_beyond_the_samples_nothing_is_made_up():
             ask(value)
     told = UNIFORM.spent(Estimate(0.9999, 0.99, 1.0), Estimate(9.0, 8.9, 9.1), beta=0.001)
     assert told.needed is told.best is told.efficiency is None and "objective/optimum" not in told.objectives
-    assert "a reward of 1.000 and a KL of 9.00 nats and beta 0.001 is beyond what" in str(told)
+    for asked in ("a reward of 1.000", "a KL of 9.00 nats", "beta 0.001"):
+        assert f"{asked} is beyond what 4,000 samples" in str(told)
     assert set(told.figures()) == {"objective/policy", "objective/reference"}
 
 
@@ -236,7 +238,7 @@ def test_bad_questions_are_refused(ask, value, message):
 @pytest.mark.parametrize(("options", "message"), [
     (dict(samples=0), "samples must be an integer of at least 1"), (dict(prompts=[]), "prompts must be a list"),
     (dict(prompts="酒店"), "prompts must be a list"), (dict(tokenizer=None), "needs tokenizer="),
-    (dict(gen_len=0), "gen_len"), (dict(tokenizer=Tokenizer(VOCAB[:-1])), "vocabulary"),
+    (dict(gen_len=0), "gen_len"), (dict(tokenizer=Tokenizer([*VOCAB, "新"])), "vocabulary"),
     (dict(reward=lambda texts: [math.nan] * len(texts)), "nan"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused_before_anything_is_sampled(tokenizer, options, message):

@@ -212,7 +212,7 @@ def test_a_step_of_ppo(ours):
     assert stats["reward/shaped"] == pytest.approx(shaped, rel=1e-5)
     assert not torch.equal(trainer.policy.decoder.wte.weight, before)
     explanation = explain(trainer, rollout, 1)
-    assert [token.token for token in explanation.tokens] == [
+    assert [token["token"] for token in explanation.tokens] == [
         VOCAB[i] for i in rollout.tokens[1, -6:][rollout.response_mask[1]]
     ]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -15,7 +14,6 @@ from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.config import PPOConfig
-from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.rollout import Rollout
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.text.tokenizer import Tokenizer
@@ -39,77 +37,40 @@ class Result(NamedTuple):
 
 @dataclass
 class Setup:
-    """The parts of a run as given to `doctor`, None where a part could not be loaded, and what checks leave for later.
+    """The parts of a run as given to `doctor`, and what checks leave for later.
 
     prompts: the pool; None: the run's own are not known, and words of the vocabulary stand for them.
     available: bytes free on the device before anything was copied; None: unknown.
-    vocabulary, reward_vocabulary: their sizes, None until they were found to agree.
     trainer: of copies of both models, in fp32. rollout: what it collected. precision: of the run. None until the
         check of the rollout; from then on the config names that precision too.
     """
 
-    policy: Model | None
-    reference: Model | None
-    tokenizer: Tokenizer | None
+    policy: Model
+    reference: Model
+    tokenizer: Tokenizer
     reward: RewardFunction | None
     config: PPOConfig
     prompts: Sequence[str] | None
     canaries: tuple[str, str] | None
     available: int | None = None
-    vocabulary: int | None = None
-    reward_vocabulary: int | None = None
     trainer: PPOTrainer | None = None
     rollout: Rollout | None = None
     precision: PrecisionChoice | None = None
 
-    def models(self) -> tuple[Model, Model]:
-        """Policy and reference, as given. Raises Skipped if one is missing."""
-        return needed(self.policy, "the policy"), needed(self.reference, "the reference")
-
     def modules(self) -> dict[str, nn.Module]:
-        """Policy, reference and the classifier of a SentimentReward by name, as given. Raises Skipped without any."""
-        classifier = self.reward.model if isinstance(self.reward, SentimentReward) else None
-        named = {"policy": self.policy, "reference": self.reference, "classifier": classifier}
-        found: dict[str, nn.Module] = {name: model for name, model in named.items() if model is not None}
-        if not found:
-            raise Skipped("no model was loaded")
-        return found
+        """Policy, reference and the classifier of a SentimentReward by name, as given."""
+        found: dict[str, nn.Module] = {"policy": self.policy, "reference": self.reference}
+        return found | ({"classifier": self.reward.model} if isinstance(self.reward, SentimentReward) else {})
 
     def experience(self) -> tuple[PPOTrainer, Rollout]:
         """The trainer of the copies, and its rollout. Raises Skipped without them."""
-        return needed(self.trainer, "the rollout"), needed(self.rollout, "the rollout")
+        if self.trainer is None or self.rollout is None:
+            raise Skipped("needs the rollout, which failed above")
+        return self.trainer, self.rollout
 
     def pool(self) -> Sequence[str]:
         """The prompts, or words of the vocabulary in their place."""
-        return self.prompts if self.prompts is not None else words(needed(self.tokenizer, "the tokenizer"))
-
-    def copied_reward(self) -> RewardFunction:
-        """The reward, of a SentimentReward with a copy of its classifier. Raises Skipped without one."""
-        reward = needed(self.reward, "a reward function")
-        if isinstance(reward, SentimentReward):
-            needed(self.reward_vocabulary, "the reward's vocabulary")
-            reward = copy.copy(reward)
-            reward.model = copy.deepcopy(reward.model)
-        return reward
-
-
-def needed(x: Any, what: str) -> Any:
-    """x itself. Raises Skipped if it is None."""
-    if x is None:
-        raise Skipped(f"needs {what}, which failed above or was not given")
-    return x
-
-
-def logprobs(
-    trainer: PPOTrainer, rollout: Rollout, reference: Decoder | None = None, full_softmax: bool = False
-) -> TokenLogprobs:
-    """What the policy, and a reference, say of a rollout's response tokens, as an update computes it.
-
-    full_softmax: at temperature 1 and over the whole vocabulary instead.
-    """
-    temperature, sets = (1.0, None) if full_softmax else (trainer.config.logprobs_divisor, rollout.sampling_sets)
-    R = rollout.response_mask.size(1)
-    return response_logprobs(trainer.policy, rollout.tokens, rollout.mask, R, temperature, sets, reference)
+        return self.prompts if self.prompts is not None else words(self.tokenizer)
 
 
 def words(tokenizer: Tokenizer) -> list[str]:
