@@ -8,6 +8,7 @@ Each answer is on the disk before the next question is shown. `preferences.read_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -52,18 +53,16 @@ class FeedbackFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_for_writing(self.path, "ab+")
-        self._fd = self._file.fileno()
-        try:
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(open_for_writing(self.path, "ab+"))
+            self._fd = self._file.fileno()
             self._lock()
             self._repair()
             self.records: list[dict[str, Any]] = read_jsonl(self.path)
             for number, record in enumerate(self.records, 1):
                 _check(record, f"{self.path}, line {number}")
-        except BaseException:
-            self._file.close()
-            raise
-        flush_folder(self.path.parent)
+            flush_folder(self.path.parent)
+            stack.pop_all()
 
     def append(self, record: dict[str, Any]) -> None:
         """Append a line, durable when this returns. Raises OSError and leaves the file unchanged if it cannot."""

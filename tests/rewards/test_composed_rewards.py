@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.evaluation.evaluate import EvaluationConfig
 from minirlhf.rewards.base import call_reward, reward_by_token
 from minirlhf.rewards.composed import (
     TARGETS,
@@ -408,7 +409,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path):
+def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path, monkeypatch):
+    few = functools.partial(EvaluationConfig, resamples=20, best_of_prompts=8)
+    monkeypatch.setattr("minirlhf.evaluation.evaluate.EvaluationConfig", few)
     run = tmp_path / "run"
     error, out = example("--steps", 6, "--batch-size", 3, "--samples", 4, "--output", run)
     assert error is None
