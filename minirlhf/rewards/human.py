@@ -56,7 +56,13 @@ class FeedbackFile:
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open_for_writing(self.path, "ab+"))
             self._fd = self._file.fileno()
-            self._lock()
+            try:
+                lock_descriptor(self._fd)
+            except BlockingIOError:
+                raise BlockingIOError(f"{self.path} is in use by another process") from None
+            except OSError as error:
+                told = f"{self.path} cannot be locked, so a second process goes unnoticed: {error}"
+                warnings.warn(told, stacklevel=2)
             self._repair()
             self.records: list[dict[str, Any]] = read_jsonl(self.path)
             for number, record in enumerate(self.records, 1):
@@ -90,14 +96,6 @@ class FeedbackFile:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            lock_descriptor(self._fd)
-        except BlockingIOError:
-            raise BlockingIOError(f"{self.path} is in use by another process") from None
-        except OSError as error:
-            warnings.warn(f"{self.path} cannot be locked, so a second process goes unnoticed: {error}", stacklevel=3)
 
     def _repair(self) -> None:
         """Complete or remove a last line without a line feed. Raises ValueError if no session can have begun it."""
@@ -156,20 +154,19 @@ class FeedbackSession:
             values = _ask(question, title, not self._scores, self._read, self._write)
             if values == "quit":
                 return False
-            if values == "undo":
-                if not self.file.records:
-                    self._write("nothing to undo\n")
-                    continue
+            if values == "undo" and self.file.records:
                 record = self.file.undo()
                 number, again = record["round"], _question(record)
                 self.answered = max(0, self.answered - 1)
-                continue
-            if isinstance(values, str):
+            elif values == "undo":
+                self._write("nothing to undo\n")
+            elif values == "skip":
                 self.skipped += 1
+                number += 1
             else:
                 self.file.append(_record(number, question, values, ranked=not self._scores))
                 self.answered += 1
-            number += 1
+                number += 1
         return True
 
 
@@ -204,7 +201,7 @@ class HumanReward:
                     self._write("nothing to undo in this batch\n")
                 elif given.pop() is not None:
                     self.file.undo()
-            elif isinstance(values, str):
+            elif values == "skip":
                 given.append(None)
             else:
                 self.file.append(_record(len(self.file.records), question, values, ranked=False))
@@ -224,7 +221,7 @@ def draw_answers(
 ) -> Question:
     """A question with `count` different answers that are not blank, or fewer if sampling finds no more.
 
-    generator: on the model's device. Raises ValueError for a count outside 1 to 4, and as `generate`.
+    Raises ValueError for a count outside 1 to 4, and as `generate`.
     """
     if not 1 <= count <= MOST:
         raise ValueError(f"a question has 1 to {MOST} answers, got {count}")
@@ -244,9 +241,7 @@ def draw_answers(
     return Question(prompt, tuple(found.values())[:count])
 
 
-def _ask(
-    question: Question, title: str, ranked: bool, read: Callable[[], str], write: Callable[[str], object]
-) -> list[int] | str:
+def _ask(question: Question, title: str, ranked: bool, read: Callable[[], str], write: Callable[[str], object]) -> Any:
     """The numbers of the answers, best first, or their scores; or "undo", "skip" or "quit"."""
     count = len(question.answers)
     lines = [f"\n{title} {printable(question.prompt)}"]

@@ -227,9 +227,8 @@ class ChatJudge:
             yield self._complete
             return
         key = key_of(c.key_variable) or "none"  # the client demands one
-        with import_openai().OpenAI(
-            base_url=c.base_url, api_key=key, timeout=c.timeout, max_retries=c.retries
-        ) as client:
+        settings = dict(base_url=c.base_url, api_key=key, timeout=c.timeout, max_retries=c.retries)
+        with import_openai().OpenAI(**settings) as client:
             yield Endpoint(client, c.model, c.key_variable, self._sampling, self._count)
 
     def _messages(self, text: str, remind: bool = False) -> list[dict[str, str]]:

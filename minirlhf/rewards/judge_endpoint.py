@@ -41,7 +41,8 @@ class Endpoint:
         except openai.APIStatusError as error:
             failure = f"answered {error.status_code}: {self._shown(error.message)}"
             if error.status_code in (401, 403):
-                failure += f" (the key in {self._key_variable} {'was sent' if self._key() else 'is not set'})"
+                sent = "was sent" if key_of(self._key_variable) else "is not set"
+                failure += f" (the key in {self._key_variable} {sent})"
             elif error.status_code in (400, 422):
                 failure += f" (sampling={self._sampling} was sent)"
         except openai.APITimeoutError:
@@ -63,11 +64,9 @@ class Endpoint:
                 return self._clean(text)
         raise ChatError(f"{str(self._client.base_url).rstrip('/')} {failure}")
 
-    def _key(self) -> str:
-        return key_of(self._key_variable)
-
     def _clean(self, text: str) -> str:
-        return text.replace(self._key(), f"[{self._key_variable}]") if self._key() else text
+        key = key_of(self._key_variable)
+        return text.replace(key, f"[{self._key_variable}]") if key else text
 
     def _shown(self, said: object) -> str:
         return repr(self._clean(str(said))[:300])

@@ -97,11 +97,8 @@ class SentimentReward:
             scores = reward(reward.canaries).tolist()
         for (better, x), (worse, y) in itertools.pairwise(zip(reward.canaries, scores, strict=True)):
             if not x > y:  # also for NaN
-                warnings.warn(
-                    f"{folder} scores {better!r}, {x:.2f}, no higher than {worse!r}, {y:.2f}, by {reward.meaning}: are "
-                    "its labels in the right order?",
-                    stacklevel=2,
-                )
+                told = f"{folder} scores {better!r}, {x:.2f}, no higher than {worse!r}, {y:.2f}, by {reward.meaning}"
+                warnings.warn(f"{told}: are its labels in the right order?", stacklevel=2)
                 break
         return reward
 

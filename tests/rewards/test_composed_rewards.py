@@ -15,7 +15,6 @@ from minirlhf import PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.evaluation.evaluate import EvaluationConfig
 from minirlhf.rewards.base import call_reward, reward_by_token
 from minirlhf.rewards.composed import (
-    TARGETS,
     ControlledSentiment,
     Increments,
     RepetitionPenalty,
@@ -317,10 +316,6 @@ def test_a_mixed_batch_keeps_its_order():
     assert ps == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
-def test_no_prompts_no_rewards():
-    assert ControlledSentiment(lambda texts: [])([], []).shape == (0,)
-
-
 @pytest.mark.parametrize("prompt", [
     "酒店", "", "[正面]酒店", " [正向]酒店", "[正向", "正向酒店", "[正向][负向]酒店", "[正向][正向]酒店", "酒店[正向]",
     "［正向］酒店",
@@ -337,17 +332,6 @@ def test_a_prompt_without_exactly_one_tag_in_front_is_refused_before_scoring(pro
 def test_a_sentiment_outside_0_to_1_is_refused(bad):
     with pytest.raises(ValueError, match=rf"sentiment must be in \[0, 1\], got {bad} for text 1"):
         ControlledSentiment(lambda texts: [0.5, bad])(["[正向]a", "[负向]a"], ["", ""])
-
-
-def test_with_the_classifier_it_is_the_probability_of_the_text_without_its_tag():
-    sentiment = SentimentReward(
-        make_bert(0, 10.0, id2label={0: "negative", 1: "positive"}), Tokenizer(VOCAB), device="cpu"
-    )
-    prompts, responses = [TAGS[n] + "酒店" for n in TAGS], ["很好", "位置好", "太差"]
-    p = [sentiment(["酒店" + response]).item() for response in responses]
-    assert max(p) - min(p) > 0.01
-    expected = [oracle(name, x) for name, x in zip(TAGS, p, strict=True)]
-    assert call_reward(ControlledSentiment(sentiment), prompts, responses).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 # ---- tags and tokens ------------------------------------------------------------------------------------------------
@@ -369,20 +353,6 @@ def test_tags_that_a_vocabulary_cannot_spell_are_refused():
     for char in "[]正中负向性":
         with pytest.raises(ValueError, match=r"the vocabulary cannot spell the tag \["):
             check_tags(Tokenizer([token for token in spelled if token != char]))
-
-
-def test_a_rollout_hands_the_tags_on_to_the_reward():
-    vocab = [*VOCAB, *"[]正中负向性"]
-    sizes = dict(vocab_size=len(vocab), n_embd=16, n_layer=1, n_head=2)
-    trainer = PPOTrainer(
-        make_gpt2(0, **sizes), make_gpt2(1, **sizes), Tokenizer(vocab), batch_size=6, steps=6, gen_len=4, device="cpu"
-    )
-    prompts = [target.tag + prompt for target in TARGETS for prompt in ("酒店", "位置")]
-    rollout = trainer.collect(prompts, ControlledSentiment(lambda texts: [len(text) / 99 for text in texts]))
-    ps = [len(prompt[4:] + response) / 99 for prompt, response in zip(prompts, rollout.responses, strict=True)]
-    expected = [oracle(name, p) for name, p in zip([n for n in TAGS for _ in range(2)], ps, strict=True)]
-    assert rollout.scores.tolist() == pytest.approx(expected)
-    assert rollout.prompts == tuple(prompts)
 
 
 # ---- the example ----------------------------------------------------------------------------------------------------

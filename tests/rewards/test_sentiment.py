@@ -132,10 +132,6 @@ def test_scores_keep_the_order_of_the_texts(batch_size):
     assert reward(TEXTS).dtype == torch.float32 and reward(TEXTS).shape == (len(TEXTS),)
 
 
-def test_no_texts_no_scores():
-    assert make_reward()([]).shape == (0,)
-
-
 def test_the_reward_is_in_evaluation_mode_and_gets_no_gradient():
     model = make_bert(id2label=LABELS).train()
     reward = SentimentReward(model, Tokenizer(VOCAB), device="cpu")
