@@ -6,36 +6,13 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-
-class TextReward(Protocol):
-    """Maps B whole texts (prompt and response) to B finite floats; higher is better."""
-
-    def __call__(self, texts: list[str], /) -> Any: ...
-
-
-class PromptResponseReward(Protocol):
-    """Maps B prompts and their B responses to B finite floats; higher is better."""
-
-    def __call__(self, prompts: list[str], responses: list[str], /) -> Any: ...
-
-
-class TokenReward(Protocol):
-    """Maps B prompts, their responses, and the responses' tokens to B lists of finite floats, one per token.
-
-    tokens: the text that each token adds, so that `"".join(tokens[i]) == responses[i]`; "" for a token that adds
-        nothing, such as the end of a text. The third parameter must be named `tokens`.
-    """
-
-    def __call__(self, prompts: list[str], responses: list[str], tokens: list[list[str]], /) -> Any: ...
-
-
-RewardFunction = TextReward | PromptResponseReward | TokenReward | Callable[..., Any]
+RewardFunction = Callable[..., Any]  # from B texts, or prompts and responses, to B finite scores; see `call_reward`
 
 
 def call_reward(
@@ -48,9 +25,10 @@ def call_reward(
 
     The reward's positional parameters decide what it gets. If the third one is named `tokens`, it gets (prompts,
     responses, tokens) and may return a list of scores per response, one per token, whose sum is the score. If two are
-    required, it gets (prompts, responses); otherwise it gets the list of prompt + response.
+    required, it gets (prompts, responses); otherwise it gets the list of prompt + response. Higher is better.
 
-    tokens: the tokens of each response as `Tokenizer.decode_pieces` gives them; None: its characters.
+    tokens: the text that each token of a response adds, "" for one that adds nothing, so that `"".join(tokens[i]) ==
+        responses[i]` (see `Tokenizer.decode_pieces`); None: the characters.
     Raises ValueError unless the reward returns B finite numbers, or B lists of one number per token.
     """
     scores = reward_by_token(reward, prompts, responses, tokens)
@@ -71,19 +49,18 @@ def reward_by_token(
     if names[2:3] == ["tokens"]:
         cut = [list(row) for row in tokens] if tokens is not None else [list(r) or [""] for r in responses]
         lengths = [len(row) for row in cut]
-        return checked_token_scores(reward(list(prompts), list(responses), cut), lengths)  # type: ignore[call-arg]
+        return checked_token_scores(reward(list(prompts), list(responses), cut), lengths)
     if required == 2:
-        scores = reward(list(prompts), list(responses))  # type: ignore[call-arg]
+        scores = reward(list(prompts), list(responses))
     else:
-        scores = reward([p + r for p, r in zip(prompts, responses, strict=True)])  # type: ignore[call-arg]
+        scores = reward([p + r for p, r in zip(prompts, responses, strict=True)])
     return checked_scores(scores, len(prompts))
 
 
 def within(seconds: float | None, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Return `function(*arguments)`; raise TimeoutError if it takes longer than `seconds` (None: no limit).
 
-    Python cannot stop a function that hangs. It goes on in a daemon thread, which ends with the process at the latest,
-    and its result is dropped.
+    A function that hangs goes on in a daemon thread, and its result is dropped: Python cannot stop it.
     """
     if seconds is None:
         return function(*arguments)

@@ -1,9 +1,7 @@
-"""Rewards made of rewards: weighted sums, clipping, penalties on length and repetition, rewards of single tokens, and
-sentiment on command.
+"""Rewards made of rewards: weighted sums, a penalty on repetition, rewards of single tokens, and sentiment on command.
 
 All take prompts and responses, and are built from rewards of any form. Those with a third parameter, `tokens`, return
-one score per token if they get tokens (PPO passes them), and one per response if they do not. `metrics()`, where a
-reward has it, returns figures for the log and resets them.
+one score per token if they get tokens (PPO passes them), and one per response if they do not.
 """
 
 from __future__ import annotations
@@ -12,12 +10,11 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minirlhf.common.validation import require, require_bools, require_positive_ints
+from minirlhf.common.validation import require_bools, require_positive_ints
 from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -37,12 +34,13 @@ class WeightedSum:
         for name, (weight, reward) in parts.items():
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f"the names of parts must be texts that are not blank, got {name!r}")
-            if not _is_number(weight) or not math.isfinite(weight):
+            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not (is_number and math.isfinite(weight)):
                 raise ValueError(f"the weight of part {name!r} must be a finite number, got {weight!r}")
             if not callable(reward):
                 raise ValueError(f"part {name!r} must be a reward, got {reward!r} of type {type(reward).__name__}")
         self.parts = dict(parts)
-        self._means = _Means()
+        self._totals: dict[str, tuple[float, int]] = {}  # sum and number of each part's unweighted scores
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
@@ -51,13 +49,17 @@ class WeightedSum:
         weighted = []
         for name, (weight, reward) in self.parts.items():
             try:
-                scores = _scores(reward, prompts, responses, tokens)
+                if tokens is None:
+                    scores = call_reward(reward, prompts, responses)
+                else:
+                    scores = reward_by_token(reward, prompts, responses, tokens)
             except ValueError as error:
                 raise ValueError(f"part {name!r}: {error}") from error
-            self._means.add(f"reward/parts/{name}", scores if scores.ndim == 1 else scores.sum(-1))
+            total, count = self._totals.get(name, (0.0, 0))
+            self._totals[name] = total + scores.sum().item(), count + len(scores)
             weighted.append(weight * scores)
         if tokens is not None and any(scores.ndim == 2 for scores in weighted):
-            weighted = [at_last_token(x, list(map(len, tokens))) if x.ndim == 1 else x for x in weighted]
+            weighted = [_at_last_token(x, list(map(len, tokens))) if x.ndim == 1 else x for x in weighted]
         return torch.stack(weighted).sum(0)
 
     def metrics(self) -> dict[str, float]:
@@ -65,56 +67,13 @@ class WeightedSum:
 
         A part's metric gets the prefix NAME/ if an earlier part has one of the same name.
         """
-        figures = self._means.take()
+        totals, self._totals = self._totals, {}
+        figures = {f"reward/parts/{name}": total / count for name, (total, count) in totals.items() if count}
         for name, (_, reward) in self.parts.items():
-            for key, value in _metrics(reward).items():
-                figures[f"{name}/{key}" if key in figures else key] = value
+            if hasattr(reward, "metrics"):
+                for key, value in reward.metrics().items():
+                    figures[f"{name}/{key}" if key in figures else key] = value
         return figures
-
-
-@dataclass(frozen=True)
-class Clipped:
-    """Another reward's scores, clipped to [low, high]: `reward(prompts, responses) -> (B,)`, fp64.
-
-    If the other reward scores tokens, each token's score is clipped: (B, R).
-
-    low, high: -inf and inf leave that side open.
-    Raises ValueError if low is not a number below high, or the reward cannot be called.
-    """
-
-    reward: RewardFunction
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        require(self, "reward", callable(self.reward), "a reward")
-        fine = _is_number(self.low) and _is_number(self.high) and self.low < self.high
-        require(self, "low", fine, f"a number below high={self.high!r}")
-
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
-    ) -> Tensor:
-        return _scores(self.reward, prompts, responses, tokens).clamp(self.low, self.high)
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics of the other reward."""
-        return _metrics(self.reward)
-
-
-@dataclass(frozen=True)
-class LengthPenalty:
-    """-|n - target| / target for a response of n characters: 0 at the target, -1 for an empty one, without a bound.
-
-    Raises ValueError for a target below 1.
-    """
-
-    target: int  # characters
-
-    def __post_init__(self) -> None:
-        require_positive_ints(self, "target")
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return [-abs(len(response) - self.target) / self.target for response in responses]
 
 
 @dataclass(frozen=True)
@@ -140,25 +99,19 @@ class RepetitionPenalty:
     ) -> list[float] | list[list[float]]:
         if self.per_token and tokens is not None:
             return [self._charges(row) for row in tokens]
-        return [-len(self._repeats(response)) / max(1, len(response) - self.n + 1) for response in responses]
-
-    def _repeats(self, text: str) -> list[int]:
-        """The places of the characters that complete an n-gram that occurred before."""
-        places, seen = [], set()
-        for end in range(self.n, len(text) + 1):
-            gram = text[end - self.n : end]
-            if gram in seen:
-                places.append(end - 1)
-            seen.add(gram)
-        return places
+        return [sum(self._charges([response])) for response in responses]
 
     def _charges(self, tokens: Sequence[str]) -> list[float]:
+        """The penalty of each token."""
         text = "".join(tokens)
         of_character = [t for t, piece in enumerate(tokens) for _ in piece]  # which token each character is of
-        charges = [0.0] * len(tokens)
-        for place in self._repeats(text):
-            charges[of_character[place]] -= 1 / (len(text) - self.n + 1)
-        return charges
+        repeats = [0] * len(tokens)
+        seen = set()
+        for end in range(self.n, len(text) + 1):
+            gram = text[end - self.n : end]
+            repeats[of_character[end - 1]] += gram in seen
+            seen.add(gram)
+        return [-count / max(1, len(text) - self.n + 1) for count in repeats]
 
 
 class Increments:
@@ -183,20 +136,14 @@ class Increments:
         if tokens is None:
             return call_reward(self.reward, prompts, responses)
         texts = [list(itertools.accumulate(row)) for row in tokens]
-        added = [[t for t, piece in enumerate(row) if piece or t == 0] for row in tokens]
-        rows = [i for i, places in enumerate(added) for _ in places]
-        columns = [t for places in added for t in places]
-        begun = [texts[i][t] for i, t in zip(rows, columns, strict=True)]
-        scores = call_reward(self.reward, [prompts[i] for i in rows], begun)
+        places = [(i, t) for i, row in enumerate(tokens) for t, piece in enumerate(row) if piece or t == 0]
+        rows, columns = [i for i, _ in places], [t for _, t in places]
+        scores = call_reward(self.reward, [prompts[i] for i in rows], [texts[i][t] for i, t in places])
         first = torch.tensor([t == 0 for t in columns], dtype=torch.bool)
         before = torch.where(first, 0.0, scores.roll(1))
         table = torch.zeros(len(tokens), max(map(len, tokens), default=0), dtype=torch.float64)
         table[rows, columns] = scores - before
         return table
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics of the other reward, which scores every beginning of a response."""
-        return _metrics(self.reward)
 
 
 @dataclass(frozen=True)
@@ -226,7 +173,6 @@ class ControlledSentiment:
 
     def __init__(self, sentiment: RewardFunction):
         self.sentiment = sentiment
-        self._means = _Means()
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards (B,) in [0, 1], fp64.
@@ -234,7 +180,7 @@ class ControlledSentiment:
         Raises ValueError for a prompt that does not begin with exactly one tag, before anything is scored, and for a
         sentiment outside [0, 1].
         """
-        targets, untagged = zip(*map(split_tag, prompts), strict=True) if prompts else ((), ())
+        targets, untagged = zip(*map(_split_tag, prompts), strict=True) if prompts else ((), ())
         p = call_reward(self.sentiment, untagged, responses)
         bad = ((p < 0) | (p > 1)).nonzero().flatten().tolist()
         if bad:
@@ -243,25 +189,7 @@ class ControlledSentiment:
         for target in TARGETS:
             rows = [i for i, asked in enumerate(targets) if asked is target]
             rewards[rows] = target.reward(p[rows])
-            self._means.add(f"reward/{target.name}", rewards[rows])
         return rewards
-
-    def metrics(self) -> dict[str, float]:
-        """reward/positive, reward/neutral, reward/negative: the mean reward of each tag seen since the last call.
-
-        The metrics of `sentiment` are added.
-        """
-        return self._means.take() | _metrics(self.sentiment)
-
-
-def split_tag(prompt: str) -> tuple[Target, str]:
-    """The target that a prompt begins with, and the rest. Raises ValueError unless it begins with exactly one tag."""
-    for target in TARGETS:
-        rest = prompt.removeprefix(target.tag)
-        if rest != prompt and not rest.startswith(tuple(other.tag for other in TARGETS)):
-            return target, rest
-    tags = ", ".join(target.tag for target in TARGETS)
-    raise ValueError(f"a prompt must begin with exactly one of {tags}, got {prompt[:40]!r}")
 
 
 def check_tags(tokenizer: Tokenizer) -> None:
@@ -271,45 +199,18 @@ def check_tags(tokenizer: Tokenizer) -> None:
             raise ValueError(f"the vocabulary cannot spell the tag {target.tag}: a character of it has no token")
 
 
-def at_last_token(scores: Tensor, lengths: Sequence[int]) -> Tensor:
+def _split_tag(prompt: str) -> tuple[Target, str]:
+    """The target that a prompt begins with, and the rest."""
+    for target in TARGETS:
+        rest = prompt.removeprefix(target.tag)
+        if rest != prompt and not rest.startswith(tuple(other.tag for other in TARGETS)):
+            return target, rest
+    tags = ", ".join(target.tag for target in TARGETS)
+    raise ValueError(f"a prompt must begin with exactly one of {tags}, got {prompt[:40]!r}")
+
+
+def _at_last_token(scores: Tensor, lengths: Sequence[int]) -> Tensor:
     """Token scores (B, R) with each response's score (B,) at the last of its `lengths` tokens."""
     table = torch.zeros(len(lengths), max(lengths, default=0), dtype=scores.dtype)
     table[range(len(lengths)), [length - 1 for length in lengths]] = scores
     return table
-
-
-def _scores(
-    reward: RewardFunction,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    tokens: Sequence[Sequence[str]] | None,
-) -> Tensor:
-    """Scores (B,); (B, R) if tokens are given and the reward scores them."""
-    if tokens is None:
-        return call_reward(reward, prompts, responses)
-    return reward_by_token(reward, prompts, responses, tokens)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class _Means:
-    """Means, by name, of all scores since the last `take`."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
-
-    def add(self, name: str, scores: Tensor) -> None:
-        total, count = self._sums.get(name, (0.0, 0))
-        if len(scores):
-            self._sums[name] = total + scores.sum().item(), count + len(scores)
-
-    def take(self) -> dict[str, float]:
-        taken, self._sums = self._sums, {}
-        return {name: total / count for name, (total, count) in taken.items()}
-
-
-def _metrics(reward: Any) -> dict[str, float]:
-    """A reward's metrics; none if it has no `metrics`."""
-    return dict(reward.metrics()) if callable(getattr(reward, "metrics", None)) else {}

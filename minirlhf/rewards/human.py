@@ -4,12 +4,11 @@ Each answer is on the disk before the next question is shown. `preferences.read_
 
     {"round": 0, "prompt": ..., "answers": [best, ..., worst], "order": [2, 1, 3]}    order: the numbers as shown
     {"round": 1, "prompt": ..., "answers": [...], "scores": [4, 2, 5]}
-
-Left out: ties in rankings (skip the question, or give scores), and several people with one file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -54,49 +53,43 @@ class FeedbackFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_for_writing(self.path, "ab+")
-        self._fd = self._file.fileno()
-        try:
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(open_for_writing(self.path, "ab+"))
+            self._fd = self._file.fileno()
             try:
                 lock_descriptor(self._fd)
             except BlockingIOError:
                 raise BlockingIOError(f"{self.path} is in use by another process") from None
             except OSError as error:
-                warnings.warn(
-                    f"{self.path} cannot be locked, so a second process goes unnoticed: {error}", stacklevel=2
-                )
+                told = f"{self.path} cannot be locked, so a second process goes unnoticed: {error}"
+                warnings.warn(told, stacklevel=2)
             self._repair()
             self.records: list[dict[str, Any]] = read_jsonl(self.path)
             for number, record in enumerate(self.records, 1):
                 _check(record, f"{self.path}, line {number}")
-            self._ends = [i + 1 for i, byte in enumerate(self.path.read_bytes()) if byte == ord("\n")]
-        except BaseException:
-            self._file.close()
-            raise
-        flush_folder(self.path.parent)
+            flush_folder(self.path.parent)
+            stack.pop_all()
 
     def append(self, record: dict[str, Any]) -> None:
         """Append a line, durable when this returns. Raises OSError and leaves the file unchanged if it cannot."""
+        size = os.fstat(self._fd).st_size
         try:
             rest = json_line(record).encode() + b"\n"
             while rest:  # a disk that is nearly full accepts a part
                 rest = rest[os.write(self._fd, rest) :]
             os.fsync(self._fd)
         except OSError:
-            self._truncate()
+            os.ftruncate(self._fd, size)
             raise
         self.records.append(record)
-        self._ends.append(os.fstat(self._fd).st_size)
 
     def undo(self) -> dict[str, Any]:
         """Remove the last line, durably, and return it. Raises IndexError if there is none, OSError."""
-        end = self._ends.pop()
-        try:
-            self._truncate()
-        except OSError:
-            self._ends.append(end)
-            raise
-        return self.records.pop()
+        record = self.records[-1]
+        os.ftruncate(self._fd, self.path.read_bytes().rstrip().rfind(b"\n") + 1)
+        os.fsync(self._fd)
+        self.records.pop()
+        return record
 
     def __enter__(self) -> FeedbackFile:
         return self
@@ -119,18 +112,13 @@ class FeedbackFile:
         else:
             os.write(self._fd, b"\n")
 
-    def _truncate(self) -> None:
-        """Remove what follows the last whole record."""
-        os.ftruncate(self._fd, self._ends[-1] if self._ends else 0)
-        os.fsync(self._fd)
-
 
 class FeedbackSession:
     """Asks a person one question after another, until all rounds are done or the person quits.
 
     Keys: the numbers of the answers, best first (the last one follows from the others), or a score from 1 to 5 for
-    each answer in turn. Backspace removes a number, `u` removes the last answer (also of an earlier session), `s`
-    skips a question, `q` quits. A session continues after the last round in the file.
+    each answer in turn. Backspace removes a number, `u` removes the last answer (also of an earlier session) and goes
+    back to it, `s` skips a question, `q` quits. A session continues after the last round in the file.
 
     question_of: maps the number of a round (0, 1, ...) to its question. A round with fewer than two answers to rank,
         or none to score, is skipped.
@@ -146,10 +134,8 @@ class FeedbackSession:
         scores: bool = False,
     ):
         self.file, self._question_of, self._scores = file, question_of, scores
-        self._asker = _Asker(read, write)
-        self._write = write
+        self._read, self._write = read, write
         self.answered = self.skipped = 0  # in this session
-        self._done: list[tuple[int, Question, bool]] = []  # rounds of this session, and whether they are in the file
 
     def run(self, rounds: int) -> bool:
         """Ask until all sessions together have done `rounds` rounds. Returns False if the person quits before.
@@ -159,41 +145,29 @@ class FeedbackSession:
         number = self.file.records[-1]["round"] + 1 if self.file.records else 0
         again: Question | None = None
         while number < rounds:
-            question = again or self._question_of(number)
-            again = None
+            question, again = again or self._question_of(number), None
             if len(question.answers) < (1 if self._scores else 2):
                 self._write(f"[{number + 1}/{rounds}] {printable(question.prompt)}: too few different answers\n")
                 number += 1
                 continue
-            values = self._asker.ask(question, f"[{number + 1}/{rounds}]", ranked=not self._scores)
+            title = f"[{number + 1}/{rounds}]"
+            values = _ask(question, title, not self._scores, self._read, self._write)
             if values == "quit":
                 return False
-            if values == "undo":
-                number, again = self._undo(number, question)
-                continue
-            answered = not isinstance(values, str)
-            if not isinstance(values, str):
+            if values == "undo" and self.file.records:
+                record = self.file.undo()
+                number, again = record["round"], _question(record)
+                self.answered = max(0, self.answered - 1)
+            elif values == "undo":
+                self._write("nothing to undo\n")
+            elif values == "skip":
+                self.skipped += 1
+                number += 1
+            else:
                 self.file.append(_record(number, question, values, ranked=not self._scores))
-            self.answered += answered
-            self.skipped += not answered
-            self._done.append((number, question, answered))
-            number += 1
+                self.answered += 1
+                number += 1
         return True
-
-    def _undo(self, number: int, question: Question) -> tuple[int, Question]:
-        """The previous round, to be asked again; this one if there is none."""
-        if self._done:
-            before, question, in_file = self._done.pop()
-            if in_file:
-                self.file.undo()
-            self.answered -= in_file
-            self.skipped -= not in_file
-            return before, question
-        if self.file.records:
-            record = self.file.undo()
-            return record["round"], _question(record)
-        self._write("nothing to undo\n")
-        return number, question
 
 
 class HumanReward:
@@ -207,9 +181,7 @@ class HumanReward:
     """
 
     def __init__(self, file: FeedbackFile, read: Callable[[], str], write: Callable[[str], object]):
-        self.file = file
-        self._asker = _Asker(read, write)
-        self._write = write
+        self.file, self._read, self._write = file, read, write
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Rewards of B responses, in the order given. Raises KeyboardInterrupt if the person quits, OSError."""
@@ -221,7 +193,7 @@ class HumanReward:
         while len(given) < len(asked):
             prompt, response = asked[len(given)]
             question = Question(prompt, (response,))
-            values = self._asker.ask(question, f"[{len(given) + 1}/{len(asked)}]", ranked=False)
+            values = _ask(question, f"[{len(given) + 1}/{len(asked)}]", False, self._read, self._write)
             if values == "quit":
                 raise KeyboardInterrupt("the person quit")
             if values == "undo":
@@ -229,7 +201,7 @@ class HumanReward:
                     self._write("nothing to undo in this batch\n")
                 elif given.pop() is not None:
                     self.file.undo()
-            elif isinstance(values, str):
+            elif values == "skip":
                 given.append(None)
             else:
                 self.file.append(_record(len(self.file.records), question, values, ranked=False))
@@ -249,7 +221,7 @@ def draw_answers(
 ) -> Question:
     """A question with `count` different answers that are not blank, or fewer if sampling finds no more.
 
-    generator: on the model's device. Raises ValueError for a count outside 1 to 4, and as `generate`.
+    Raises ValueError for a count outside 1 to 4, and as `generate`.
     """
     if not 1 <= count <= MOST:
         raise ValueError(f"a question has 1 to {MOST} answers, got {count}")
@@ -269,48 +241,38 @@ def draw_answers(
     return Question(prompt, tuple(found.values())[:count])
 
 
-class _Asker:
-    """Asks one question on a terminal."""
-
-    def __init__(self, read: Callable[[], str], write: Callable[[str], object]):
-        self._read, self._write = read, write
-
-    def ask(self, question: Question, title: str, ranked: bool) -> list[int] | str:
-        """The numbers of the answers, best first, or their scores; or "undo", "skip" or "quit"."""
-        count = len(question.answers)
-        lines = [f"\n{title} {printable(question.prompt)}"]
-        lines += [f"  {n}  {printable(answer) or '(empty)'}" for n, answer in enumerate(question.answers, 1)]
-        turns = ", one for each" if count > 1 else ""
-        wanted = f"keys 1 to {count}, best first" if ranked else f"1 (bad) to 5 (good){turns}"
-        self._write("\n".join(lines) + f"\n{wanted}; u undo, s skip, q quit > ")
-        typed: list[int] = []
-        while True:
-            key = self._read()
-            if key in END or key == "q":
-                self._write("quit\n")
-                return "quit"
-            if key == "s":
-                self._write("skipped\n")
-                return "skip"
-            if key == "u" and not typed:
-                self._write("undo\n")
-                return "undo"
-            if (key == "u" or key in BACKSPACE) and typed:
-                for _ in range(len(typed) if key == "u" else 1):
-                    typed.pop()
-                    self._write("\b\b  \b\b")
-                continue
-            numbers = [n for n in range(1, count + 1) if n not in typed] if ranked else SCORES
-            if not (key.isdecimal() and int(key) in numbers):
-                continue
+def _ask(question: Question, title: str, ranked: bool, read: Callable[[], str], write: Callable[[str], object]) -> Any:
+    """The numbers of the answers, best first, or their scores; or "undo", "skip" or "quit"."""
+    count = len(question.answers)
+    lines = [f"\n{title} {printable(question.prompt)}"]
+    lines += [f"  {n}  {printable(answer) or '(empty)'}" for n, answer in enumerate(question.answers, 1)]
+    turns = ", one for each" if count > 1 else ""
+    wanted = f"keys 1 to {count}, best first" if ranked else f"1 (bad) to 5 (good){turns}"
+    write("\n".join(lines) + f"\n{wanted}; u undo, s skip, q quit > ")
+    typed: list[int] = []
+    while len(typed) < count:
+        key = read()
+        if key in (*END, "q"):
+            write("quit\n")
+            return "quit"
+        if key == "s":
+            write("skipped\n")
+            return "skip"
+        if key == "u" and not typed:
+            write("undo\n")
+            return "undo"
+        numbers = [n for n in range(1, count + 1) if n not in typed] if ranked else SCORES
+        if (key == "u" or key in BACKSPACE) and typed:
+            typed.pop()
+            write("\b\b  \b\b")
+        elif key.isdecimal() and int(key) in numbers:
             typed.append(int(key))
-            self._write(f"{key} ")
+            write(f"{key} ")
             if ranked and len(typed) == count - 1:  # the last one follows from the others
                 typed += [n for n in numbers if n not in typed]
-                self._write(f"{typed[-1]} ")
-            if len(typed) == count:
-                self._write("\n")
-                return typed
+                write(f"{typed[-1]} ")
+    write("\n")
+    return typed
 
 
 def _record(number: int, question: Question, values: Sequence[int], ranked: bool) -> dict[str, Any]:
@@ -325,23 +287,19 @@ def _question(record: dict[str, Any]) -> Question:
     """The question of a record, with its answers in the order in which they were shown."""
     answers = record["answers"]
     if "order" in record:
-        answers = [answers[record["order"].index(n)] for n in range(1, len(answers) + 1)]
+        answers = [answer for _, answer in sorted(zip(record["order"], answers, strict=True))]
     return Question(record["prompt"], tuple(answers))
 
 
 def _check(record: dict[str, Any], where: str) -> None:
     """Raise ValueError for a record that no session wrote."""
-    answers, values = record.get("answers"), record.get("order", record.get("scores"))
+    answers: Any = record.get("answers")
+    values: Any = record.get("order", record.get("scores"))
     fine = (
-        type(record.get("round")) is int
-        and isinstance(record.get("prompt"), str)
-        and isinstance(answers, list)
-        and all(isinstance(answer, str) for answer in answers)
-        and isinstance(values, list)
+        [type(record.get("round")), type(record.get("prompt")), type(answers), type(values)] == [int, str, list, list]
         and len(values) == len(answers)
-        and all(type(value) is int for value in values)
+        and all(type(answer) is str and type(value) is int for answer, value in zip(answers, values, strict=True))
         and ("order" not in record or sorted(values) == list(range(1, len(values) + 1)))
     )
     if not fine:
-        shown = json.dumps(record, ensure_ascii=False)[:60]
-        raise ValueError(f"{where} is not of a feedback session: {printable(shown)}")
+        raise ValueError(f"{where} is not of a feedback session: {printable(json.dumps(record)[:60])}")

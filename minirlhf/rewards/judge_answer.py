@@ -26,12 +26,9 @@ _HALF_WIDTH = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
 
 
 def text_of(content: Any) -> str:
-    """The text of a chat message's content: a text, None, or a list of parts. Raises ValueError for anything else."""
+    """The text of a chat message's content, "" for None. Raises ValueError for anything but a text or None."""
     if content is None or isinstance(content, str):
         return content or ""
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        return "".join(part for part in parts if isinstance(part, str))
     raise ValueError(
         f"an answer must be a text, got {type(content).__name__}; of a chat completion it is choices[0].message.content"
     )
@@ -43,7 +40,8 @@ def parse_score(answer: str, low: float, high: float) -> float | None:
     "8/10" is a score if `high` is 10.
     """
     text = _without_thoughts(answer).translate(_HALF_WIDTH)
-    for found in (_bracketed(text, high), _in_objects(text, high), _in_words(text, high)):
+    bracketed = {_value(match, high) for match in _IN_BRACKETS.finditer(text)}
+    for found in (bracketed, _in_objects(text, high), _in_words(text, high)):
         if found:
             score = found.pop() if len(found) == 1 else None
             return score if score is not None and low <= score <= high else None
@@ -61,10 +59,6 @@ def _without_thoughts(answer: str) -> str:
 def _value(match: re.Match[str], high: float) -> float | None:
     """The number of a match; None if it is of another scale ("4/5" where 10 is the best)."""
     return float(match["number"]) if match["of"] is None or float(match["of"]) == high else None
-
-
-def _bracketed(text: str, high: float) -> set[float | None]:
-    return {_value(match, high) for match in _IN_BRACKETS.finditer(text)}
 
 
 def _in_objects(text: str, high: float) -> set[float | None]:

@@ -1,11 +1,10 @@
-"""Answers from an OpenAI-compatible chat endpoint through the `openai` client, with its timeouts and retries.
+"""Answers from an OpenAI-compatible chat endpoint through the `openai` client, which times out and retries.
 
 The key is read from the environment and stored by the client alone; text from the endpoint is cleared of it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import urllib.parse
@@ -20,39 +19,21 @@ class ChatError(OSError):
 
 
 class Endpoint:
-    """A callable from messages to the text of the model's answer, used in a `with`; from any number of threads.
+    """A callable from messages to the text of the model's answer; from any number of threads.
 
-    url: requests go to {url}/chat/completions. key_variable: the environment variable that holds the key.
-    timeout: seconds for one request. retries: of a request that failed. sampling: further fields of each request.
+    client: an `openai.OpenAI`. sampling: further fields of each request.
     count: called with the numbers of retries, prompt_tokens and completion_tokens, by name.
     """
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        key_variable: str,
-        timeout: float,
-        retries: int,
-        sampling: Mapping[str, Any],
-        count: Callable[..., None],
+        self, client: Any, model: str, key_variable: str, sampling: Mapping[str, Any], count: Callable[..., None]
     ):
-        self._url, self._model, self._key_variable, self._timeout = url, model, key_variable, timeout
-        self._sampling, self._count = dict(sampling), count
-        self._openai = import_openai()
-        # The client demands a key; an endpoint that needs none does not look at it.
-        key = key_of(key_variable) or "none"
-        self._client = self._openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
-
-    def __enter__(self) -> Endpoint:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._client.close()
+        self._client, self._model, self._key_variable = client, model, key_variable
+        self._sampling, self._count = sampling, count
 
     def __call__(self, messages: list[dict[str, str]]) -> str:
         """The text of the answer, "" if there is none. Raises ChatError, which never holds the key."""
-        openai = self._openai
+        openai = import_openai()
         try:
             raw = self._client.chat.completions.with_raw_response.create(
                 model=self._model, messages=messages, extra_body=self._sampling
@@ -65,19 +46,23 @@ class Endpoint:
             elif error.status_code in (400, 422):
                 failure += f" (sampling={self._sampling} was sent)"
         except openai.APITimeoutError:
-            failure = f"gave no answer within timeout={self._timeout:g} seconds"
+            failure = f"gave no answer within timeout={self._client.timeout:g} seconds"
         except (openai.OpenAIError, OSError, ValueError, RuntimeError) as error:
             cause = error.__cause__ or error
             failure = f"could not be asked: {type(cause).__name__} {self._shown(cause)}"
         else:
-            self._count(retries=getattr(raw, "retries_taken", 0))
-            completion = _completion(raw.text)
-            if completion is not None:
-                text, used = completion
-                self._count(**used)
+            self._count(retries=raw.retries_taken)
+            try:
+                completion = raw.parse()
+                text = "" if completion.choices == [] else text_of(completion.choices[0].message.content)
+            except (AttributeError, TypeError, ValueError):  # the client does not check what it parses
+                failure = f"answered with what is no chat completion: {self._shown(raw.text)}"
+            else:
+                for name in ("prompt_tokens", "completion_tokens"):
+                    used = getattr(completion.usage, name, None)
+                    self._count(**{name: used if type(used) is int else 0})
                 return self._clean(text)
-            failure = f"answered with what is no chat completion: {self._shown(raw.text)}"
-        raise ChatError(f"{self._url} {failure}")
+        raise ChatError(f"{str(self._client.base_url).rstrip('/')} {failure}")
 
     def _clean(self, text: str) -> str:
         key = key_of(self._key_variable)
@@ -120,20 +105,3 @@ def check_url(name: str, url: object) -> None:
     if not fine or re.search(r"[^!-~]|[?#@]", str(url)):
         shown = "one with a name or a password" if "@" in str(url) else repr(url)
         raise ValueError(f"{name} must be http(s)://host[:port][/path], got {shown}")
-
-
-def _completion(body: str) -> tuple[str, dict[str, int]] | None:
-    """The text of a chat completion ("" if there is none) and the tokens that it counts; None for anything else."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    choices = content.get("choices") if isinstance(content, dict) else None
-    if not isinstance(choices, list):
-        return None
-    message = choices[0].get("message") if choices and isinstance(choices[0], dict) else None
-    said = message.get("content") if isinstance(message, dict) else None
-    usage = content["usage"] if isinstance(content.get("usage"), dict) else {}
-    used = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    text = text_of(said) if isinstance(said, (str, list)) else ""
-    return text, {name: x for name, x in used.items() if type(x) is int and x >= 0}

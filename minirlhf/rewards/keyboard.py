@@ -39,8 +39,7 @@ class Keyboard:
         """
         key = ""
         while not key:
-            byte = self._byte()
-            if not byte:
+            if not (byte := self._byte()):
                 return ""
             key = self._decoder.decode(byte)
         if key == ESCAPE and self._modes is not None:

@@ -14,7 +14,6 @@ from numbers import Real
 from typing import TypeAlias
 
 PositiveLabel: TypeAlias = "str | Sequence[str] | Mapping[str, float]"
-SCALES = ("expected", "good")
 
 _WORDS = {
     1: "positive pos good favorable favourable 正面 正向 积极 好评 满意 好 正",
@@ -42,20 +41,15 @@ _SILENT = re.compile(
 )
 
 
-def label_values(
-    labels: Sequence[str], positive_label: PositiveLabel | None = None, scale: str = "expected"
-) -> list[float]:
+def label_values(labels: Sequence[str], positive_label: PositiveLabel | None = None) -> list[float]:
     """The number of each label, by which its probability is weighted in the score of a text.
 
     positive_label: a label or several, which get 1 and all others 0; or numbers by label, 0 for labels that are not
-        named. None: the names must form an ordered scale.
-    scale: of an ordered scale, "expected" gives numbers from 0 to 1 in the order of the labels, words in equal steps
-        and stars as they count; "good" gives 1 to the labels above the middle and 0 to all others.
+        named. None: the names must form an ordered scale, which gives numbers from 0 to 1, words in equal steps and
+        stars as they count.
     Raises ValueError with the labels, and with what to pass, if the order cannot be told, a label does not exist, or
     all labels would get the same number.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     order = label_order(labels)
     if positive_label is not None:
         values = _chosen(labels, positive_label)
@@ -65,8 +59,6 @@ def label_values(
             f"cannot tell the positive label among {list(labels)}; pass positive_label= with the good one, a list of "
             f"the good ones, or a number for each, {{{each}}}"
         )
-    elif scale == "good":
-        values = [float(x > 0) for x in order]
     else:
         values = [(x - min(order)) / (max(order) - min(order)) for x in order]
     if len(set(values)) < 2:
@@ -75,30 +67,31 @@ def label_values(
 
 
 def label_order(labels: Sequence[str]) -> list[float] | None:
-    """Numbers that rise from the worst label to the best, above 0 for good ones; None if the names do not tell.
+    """Numbers that rise from the worst label to the best; None if the names do not tell.
 
     Words get whole steps with neutral at 0 ("slightly" and "very" say an order and no distance); stars get their
-    number less the middle of the scale.
+    number.
     """
     names = [_plain(label) for label in labels]
-    degrees = [_DEGREES.get(name) for name in names]
-    stars = [_stars(name) for name in names]
-    for found in (degrees, stars):
-        known = sorted({x for x in found if x is not None})
-        if not len(known) == len(labels) >= 2:  # a name says nothing, or two say the same
-            continue
-        if found is stars:
-            return [x - (known[0] + known[-1]) / 2 for x in stars if x is not None]
-        bad, good = [x for x in known if x < 0], [x for x in known if x > 0]
-        steps = {x: i - len(bad) for i, x in enumerate(bad)} | {0: 0} | {x: i for i, x in enumerate(good, 1)}
-        return [float(steps[x]) for x in degrees if x is not None]
-    return None
+    stars = _all_different([_stars(name) for name in names])
+    degrees = _all_different([_DEGREES.get(name) for name in names])
+    if stars or not degrees:
+        return stars
+    bad, good = sorted(x for x in degrees if x < 0), sorted(x for x in degrees if x > 0)
+    steps = {x: i - len(bad) for i, x in enumerate(bad)} | {0: 0} | {x: i for i, x in enumerate(good, 1)}
+    return [float(steps[x]) for x in degrees]
 
 
 def described(labels: Sequence[str], values: Sequence[float]) -> str:
     """A weighted sum of probabilities as a formula, such as 0.5 P('neutral') + P('positive')."""
     parts = [f"{'' if x == 1 else f'{x:g} '}P({label!r})" for label, x in zip(labels, values, strict=True) if x]
     return " + ".join(parts)
+
+
+def _all_different(numbers: Sequence[float | None]) -> list[float] | None:
+    """The numbers if each of two or more labels has one of its own; otherwise None."""
+    known = [x for x in numbers if x is not None]
+    return known if len(set(known)) == len(numbers) >= 2 else None
 
 
 def _chosen(labels: Sequence[str], positive_label: PositiveLabel) -> list[float]:

@@ -1,10 +1,8 @@
 """A sentiment scorer that is no transformer: log-odds that are linear in the character n-grams of a text.
 
-A policy that is tuned against one scorer finds the texts which that scorer overrates. A second scorer, fitted on other
-texts and with other features, makes other mistakes: if the reward rises and this score does not, the reward was hacked.
-
-Left out: fitting, which needs scikit-learn: `weights/train/train_ngram_scorer.py` does it by logistic regression on
-n-grams weighted by naive Bayes (Wang & Manning 2012).
+A second scorer, fitted on other texts and with other features, makes other mistakes than the reward: if the reward
+rises and this score does not, the reward was hacked. `weights/train/train_ngram_scorer.py` fits it by logistic
+regression on n-grams weighted by naive Bayes (Wang & Manning 2012).
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """The reward model of RLHF: a GPT-2 or BERT trunk with a scalar head, which is itself a reward function.
 
-The score is a linear function of one state: GPT-2's at the last real token, which attends to the whole text (Ouyang et
-al. 2022), or BERT's at [CLS]. A text is encoded as [CLS] ... [SEP] by a BERT tokenizer and cut at its end, in training
-and in use. Parameter names and folders are those of `GPT2ForSequenceClassification` and `BertForSequenceClassification`
-with one label; the normalisation is a key of `config.json` that other tools ignore.
-
-Shapes: B texts, T tokens, C width.
+The score is a linear function of one state: GPT-2's at the last real token (Ouyang et al. 2022), or BERT's at [CLS].
+Folders are those of `GPT2ForSequenceClassification` and `BertForSequenceClassification` with one label; the
+normalisation is a key of `config.json` that other tools ignore. Shapes: B texts, T tokens, C width.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from minirlhf.io.files import naming, read_json, replaced_folder, write_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard, Origin, write_card
 from minirlhf.io.model_folder import CONFIG_FILE, cast, published_config, write_folder
-from minirlhf.models.bert import BertClassifier
+from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, read_config, read_published
 from minirlhf.models.layers import check_vocabulary, fill, global_rng_kept, shapes_only
 from minirlhf.text.batching import length_sorted_batches, right_pad
@@ -132,11 +129,9 @@ class RewardModel(nn.Module):
 
         options: of the constructor. Raises as `GPT2.from_trunk` and `BertClassifier.from_trunk`.
         """
-        network: GPT2Scorer | BertClassifier
         if _model_type(folder) == "gpt2":
-            network = GPT2Scorer(GPT2.from_trunk(folder), seed)
-        else:
-            network = BertClassifier.from_trunk(folder, {0: LABEL}, seed)
+            return cls(GPT2Scorer(GPT2.from_trunk(folder), seed), Tokenizer.from_pretrained(folder), **options)
+        network = BertClassifier.from_trunk(folder, {0: LABEL}, seed)
         return cls(network, Tokenizer.from_pretrained(folder), **options)
 
     @classmethod
@@ -148,8 +143,7 @@ class RewardModel(nn.Module):
         """
         kind = GPT2Scorer if _model_type(folder) == "gpt2" else BertClassifier
         model = cls(kind.from_pretrained(folder), Tokenizer.from_pretrained(folder), **options)
-        path = locate(folder) / CONFIG_FILE
-        model.mean, model.std = _checked_normalisation(read_json(path).get(NORMALISATION), path)
+        model.mean, model.std = _normalisation(locate(folder) / CONFIG_FILE)
         return model
 
     def save_pretrained(
@@ -160,11 +154,8 @@ class RewardModel(nn.Module):
     ) -> None:
         """Write weights, config, normalisation and tokenizer into a folder, all at one moment.
 
-        transformers loads the folder as `AutoModelForSequenceClassification`, whose one logit is the score before the
-        normalisation.
-
-        dtype, summary: see `GPT2.save_pretrained`.
-        Raises OSError if writing fails, ValueError before writing if a weight is not finite in `dtype`.
+        transformers loads it as `AutoModelForSequenceClassification`, whose logit is the score before normalisation.
+        Arguments and errors: see `GPT2.save_pretrained`.
         """
         with replaced_folder(folder) as staged:
             self.network.save_pretrained(staged, dtype, summary)
@@ -177,9 +168,8 @@ class RewardModel(nn.Module):
     @property
     def max_length(self) -> int:
         """Number of tokens of the longest text, [CLS] and [SEP] included."""
-        if isinstance(self.network, GPT2Scorer):
-            return self.network.config.n_positions
-        return self.network.config.max_position_embeddings
+        config = self.network.config
+        return config.max_position_embeddings if isinstance(config, BertConfig) else config.n_positions
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Rewards (B,) of texts, in the order given: normalised scores, without a gradient."""
@@ -229,12 +219,10 @@ def _model_type(folder: str | os.PathLike[str]) -> str:
     return kind
 
 
-def _checked_normalisation(content: Any, path: Path) -> tuple[float, float]:
+def _normalisation(path: Path) -> tuple[float, float]:
     """Mean and std in `config.json`; 0 and 1 if it has none."""
-    if content is None:
-        return 0.0, 1.0
-    values = [content.get(name) if isinstance(content, Mapping) else None for name in ("mean", "std")]
-    mean, std = (x if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan for x in values)
-    if not (abs(mean) <= sys.float_info.max and 0 < std <= sys.float_info.max):  # NaN compares as false
+    content = read_json(path).get(NORMALISATION, {"mean": 0.0, "std": 1.0})
+    values: list[Any] = [content.get(name) if isinstance(content, Mapping) else None for name in ("mean", "std")]
+    if not (all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values) and values[1] > 0):
         raise ValueError(f"{path}: {NORMALISATION} must have a finite mean and a std above 0, got {content!r:.80}")
-    return float(mean), float(std)
+    return float(values[0]), float(values[1])

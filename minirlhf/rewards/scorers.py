@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from minirlhf.io.files import read_json
 from minirlhf.io.hub import locate
@@ -24,20 +23,15 @@ def load_scorer(
     positive_label: of a sentiment classifier; see SentimentReward. Raises as the `from_pretrained` of the kind.
     """
     config = read_json(locate(folder) / CONFIG_FILE)
-    if config.get("model_type") == MODEL_TYPE:
+    kind = config.get("model_type")
+    if kind == MODEL_TYPE:
         return NGramScorer.from_pretrained(folder)
-    if _is_reward_model(config):
+    id2label = config.get("id2label")
+    has_one_label = config.get("num_labels") == 1 or (isinstance(id2label, Mapping) and len(id2label) == 1)
+    if kind == "gpt2":
+        has_one_label = config.get("architectures") == ["GPT2ForSequenceClassification"]
+    if NORMALISATION in config or has_one_label:
         return RewardModel.from_pretrained(folder, device=device)
-    if config.get("model_type") == "gpt2":
+    if kind == "gpt2":
         raise ValueError(f"{folder} holds a 'gpt2' model without a reward head, expected a reward")
     return SentimentReward.from_pretrained(folder, positive_label=positive_label, device=device)
-
-
-def _is_reward_model(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of a model with one score, saved by us or by transformers."""
-    if NORMALISATION in config:
-        return True
-    if config.get("model_type") == "gpt2":
-        return config.get("architectures") == ["GPT2ForSequenceClassification"]
-    id2label = config.get("id2label")
-    return config.get("num_labels") == 1 or (isinstance(id2label, Mapping) and len(id2label) == 1)

@@ -41,10 +41,9 @@ class SentimentReward:
     the end.
 
     positive_label: a label or several whose probabilities are summed, or a number for each label; None: the names of
-        the labels say their order. scale: what an ordered scale gives, "expected" or "good" (see `label_values`).
+        the labels say their order (see `label_values`).
     batch_size: texts in one forward pass.
-    precision: of the forward passes (see `device.precision`), or "auto". The default is fp32, so that scores do not
-        depend on the machine.
+    precision: of the forward passes (see `device.precision`), or "auto"; in fp32 scores do not depend on the machine.
 
     values: (L,) fp64, the number of each label. positive: index of the best label. meaning: the score as a formula.
     Raises ValueError if the classifier has one label, the order of the labels cannot be told, the classifier was
@@ -59,7 +58,6 @@ class SentimentReward:
         batch_size: int = 64,
         device: str | torch.device = "auto",
         precision: str = "fp32",
-        scale: str = "expected",
     ):
         model.fit_vocabulary(len(tokenizer))
         if batch_size < 1:
@@ -76,7 +74,7 @@ class SentimentReward:
         self._independent = trained_as == "multi_label_classification"
         if self._independent and positive_label is None and len(labels) > 2:
             raise ValueError(f"the model gives a text several of {labels}, which is no scale; pass positive_label=")
-        values = label_values(labels, positive_label, scale)
+        values = label_values(labels, positive_label)
         self.values = torch.tensor(values, dtype=torch.float64)
         self.positive = values.index(max(values))
         self.meaning = described(labels, values)
@@ -99,11 +97,8 @@ class SentimentReward:
             scores = reward(reward.canaries).tolist()
         for (better, x), (worse, y) in itertools.pairwise(zip(reward.canaries, scores, strict=True)):
             if not x > y:  # also for NaN
-                warnings.warn(
-                    f"{folder} scores {better!r}, {x:.2f}, no higher than {worse!r}, {y:.2f}, by {reward.meaning}: are "
-                    "its labels in the right order?",
-                    stacklevel=2,
-                )
+                told = f"{folder} scores {better!r}, {x:.2f}, no higher than {worse!r}, {y:.2f}, by {reward.meaning}"
+                warnings.warn(f"{told}: are its labels in the right order?", stacklevel=2)
                 break
         return reward
 
@@ -158,12 +153,9 @@ def _canaries(tokenizer: Tokenizer, labels: Sequence[str], values: Sequence[floa
     chinese = sum(any("\u4e00" <= char <= "\u9fff" for char in token) for token in letters)
     english = sum(token.isascii() for token in letters)
     # BERT's vocabularies: Chinese 0.7 ideographs, English 0.95 ASCII, multilingual 0.1 and 0.75.
-    if chinese > 0.3 * len(letters):
-        texts = CHINESE_CANARIES
-    elif english > 0.9 * len(letters):
-        texts = ENGLISH_CANARIES
-    else:
+    if not (chinese > 0.3 * len(letters) or english > 0.9 * len(letters)):
         return ()
+    texts = CHINESE_CANARIES if chinese > 0.3 * len(letters) else ENGLISH_CANARIES
     tokens = [tokenizer.vocab[i] for text in texts for i in tokenizer.encode(text)]
     if "[UNK]" in tokens or any(token.startswith("##") for token in tokens):  # a language that only shares its letters
         return ()

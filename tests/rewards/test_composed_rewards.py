@@ -1,10 +1,8 @@
 """Rewards made of rewards, against plain Python, and sentiment on command on the starter vocabulary."""
 
-import dataclasses
+import functools
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,14 @@ from hypothesis import strategies as st
 
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
+from minirlhf.evaluation.evaluate import EvaluationConfig
 from minirlhf.rewards.base import call_reward, reward_by_token
 from minirlhf.rewards.composed import (
-    TARGETS,
-    Clipped,
     ControlledSentiment,
     Increments,
-    LengthPenalty,
     RepetitionPenalty,
     WeightedSum,
     check_tags,
-    split_tag,
 )
 from minirlhf.rewards.sentiment import CANARIES
 
@@ -94,17 +89,8 @@ def test_any_weighted_sum(parts):
     assert reward(["", "", ""], ["", "", ""]).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_sum_of_sums_of_clipped_rewards_reports_all_parts():
-    inner = WeightedSum({"inner": (1.0, Clipped(by_text, 0, 1))})
-    reward = WeightedSum({"sum": (0.1, Clipped(inner, 0.6, 2)), "length": (1.0, LengthPenalty(2))})
-    assert reward(["a", ""], ["b", "a"]).tolist() == pytest.approx([0.1 * 1 - 0.5, 0.1 * 0.6 - 0.5])
-    assert reward.metrics() == pytest.approx({
-        "reward/parts/sum": 0.8, "reward/parts/length": -0.5, "reward/parts/inner": 0.75,
-    })  # fmt: skip
-
-
 def test_what_parts_report_is_passed_on_and_never_overwritten():
-    reward = WeightedSum({"a": (1.0, Reporting(cost=1.0, x=2.0)), "b": (1.0, Clipped(Reporting(cost=3.0), 0, 1))})
+    reward = WeightedSum({"a": (1.0, Reporting(cost=1.0, x=2.0)), "b": (1.0, Reporting(cost=3.0))})
     reward([""], ["a"])
     assert reward.metrics() == {
         "reward/parts/a": 0, "reward/parts/b": 0, "cost": 1.0, "x": 2.0, "b/cost": 3.0,
@@ -130,41 +116,12 @@ def test_a_part_with_bad_scores_is_named():
 
 def test_they_are_rewards_of_prompts_and_responses():
     """What the trainer calls; the form is told by the signature."""
-    for reward in (WeightedSum({"a": (1.0, by_pair)}), Clipped(by_pair, -math.inf, math.inf)):
-        assert call_reward(reward, PROMPTS, RESPONSES).tolist() == by_pair(PROMPTS, RESPONSES)
-    for reward in (LengthPenalty(3), RepetitionPenalty()):  # of the response alone
-        assert call_reward(reward, PROMPTS, RESPONSES).tolist() == pytest.approx(reward([""] * 4, RESPONSES))
+    assert call_reward(WeightedSum({"a": (1.0, by_pair)}), PROMPTS, RESPONSES).tolist() == by_pair(PROMPTS, RESPONSES)
+    reward = RepetitionPenalty()  # of the response alone
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == pytest.approx(reward([""] * 4, RESPONSES))
 
 
-# ---- clipping and penalties -----------------------------------------------------------------------------------------
-
-
-def test_clipping():
-    scores = [-2.0, -1.0, 0.25, 1.0, 7.0]
-    empty = [""] * 5
-
-    def clipped(low, high):
-        return Clipped(lambda texts: scores, low, high)(empty, empty).tolist()
-
-    assert clipped(-1, 1) == [-1, -1, 0.25, 1, 1]
-    assert clipped(-math.inf, 0) == [-2, -1, 0, 0, 0] and clipped(0.5, math.inf) == [0.5, 0.5, 0.5, 1, 7]
-    assert scores == [-2.0, -1.0, 0.25, 1.0, 7.0]
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(1, 1), (2, 1), (math.nan, 1), (0, math.nan), ("0", 1), (0, None), (False, 1)]
-)
-def test_bad_bounds_are_refused(low, high):
-    with pytest.raises(ValueError, match=r"Clipped.low must be a number below high="):
-        Clipped(by_text, low, high)
-    with pytest.raises(ValueError, match=r"Clipped.reward must be a reward, got 7"):
-        Clipped(7, 0, 1)
-
-
-def test_the_length_penalty_by_hand():
-    responses = ["", "很", "很好", "很好很好", "hello world"]
-    assert LengthPenalty(4)([""] * 5, responses) == [-1, -0.75, -0.5, 0, -1.75]
-    assert LengthPenalty(4)(["longer prompt"], ["很好很好"]) == [0]
+# ---- repetition -----------------------------------------------------------------------------------------------------
 
 
 def test_the_repetition_penalty_by_hand():
@@ -185,17 +142,9 @@ def test_the_repetition_penalty_is_the_share_of_n_grams_that_were_there_before(t
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, None])
-def test_bad_sizes_are_refused(bad):
-    with pytest.raises(ValueError, match=r"LengthPenalty.target must be an integer of at least 1"):
-        LengthPenalty(bad)
+def test_a_bad_n_is_refused(bad):
     with pytest.raises(ValueError, match=r"RepetitionPenalty.n must be an integer of at least 1"):
         RepetitionPenalty(bad)
-
-
-@pytest.mark.parametrize("reward", [Clipped(by_text, 0, 1), LengthPenalty(3), RepetitionPenalty()])
-def test_small_rewards_are_frozen(reward):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        reward.n = reward.target = reward.low = 1
 
 
 # ---- rewards of single tokens ---------------------------------------------------------------------------------------
@@ -227,19 +176,9 @@ def test_a_sum_of_scores_of_tokens_and_of_responses_gives_the_latter_to_the_last
 
 
 def test_a_sum_of_scores_of_responses_stays_one_a_response():
-    reward = WeightedSum({"pair": (-0.5, by_pair), "text": (1.0, Clipped(by_text, 0, 2))})
+    reward = WeightedSum({"pair": (-0.5, by_pair), "text": (1.0, by_text)})
     scores = reward_by_token(reward, PROMPTS, RESPONSES, TOKENS)
     assert scores.shape == (4,) and scores.tolist() == reward(PROMPTS, RESPONSES).tolist()
-
-
-def test_clipping_of_scores_of_tokens_is_of_each():
-    reward = Clipped(by_token, 0.5, 1.5)
-    expected = [[1.5, 1, 0.5, 1], [0.5], [1.5, 1.5], [1, 1, 1, 1]]
-    assert call_reward(reward, PROMPTS, RESPONSES, TOKENS).tolist() == [sum(row) for row in expected]
-    assert reward_by_token(reward, PROMPTS, RESPONSES, TOKENS).tolist() == table(expected)
-    assert reward_by_token(WeightedSum({"a": (2.0, reward)}), PROMPTS, RESPONSES, TOKENS).tolist() == table(
-        [[2 * score for score in row] for row in expected]
-    )
 
 
 def test_a_repetition_is_charged_to_the_token_that_completes_it():
@@ -288,7 +227,6 @@ def test_increments_of_texts_and_of_sentiment_on_command():
     reward = Increments(ControlledSentiment(lambda texts: [len(text) / 8 for text in texts]))
     scores = reward_by_token(reward, ["[正向]酒店", "[负向]酒店"], ["很好", "太差"], tokens)
     assert scores.tolist() == [[3 / 8, 1 / 8, 0], [5 / 8, 0, -1 / 8]]
-    assert reward.metrics().keys() == {"reward/positive", "reward/negative"}
 
 
 def test_no_responses_no_increments():
@@ -313,7 +251,7 @@ def test_ppo_gives_a_composed_reward_to_the_tokens_it_names(tokenizer):
     sizes = dict(n_embd=16, n_layer=1, n_head=2)
     reward = WeightedSum({
         "words": (0.5, Increments(by_text)), "repetition": (1.0, RepetitionPenalty(2, per_token=True)),
-        "length": (1.0, LengthPenalty(4)),
+        "length": (1.0, lambda prompts, responses: [-abs(len(response) - 4) / 4 for response in responses]),
     })  # fmt: skip
     trainer = PPOTrainer(
         make_gpt2(0, **sizes), make_gpt2(1, **sizes), tokenizer, batch_size=4, steps=4, gen_len=4, device="cpu",
@@ -349,11 +287,6 @@ def test_the_reward_follows_the_tag(name, p):
     assert reward([TAGS[name] + "酒店"], ["很好"]).tolist() == pytest.approx([oracle(name, p)])
 
 
-def test_the_rewards_by_hand_each_at_its_best():
-    reward = ControlledSentiment(lambda texts: [1.0, 0.5, 0.0, 0.75])
-    assert reward(["[正向]a", "[中性]a", "[负向]a", "[中性]a"], [""] * 4).tolist() == [1, 1, 1, 0.5]
-
-
 @pytest.mark.parametrize("form", ["texts", "pairs"])
 def test_the_tag_is_removed_before_scoring_and_nothing_else(form):
     seen = []
@@ -373,30 +306,14 @@ def test_the_tag_is_removed_before_scoring_and_nothing_else(form):
     assert seen == (pairs if form == "pairs" else [p + r for p, r in pairs])
 
 
-def test_a_mixed_batch_keeps_its_order_and_reports_each_tag():
+def test_a_mixed_batch_keeps_its_order():
     names = ["negative", "positive", "neutral", "positive", "negative"]
     ps = [0.1, 0.2, 0.3, 0.4, 0.5]
     reward = ControlledSentiment(lambda texts: torch.tensor(ps))
     scores = reward([TAGS[name] + "酒店" for name in names], [""] * 5)
     expected = [oracle(name, p) for name, p in zip(names, ps, strict=True)]
     assert scores.tolist() == pytest.approx(expected) and scores.dtype == torch.float64
-    assert reward.metrics() == pytest.approx({
-        "reward/positive": 0.3, "reward/neutral": 0.6, "reward/negative": 0.7,
-    })  # fmt: skip
-    assert reward.metrics() == {}
-    reward(["[正向]a"] * 5, [""] * 5)
-    assert reward.metrics().keys() == {"reward/positive"}
     assert ps == [0.1, 0.2, 0.3, 0.4, 0.5]
-
-
-def test_what_the_sentiment_reports_is_passed_on():
-    reward = WeightedSum({"sentiment": (1.0, ControlledSentiment(Reporting(cost=3.0)))})
-    reward(["[正向]a"], [""])
-    assert reward.metrics() == {"reward/parts/sentiment": 0, "reward/positive": 0, "cost": 3.0}
-
-
-def test_no_prompts_no_rewards():
-    assert ControlledSentiment(lambda texts: [])([], []).shape == (0,)
 
 
 @pytest.mark.parametrize("prompt", [
@@ -409,25 +326,12 @@ def test_a_prompt_without_exactly_one_tag_in_front_is_refused_before_scoring(pro
 
     with pytest.raises(ValueError, match=r"must begin with exactly one of \[正向\], \[中性\], \[负向\], got "):
         ControlledSentiment(sentiment)(["[正向]酒店", prompt], ["", ""])
-    with pytest.raises(ValueError):
-        split_tag(prompt)
 
 
 @pytest.mark.parametrize("bad", [-0.25, 1.25, 7.0])
 def test_a_sentiment_outside_0_to_1_is_refused(bad):
     with pytest.raises(ValueError, match=rf"sentiment must be in \[0, 1\], got {bad} for text 1"):
         ControlledSentiment(lambda texts: [0.5, bad])(["[正向]a", "[负向]a"], ["", ""])
-
-
-def test_with_the_classifier_it_is_the_probability_of_the_text_without_its_tag():
-    sentiment = SentimentReward(
-        make_bert(0, 10.0, id2label={0: "negative", 1: "positive"}), Tokenizer(VOCAB), device="cpu"
-    )
-    prompts, responses = [TAGS[n] + "酒店" for n in TAGS], ["很好", "位置好", "太差"]
-    p = [sentiment(["酒店" + response]).item() for response in responses]
-    assert max(p) - min(p) > 0.01
-    expected = [oracle(name, x) for name, x in zip(TAGS, p, strict=True)]
-    assert call_reward(ControlledSentiment(sentiment), prompts, responses).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 # ---- tags and tokens ------------------------------------------------------------------------------------------------
@@ -451,57 +355,33 @@ def test_tags_that_a_vocabulary_cannot_spell_are_refused():
             check_tags(Tokenizer([token for token in spelled if token != char]))
 
 
-def test_a_rollout_hands_the_tags_on_to_the_reward():
-    vocab = [*VOCAB, *"[]正中负向性"]
-    sizes = dict(vocab_size=len(vocab), n_embd=16, n_layer=1, n_head=2)
-    trainer = PPOTrainer(
-        make_gpt2(0, **sizes), make_gpt2(1, **sizes), Tokenizer(vocab), batch_size=6, steps=6, gen_len=4, device="cpu"
-    )
-    prompts = [target.tag + prompt for target in TARGETS for prompt in ("酒店", "位置")]
-    rollout = trainer.collect(prompts, ControlledSentiment(lambda texts: [len(text) / 99 for text in texts]))
-    ps = [len(prompt[4:] + response) / 99 for prompt, response in zip(prompts, rollout.responses, strict=True)]
-    expected = [oracle(name, p) for name, p in zip([n for n in TAGS for _ in range(2)], ps, strict=True)]
-    assert rollout.scores.tolist() == pytest.approx(expected)
-    assert rollout.prompts == tuple(prompts)
-
-
 # ---- the example ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def example(tmp_path, monkeypatch, capsys):
-    """Run the example on small random models, in this process. Returns its error, if any, and what it printed."""
+def example(call, tmp_path):
+    """Run the example on small random models. Returns its error, if any, and what it printed."""
     tokenizer = Tokenizer([*VOCAB, *"[]正中负向性"])
     size = dict(vocab_size=len(tokenizer))
     make_gpt2(0, n_embd=16, n_layer=1, n_head=2, n_positions=32, **size).save_pretrained(tmp_path / "policy")
     bert = make_bert(0, id2label={0: "negative", 1: "positive"}, **size)
     good, bad = SentimentReward(bert, tokenizer, device="cpu")(list(CANARIES)).tolist()
-    if good <= bad:
-        with torch.no_grad():
-            bert.classifier.weight.neg_()
+    with torch.no_grad():
+        bert.classifier.weight.mul_(1 if good > bad else -1)
     bert.save_pretrained(tmp_path / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(tmp_path / name)
-
-    def run(*arguments):
-        script = REPO / "examples" / "controlled_sentiment.py"
-        models = ["--policy", tmp_path / "policy", "--reward", tmp_path / "reward"]
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, [*models, *arguments])])
-        error = None
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as exit:
-            error = exit.code
-        return error, capsys.readouterr().out
-
-    return run
+    models = ("--policy", tmp_path / "policy", "--reward", tmp_path / "reward")
+    return functools.partial(call, REPO / "examples" / "controlled_sentiment.py", *models)
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path):
+def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path, monkeypatch):
+    few = functools.partial(EvaluationConfig, resamples=20, best_of_prompts=8)
+    monkeypatch.setattr("minirlhf.evaluation.evaluate.EvaluationConfig", few)
     run = tmp_path / "run"
     error, out = example("--steps", 6, "--batch-size", 3, "--samples", 4, "--output", run)
     assert error is None

@@ -11,7 +11,6 @@ import torch
 from minirlhf import NGramScorer
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.rewards.base import call_reward
 from minirlhf.rewards.sentiment import CANARIES
 
 SHIPPED = Path(__file__).resolve().parents[2] / "weights" / "ngrams-chinese-reviews-sentiment"
@@ -43,18 +42,9 @@ def test_it_is_the_linear_model_of_scikit_learn():
     assert [scorer.log_odds(t) for t in texts] == pytest.approx(expected)
 
 
-def test_it_is_a_reward():
-    scores = call_reward(NGramScorer(WEIGHTS, 0.0), ["不", "房"], ["好", "间"])
-    assert scores.tolist() == pytest.approx([sigmoid(-2.5 / math.sqrt(3)), 0.5])
-
-
 @pytest.mark.parametrize("text", ["\x00", "\ud800", "\u202e|<b>", "好" * 100_000, "\u2028\x85 \n"])
 def test_any_text_has_a_score(text):
     assert 0 <= NGramScorer(WEIGHTS, 0.0)([text]).item() <= 1
-
-
-def test_extreme_weights_stay_within_0_and_1():
-    assert NGramScorer({"a": 1e6, "b": -1e6}, 0.0)(["a", "b", "ab"]).tolist() == [1.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize(("weights", "bias", "message"), [

@@ -1,24 +1,17 @@
 """Scores in a file: read again, by other processes too, whole after kills, and damaged lines skipped."""
 
 import fcntl
-import json
+import itertools
+import multiprocessing
 import os
-import random
-import subprocess
-import sys
-import zlib
 
 import pytest
+from lives import wait_for
 
 from minirlhf.rewards import score_cache
 from minirlhf.rewards.score_cache import ScoreCache
 
-OTHER_PROCESS = "import sys; from minirlhf.rewards.score_cache import ScoreCache; cache = ScoreCache(sys.argv[1])"
-
-
-def process(code, *arguments):
-    command = [sys.executable, "-c", f"{OTHER_PROCESS}\n{code}", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+FORK = multiprocessing.get_context("fork")  # an import of torch in each process would take seconds
 
 
 def load(path):
@@ -30,46 +23,42 @@ def load(path):
 def test_what_is_put_is_got_at_once_and_after_reading_the_file_again(tmp_path):
     path = tmp_path / "new" / "folder" / "cache.jsonl"
     cache = ScoreCache(path)
-    assert cache.get("a") is None
     scores = {"a": 7.0, "b": -0.1, "钥": 1e-300, "": 0.30000000000000004}
     for key, score in scores.items():
         cache.put(key, score)
-        assert cache.get(key) == score
+        assert cache.scores[key] == score
     again, damaged = load(path)
-    assert damaged == 0 and {key: again.get(key) for key in scores} == scores
-    assert again.get("c") is None
+    assert damaged == 0 and again.scores == scores
 
 
 def test_a_later_entry_of_a_key_wins(tmp_path):
     cache = ScoreCache(tmp_path / "cache")
     cache.put("a", 1.0)
     cache.put("a", 2.0)
-    assert cache.get("a") == 2.0 and load(tmp_path / "cache")[0].get("a") == 2.0
+    assert cache.scores == load(tmp_path / "cache")[0].scores == {"a": 2.0}
 
 
 def test_two_caches_on_one_file_see_each_other_after_a_refresh(tmp_path):
     one, two = ScoreCache(tmp_path / "cache"), ScoreCache(tmp_path / "cache")
     one.put("a", 1.0)
     two.put("b", 2.0)
-    assert (two.get("a"), one.get("b")) == (None, None)
+    assert (one.scores, two.scores) == ({"a": 1.0}, {"b": 2.0})
     assert (one.refresh(), two.refresh()) == (0, 0)
-    assert (two.get("a"), one.get("b")) == (1.0, 2.0)
+    assert one.scores == two.scores == {"a": 1.0, "b": 2.0}
 
 
 def test_a_line_is_as_documented_and_holds_nothing_else(tmp_path):
     ScoreCache(tmp_path / "cache").put("ab", 7.5)
     content = (tmp_path / "cache").read_bytes()
-    assert content == b'{"key": "ab", "score": 7.5, "crc": %d}\n' % zlib.crc32(b'["ab", 7.5]')
+    assert content == b'{"key": "ab", "score": 7.5}\n'
+    (tmp_path / "cache").write_bytes(b'{"key": "ab", "score": 7.5, "crc": 1}\n')  # of an earlier version
+    assert load(tmp_path / "cache")[0].scores == {"ab": 7.5}
 
 
 DAMAGED = [
-    b"not json", b"[]", b"7", b"null", b"{}", b'{"key": "a"}', b'{"key": "a", "score": 7.0}', b"\xff\xfe\x00",
-    b'{"key": "a", "score": 8.0, "crc": %d}' % zlib.crc32(b'["a", 7.0]'),  # a digit has changed
-    b'{"key": "b", "score": 7.0, "crc": %d}' % zlib.crc32(b'["a", 7.0]'),
-    b'{"key": "a", "score": "7.0", "crc": %d}' % zlib.crc32(b'["a", "7.0"]'),
-    b'{"key": "a", "score": 7, "crc": %d}' % zlib.crc32(b'["a", 7]'),
-    b'{"key": ["a"], "score": 7.0, "crc": %d}' % zlib.crc32(b'[["a"], 7.0]'),
-    b'{"key": "a", "sco{"key": "a", "score": 7.0, "crc": 1}', b"[" * 100000, b'{"key": "a", "score": ' + b"9" * 5000,
+    b"not json", b"[]", b"7", b"null", b"{}", b'{"key": "a"}', b"\xff\xfe\x00", b'{"key": "a", "score": "7.0"}',
+    b'{"key": "a", "score": 7}', b'{"key": ["a"], "score": 7.0}', b'{"key": "a", "sco{"key": "a", "score": 7.0}',
+    b"[" * 100000, b'{"key": "a", "score": ' + b"9" * 5000,
 ]  # fmt: skip
 
 
@@ -82,27 +71,11 @@ def test_a_damaged_line_is_skipped_and_counted_once(tmp_path, line):
     ScoreCache(path).put("after", 2.0)
     cache, damaged = load(path)
     assert damaged == 1
-    assert (cache.get("before"), cache.get("after")) == (1.0, 2.0)
-    assert (cache.get("a"), cache.get("b")) == (None, None)
+    assert cache.scores == {"before": 1.0, "after": 2.0}
     assert cache.refresh() == 0
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_flipped_bit_costs_no_more_than_the_lines_that_it_touches(tmp_path, seed):
-    path, draw = tmp_path / "cache", random.Random(seed)
-    first = ScoreCache(path)
-    for i in range(10):
-        first.put(f"key {i}", i / 2)
-    content = bytearray(path.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(content)
-    cache, damaged = load(path)
-    lost = [i for i in range(10) if cache.get(f"key {i}") != i / 2]
-    assert len(lost) in (1, 2) and damaged >= 1  # two lines if the line feed between them went
-    assert all(cache.get(f"key {i}") is None for i in lost), "a damaged score was taken for a good one"
-
-
-@pytest.mark.parametrize("cut", [1, 5, 30])
+@pytest.mark.parametrize("cut", [1, 5, 25])
 def test_a_last_line_that_was_cut_short_does_not_spoil_the_next_one(tmp_path, cut):
     path = tmp_path / "cache"
     first = ScoreCache(path)
@@ -115,7 +88,7 @@ def test_a_last_line_that_was_cut_short_does_not_spoil_the_next_one(tmp_path, cu
     cache.put("c", 3.0)
     again, damaged = load(path)
     assert damaged == (0 if whole else 1)
-    assert [again.get(key) for key in "abc"] == [1.0, 2.0 if whole else None, 3.0]
+    assert again.scores == {"a": 1.0, **({"b": 2.0} if whole else {}), "c": 3.0}
 
 
 def test_half_a_line_of_another_process_is_read_when_it_is_whole(tmp_path):
@@ -127,39 +100,49 @@ def test_half_a_line_of_another_process_is_read_when_it_is_whole(tmp_path):
         with open(path, "ab") as file:
             file.write(part)
         assert cache.refresh() == 0
-    assert cache.get("a") == 1.0
+    assert cache.scores == {"a": 1.0}
+
+
+def write_when_told(path, name, go):
+    cache = ScoreCache(path)
+    (path.parent / name).touch()
+    wait_for(go.exists)
+    for i in range(400):
+        cache.put(f"{name} {'k' * (i % 50)}{i}", float(i))
 
 
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
-    code = """
-import os, time
-print("ready", flush=True)
-while not os.path.exists(sys.argv[3]):
-    time.sleep(0.001)
-for i in range(400):
-    cache.put(sys.argv[2] + ' ' + 'k' * (i % 50) + str(i), float(i))
-"""
-    started = [process(code, tmp_path / "cache", name, tmp_path / "go") for name in ("one", "two")]
-    assert [each.stdout.readline() for each in started] == ["ready\n"] * 2
+    arguments = [(tmp_path / "cache", name, tmp_path / "go") for name in ("one", "two")]
+    started = [FORK.Process(target=write_when_told, args=args) for args in arguments]
+    for each in started:
+        each.start()
+    wait_for(lambda: (tmp_path / "one").exists() and (tmp_path / "two").exists())
     (tmp_path / "go").touch()
     for each in started:
-        assert each.communicate(timeout=600)[1] == "" and each.returncode == 0
+        each.join(600)
+        assert each.exitcode == 0
     cache, damaged = load(tmp_path / "cache")
     assert damaged == 0
-    for name in ("one", "two"):
-        assert all(cache.get(f"{name} {'k' * (i % 50)}{i}") == i for i in range(400))
+    assert cache.scores == {f"{name} {'k' * (i % 50)}{i}": i for name in ("one", "two") for i in range(400)}
+
+
+def write_until_killed(path, said):
+    cache = ScoreCache(path)
+    for i in itertools.count():
+        cache.put(str(i), float(i))
+        said.write_text(str(i + 1))
 
 
 def test_what_was_put_before_a_kill_is_there(tmp_path):
-    writer = process(
-        "i = 0\nwhile True:\n    cache.put(str(i), float(i))\n    print(i, flush=True)\n    i += 1", tmp_path / "cache"
-    )
-    for _ in range(50):
-        last = int(writer.stdout.readline())
+    said = tmp_path / "said"
+    writer = FORK.Process(target=write_until_killed, args=(tmp_path / "cache", said))
+    writer.start()
+    wait_for(lambda: said.exists() and int(said.read_text() or 0) > 50)
     writer.kill()
-    last = max([last, *map(int, writer.communicate()[0].split())])
+    writer.join()
     cache, damaged = load(tmp_path / "cache")
-    assert damaged == 0 and all(cache.get(str(i)) == i for i in range(last + 1))
+    assert damaged == 0 and len(cache.scores) >= int(said.read_text() or 51) > 50
+    assert cache.scores == {str(i): i for i in range(len(cache.scores))}
 
 
 def test_a_cache_that_cannot_be_written_says_so_at_the_start(tmp_path):
@@ -205,10 +188,3 @@ def test_a_cache_is_not_written_through_a_symbolic_link(tmp_path, later):
         with pytest.raises(OSError, match="symbolic link"):
             cache.put("a", 1.0)
     assert victim.read_text() == "precious"
-
-
-def test_the_file_is_json_lines(tmp_path):
-    cache = ScoreCache(tmp_path / "cache")
-    cache.put('"\n\\', 1.0)
-    (line,) = (tmp_path / "cache").read_text().splitlines()
-    assert json.loads(line)["key"] == '"\n\\'
