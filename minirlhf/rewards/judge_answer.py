@@ -26,9 +26,12 @@ _HALF_WIDTH = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
 
 
 def text_of(content: Any) -> str:
-    """The text of a chat message's content, "" for None. Raises ValueError for anything but a text or None."""
+    """The text of a chat message's content: a text, None, or a list of parts. Raises ValueError for anything else."""
     if content is None or isinstance(content, str):
         return content or ""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        return "".join(part for part in parts if isinstance(part, str))
     raise ValueError(
         f"an answer must be a text, got {type(content).__name__}; of a chat completion it is choices[0].message.content"
     )

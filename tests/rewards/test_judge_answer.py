@@ -78,8 +78,15 @@ def test_every_decimal_number_is_read_exactly(number, digits, form):
     assert parse_score(answer, -1e7, math.nextafter(value, -math.inf)) is None
 
 
-@pytest.mark.parametrize("content", [8, {"text": "8"}, ["8"], b"8"], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(("content", "text"), [
+    ("8", "8"), (None, ""), ([{"type": "text", "text": "8"}], "8"), (["8", "/10"], "8/10"), ([], ""),
+    ([{"type": "reasoning", "summary": "9"}, {"type": "text", "text": "a "}, {"type": "text", "text": "8"}], "a 8"),
+])  # fmt: skip
+def test_the_text_of_a_message_in_one_part_or_in_several(content, text):
+    assert text_of(content) == text
+
+
+@pytest.mark.parametrize("content", [8, {"text": "8"}, b"8"], ids=lambda x: type(x).__name__)
 def test_what_is_no_text_is_refused(content):
-    assert (text_of("8"), text_of(None)) == ("8", "")
     with pytest.raises(ValueError, match=f"an answer must be a text, got {type(content).__name__}"):
         text_of(content)
