@@ -87,7 +87,7 @@ def runs(tiny, tmp_path_factory):
                                      "--seed", "3")  # fmt: skip
                 made[name].join()
             elif name == "original":
-                made[name] = start(SCRIPT, *arguments, "--recipe", "original", "--steps", "1")
+                made[name] = start(SCRIPT, *arguments, "--recipe", "original", "--steps", "1", "--batch-size", "16")
             else:
                 raise KeyError(name)
         return run
@@ -253,11 +253,12 @@ def test_a_long_prompt_is_a_prompt():
 def test_the_original_recipe_is_the_chapter_s(runs):
     config = json.loads((runs("original") / "config.json").read_text(encoding="utf-8"))["ppo"]
     assert config["steps"] == 1
-    assert {name: config[name] for name in CHAPTER} == CHAPTER
+    assert {name: config[name] for name in CHAPTER} == {**CHAPTER, "batch_size": 16}
+    assert PPOConfig.preset("original").batch_size == CHAPTER["batch_size"]
     assert config["max_grad_norm"] is None and config["logprobs_full_softmax"] is True
     assert config["top_p"] == 0.95 and config["temperature"] == 1
     (line,) = lines(runs("original") / "metrics.jsonl")
-    assert line["ppo/updates"] == 4 * 128
+    assert line["ppo/updates"] == 4 * 16
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
