@@ -101,7 +101,7 @@ def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(given, data, tmp_path,
     ("酒店\n".encode() + "酒店很好\n".encode("gbk"), "d.txt", "d.txt, line 2 is not utf-8"),
     (b'{"text": "a"}\n{"text": ""}\n', "d.jsonl", "d.jsonl, line 2: the text is empty"),
     (b'{"text": "a"}\n\n{"text": \n', "d.jsonl", "d.jsonl, line 3: this is not valid JSON"),
-    (b"a\n", "d.csv", "must be named .txt"), (b"", "d.txt", "holds no texts"), (b"a\n", "d.txt", "give more of them"),
+    (b"a\n", "d.csv", "must be named .txt"), (b"", "d.txt", "holds no texts"), (b"a\n", "d.txt", "give more data"),
 ])  # fmt: skip
 def test_bad_data_is_one_line_and_writes_nothing(given, tmp_path, call, content, name, named):
     (tmp_path / name).write_bytes(content)

@@ -528,7 +528,7 @@ def test_the_card_tells_the_training_and_its_code_runs(tmp_path, kind):
     assert "made from uer-small" in card and str(tmp_path) not in card
     assert "| reward | 0.9 |\n| a &#124; b | c |\n" in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 1
     for block in blocks:
         scope = {}
         exec(block.replace("this/folder", str(folder)), scope)
