@@ -125,10 +125,8 @@ def test_an_unknown_kind_of_value_head_is_named_with_its_file(tmp_path):
     model = ActorCritic(make_gpt2())
     model.save_pretrained(tmp_path)
     write_tensors(tmp_path / "value_head.safetensors", model.value_head.state_dict(), {"kind": "cubic"})
-    with pytest.raises(
-        ValueError,
-        match=rf"^{tmp_path}/value_head.safetensors: the kind of a value head must be one of linear, tanh, got 'cubic'",
-    ):
+    message = "the kind of a value head must be one of linear, tanh, got 'cubic'"
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/value_head.safetensors: {message}"):
         ActorCritic.from_pretrained(tmp_path)
 
 
