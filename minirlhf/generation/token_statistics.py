@@ -79,15 +79,15 @@ class LogprobsAndEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x = restrict(logits, temperature, keep)
+        p = x.softmax(-1)
+        largest, where = p.max(-1, keepdim=True)
+        total = p.sum(-1, keepdim=True)  # a softmax in fp32 may miss 1 in the sixth digit
+        maximum, logsumexp = x.gather(-1, where), (total / largest).log()  # (N, 1), the second of x - maximum
+        picked = x.gather(-1, tokens.unsqueeze(-1)) - maximum
         # Less the maximum, so that logits around 100 do not cost the entropy three digits.
-        maximum = x.amax(-1, keepdim=True)
         x = x - maximum if x is logits else x.sub_(maximum)
-        picked = x.gather(-1, tokens.unsqueeze(-1))
         if keep is not None:
             x.clamp_min_(LOWEST)
-        p = x.exp()
-        total = p.sum(-1, keepdim=True)
-        logsumexp = total.log()  # (N, 1)
         entropy = logsumexp - p.mul_(x).sum(-1, keepdim=True) / total  # no matrix product, which autocast would round
         ctx.save_for_backward(x, tokens, logsumexp, entropy)
         ctx.temperature, ctx.dtype = temperature, logits.dtype

@@ -95,7 +95,7 @@ def test_the_estimator_of_the_contributor_s_guide_trains_without_a_value_head(mo
     (code,) = blocks(read("CONTRIBUTING.md"), "python")
     names = vars(advantages).copy()
     exec(compile("from __future__ import annotations\n" + code, "CONTRIBUTING.md", "exec"), names)
-    assert names["ADVANTAGES"].keys() == {*advantages.ADVANTAGES, "reinforce"}
+    assert {"gae", "reinforce"} <= names["ADVANTAGES"].keys()
     monkeypatch.setitem(advantages.ADVANTAGES, "reinforce", names["reinforce"])
     sizes = dict(n_embd=16, n_layer=1, n_head=2)
     trainer = PPOTrainer(
