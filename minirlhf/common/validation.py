@@ -13,6 +13,13 @@ def require(config: object, name: str, fine: bool, allowed: str) -> None:
         raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
 
 
+def plain_numbers(config: object) -> None:
+    """Replace numpy's scalars among the fields of a frozen dataclass by Python's numbers."""
+    for name, value in vars(config).items():
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+            object.__setattr__(config, name, value.item())
+
+
 def require_positive_ints(config: object, *names: str) -> None:
     """Every named field is an int of at least 1 and below 2**63."""
     for name in names:

@@ -19,6 +19,7 @@ from minirlhf.generation.sampling import SamplingConfig, draw_uniforms, pack_set
 from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.cache import KVCache
 from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.text.batching import Ids, left_pad
 
 CHECK_EVERY = 16  # tokens between two looks at whether all rows have ended: each look lets a GPU's queue run dry
@@ -50,7 +51,7 @@ class Generation:
 
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: Decoder | ActorCritic,
     prompts: Sequence[Ids],
     max_new_tokens: int,
     sampling: SamplingConfig | None = None,
@@ -64,7 +65,7 @@ def generate(
 ) -> Generation:
     """Continue ragged prompts in one batch.
 
-    model: a decoder in eval mode (dropout would sample from another policy than the one that is scored).
+    model: a decoder or an actor-critic in eval mode: dropout would sample from another policy than the scored one.
     prompts: token ids of each prompt, 1-D, of any lengths of at least 1.
     max_new_tokens: R; without `eos_token_id`, after which a row stops, every response has exactly this length.
     generator: on the model's device; R * B uniform numbers are drawn from it at once. None: PyTorch's global one.
@@ -74,7 +75,9 @@ def generate(
     Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
     training mode; FloatingPointError if logits have a NaN, or no finite maximum.
     """
-    sampling = sampling or SamplingConfig()
+    model, sampling = language_model(model), sampling or SamplingConfig()
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts must be token ids, got texts: give [tokenizer.encode_prompt(text) for text in texts]")
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change what is sampled; call model.eval()")
     if max_new_tokens < 1:

@@ -54,6 +54,9 @@ def prepare(
     with_values: whether the policy needs a value head; without, it gets none.
     Raises ValueError for models or a tokenizer that do not fit each other or the config.
     """
+    if not hasattr(tokenizer, "encode_prompt"):
+        advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
+        raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
     source = None
     if isinstance(ref_policy, (str, os.PathLike)):
         source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)

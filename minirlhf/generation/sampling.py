@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.common.validation import require, require_above, require_counts
+from minirlhf.common.validation import plain_numbers, require, require_above, require_counts
 from minirlhf.device.precision import full_precision
 
 
@@ -29,7 +29,9 @@ class SamplingConfig:
     top_p: float = 1.0  # in (0, 1]; keep the most probable tokens whose mass reaches p; 1: all
 
     def __post_init__(self) -> None:
-        require_above(self, 0, "temperature")  # for greedy decoding: top_k=1
+        plain_numbers(self)
+        require(self, "temperature", self.temperature != 0, "above 0 (top_k=1 is greedy decoding)")
+        require_above(self, 0, "temperature")
         require_counts(self, "top_k")
         require_above(self, 0, "top_p")
         require(self, "top_p", self.top_p <= 1, "in (0, 1]")

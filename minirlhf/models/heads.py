@@ -114,8 +114,13 @@ class ActorCritic(nn.Module):
 
 
 def language_model(model: Decoder | ActorCritic) -> Decoder:
-    """The decoder of a model, with or without a value head."""
-    return model.decoder if isinstance(model, ActorCritic) else model
+    """The decoder of a model, with or without a value head. Raises ValueError for a model of another library."""
+    model = model.decoder if isinstance(model, ActorCritic) else model
+    if not isinstance(model, Decoder):
+        kind = f"{type(model).__module__.split('.')[0]} {type(model).__name__}"
+        advice = "save it with model.save_pretrained(folder) and load it with minirlhf.load_decoder(folder)"
+        raise ValueError(f"the model must be a Decoder or an ActorCritic, got a {kind}: {advice}")
+    return model
 
 
 def with_value_head(

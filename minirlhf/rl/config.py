@@ -98,6 +98,7 @@ class PPOConfig:
     max_bad_steps: int = 20
 
     def __post_init__(self) -> None:
+        validation.plain_numbers(self)
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
         validation.require_positive_ints(self, *counts, "group_size", "max_bad_steps")
         validation.require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")

@@ -184,6 +184,7 @@ def rollout_from_tokens(
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
     if responses is None or scores is None:
         raise ValueError("step takes a Rollout, or queries, responses and scores")
+    queries, responses = [_row(ids) for ids in queries], [_row(ids) for ids in responses]
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
     if len(queries) % config.group_size:
@@ -231,6 +232,11 @@ def logprobs_in_batches(
     back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), device)
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(TokenLogprobs)}
     return {name: torch.cat(column)[back] for name, column in columns.items() if column[0] is not None}
+
+
+def _row(ids: Ids) -> Ids:
+    """Ids (T,), also of a batch of one, (1, T), as tokenizers of other libraries return it."""
+    return ids[0] if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1 else ids
 
 
 def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:
