@@ -70,8 +70,16 @@ class Run(Generic[Trainer]):
     saved if possible.
     """
 
-    def __init__(self, folder: Path, trainer: Trainer, log: RunLog, lock: FolderLock, rewards: dict[int, float | None]):
-        self.folder, self.trainer, self._log, self._lock = folder, trainer, log, lock
+    def __init__(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        log: RunLog,
+        lock: FolderLock,
+        rewards: dict[int, float | None],
+        keep_last: int,
+    ):
+        self.folder, self.trainer, self._log, self._lock, self._keep_last = folder, trainer, log, lock, keep_last
         self._rewards = rewards  # mean reward of each step; None: not finite
         self._recorded = self._saved = trainer.steps_done  # steps whose lines are written; that are in a checkpoint
         self._saving = False
@@ -79,13 +87,17 @@ class Run(Generic[Trainer]):
         self._rotate()
 
     @classmethod
-    def start(cls, folder: str | os.PathLike[str], trainer: Trainer, config: Mapping[str, Any]) -> Run[Trainer]:
+    def start(
+        cls, folder: str | os.PathLike[str], trainer: Trainer, config: Mapping[str, Any], keep_last: int = KEPT
+    ) -> Run[Trainer]:
         """A new run, with a checkpoint of the trainer as it is.
 
-        folder: made here. config: written to config.json when all else is there.
+        folder: made here. config: written to config.json when all else is there. keep_last: newest checkpoints that
+            stay, besides the best.
         Raises FileExistsError for a folder that is not empty (a run is never overwritten), BlockingIOError if another
         process works in it, OSError if it cannot be written, and as the trainer's `state_dict`.
         """
+        _check_keep_last(keep_last)
         trainer.state_dict()  # what cannot be saved is refused before anything is written
         folder = Path(folder)
         taken = FileExistsError(f"{folder} exists and is not empty; choose another folder, or resume the run in it")
@@ -105,7 +117,7 @@ class Run(Generic[Trainer]):
             save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), {"log": log.flush(), "rewards": {}})
             write_json(folder / CONFIG_FILE, config)
             undo.pop_all()
-            return cls(folder, trainer, log, lock, {})
+            return cls(folder, trainer, log, lock, {}, keep_last)
 
     @classmethod
     def resume(
@@ -114,6 +126,7 @@ class Run(Generic[Trainer]):
         ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None = None,
         *,
         data: Sequence[Any] | None = None,
+        keep_last: int = KEPT,
         **overrides: Any,
     ) -> Run[Any]:
         """Go on with a run from its newest checkpoint; from the one before, with a warning, if that is damaged.
@@ -123,6 +136,7 @@ class Run(Generic[Trainer]):
         Raises FileNotFoundError if it is no run, BlockingIOError if another process works in it, OSError if a file to
         be written is a symbolic link, ValueError if no checkpoint can be read, or as `load_checkpoint`.
         """
+        _check_keep_last(keep_last)
         folder = Path(folder)
         read_json(folder / CONFIG_FILE)
         if (folder / "checkpoint").is_dir():
@@ -152,7 +166,7 @@ class Run(Generic[Trainer]):
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            return cls(folder, trainer, log, lock, rewards)
+            return cls(folder, trainer, log, lock, rewards, keep_last)
         except BaseException:
             lock.release()
             raise
@@ -236,7 +250,7 @@ class Run(Generic[Trainer]):
     def _rotate(self) -> None:
         """Let `best` name the best checkpoint, and remove all but that and the newest ones."""
         steps = _steps(self.folder)
-        kept = steps[-KEPT:]
+        kept = steps[-self._keep_last :]
         rated = {step: self._rewards[step] for step in steps if step in self._rewards}  # the first one has no reward
         if rated:
             best = max(rated, key=lambda step: -math.inf if (reward := rated[step]) is None else reward)
@@ -247,6 +261,11 @@ class Run(Generic[Trainer]):
             doomed = path.with_name(f".{path.name}{PARTIAL}")
             path.rename(doomed)  # its name goes at one moment, though not its bytes
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _check_keep_last(keep_last: int) -> None:
+    if type(keep_last) is not int or keep_last < 1:
+        raise ValueError(f"keep_last must be an integer of at least 1, got {keep_last!r}")
 
 
 class _StopRequest:

@@ -581,3 +581,12 @@ def test_a_second_run_in_one_folder_is_refused_with_a_clear_word(tmp_path):
         run.trainer.train(PROMPTS, reward, run.record)
     assert not (folder / "lock").exists()
     assert Run.resume(folder, reference()).trainer.iteration == STEPS
+
+
+@pytest.mark.parametrize("keep_last", [0, 1.5, True])
+def test_a_bad_number_of_checkpoints_to_keep_is_refused_before_any_work(tmp_path, keep_last):
+    calls = lambda: Run.start(tmp_path / "new", None, {}, keep_last), lambda: Run.resume(tmp_path, keep_last=keep_last)
+    for call in calls:
+        with pytest.raises(ValueError, match="keep_last must be an integer of at least 1"):
+            call()
+    assert not (tmp_path / "new").exists()
