@@ -376,7 +376,7 @@ BAD_BATCHES = {
     "a mask for ids": (GOOD, [ids(5), ids(True, False)], [1.0, 2.0]),
     "an id past the vocabulary": (GOOD, [ids(5), ids(len(VOCAB))], [1.0, 2.0]),
     "a negative id": ([ids(-1), ids(5)], GOOD, [1.0, 2.0]),
-    "ids in two dimensions": (GOOD, [ids(5), torch.ones(1, 2, dtype=torch.int64)], [1.0, 2.0]),
+    "ids in two dimensions": (GOOD, [ids(5), torch.ones(2, 2, dtype=torch.int64)], [1.0, 2.0]),
     "a single id without dimension": (GOOD, [ids(5), torch.tensor(5)], [1.0, 2.0]),
     "too many tokens": (GOOD, [ids(5), torch.full((65,), 5)], [1.0, 2.0]),
 }
