@@ -11,7 +11,7 @@ from minirlhf.common.printing import show, text_table
 from minirlhf.common.text import printable
 from minirlhf.rl.advantages import with_advantages
 from minirlhf.rl.logprobs import response_logprobs
-from minirlhf.rl.losses import log_ratio
+from minirlhf.rl.losses import clipped, log_ratio
 from minirlhf.rl.shaping import token_kl, with_token_rewards
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
     width = row.response_mask.size(1)
     with trainer.precision.autocast():
         now = response_logprobs(trainer.policy, row.tokens, row.mask, width, c.logprobs_divisor, row.sampling_sets)
-    ratio = log_ratio(now.logprobs, row.logprobs).exp()
-    clipped = torch.where(row.advantages > 0, ratio > 1 + c.cliprange, ratio < 1 - c.cliprange)
+    ratio = log_ratio(now.logprobs, row.logprobs, row.response_mask, c.policy_ratio).exp()
+    outside = ratio - clipped(ratio, c.cliprange, c.cliprange_high)  # clipping binds where the gain lies outside
     columns = {
         "logprob": now.logprobs,
         "old_logprob": row.logprobs,
@@ -81,8 +81,8 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
         rollout.prompts[i] if rollout.prompts else trainer.tokenizer.decode(row.tokens[0, :-width]),
         rollout.scores[i].item(),
         tuple(
-            {"token": text, **dict(zip(known, values, strict=True)), "clipped": bool(cut)}
-            for text, values, cut in zip(texts, numbers, clipped[0].tolist(), strict=True)
+            {"token": text, **dict(zip(known, values, strict=True)), "clipped": cut > 0}
+            for text, values, cut in zip(texts, numbers, (outside * row.advantages)[0].tolist(), strict=True)
         ),
     )
     show(explanation, file)

@@ -7,7 +7,7 @@ import torch
 import oracle
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer, ValueHead
 from minirlhf.generation.sampling import unpack_set
-from minirlhf.rl.config import KL_PLACEMENTS
+from minirlhf.rl.presets import KL_PLACEMENTS
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
 SIZES = dict(vocab_size=len(TOKENS), n_positions=48, n_embd=4, n_layer=1, n_head=2, n_inner=8)
