@@ -27,6 +27,7 @@ COLUMNS = ("token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "va
 class Explanation:
     """A prompt and its response, token by token; `str()` of it is a table.
 
+    group: the scores of all responses to the prompt, where there are several.
     tokens: the figures of each token by name; log-probabilities and KL in nats.
         logprob, old_logprob, ref_logprob: under the policy as it is now, as it was when it sampled, and the reference.
         kl: the KL estimate of the token before the update, as it was penalised. ratio: exp(logprob - old_logprob).
@@ -37,11 +38,15 @@ class Explanation:
     prompt: str
     score: float
     tokens: tuple[dict[str, Any], ...]
+    group: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         names = [name for name in COLUMNS if name in self.tokens[0]]
         rows = [[_cell(token[name]) for name in names] for token in self.tokens]
         head = f"prompt {printable(self.prompt)!r}, score {self.score:.4f}"
+        if self.group:
+            scores = ", ".join(f"{score:.4f}" for score in self.group)
+            head += f"; mean of the group {sum(self.group) / len(self.group):.4f} ({scores})"
         return "\n".join([head, *text_table([names, *rows], left=0)])
 
 
@@ -74,6 +79,7 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
         "advantage": row.advantages,
         "ratio": ratio,
     }
+    group = rollout.scores.view(-1, rollout.group_size)[i // rollout.group_size] if rollout.group_size > 1 else ()
     known = {name: x for name, x in columns.items() if x is not None}  # without a value head some are missing
     numbers = torch.cat(list(known.values())).T.tolist()  # one list a token
     texts = [trainer.tokenizer.vocab[token] for token in row.tokens[0, -width:].tolist()]
@@ -84,6 +90,7 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
             {"token": text, **dict(zip(known, values, strict=True)), "clipped": cut > 0}
             for text, values, cut in zip(texts, numbers, (outside * row.advantages)[0].tolist(), strict=True)
         ),
+        tuple(map(float, group)),
     )
     show(explanation, file)
     return explanation

@@ -134,7 +134,16 @@ PRESETS: dict[str, PPOOverrides] = {
         value_head_init=0.036,
     ),
     # The methods without a value head, with KL and clip range of their papers; docs/algorithms.md has the table.
-    # One optimizer step a batch, so that the ratio is 1 and no clip binds (Ahmadian et al. 2024).
+    # Williams 1992. One optimizer step a batch, so that the ratio is 1 and no clip binds.
+    "reinforce": dict(
+        advantages="reinforce",
+        whiten_advantages=False,
+        loss_averaging="gen_len",
+        ppo_epochs=1,
+        minibatch_size=128,
+        adaptive_kl=False,
+    ),
+    # Ahmadian et al. 2024, on policy as well
     "rloo": dict(
         advantages="rloo",
         group_size=4,
@@ -205,7 +214,7 @@ PRESETS: dict[str, PPOOverrides] = {
         init_kl_coef=0.01,
     ),
 }
-METHODS = ("rloo", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
+METHODS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
 DEFINING = ("advantages", "policy_ratio", "loss_averaging", "whiten_advantages", "whiten_scope")  # these make a method
 
 
