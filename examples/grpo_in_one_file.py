@@ -2,7 +2,7 @@
 
     python examples/grpo_in_one_file.py [--iterations 40 --seed 0]      # a few minutes on two CPU cores
 
-PPO asks a value head how good a text was expected to be, GRPO (Shao et al. 2024) the other responses to the same prompt.
+PPO asks a value head how good a text was expected to be, GRPO (Shao et al. 2024) the other responses to its prompt.
 Each iteration samples G responses to each prompt (1), scores them by reward (2) and log-probabilities (3), takes score
 less group mean over group standard deviation as the advantage of all tokens of a response (4), and minimises the
 clipped loss plus beta * KL (5). Tokens are sampled from the full softmax, and scored with it. `minirlhf/rl/` has more,
