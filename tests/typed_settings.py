@@ -12,4 +12,5 @@ def settings(policy: GPT2, reference: GPT2, tokenizer: Tokenizer) -> None:
     PPOTrainer(policy, reference, tokenizer, lr="1e-4")  # type: ignore[arg-type]
     PPOTrainer(policy, reference, tokenizer, kl_estimator="k4")  # type: ignore[arg-type]
     PPOConfig.preset("trl2020", whiten_scope="rows")  # type: ignore[arg-type]
+    PPOConfig.preset("gspo", policy_ratio="row")  # type: ignore[arg-type]
     PPOConfig(batch_size=2.5)  # type: ignore[arg-type]
