@@ -16,7 +16,7 @@ import torch
 
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SamplingConfig, Tokenizer
 from minirlhf.common.printing import show
-from minirlhf.rewards.human import FeedbackFile, FeedbackSession, HumanReward, draw_answers
+from minirlhf.rewards.human import FeedbackFile, HumanReward, ask_rounds, draw_answers
 from minirlhf.rewards.keyboard import Keyboard
 from minirlhf.runs.run import Run
 from shared import POLICY, PROMPTS, command_line, prompt_pool, run_script
@@ -67,10 +67,9 @@ def collect(args: argparse.Namespace) -> None:
         if len(tokenizer.encode_prompt(prompt)) > room:
             raise ValueError(f"prompt {prompt[:20]!r}... leaves no room for --gen-len {args.gen_len}")
     with FeedbackFile(args.output) as file, Keyboard() as keyboard:
-        session = FeedbackSession(file, question_of, keyboard.read, write, args.scores)
-        done = session.run(args.rounds)
+        done = ask_rounds(file, question_of, args.rounds, keyboard.read, write, args.scores)
         total = len(file.records)
-    show(f"{session.answered} answered, {session.skipped} skipped; {args.output} has {total} in all")
+    show(f"{args.output} has {total} answers in all")
     show("more --rounds ask for more" if done else "the same command goes on from here")
     if total:
         show(f"stage 2 reads them: python examples/reward_model.py --rankings {args.output}")
