@@ -98,13 +98,13 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
                 for file in files:
                     _fetch(name, commit, file, staged, fresh)
             return Path(to) / name
-        snapshot = [_fetch(name, commit, file) for file in files][0].parent
+        fetched = [_fetch(name, commit, file) for file in files]
     if revision != commit:
         reference = _cached(name) / "refs" / revision  # by which other tools find the snapshot without a network
         reference.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(reference, commit.encode())
-    os.utime(snapshot)  # `locate` takes the newest one
-    return snapshot
+    os.utime(fetched[0].parent)  # `locate` takes the newest one
+    return fetched[0].parent
 
 
 def _fetch(name: str, commit: str, file: str, folder: Path | None = None, fresh: str | None = None) -> Path:

@@ -6,12 +6,13 @@ A trainer's `state_dict()` returns a `State` and its `load_state_dict` takes one
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+from minirlhf.common.validation import is_finite
 
 Check = Callable[[Any], bool]
 
@@ -84,7 +85,7 @@ def is_count(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """A finite number."""
-    return type(value) in (int, float) and abs(value) < math.inf
+    return is_finite(value)
 
 
 def is_amount(value: Any) -> bool:

@@ -273,6 +273,10 @@ class BertClassifier(nn.Module):
         summary: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a folder in the published layout; arguments and errors as of `Decoder.save_pretrained`."""
+        write_folder(folder, *self.published(dtype), ModelCard("BertClassifier", self.origin, summary))
+
+    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`config.json` and tensors in the published layout, as of `Decoder.published`."""
         content = {
             "architectures": ["BertForSequenceClassification"],
             "model_type": "bert",
@@ -280,8 +284,7 @@ class BertClassifier(nn.Module):
             "label2id": {label: i for i, label in enumerate(self.config.labels)},
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        config, tensors = published_config(content, self.origin), cast(self.state_dict(), dtype)
-        write_folder(folder, config, tensors, ModelCard("BertClassifier", self.origin, summary))
+        return published_config(content, self.origin), cast(self.state_dict(), dtype)
 
 
 def _read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

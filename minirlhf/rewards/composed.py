@@ -7,14 +7,13 @@ one score per token if they get tokens (PPO passes them), and one per response i
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minirlhf.common.validation import require_bools, require_positive_ints
+from minirlhf.common.validation import is_finite, require_bools, require_positive_ints
 from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -34,8 +33,7 @@ class WeightedSum:
         for name, (weight, reward) in parts.items():
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f"the names of parts must be texts that are not blank, got {name!r}")
-            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not (is_number and math.isfinite(weight)):
+            if not is_finite(weight):
                 raise ValueError(f"the weight of part {name!r} must be a finite number, got {weight!r}")
             if not callable(reward):
                 raise ValueError(f"part {name!r} must be a reward, got {reward!r} of type {type(reward).__name__}")

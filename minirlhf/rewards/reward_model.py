@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.random import eval_mode
-from minirlhf.io.files import naming, read_json, replaced_folder, write_json
+from minirlhf.io.files import naming, read_json, replaced_folder
 from minirlhf.io.hub import locate
-from minirlhf.io.model_card import ModelCard, Origin, write_card
+from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import CONFIG_FILE, cast, published_config, write_folder
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, read_config, read_published
@@ -75,13 +75,8 @@ class GPT2Scorer(nn.Module):
         model.origin = Origin.of(folder, content)
         return model.eval()
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write a folder in the published layout. Arguments and errors: see `GPT2.save_pretrained`."""
+    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`config.json` and tensors in the published layout, as of `Decoder.published`."""
         content = {
             "architectures": ["GPT2ForSequenceClassification"],
             "model_type": "gpt2",
@@ -90,8 +85,7 @@ class GPT2Scorer(nn.Module):
             "label2id": {LABEL: 0},
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        card = ModelCard("RewardModel", self.origin, summary)
-        write_folder(folder, published_config(content, self.origin), cast(self.state_dict(), dtype), card)
+        return published_config(content, self.origin), cast(self.state_dict(), dtype)
 
 
 class RewardModel(nn.Module):
@@ -157,13 +151,12 @@ class RewardModel(nn.Module):
         transformers loads it as `AutoModelForSequenceClassification`, whose logit is the score before normalisation.
         Arguments and errors: see `GPT2.save_pretrained`.
         """
+        config, tensors = self.network.published(dtype)
+        config["pad_token_id"] = self.tokenizer.pad_id  # by which transformers finds the last token of a GPT-2's row
+        config[NORMALISATION] = {"mean": self.mean, "std": self.std}
         with replaced_folder(folder) as staged:
-            self.network.save_pretrained(staged, dtype, summary)
+            write_folder(staged, config, tensors, ModelCard("RewardModel", self.network.origin, summary))
             self.tokenizer.save_pretrained(staged, self.max_length)
-            # With a padding id transformers finds the last real token of a GPT-2's row.
-            own = {"pad_token_id": self.tokenizer.pad_id, NORMALISATION: {"mean": self.mean, "std": self.std}}
-            write_json(staged / CONFIG_FILE, {**read_json(staged / CONFIG_FILE), **own})
-            write_card(staged, ModelCard("RewardModel", self.network.origin, summary))
 
     @property
     def max_length(self) -> int:
@@ -214,6 +207,8 @@ class RewardModel(nn.Module):
 
 def _model_type(folder: str | os.PathLike[str]) -> str:
     kind = read_json(locate(folder) / CONFIG_FILE).get("model_type")
+    if kind is None:
+        raise ValueError(f"{folder}: {CONFIG_FILE} lacks model_type, which says whether the trunk is 'gpt2' or 'bert'")
     if kind not in ("gpt2", "bert"):
         raise ValueError(f"{folder} holds a {kind!r} model; the trunk of a reward model is 'gpt2' or 'bert'")
     return kind

@@ -14,7 +14,7 @@ from transformers import GPT2Config as TheirGPT2Config
 
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import BertClassifier, RewardModel, SentimentReward, Tokenizer
-from minirlhf.rewards import reward_model as module
+from minirlhf.io import model_folder
 from minirlhf.rewards.base import call_reward
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.rewards.scorers import load_scorer
@@ -278,7 +278,7 @@ def test_a_failed_save_leaves_the_old_model_whole(trunk, tmp_path, monkeypatch, 
     if part == "weights":
         next(new.parameters()).data[0] = 1e6  # more than fp16 holds
     else:
-        target, name = (Tokenizer, "save_pretrained") if part == "vocabulary" else (module, "write_json")
+        target, name = (Tokenizer, "save_pretrained") if part == "vocabulary" else (model_folder, "write_json")
         monkeypatch.setattr(target, name, lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises((OSError, ValueError), match=r"disk full|cannot hold"):
         new.save_pretrained(tmp_path / "a", torch.float16)
@@ -367,6 +367,9 @@ def test_other_folders_are_refused_by_name(tmp_path, load):
         load(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama' model; the trunk of a reward model is 'gpt2' or 'bert'"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config.json lacks model_type, which says whether the trunk is 'gpt2' or"):
         load(tmp_path)
 
 
