@@ -75,6 +75,11 @@ def rewrite_tensors(folder: Path, change: Callable[[dict], dict | None]) -> None
     save_file({name: t.contiguous() for name, t in changed.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
+def names(folder: Path) -> list[str]:
+    """Of what is in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def rewrite_config(folder: Path, **changes: object) -> None:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, **changes}))

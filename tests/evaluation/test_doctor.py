@@ -358,13 +358,6 @@ def test_an_lm_head_of_its_own_is_found(who):
     )
 
 
-def test_a_head_that_is_a_copy_of_the_embedding_parts_from_it_in_the_first_step():
-    policy = gpt2(kind=OwnHead)
-    policy.lm_head = nn.Parameter(policy.wte.weight.detach().clone())
-    status, findings = examine(policy)
-    assert status["weights"] == "fail" and "LM head of the policy is not" in findings["weights"].detail
-
-
 def test_a_batch_that_does_not_fit_is_found():
     status, findings = examine(batch_size=10**10)
     assert status["memory"] == "fail" and others(status, "memory") == {"ok"}

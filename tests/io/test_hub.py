@@ -23,7 +23,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB, make_gpt2, names
 from minirlhf import GPT2, ActorCritic, Tokenizer
 from minirlhf.__main__ import main
 from minirlhf.io import hub
@@ -180,10 +180,6 @@ def published(tmp_path_factory):
     torch.save({f"transformer.{name}": tensor for name, tensor in state.items()}, folder / "pytorch_model.bin")
     extra = {name: b"not needed" for name in ("README.md", ".gitattributes", "tf_model.h5", "onnx/model.safetensors")}
     return {**files, "pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes(), **extra}
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 NEEDED = ["config.json", "model.safetensors", "vocab.txt"]

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from conftest import names
 from minirlhf.io import files
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.model_card import ModelCard, Origin
@@ -22,11 +23,6 @@ from minirlhf.io.model_folder import (
     write_folder,
     write_tensors,
 )
-
-
-def names(folder) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
 
 # ---- safetensors ----------------------------------------------------------------------------------------------------
 
@@ -199,12 +195,6 @@ def test_names_become_the_own_ones():
     tensors = {"x.LayerNorm.gamma": 1, "x.LayerNorm.beta": 2, "x.dense.weight": 3, "mask": 4, "x.gamma_rays": 5}
     own = renamed(tensors, lambda name: None if name == "mask" else name.removeprefix("x."), "here")
     assert own == {"LayerNorm.weight": 1, "LayerNorm.bias": 2, "dense.weight": 3, "gamma_rays": 5}
-
-
-@pytest.mark.parametrize("pair", [("x.w", "w"), ("LayerNorm.gamma", "LayerNorm.weight")])
-def test_two_tensors_of_one_name_are_refused(pair):
-    with pytest.raises(ValueError, match=r"weights in here hold .* twice, once as"):
-        renamed(dict.fromkeys(pair, torch.ones(1)), lambda name: name.removeprefix("x."), "here")
 
 
 def test_a_published_config_of_another_kind_is_refused():

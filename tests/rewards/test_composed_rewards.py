@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.evaluation.evaluate import EvaluationConfig
+from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.base import call_reward, reward_by_token
-from minirlhf.rewards.composed import (
-    ControlledSentiment,
-    Increments,
-    RepetitionPenalty,
-    WeightedSum,
-    check_tags,
-)
+from minirlhf.rewards.composed import ControlledSentiment, Increments, RepetitionPenalty, WeightedSum, check_tags
 from minirlhf.rewards.sentiment import CANARIES
 
 REPO = Path(__file__).resolve().parents[2]
@@ -112,13 +107,6 @@ def test_a_part_with_bad_scores_is_named():
     reward = WeightedSum({"fine": (1.0, by_text), "broken": (1.0, lambda texts: [math.nan, 1])})
     with pytest.raises(ValueError, match=r"part 'broken': scores must be finite, got nan for text 0"):
         reward(["", ""], ["", ""])
-
-
-def test_they_are_rewards_of_prompts_and_responses():
-    """What the trainer calls; the form is told by the signature."""
-    assert call_reward(WeightedSum({"a": (1.0, by_pair)}), PROMPTS, RESPONSES).tolist() == by_pair(PROMPTS, RESPONSES)
-    reward = RepetitionPenalty()  # of the response alone
-    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == pytest.approx(reward([""] * 4, RESPONSES))
 
 
 # ---- repetition -----------------------------------------------------------------------------------------------------
@@ -227,10 +215,6 @@ def test_increments_of_texts_and_of_sentiment_on_command():
     reward = Increments(ControlledSentiment(lambda texts: [len(text) / 8 for text in texts]))
     scores = reward_by_token(reward, ["[正向]酒店", "[负向]酒店"], ["很好", "太差"], tokens)
     assert scores.tolist() == [[3 / 8, 1 / 8, 0], [5 / 8, 0, -1 / 8]]
-
-
-def test_no_responses_no_increments():
-    assert Increments(by_text)([], [], []).shape[0] == 0
 
 
 @pytest.mark.parametrize("bad", [None, 1.0, "reward"])
@@ -375,17 +359,13 @@ def example(call, tmp_path):
     return functools.partial(call, REPO / "examples" / "controlled_sentiment.py", *models)
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path, monkeypatch):
     few = functools.partial(EvaluationConfig, resamples=20, best_of_prompts=8)
     monkeypatch.setattr("minirlhf.evaluation.evaluate.EvaluationConfig", few)
     run = tmp_path / "run"
     error, out = example("--steps", 6, "--batch-size", 3, "--samples", 4, "--output", run)
     assert error is None
-    metrics, (samples,) = lines(run / "metrics.jsonl"), lines(run / "samples.jsonl")
+    metrics, (samples,) = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "samples.jsonl")
     assert [line["step"] for line in metrics] == [1, 2] and samples["step"] == 2
     sentiment = SentimentReward.from_pretrained(tmp_path / "reward", device="cpu")
     rewards, sentiments = {name: [] for name in TAGS}, []

@@ -310,6 +310,7 @@ def test_outputs_of_a_regression_count_as_they_are_if_each_is_given_a_number(tmp
     numbers = {"negative": -1.0, "neutral": 0.5, "positive": 3.0}
     reward = SentimentReward(model, Tokenizer(VOCAB), numbers, device="cpu")
     with torch.no_grad():
+        model.classifier.weight.mul_(10)
         outputs = [model(torch.tensor(Tokenizer(VOCAB).encode_batch([text], 64)))[0].double() for text in TEXTS]
     weights = torch.tensor([numbers[label] for label in model.config.labels], dtype=torch.float64)
     assert reward(TEXTS).tolist() == pytest.approx([float(row @ weights) for row in outputs], rel=1e-5)

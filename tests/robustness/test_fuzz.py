@@ -110,17 +110,6 @@ def change(folder, **fields):
     write_json(folder / "config.json", {**read_json(folder / "config.json"), **fields})
 
 
-@pytest.mark.parametrize(("model", "field", "value"), [
-    (GPT2, "n_embd", -4), (GPT2, "attn_pdrop", "nan"), (GPT2, "n_head", 5),
-    (BertClassifier, "hidden_size", 4.0), (BertClassifier, "id2label", {"0": "a", "2": "b"}),
-])  # fmt: skip
-def test_a_bad_config_field_is_named_with_its_folder(tmp_path, model, field, value):
-    (make_gpt2() if model is GPT2 else make_bert()).save_pretrained(tmp_path)
-    change(tmp_path, **{field: value})
-    with pytest.raises(ValueError, match=rf"^{tmp_path}: .*{field}"):
-        model.from_pretrained(tmp_path)
-
-
 def test_an_unknown_kind_of_value_head_is_named_with_its_file(tmp_path):
     model = ActorCritic(make_gpt2())
     model.save_pretrained(tmp_path)
