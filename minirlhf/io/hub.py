@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minirlhf.io.files import atomic_write, replaced_folder, sha256
+from minirlhf.io.files import StrPath, atomic_write, replaced_folder, sha256
 
 WEIGHTS_FOLDER = "weights"
 TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
@@ -37,7 +37,7 @@ class DownloadError(ValueError):
     """A model or a file that is not what it should be, whatever the connection."""
 
 
-def locate(name_or_folder: str | os.PathLike[str]) -> Path:
+def locate(name_or_folder: StrPath) -> Path:
     """The folder of a model: an existing folder as it is; for a name on the hub, where a download put it.
 
     Looks for `weights/NAME` under the current directory, then for the newest snapshot in the hub's cache (HF_HOME) that
@@ -64,7 +64,7 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
     )
 
 
-def download(name: str, to: str | os.PathLike[str] | None = None, revision: str = "main") -> Path:
+def download(name: str, to: StrPath | None = None, revision: str = "main") -> Path:
     """Fetch config, tokenizer and weights of a model on the hub, and nothing else; returns their folder.
 
     name: `owner/model`, or `model`. to: the files go into the folder `to/name`, which is complete or unchanged
@@ -140,7 +140,7 @@ def _fetch(name: str, commit: str, file: str, folder: Path | None = None, fresh:
 
 
 @contextlib.contextmanager
-def _explained(name: str, to: str | os.PathLike[str] | None, revision: str) -> Iterator[None]:
+def _explained(name: str, to: StrPath | None, revision: str) -> Iterator[None]:
     """Turn what huggingface_hub raises, with whichever HTTP client, into an OSError that says what to do."""
     from huggingface_hub import constants, get_token, utils
 
@@ -201,7 +201,7 @@ def _cached(name: str) -> Path:
     return cache / f"models--{name.replace('/', '--')}"
 
 
-def _elsewhere(name: str, to: str | os.PathLike[str] | None = None, revision: str = "main") -> str:
+def _elsewhere(name: str, to: StrPath | None = None, revision: str = "main") -> str:
     """How to bring a model to a machine without a network."""
     which = name if revision == "main" else f"{name} --revision {revision}"
     return (

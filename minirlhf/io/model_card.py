@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minirlhf.io.files import atomic_write
+from minirlhf.io.files import StrPath, atomic_write
 from minirlhf.version import __version__
 
 OURS = "<!-- Written by minirlhf and replaced by its next save. Without this line it is yours, and stays as it is. -->"
@@ -57,7 +57,7 @@ class Origin:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, source: str | os.PathLike[str], config: Mapping[str, Any]) -> Origin:
+    def of(cls, source: StrPath, config: Mapping[str, Any]) -> Origin:
         """source: what was handed to `from_pretrained`."""
         name = os.path.basename(os.path.abspath(source)) if os.path.isdir(source) else os.fspath(source)
         return cls(name, dict(config))

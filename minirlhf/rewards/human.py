@@ -22,7 +22,7 @@ import torch
 from minirlhf.common.text import json_line, printable
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io.files import flush_folder, lock_descriptor, open_for_writing, read_jsonl
+from minirlhf.io.files import StrPath, flush_folder, lock_descriptor, open_for_writing, read_jsonl
 from minirlhf.models.gpt2 import GPT2
 from minirlhf.rewards.keyboard import BACKSPACE, END
 from minirlhf.text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class FeedbackFile:
     OSError if the file cannot be written or is a symbolic link.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: StrPath):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.random import eval_mode
-from minirlhf.io.files import naming, read_json, replaced_folder
+from minirlhf.io.files import StrPath, naming, read_json, replaced_folder
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import CONFIG_FILE, cast, published_config, write_folder
@@ -64,7 +63,7 @@ class GPT2Scorer(nn.Module):
         return self.score(hidden[torch.arange(len(ids), device=ids.device), last])
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2Scorer:
+    def from_pretrained(cls, folder: StrPath) -> GPT2Scorer:
         """Load a folder in the published layout, in fp32 and eval mode. Raises as `GPT2.from_pretrained`."""
         content, tensors = read_published(folder)
         content["tie_word_embeddings"] = True  # there is no LM head to be untied
@@ -118,7 +117,7 @@ class RewardModel(nn.Module):
         self.eval().to(resolve_device(device))
 
     @classmethod
-    def from_trunk(cls, folder: str | os.PathLike[str], seed: int = 0, **options: Any) -> RewardModel:
+    def from_trunk(cls, folder: StrPath, seed: int = 0, **options: Any) -> RewardModel:
         """A new scalar head, drawn with `seed`, on the GPT-2 or BERT of a folder, whose own heads are dropped if any.
 
         options: of the constructor. Raises as `GPT2.from_trunk` and `BertClassifier.from_trunk`.
@@ -129,7 +128,7 @@ class RewardModel(nn.Module):
         return cls(network, Tokenizer.from_pretrained(folder), **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> RewardModel:
+    def from_pretrained(cls, folder: StrPath, **options: Any) -> RewardModel:
         """Load a reward model, saved by `save_pretrained` or by transformers, with its normalisation if it has one.
 
         options: of the constructor.
@@ -141,10 +140,7 @@ class RewardModel(nn.Module):
         return model
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
+        self, folder: StrPath, dtype: torch.dtype = torch.float32, summary: Mapping[str, Any] | None = None
     ) -> None:
         """Write weights, config, normalisation and tokenizer into a folder, all at one moment.
 
@@ -205,7 +201,7 @@ class RewardModel(nn.Module):
         self.mean, self.std = scores.mean().item(), std
 
 
-def _model_type(folder: str | os.PathLike[str]) -> str:
+def _model_type(folder: StrPath) -> str:
     kind = read_json(locate(folder) / CONFIG_FILE).get("model_type")
     if kind is None:
         raise ValueError(f"{folder}: {CONFIG_FILE} lacks model_type, which says whether the trunk is 'gpt2' or 'bert'")

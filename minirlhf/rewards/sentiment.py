@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.random import eval_mode
-from minirlhf.io.files import naming
+from minirlhf.io.files import StrPath, naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.probes import classifier_probe
 from minirlhf.rewards.labels import PositiveLabel, described, label_order, label_values
@@ -93,7 +92,7 @@ class SentimentReward:
         self.precision = Precision(self.precision_choice.name, next(model.parameters()).device, model)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> SentimentReward:
+    def from_pretrained(cls, folder: StrPath, **options: Any) -> SentimentReward:
         """Load a classifier folder. Warns if plain sentences in its language, good ones and bad ones, are out of order,
         or could not be tried.
 

@@ -12,13 +12,13 @@ Left out: ties.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minirlhf.common.validation import is_finite
+from minirlhf.io.files import StrPath
 from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
 
 MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
@@ -65,7 +65,7 @@ class Ranking:
         return [self.prompt + answer for answer in self.answers]
 
 
-def read_rankings(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Ranking]:
+def read_rankings(path: StrPath, encoding: str = "utf-8") -> list[Ranking]:
     """Read a file of pairs or lists (`.jsonl`), or of lists (`.tsv`); empty lines are skipped.
 
     encoding: of the file; a byte-order mark and both kinds of line ends are accepted.
