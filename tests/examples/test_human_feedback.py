@@ -89,7 +89,7 @@ def test_a_session_at_a_terminal(policy, tmp_path):
     assert "[3/3] 酒店" in terminal.see(ECHOED)
     terminal.press("21")
     shown = terminal.see("--rankings")
-    assert "1 answered, 1 skipped; " in shown and "has 2 in all" in shown
+    assert "has 2 answers in all" in shown
     assert terminal.close() == 0
     assert read_jsonl(output)[:1] == first and [line["round"] for line in read_jsonl(output)] == [0, 2]
     assert [ranking.prompt for ranking in read_rankings(output)] == ["酒店", "酒店"]

@@ -526,7 +526,7 @@ def test_the_card_tells_the_training_and_its_code_runs(tmp_path, kind):
     model.from_pretrained(tmp_path / "uer-small").save_pretrained(folder, summary={"reward": 0.9, "a | b": "c"})
     card = (folder / "README.md").read_text()
     assert "made from uer-small" in card and str(tmp_path) not in card
-    assert "| reward | 0.9 |\n| a &#124; b | c |\n" in card
+    assert "| reward | 0.9 |\n| a \\| b | c |\n" in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 1
     for block in blocks:
