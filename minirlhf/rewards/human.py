@@ -24,10 +24,11 @@ from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import StrPath, flush_folder, lock_descriptor, open_for_writing, read_jsonl
 from minirlhf.models.gpt2 import GPT2
-from minirlhf.rewards.keyboard import BACKSPACE, END
 from minirlhf.text.tokenizer import Tokenizer
 
 MOST = 4  # answers per question
+BACKSPACE = ("\x7f", "\b")
+END = ("", "\x04")  # of the input: closed, or Ctrl-D
 SCORES = range(1, 6)
 BEGINNING = b'{"round": '  # of every line
 TRIES = 8  # batches of samples that are searched for different answers
@@ -129,7 +130,8 @@ def ask_rounds(
 
     question_of: maps the number of a round (0, 1, ...) to its question. A round with fewer than two answers to rank,
         or none to score, is skipped.
-    read: returns the next key, such as `Keyboard.read`. write: shows text. scores: ask for scores, not for a ranking.
+    read: returns the next key, "" at the end of the input, as `Keyboard.read` in examples/human_feedback.py does.
+    write: shows text. scores: ask for scores, not for a ranking.
     Raises OSError if an answer cannot be written, KeyboardInterrupt on Ctrl-C; earlier answers stay in the file.
     """
     number = file.records[-1]["round"] + 1 if file.records else 0

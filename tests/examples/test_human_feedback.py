@@ -14,9 +14,9 @@ import pytest
 from lives import on_terminal, process
 
 from conftest import VOCAB, make_gpt2
+from human_feedback import Keyboard
 from minirlhf import ActorCritic, Tokenizer
 from minirlhf.io.files import read_jsonl
-from minirlhf.rewards.keyboard import Keyboard
 from minirlhf.text.preferences import read_rankings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "human_feedback.py"

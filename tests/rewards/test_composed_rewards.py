@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import VOCAB, make_bert, make_gpt2
+from controlled_sentiment import ControlledSentiment, check_tags
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.evaluation.evaluate import EvaluationConfig
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.base import call_reward, reward_by_token
-from minirlhf.rewards.composed import ControlledSentiment, Increments, RepetitionPenalty, WeightedSum, check_tags
+from minirlhf.rewards.composed import Increments, RepetitionPenalty, WeightedSum
 from minirlhf.rewards.sentiment import CANARIES
 
 REPO = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from conftest import make_gpt2
+from human_feedback import Keyboard
 from minirlhf import PPOTrainer, SamplingConfig
 from minirlhf.rewards.human import FeedbackFile, HumanReward, Question, ask_rounds, draw_answers
-from minirlhf.rewards.keyboard import Keyboard
 from minirlhf.text.preferences import Ranking, read_rankings
 
 SIZES = dict(n_embd=16, n_layer=1, n_head=2, n_positions=32)
