@@ -83,14 +83,9 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_number(value: Any) -> bool:
-    """A finite number."""
-    return is_finite(value)
-
-
 def is_amount(value: Any) -> bool:
     """A finite number of at least 0."""
-    return is_number(value) and value >= 0
+    return is_finite(value) and value >= 0
 
 
 def is_text(value: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minirlhf.common.validation import is_finite
 from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.random import eval_mode
@@ -214,6 +214,6 @@ def _normalisation(path: Path) -> tuple[float, float]:
     """Mean and std in `config.json`; 0 and 1 if it has none."""
     content = read_json(path).get(NORMALISATION, {"mean": 0.0, "std": 1.0})
     values: list[Any] = [content.get(name) if isinstance(content, Mapping) else None for name in ("mean", "std")]
-    if not (all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values) and values[1] > 0):
+    if not (all(map(is_finite, values)) and values[1] > 0):
         raise ValueError(f"{path}: {NORMALISATION} must have a finite mean and a std above 0, got {content!r:.80}")
     return float(values[0]), float(values[1])

@@ -106,15 +106,14 @@ def test_writing_makes_the_folder_and_keeps_what_else_is_there(tmp_path):
     assert config == {"n": 2} and torch.equal(tensors["w"], torch.zeros(2))
 
 
-def test_a_sharded_folder_is_read_by_its_index(tmp_path):
-    write_json(tmp_path / "config.json", {"n": 1})
-    for i, name in enumerate("ab"):
-        save_file({name: torch.full((2,), i)}, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
-    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+def test_whole_weights_go_before_an_index(tmp_path):
+    """As in transformers."""
+    write_json(tmp_path / "config.json", {})
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    shards = {"a": "model-00001-of-00001.safetensors"}
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": shards})
-    config, tensors = read_folder(tmp_path)
-    assert config == {"n": 1} and {name: t.tolist() for name, t in tensors.items()} == {"a": [0, 0], "b": [1, 1]}
-    write_tensors(tmp_path / "model.safetensors", {"c": torch.ones(1)})  # as in transformers, the whole file goes first
+    assert read_folder(tmp_path)[1].keys() == {"a"}
+    write_tensors(tmp_path / "model.safetensors", {"c": torch.ones(1)})
     assert read_folder(tmp_path)[1].keys() == {"c"}
 
 

@@ -76,15 +76,6 @@ def test_means_are_over_all_samples_since_the_last_time():
     assert reward.metrics() == {"reward/parts/text": 0}
 
 
-@given(
-    st.lists(st.tuples(st.floats(-9, 9), st.lists(st.floats(-9, 9), min_size=3, max_size=3)), min_size=1, max_size=4)
-)
-def test_any_weighted_sum(parts):
-    reward = WeightedSum({str(i): (w, lambda texts, s=scores: doubles(s)) for i, (w, scores) in enumerate(parts)})
-    expected = [math.fsum(w * scores[row] for w, scores in parts) for row in range(3)]
-    assert reward(["", "", ""], ["", "", ""]).tolist() == pytest.approx(expected, abs=1e-12)
-
-
 def test_what_parts_report_is_passed_on_and_never_overwritten():
     reward = WeightedSum({"a": (1.0, Reporting(cost=1.0, x=2.0)), "b": (1.0, Reporting(cost=3.0))})
     reward([""], ["a"])

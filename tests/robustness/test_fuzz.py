@@ -17,7 +17,7 @@ import torch
 
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import GPT2, ActorCritic, BertClassifier, PPOConfig, SentimentReward, Tokenizer
-from minirlhf.io.files import read_json, read_jsonl, write_json
+from minirlhf.io.files import read_json, write_json
 from minirlhf.io.model_folder import read_tensors, write_tensors
 from minirlhf.models import bert, gpt2
 
@@ -250,14 +250,3 @@ def test_a_manifest_leads_nowhere_else(checkpoint, name):
     write_json(checkpoint / "manifest.json", {"sha256": sums})
     with pytest.raises(ValueError, match=rf"{checkpoint} is damaged: .* is missing"):
         fuzz.resume_trainer(checkpoint)
-
-
-# ---- found by fuzzing: lines of a run that are JSON, but not of a run -----------------------------------------------
-
-
-@pytest.mark.parametrize("line", [b"3", b"null", b'"text"', b"[1]", b"[" * 100_000, b"9" * 5000])
-def test_a_line_that_is_no_json_object_is_named(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"^{path}, line 2 (must hold a JSON object|is not valid JSON)"):
-        read_jsonl(path)
