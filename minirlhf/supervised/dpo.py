@@ -95,8 +95,7 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
             step. After an interruption, here or in a resumed run, `train` with the same pairs goes on.
         Raises ValueError as `check_pairs`, and for other pairs than those that this trainer began with.
         """
-        encoded = self.check_pairs(pairs)
-        given = data_record([*map(str, encoded)])
+        given = data_record([*map(str, encoded := self.check_pairs(pairs))])
         if self.data["count"]:
             require_same_data(self.data, given)
         self.data, self.pairs, self.ref_logps = given, encoded, self._reference_logps(encoded)
@@ -105,7 +104,8 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
 
         def with_metrics(batch: list[MicroBatch], stats: Stats) -> None:
             if on_step is not None:
-                on_step(batch, stats | preference_metrics(*torch.cat(self._seen, 1), beta=self.config.beta))
+                logps, ref_logps = torch.cat(self._seen, 1)
+                on_step(batch, stats | preference_metrics(logps, ref_logps, self.config.beta))
 
         super().train(with_metrics)
 
