@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.common.validation import require_bools, require_positive_ints
-from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
+from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token, scope_of
 from minirlhf.text.tokenizer import Tokenizer
 
 
@@ -40,6 +40,7 @@ class WeightedSum:
             if not callable(reward):
                 raise ValueError(f"part {name!r} must be a reward, got {reward!r} of type {type(reward).__name__}")
         self.parts = dict(parts)
+        self.scope = scope_of(*(reward for _, reward in parts.values()))
         self._totals: dict[str, tuple[float, int]] = {}  # sum and number of each part's unweighted scores
 
     def __call__(
@@ -127,7 +128,7 @@ class Increments:
     def __init__(self, reward: RewardFunction):
         if not callable(reward):
             raise ValueError(f"Increments must be of a reward, got {reward!r} of type {type(reward).__name__}")
-        self.reward = reward
+        self.reward, self.scope = reward, scope_of(reward)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
@@ -172,7 +173,7 @@ class ControlledSentiment:
     """
 
     def __init__(self, sentiment: RewardFunction):
-        self.sentiment = sentiment
+        self.sentiment, self.scope = sentiment, scope_of(sentiment)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards (B,) in [0, 1], fp64.

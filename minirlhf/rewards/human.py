@@ -180,6 +180,8 @@ class HumanReward:
     file: receives the scores. read, write: see `FeedbackSession`.
     """
 
+    scope = "batch"  # one person
+
     def __init__(self, file: FeedbackFile, read: Callable[[], str], write: Callable[[str], object]):
         self.file, self._read, self._write = file, read, write
 
