@@ -3,6 +3,7 @@
     python examples/positive_reviews.py                       # the starter weights, minutes on two CPU cores
     python examples/positive_reviews.py --recipe original --policy GPT2_FOLDER --reward BERT_FOLDER
     python examples/positive_reviews.py --resume runs/NAME    # continue a run that was stopped
+    torchrun --nproc-per-node 8 examples/positive_reviews.py  # on several GPUs, or processes of a CPU: docs/processes.md
 
 Every run leaves metrics.jsonl, samples.jsonl, config.json, reward_curve.png, before_after.md, summary.json and the
 folders checkpoints/, policy/ and reference/ under --output. It may be killed at any moment, and resumed.
@@ -73,6 +74,8 @@ def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
         kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
     found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config=settings).given
+    if not trainer.processes.first:
+        return
     plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
     summary = {**found.summary(), "optimum": found.optimum}
     trainer.policy.save_pretrained(output / "policy", summary={"algorithm": "PPO", "episodes": config.steps, **summary})

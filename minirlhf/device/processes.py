@@ -79,7 +79,7 @@ class Processes:
 
         A process without a row computes one that does not count, so that all have the same gradients to sum.
         """
-        rows = torch.arange(self.rank, count, self.size)
+        rows = torch.arange(count)[self.rank :: self.size]
         return (rows, 1.0) if len(rows) else (torch.zeros(1, dtype=torch.int64), 0.0)
 
     def gather(self, what: str, x: T) -> list[T]:
@@ -189,6 +189,11 @@ def agreed(what: str) -> Iterator[None]:
             group._exchange(what, None, None if error is None else _described(error))
         except Exception as of_all:
             raise of_all from error
+
+
+def restarted() -> bool:
+    """Whether torchrun started these processes again after one of them died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def tells(error: BaseException) -> bool:

@@ -180,7 +180,7 @@ class RewardModel(nn.Module):
         ids, mask = right_pad(sequences, self.tokenizer.pad_id)
         device = next(self.parameters()).device
         padded = None if bool(mask.all()) else to_device(mask, device)
-        return self.network(to_device(ids, device), padded).squeeze(-1).float()
+        return full_precision(self.network(to_device(ids, device), padded).squeeze(-1))
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str]) -> Tensor:

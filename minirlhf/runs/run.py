@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
-from minirlhf.device.processes import agreed, processes
+from minirlhf.device.processes import agreed, processes, restarted
 from minirlhf.io.files import PARTIAL, flush_folder, read_json, read_jsonl, remove_partial, write_json
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
@@ -116,8 +116,7 @@ class Run(Generic[Trainer]):
         trainer.state_dict()  # what cannot be saved is refused before anything is written
         group, lock, log = processes(), None, None
         folder = group.broadcast("folder", Path(folder))
-        restarts = group.broadcast("restarts", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        if restarts != "0" and (folder / CONFIG_FILE).is_file():
+        if group.broadcast("whether to go on", restarted() and (folder / CONFIG_FILE).is_file()):
 
             def restored(checkpoint: Path) -> Trainer:
                 restore_checkpoint(trainer, checkpoint)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minirlhf.common.validation import require_bools, require_positive_ints
 from minirlhf.device.placement import resolve_device
-from minirlhf.device.precision import PRECISION_SETTINGS
+from minirlhf.device.precision import PRECISION_SETTINGS, full_precision
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import processes
 from minirlhf.device.random import eval_mode
@@ -195,7 +195,7 @@ def token_nll(
     ids, predicted = ids.to(model.device), predicted[:, 1:].to(model.device)
     packed = any(len(row) > 1 for row in rows)  # else causal attention never reads the padding on the right
     hidden = model.hidden_states(ids, segments=segments.to(model.device) if packed else None)
-    logits = model.lm_logits(hidden[:, :-1][predicted]).float()  # (N, V)
+    logits = full_precision(model.lm_logits(hidden[:, :-1][predicted]))  # (N, V)
     return F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none"), int(predicted.sum())
 
 
