@@ -40,7 +40,9 @@ def main() -> None:
     trainer = ppo_trainer(args)
     with agreed("the output folder"):  # all processes have looked before the first one writes
         if not args.resume and not restarted() and output.exists() and any(output.iterdir()):
-            raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a stage of it")
+            raise FileExistsError(
+                f"{output} exists and is not empty; choose another --output, or --resume a stage of it"
+            )
     if (output / "stage2" / "config.json").exists():
         run = Run.resume(output / "stage2", data=train)
     else:

@@ -59,15 +59,12 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int, unit: int = 1) -> slice:
-        """The rows of this process, of `count` in groups of `unit` that stay whole.
+        """The rows of this process, of `count` in groups of `unit` that stay whole; all if a process would have none.
 
-        Raises ValueError if a process would have none.
+        Gather with the same count, and what every process has computed is taken from the first one.
         """
         groups = count // unit
-        if groups < self.size:
-            what = "rows" if unit == 1 else f"groups of {unit} rows"
-            raise ValueError(f"{groups} {what} are too few for {self.size} processes: each needs at least one")
-        mine = self.part(groups)
+        mine = self.part(groups) if groups >= self.size else slice(0, groups)
         return slice(mine.start * unit, mine.stop * unit)
 
     def part(self, count: int) -> slice:
@@ -101,35 +98,35 @@ class Processes:
             values = self.gather(what, x)
             raise _of_all(ValueError(f"{what} must be equal on all processes: {_difference(values, rank)}"))
 
-    def gather_rows(self, *tensors: Tensor) -> list[Tensor]:
-        """The rows of all processes, rank after rank, of each of these tensors (B, ...), which have B in common."""
+    def gather_rows(self, count: int, *tensors: Tensor) -> list[Tensor]:
+        """The first `count` rows of all processes, rank after rank, of each of these tensors, which have B in common."""
         if not self.on:
             return list(tensors)
-        count = len(tensors[0])
-        bytes_ = [x.contiguous().view(count, math.prod(x.shape[1:])).view(torch.uint8) for x in tensors]
-        told = self.gather("rows", (count, [(str(x.dtype), tuple(x.shape[1:])) for x in tensors]))
+        own = len(tensors[0])
+        bytes_ = [x.contiguous().view(own, math.prod(x.shape[1:])).view(torch.uint8) for x in tensors]
+        told = self.gather("rows", (own, [(str(x.dtype), tuple(x.shape[1:])) for x in tensors]))
         self._check_equal("shapes of rows", [kinds for _, kinds in told])
         counts, widths = [n for n, _ in told], [x.size(1) for x in bytes_]
         padded = torch.zeros(max(counts), sum(widths), dtype=torch.uint8, device=tensors[0].device)
-        padded[:count] = torch.cat(bytes_, 1)
+        padded[:own] = torch.cat(bytes_, 1)
         parts = [torch.empty_like(padded) for _ in counts]
         with _connected():
             dist.all_gather(parts, padded)
-        columns = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).split(widths, 1)
+        columns = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])[:count].split(widths, 1)
         return [
-            column.contiguous().view(x.dtype).view(sum(counts), *x.shape[1:])
+            column.contiguous().view(x.dtype).view(count, *x.shape[1:])
             for column, x in zip(columns, tensors, strict=True)
         ]
 
-    def gather_record(self, record: T) -> T:
-        """A dataclass with the rows of all processes: its tensors (B, ...) and tuples joined, other fields as here."""
+    def gather_record(self, count: int, record: T) -> T:
+        """A dataclass with `count` rows of all processes: its tensors (B, ...) and tuples joined, the rest as here."""
         if not self.on:
             return record
         fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}  # type: ignore[arg-type]
         tensors = {name: x for name, x in fields.items() if isinstance(x, Tensor)}
         tuples = self.gather("tuples", {name: x for name, x in fields.items() if isinstance(x, tuple)})
-        joined: dict[str, Any] = dict(zip(tensors, self.gather_rows(*tensors.values()), strict=True))
-        joined |= {name: tuple(item for part in tuples for item in part[name]) for name in tuples[0]}
+        joined: dict[str, Any] = dict(zip(tensors, self.gather_rows(count, *tensors.values()), strict=True))
+        joined |= {name: tuple(item for part in tuples for item in part[name])[:count] for name in tuples[0]}
         return dataclasses.replace(record, **joined)  # type: ignore[type-var]
 
     def spread(self, what: str, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:

@@ -75,15 +75,14 @@ def best_of_n(
     group = processes()
     for start in range(0, len(repeated), batch_size):
         batch = repeated[start : start + batch_size]
-        shared = group.on and len(batch) >= group.size  # fewer rows are drawn by every process
-        mine = group.share(len(batch)) if shared else slice(0, len(batch))
+        mine = group.share(len(batch))
         with agreed("best-of-n"):
             sampled = generate(
                 model, batch, gen_len, sampling,
                 eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, rows=mine,
             )  # fmt: skip
             drawn = [tokenizer.decode_response(*pair) for pair in zip(batch[mine], sampled.responses, strict=True)]
-        tokens += [row for part in group.gather("responses", drawn) for row in part] if shared else drawn
+        tokens += [row for part in group.gather("responses", drawn) for row in part][: len(batch)]
     responses = ["".join(row) for row in tokens]
     scores = score_all(reward, [p for p in prompts for _ in range(n)], responses, tokens).view(len(prompts), n)
     candidates = tuple(tuple(responses[start : start + n]) for start in range(0, len(responses), n))

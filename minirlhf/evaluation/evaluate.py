@@ -138,7 +138,7 @@ class _Sampler:
         group = processes()
         mine = group.share(len(drawn))
         full = logprobs_in_batches(models, drawn.tokens[mine], drawn.mask[mine], c.gen_len, 1.0)
-        return drawn, dict(zip(full, group.gather_rows(*full.values()), strict=True))
+        return drawn, dict(zip(full, group.gather_rows(len(drawn), *full.values()), strict=True))
 
     def second(self, prompts: Sequence[str], responses: Sequence[str]) -> Array | None:
         """The second scorer's scores; None without one."""

@@ -86,10 +86,11 @@ def score_rows(
     reward: RewardFunction,
     prompts: Sequence[str],
     responses: Sequence[str],
-    tokens: Sequence[Sequence[str]] | None = None,
+    tokens: Sequence[Sequence[str]] | None,
+    count: int,
     seconds: float | None = None,
 ) -> Tensor:
-    """`reward_by_token` within `seconds`, for the rows of this process.
+    """`reward_by_token` within `seconds`, for the rows of this process, of `count` in all (see `Processes.share`).
 
     A reward whose attribute `scope` is "batch" (a person, a paid judge, a state) is asked by the first process only,
     for the rows of all. Raises as `reward_by_token` and `within`; an error of one process is raised by all.
@@ -100,10 +101,10 @@ def score_rows(
             return within(seconds, reward_by_token, reward, *arguments)
     parts = group.gather("texts", arguments)
     with agreed("the reward"):
-        whole = [[x for part in column for x in part] for column in zip(*parts, strict=True)]
+        whole = [[x for part in column for x in part][:count] for column in zip(*parts, strict=True)]
         scores = within(seconds, reward_by_token, reward, *whole) if group.first else None
     scores = group.broadcast("scores", scores)
-    before = sum(len(part[0]) for part in parts[: group.rank])
+    before = 0 if len(prompts) == count else sum(len(part[0]) for part in parts[: group.rank])
     return scores[before : before + len(prompts)]
 
 
@@ -115,14 +116,14 @@ def score_all(
 ) -> Tensor:
     """`call_reward`, of which each process computes some rows, and all get the result.
 
-    Raises as `call_reward`, and ValueError for fewer rows than processes.
+    Raises as `call_reward`.
     """
     group = processes()
     mine = group.share(len(prompts))
-    scores = score_rows(reward, prompts[mine], responses[mine], None if tokens is None else tokens[mine])
+    scores = score_rows(reward, prompts[mine], responses[mine], None if tokens is None else tokens[mine], len(prompts))
     with agreed("the sums of token scores"):
         scores = scores if scores.ndim == 1 else checked_scores(scores.sum(-1), len(scores))
-    return group.gather_rows(scores)[0]
+    return group.gather_rows(len(prompts), scores)[0]
 
 
 def scope_of(*rewards: RewardFunction) -> str:

@@ -138,7 +138,8 @@ def collect_rollout(
     if len(prompts) == 0:
         raise ValueError("prompts is empty: there is nothing to continue")
     group.same("prompts", prompts)
-    mine = group.share(len(prompts) * c.group_size, c.group_size)
+    count = len(prompts) * c.group_size
+    mine = group.share(count, c.group_size)
     prompts = [prompt for prompt in prompts for _ in range(c.group_size)]
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     with agreed("generation"), models.precision.autocast():
@@ -160,7 +161,7 @@ def collect_rollout(
     pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
     responses = ["".join(row) for row in pieces]
     clock.stop("generation")
-    scores = score_rows(reward_fn, prompts, responses, pieces, c.reward_timeout)
+    scores = score_rows(reward_fn, prompts, responses, pieces, count, c.reward_timeout)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
@@ -178,7 +179,7 @@ def collect_rollout(
         **_score_fields(scores, found["logprobs"]),
         **found,
     )
-    return group.gather_record(rollout)
+    return group.gather_record(count, rollout)
 
 
 def rollout_from_tokens(
@@ -212,7 +213,7 @@ def rollout_from_tokens(
     group.same("queries, responses and scores", [*queries, *responses, checked])
     mine = group.share(len(tokens))
     found = logprobs_in_batches(models, tokens[mine], mask[mine], response_ids.size(1), config.logprobs_divisor)
-    found = dict(zip(found, group.gather_rows(*found.values()), strict=True))
+    found = dict(zip(found, group.gather_rows(len(tokens), *found.values()), strict=True))
     found |= _score_fields(checked, found["logprobs"])
     real = to_device(response_mask.bool(), model.device)
     return Rollout(tokens, mask, real, group_size=config.group_size, **found)

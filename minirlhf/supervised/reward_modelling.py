@@ -140,7 +140,7 @@ def evaluate_rankings(model: RewardModel, rankings: Sequence[Ranking], bins: int
     texts, group = [text for ranking in rankings for text in ranking.texts], processes()
     with agreed("rankings"):
         scores = model.scores(texts[group.part(len(texts))])
-    scores = group.gather_rows(scores.double())[0]
+    scores = group.gather_rows(len(texts), scores.double())[0]
     sizes = [len(ranking.answers) for ranking in rankings]
     winners, losers, _ = comparisons(sizes)
     differences = scores[winners] - scores[losers]

@@ -12,7 +12,16 @@ import torch
 from lives import context, process
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import ActorCritic, EvaluationConfig, PPOTrainer, RewardModel, SamplingConfig, Tokenizer, best_of_n, evaluate
+from minirlhf import (
+    ActorCritic,
+    EvaluationConfig,
+    PPOTrainer,
+    RewardModel,
+    SamplingConfig,
+    Tokenizer,
+    best_of_n,
+    evaluate,
+)
 from minirlhf.device.processes import processes
 from minirlhf.rewards.reward_model import GPT2Scorer
 from minirlhf.runs import run as run_module

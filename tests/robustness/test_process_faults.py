@@ -16,11 +16,10 @@ import lives
 import pytest
 import ranks
 import torch
-from ranks import live, outcomes, start, together
+from ranks import live, together
 
 from folders import snapshot
 from minirlhf.io.files import read_jsonl
-from minirlhf.runs.run import Run
 
 KILLS = int(os.environ.get("MINIRLHF_KILLS", "1"))
 REPO = Path(__file__).resolve().parents[2]
@@ -44,8 +43,14 @@ ERRORS = {
     "prompts": ("ValueError", f"prompts {EQUAL}: number 1 is 'w' on rank 0 and 'x' on rank 1"),
     "number of prompts": ("ValueError", f"prompts {EQUAL}: their number is 5 on rank 0 and 4 on rank 1"),
     "few prompts": ("ValueError", "1 rows are too few for 2 processes: each needs at least one"),
-    "queries": ("ValueError", f"queries, responses and scores {EQUAL}: number 3 is [9, 10] on rank 0 and [9, 11] on rank 1"),
-    "too few rows": ("ValueError", "PPOConfig.batch_size must be at least 4: each of 2 processes needs group_size rows"),
+    "queries": (
+        "ValueError",
+        f"queries, responses and scores {EQUAL}: number 3 is [9, 10] on rank 0 and [9, 11] on rank 1",
+    ),
+    "too few rows": (
+        "ValueError",
+        "PPOConfig.batch_size must be at least 4: each of 2 processes needs group_size rows",
+    ),
     "config": ("ValueError", f"versions, settings and shapes {EQUAL}: lr is 0.001 on rank 0 and 0.002 on rank 1"),
     "scope": ("ValueError", "the scope of a reward must be 'rows' or 'batch', got 'rank'"),
     "out of step": ("RuntimeError", f"what the processes do {EQUAL}: 'part 0' on rank 0 and 'part 1' on rank 1"),
