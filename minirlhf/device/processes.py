@@ -21,6 +21,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ def processes() -> Processes:
     if together and dist.is_available() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-        sys.excepthook = lambda kind, error, where: tells(error) and sys.__excepthook__(kind, error, where)
+        sys.excepthook = _told_once
     return Processes()
 
 
@@ -99,7 +100,7 @@ class Processes:
             raise _of_all(ValueError(f"{what} must be equal on all processes: {_difference(values, rank)}"))
 
     def gather_rows(self, count: int, *tensors: Tensor) -> list[Tensor]:
-        """The first `count` rows of all processes, rank after rank, of each of these tensors, which have B in common."""
+        """The rows of all processes, `count` in all, rank after rank, of each of these tensors, equally many."""
         if not self.on:
             return list(tensors)
         own = len(tensors[0])
@@ -204,6 +205,11 @@ def tells(error: BaseException) -> bool:
         return bool(store.add(f"minirlhf/told/{hashlib.sha256(words).hexdigest()}", 1) == 1)
     except (RuntimeError, ValueError):  # the store ended with the process that held it
         return True
+
+
+def _told_once(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    if tells(error):
+        sys.__excepthook__(kind, error, where)
 
 
 @contextlib.contextmanager

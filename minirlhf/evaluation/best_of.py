@@ -79,7 +79,7 @@ def best_of_n(
         with agreed("best-of-n"):
             sampled = generate(
                 model, batch, gen_len, sampling,
-                eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, rows=mine,
+                eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, share=mine,
             )  # fmt: skip
             drawn = [tokenizer.decode_response(*pair) for pair in zip(batch[mine], sampled.responses, strict=True)]
         tokens += [row for part in group.gather("responses", drawn) for row in part][: len(batch)]

@@ -103,9 +103,9 @@ def score_rows(
     with agreed("the reward"):
         whole = [[x for part in column for x in part][:count] for column in zip(*parts, strict=True)]
         scores = within(seconds, reward_by_token, reward, *whole) if group.first else None
-    scores = group.broadcast("scores", scores)
+    scored: Tensor = group.broadcast("scores", scores)  # type: ignore[assignment]
     before = 0 if len(prompts) == count else sum(len(part[0]) for part in parts[: group.rank])
-    return scores[before : before + len(prompts)]
+    return scored[before : before + len(prompts)]
 
 
 def score_all(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import full_precision
 from minirlhf.device.random import eval_mode
 from minirlhf.io.files import naming, read_json, replaced_folder, write_json
 from minirlhf.io.hub import locate
@@ -194,7 +195,7 @@ class RewardModel(nn.Module):
         scores = torch.empty(len(texts))
         with eval_mode(self):
             for batch in length_sorted_batches([len(s) for s in sequences], self.batch_size):
-                scores[batch] = self.score([sequences[i] for i in batch]).cpu()
+                scores[batch] = self.score([sequences[i] for i in batch]).float().cpu()
         return scores
 
     def normalise(self, texts: Sequence[str]) -> None:

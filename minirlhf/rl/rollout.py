@@ -151,7 +151,7 @@ def collect_rollout(
             eos_token_id=c.eos_token_id,
             pad_token_id=tokenizer.pad_id,
             generator=generator,
-            rows=mine,
+            share=mine,
             keep_sampling_sets=not c.logprobs_full_softmax,
             # In fp32 states from the decode give the same log-probabilities to 1e-5 nats; in 16 bits they do not.
             keep_states=models.precision.name == "fp32",

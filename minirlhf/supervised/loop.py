@@ -126,7 +126,8 @@ class SupervisedTrainer(Generic[Batch]):
         sequence of which `loss` is a mean, or a subclass has parts of its own.
         """
         rows, factor = self.processes.deal(len(batch))
-        return [([batch[i] for i in rows], factor * len(rows) / len(batch))]
+        mine: Any = [batch[i] for i in rows]
+        return [(mine, factor * len(rows) / len(batch))]
 
     @property
     def steps_total(self) -> int:

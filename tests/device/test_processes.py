@@ -15,6 +15,7 @@ def several():
     return {size: together(size, all_cases, size) for size in (2, 4)}
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("size", "name"), [(2, name) for name in CASES] + [(4, name) for name in OF_FOUR])
 def test_several_processes_compute_what_one_computes(alone, several, size, name):
     one, tolerance = alone[name], 1e-5 if name == "fp32" else 1e-10

@@ -92,6 +92,11 @@ def reward(texts):
     return [len(set(text)) / 8 for text in texts]
 
 
+def coarse(texts):
+    """Mostly equal in a group, so that few groups are drawn again, fewer than there are processes."""
+    return [float(len(set(text)) > 5) for text in texts]
+
+
 def by_token(prompts, responses, tokens):
     return [[len(piece) / 4 for piece in row] for row in tokens]
 
@@ -126,8 +131,8 @@ def own_tokens():
     return dict(weights=weights(trainer.policy), stats=stats)
 
 
-TEXTS = ["酒店很好", "房间干净，服务很好。", Demonstration("早餐", "一般"), "wifi太差，非常失望", "前台满意", "hello world",
-         "位置很好，推荐", "脏"]  # fmt: skip
+TEXTS = ["酒店很好", "房间干净，服务很好。", Demonstration("早餐", "一般"), "wifi太差，非常失望", "前台满意",
+         "hello world", "位置很好，推荐", "脏"]  # fmt: skip
 
 
 def sft(**settings):
@@ -185,16 +190,20 @@ CASES = {
     "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
     "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
     "uneven": lambda: ppo(batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
-    "groups": lambda: ppo(group_size=2, whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
+    "exact KL": lambda: ppo(whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
     "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
     "a reward that counts": counted,
+    "RLOO": lambda: ppo(advantages="rloo", group_size=2, steps=16, ppo_epochs=1),
+    "flat groups drawn again": lambda: ppo(
+        coarse, advantages="grpo", group_size=2, drop_flat_groups=2, steps=16, ppo_epochs=1
+    ),
     "own tokens": own_tokens,
     "SFT": sft,
     "SFT, packed": lambda: sft(packing=True, accumulation=2, epochs=1),
     "reward model": reward_model,
     "measured": measured,
 }
-OF_FOUR = ("PPO", "minibatches smaller than W", "own tokens", "SFT", "measured")
+OF_FOUR = ("PPO", "minibatches smaller than W", "flat groups drawn again", "own tokens", "SFT", "measured")
 
 
 def all_cases(size):
@@ -220,7 +229,7 @@ def trainer(**settings):
 def faults(folder):
     """Errors by name, as this process meets them; each of them on one process only."""
     rank, found = processes().rank, {}
-    here = trainer()
+    here = trainer(max_bad_steps=2)
     before = here.generators["sampling"].get_state()
 
     def raises(texts):
@@ -230,7 +239,6 @@ def faults(folder):
     found["scores"] = told(here.collect, PROMPTS, lambda texts: reward(texts)[rank:])
     found["prompts"] = told(here.collect, [PROMPTS[0], "wx"[rank], PROMPTS[2]], reward)
     found["number of prompts"] = told(here.collect, PROMPTS[rank:], reward)
-    found["few prompts"] = told(here.collect, PROMPTS[:1], reward)
     assert torch.equal(before, here.generators["sampling"].get_state())
     found["queries"] = told(here.step, [[6, 7], [8]], [[9], [9, 10 + rank]], [0.0, 1.0])
     found["too few rows"] = told(trainer, batch_size=2, minibatch_size=2, group_size=2)
@@ -270,7 +278,7 @@ def run_with_a_full_disk(folder, rank):
 
 
 def live(folder, kill=None, stop=None):
-    """Begin or resume the run of `lives` and bring it to its end, or kill or stop one process in a step: (rank, step)."""
+    """Begin or resume the run of `lives` and bring it to its end; (rank, step): where to kill or stop a process."""
     with lives.go_on(folder) as run:
         here = run.trainer
 
