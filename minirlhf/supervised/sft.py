@@ -176,7 +176,9 @@ def cut(sequences: Sequence[LMSequence], max_length: int) -> list[LMSequence]:
 def token_nll(
     model: Decoder, rows: Sequence[Sequence[LMSequence]], pad_id: int, width: int | None = None
 ) -> tuple[Tensor, int]:
-    """Negative log-likelihoods (N,) in nats, fp32, of all tokens that are predicted, row after row, and their number.
+    """Negative log-likelihoods (N,) in nats of all tokens that are predicted, row after row, and their number.
+
+    In fp32; in fp64 for a model in fp64.
 
     rows: the sequences that stand one after the other in each row; none attends to another, and each has positions
         from 0, so that it has the same likelihoods as in a row of its own.

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from ranks import CASES, OF_FOUR, all_cases, together
+from ranks import CASES, OF_FOUR, compute, together
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return all_cases(1)
+    return compute(CASES)
 
 
 @pytest.fixture(scope="module")
 def several():
-    return {size: together(size, all_cases, size) for size in (2, 4)}
+    return {2: together(2, compute, [*CASES]), 4: together(4, compute, OF_FOUR)}
 
 
 @pytest.mark.timeout(300)

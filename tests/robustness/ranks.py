@@ -14,6 +14,7 @@ from lives import context, process
 from conftest import VOCAB, make_gpt2
 from minirlhf import (
     ActorCritic,
+    DPOTrainer,
     EvaluationConfig,
     PPOTrainer,
     RewardModel,
@@ -154,6 +155,15 @@ def reward_model():
     return dict(weights=weights(model), stats=stats, figures=dict(loss=figures.loss, accuracy=figures.accuracy))
 
 
+def dpo(**settings):
+    trained, reference, tokenizer = models()
+    pairs = [dict(prompt=PROMPTS[i % 5], chosen="好" * (1 + i % 3), rejected="脏" * (1 + i % 2)) for i in range(6)]
+    limits = dict(epochs=2, batch_size=4, tokens_per_batch=40, max_length=20, lr=1e-3, device="cpu")
+    trainer, stats = DPOTrainer(trained.decoder, reference, tokenizer, **{**limits, **settings}), []
+    trainer.train(pairs, lambda batch, told: stats.append(told))
+    return dict(weights=weights(trainer.model), stats=stats, figures=trainer.evaluate(pairs))
+
+
 def measured():
     """Best-of-n whose last batch has fewer rows than there are processes, and an evaluation."""
     policy, reference, tokenizer = models()
@@ -201,13 +211,15 @@ CASES = {
     "SFT": sft,
     "SFT, packed": lambda: sft(packing=True, accumulation=2, epochs=1),
     "reward model": reward_model,
+    "DPO": dpo,
+    "DPO, packed": lambda: dpo(packing=True, batch_size=1, epochs=1),
     "measured": measured,
 }
 OF_FOUR = ("PPO", "minibatches smaller than W", "flat groups drawn again", "own tokens", "SFT", "measured")
 
 
-def all_cases(size):
-    return {name: CASES[name]() for name in (CASES if size < 4 else OF_FOUR)}
+def compute(names):
+    return {name: CASES[name]() for name in names}
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
