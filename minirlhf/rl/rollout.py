@@ -144,19 +144,12 @@ def collect_rollout(
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     with agreed("generation"), models.precision.autocast():
         sampled = generate(
-            models.policy.decoder,
-            prompt_ids,
-            c.gen_len,
-            c.sampling,
-            eos_token_id=c.eos_token_id,
-            pad_token_id=tokenizer.pad_id,
-            generator=generator,
-            share=mine,
-            keep_sampling_sets=not c.logprobs_full_softmax,
+            models.policy.decoder, prompt_ids, c.gen_len, c.sampling,
+            eos_token_id=c.eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, share=mine,
             # In fp32 states from the decode give the same log-probabilities to 1e-5 nats; in 16 bits they do not.
-            keep_states=models.precision.name == "fp32",
+            keep_states=models.precision.name == "fp32", keep_sampling_sets=not c.logprobs_full_softmax,
             graphed=models.graphed,
-        )
+        )  # fmt: skip
     prompts, prompt_ids = prompts[mine], prompt_ids[mine]
     pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
     responses = ["".join(row) for row in pieces]
@@ -167,18 +160,10 @@ def collect_rollout(
     found = logprobs_in_batches(models, *known)
     clock.stop("scoring")
     rollout = Rollout(
-        sampled.tokens,
-        sampled.mask,
-        sampled.response_mask,
-        sampling_sets=sampled.sampling_sets,
-        sampler_logprobs=sampled.logprobs,
-        prompts=tuple(prompts),
-        responses=tuple(responses),
-        group_size=c.group_size,
-        seconds=clock.seconds,
-        **_score_fields(scores, found["logprobs"]),
-        **found,
-    )
+        sampled.tokens, sampled.mask, sampled.response_mask, sampling_sets=sampled.sampling_sets,
+        sampler_logprobs=sampled.logprobs, prompts=tuple(prompts), responses=tuple(responses),
+        group_size=c.group_size, seconds=clock.seconds, **_score_fields(scores, found["logprobs"]), **found,
+    )  # fmt: skip
     return group.gather_record(count, rollout)
 
 

@@ -145,11 +145,12 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
 
     def parts(self, batch: list[MicroBatch]) -> list[tuple[list[MicroBatch], float]]:
         """This process's rows of each forward pass of a step, with their share of its pairs."""
-        self._seen, parts = [], []
+        self._seen = []
+        parts: list[tuple[list[MicroBatch], float]] = []
         total = sum(len(row) for rows in batch for row in rows)
         for rows in batch:
             dealt, factor = self.processes.deal(len(rows))
-            mine = [rows[i] for i in dealt]
+            mine: MicroBatch = [rows[i] for i in dealt]
             parts.append(([mine], factor * sum(map(len, mine)) / total))
         self._counts = [share > 0 for _, share in parts]
         return parts
