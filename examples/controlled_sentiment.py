@@ -156,6 +156,8 @@ def main() -> None:
             tables.append(before_after_table(pairs, rows=8))
             for name, what in (("reward", "reward"), ("p_positive", "P(positive)"), ("from_half", "|P - 1/2|")):
                 show(f"{target.tag} {what:11} {figures[f'reference/{name}']:.3f} -> {figures[f'policy/{name}']:.3f}")
+        if not trainer.processes.first:
+            return
         write_json(run.folder / "summary.json", summary)
         atomic_write(run.folder / "before_after.md", "\n".join(tables).encode())
         trainer.save_pretrained(run.folder / "policy")

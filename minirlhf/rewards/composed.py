@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.common.validation import is_finite, require_bools, require_positive_ints
-from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
+from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token, scope_of
 
 
 class WeightedSum:
@@ -37,6 +37,7 @@ class WeightedSum:
             if not callable(reward):
                 raise ValueError(f"part {name!r} must be a reward, got {reward!r} of type {type(reward).__name__}")
         self.parts = dict(parts)
+        self.scope = scope_of(*(reward for _, reward in parts.values()))
         self._totals: dict[str, tuple[float, int]] = {}  # sum and number of each part's unweighted scores
 
     def __call__(
@@ -124,7 +125,7 @@ class Increments:
     def __init__(self, reward: RewardFunction):
         if not callable(reward):
             raise ValueError(f"Increments must be of a reward, got {reward!r} of type {type(reward).__name__}")
-        self.reward = reward
+        self.reward, self.scope = reward, scope_of(reward)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None

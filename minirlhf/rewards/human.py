@@ -168,6 +168,8 @@ class HumanReward:
     file: receives the scores. read, write: see `ask_rounds`.
     """
 
+    scope = "batch"  # one person
+
     def __init__(self, file: FeedbackFile, read: Callable[[], str], write: Callable[[str], object]):
         self.file, self._read, self._write = file, read, write
 

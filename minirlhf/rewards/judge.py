@@ -117,6 +117,8 @@ class ChatJudge:
     OSError for a cache that cannot be written.
     """
 
+    scope = "batch"  # one limit of requests at a time, one bill
+
     def __init__(self, config: ChatJudgeConfig, complete: Complete | None = None):
         if complete is None:
             require(config, "base_url", config.base_url is not None, "given, or complete=, a callable that answers")

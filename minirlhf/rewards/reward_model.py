@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minirlhf.common.validation import is_finite
 from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import full_precision
 from minirlhf.device.random import eval_mode
 from minirlhf.io.files import StrPath, naming, read_json, replaced_folder
 from minirlhf.io.hub import locate
@@ -169,7 +170,7 @@ class RewardModel(nn.Module):
         ids, mask = right_pad(sequences, self.tokenizer.pad_id)
         device = next(self.parameters()).device
         padded = None if bool(mask.all()) else to_device(mask, device)
-        return self.network(to_device(ids, device), padded).squeeze(-1).float()
+        return full_precision(self.network(to_device(ids, device), padded).squeeze(-1))
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str]) -> Tensor:
@@ -183,7 +184,7 @@ class RewardModel(nn.Module):
         scores = torch.empty(len(texts))
         with eval_mode(self):
             for batch in length_sorted_batches([len(s) for s in sequences], self.batch_size):
-                scores[batch] = self.score([sequences[i] for i in batch]).cpu()
+                scores[batch] = self.score([sequences[i] for i in batch]).float().cpu()
         return scores
 
     def normalise(self, texts: Sequence[str]) -> None:

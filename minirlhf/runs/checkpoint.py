@@ -12,17 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
 from minirlhf.io.files import StrPath, naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.io.training_state import Check, State, check_counters, is_amount, is_count, is_record, is_scaler, is_text
+from minirlhf.io.training_state import (
+    Check,
+    State,
+    check_counters,
+    is_amount,
+    is_count,
+    is_record,
+    is_scaler,
+    is_text,
+    module_hash,
+)
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
@@ -192,6 +204,34 @@ def load_checkpoint(
             trainer = RewardModelTrainer(reward, data, config)
         trainer.load_state_dict(state)
     return trainer
+
+
+def restore_checkpoint(trainer: Trainable, folder: str | os.PathLike[str]) -> None:
+    """Put weights and state of a checkpoint into the trainer that it was saved of, made anew as at first.
+
+    Raises as `load_checkpoint`, and ValueError for a trainer of another kind.
+    """
+    folder, state = Path(folder), read_checkpoint(folder)
+    if trainer.kind != (kind := state["counters"]["kind"]):
+        raise ValueError(f"{folder} is a checkpoint of kind {kind!r}, the trainer is of kind {trainer.kind!r}")
+    network: Any = trained(trainer)
+    saved = type(network).from_pretrained(folder)
+    with torch.no_grad():
+        for p, value in zip(network.parameters(), saved.parameters(), strict=True):
+            p.copy_(value)
+    with naming(folder):
+        trainer.load_state_dict(state)
+
+
+def parameter_hash(trainer: Trainable) -> str:
+    """The SHA-256 of the trained weights."""
+    return module_hash(trained(trainer))
+
+
+def trained(trainer: Any) -> nn.Module:
+    """The module that a trainer trains."""
+    module: nn.Module = trainer.policy if trainer.kind == "ppo" else trainer.model
+    return module
 
 
 def _load_with_reference(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> Any:
