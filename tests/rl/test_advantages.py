@@ -160,3 +160,26 @@ def test_reinforce_plus_plus_is_the_return_to_go_whitened_over_the_batch():
         to_go = np.where(mask, rewards, 0.0)[:, ::-1].cumsum(1)[:, ::-1]
         if mask.sum() > 1:
             close(with_advantages(batch, config).advantages, oracle.whiten(to_go, mask))
+
+
+@pytest.mark.parametrize(("name", "eps", "theirs"), [
+    # verl's test of low variance: its GRPO has our epsilon and ddof, its RLOO multiplies by n / (n - 1).
+    ("grpo", 1e-6, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-6)),
+    ("rloo", 0.0, lambda r: (r - r.mean()) * len(r) / (len(r) - 1)),
+    # OpenRLHF: epsilon 1e-9 for GRPO ("group_norm"); the sum of the others for RLOO.
+    ("grpo", 1e-9, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-9)),
+    ("rloo", 0.0, lambda r: r - (r.sum() - r) / (len(r) - 1)),
+    # TRL: epsilon 1e-4; without scaling of rewards, Dr. GRPO.
+    ("grpo", 1e-4, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-4)),
+    ("dr_grpo", 0.0, lambda r: r - r.mean()),
+])  # fmt: skip
+def test_what_other_libraries_compute(name, eps, theirs):
+    """Equal but for GRPO's epsilon, by which the advantages differ by the factor (std + 1e-6) / (std + epsilon)."""
+    groups = np.array([[1.0, 1.00001], [2.0, 2.00001], [0.0, 1.0], [-3.0, 4.5]])
+    batch, config = rollout_of(groups.reshape(-1, 1), np.ones((8, 1)), 2, advantages=name)
+    found = ADVANTAGES[name](batch, config)[0].view(4, 2).numpy()
+    for ours, scores in zip(found, groups, strict=True):
+        std = scores.std(ddof=1)
+        factor = (std + 1e-6) / (std + eps) if name == "grpo" else 1.0
+        np.testing.assert_allclose(ours * factor, theirs(scores), rtol=1e-9)
+        assert std < 1e-3 or abs(factor - 1) < 2e-4  # it matters only where the scores hardly differ
