@@ -191,8 +191,8 @@ def report(runs: list[dict[str, Any]], output: Path) -> None:
     rows = summary(runs)
     names = [name for name in rows[0] if name not in ("method", "pairs", "kl_coef")]
     text = ["Mean ± standard deviation over seeds. peak_kl: of the fit; best_gold, at_kl: of the curve itself. Gold "
-            "turns over where last_gold is below best_gold.", "", f"| method | pairs | coefficient | {' | '.join(names)} |",
-            "|---" * (3 + len(names)) + "|"]  # fmt: skip
+            "turns over where last_gold is below best_gold.", "",
+            f"| method | pairs | coefficient | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]  # fmt: skip
     for row in rows:
         cells = [str(row[name]) if row[name] is not None else "–" for name in names]
         coef = "–" if row["kl_coef"] is None else f"{row['kl_coef']:g}"
