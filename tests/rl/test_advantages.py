@@ -105,7 +105,7 @@ def rollout_of(rewards, mask, group_size, **settings):
     return batch.replace(token_rewards=torch.where(mask, rewards, 0.0)), c
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "rloo_to_go", "grpo", "dr_grpo"])
 def test_advantages_without_values_equal_the_oracle(name):
     for mask, rewards, _, _, _ in batches():
         if len(mask) % 2 and name != "reinforce":
@@ -134,6 +134,13 @@ def test_advantages_of_a_group_worked_by_hand():
         found, _ = ADVANTAGES[name](batch, config)
         close(found[:3], [[x, x] for x in expected])
         assert not found[3:].any()
+
+
+def test_leave_one_out_to_go_worked_by_hand():
+    # To go: 3 2 | 4 (then ended, 0) | 1 1. At the first token the others' means are 2.5, 2, 3.5; at the second .5, -, 1.
+    rewards, mask = [[1.0, 2.0], [4.0, NAN], [0.0, 1.0]], [[1, 1], [1, 0], [1, 1]]
+    batch, config = rollout_of(rewards, mask, 3, advantages="rloo_to_go")
+    assert ADVANTAGES["rloo_to_go"](batch, config)[0].tolist() == [[0.5, 1.5], [2.0, 0.0], [-2.5, 0.0]]
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo"])
