@@ -23,7 +23,7 @@ from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
 if TYPE_CHECKING:
-    from minirlhf.generation.models import Models
+    from minirlhf.models.prepared import Models
     from minirlhf.rl.config import PPOConfig
 
 NOT_YET: Any = None  # in the place of a tensor that a later phase of the step computes

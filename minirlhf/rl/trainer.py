@@ -21,10 +21,10 @@ from torch import Tensor
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
-from minirlhf.generation.models import prepare
 from minirlhf.io.training_state import State, module_hash
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
+from minirlhf.models.prepared import prepare
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rl.advantages import USES_VALUES, with_advantages
 from minirlhf.rl.config import PPOConfig

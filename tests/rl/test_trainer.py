@@ -26,8 +26,8 @@ from small_trainer import (
 
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer
-from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models import gpt2
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rl.logprobs import response_logprobs
 
 # ---- at the start ----------------------------------------------------------------------------------------------------
