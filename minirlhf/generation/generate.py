@@ -228,14 +228,14 @@ class TextGenerator:
         raise NotImplementedError
 
     @overload
-    def generate(self, text: str, n: int = ..., max_new_tokens: int = ..., *, temperature: float = ...,
-                 top_k: int = ..., top_p: float = ..., stop: str | Sequence[str] = ..., seed: int = ...,
-                 tokenizer: Tokenizer | None = ...) -> list[str]: ...  # fmt: skip
+    def generate(self, text: str, n: int = ..., max_new_tokens: int = ..., *,
+                 temperature: float = ..., top_k: int = ..., top_p: float = ..., stop: str | Sequence[str] = ...,
+                 seed: int = ..., tokenizer: Tokenizer | None = ...) -> list[str]: ...  # fmt: skip
 
     @overload
-    def generate(self, text: list[str] | tuple[str, ...], n: int = ..., max_new_tokens: int = ..., *, temperature: float = ...,
-                 top_k: int = ..., top_p: float = ..., stop: str | Sequence[str] = ..., seed: int = ...,
-                 tokenizer: Tokenizer | None = ...) -> list[list[str]]: ...  # fmt: skip
+    def generate(self, text: list[str] | tuple[str, ...], n: int = ..., max_new_tokens: int = ..., *,
+                 temperature: float = ..., top_k: int = ..., top_p: float = ..., stop: str | Sequence[str] = ...,
+                 seed: int = ..., tokenizer: Tokenizer | None = ...) -> list[list[str]]: ...  # fmt: skip
 
     def generate(
         self,
