@@ -27,7 +27,7 @@ from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, prompt_pool, run_script
 
 # A penalty that lets the reward reach .9, and a bonus that keeps the samples varied.
 DEFAULT = dict(**STARTER, steps=5120, init_kl_coef=0.15, entropy_coef=0.016)
@@ -44,7 +44,9 @@ def main() -> None:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
         trainer.check_prompts(args.prompts)
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+        run = Run.start(
+            args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
+        )
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
         show(trainer.precision_choice)
@@ -95,6 +97,7 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         prompts=(PROMPTS, "texts, or one file, .txt or .jsonl"),
         **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},
         output=(new_folder(), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
