@@ -45,8 +45,8 @@ def main() -> None:
         reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
         limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
         settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
-        trainer = RewardModelTrainer(reward, train, settings)
-        run = Run.start(output / "stage2", trainer, {"arguments": vars(args)}, loggers=args.loggers)
+        of_reward = RewardModelTrainer(reward, train, settings)
+        run = Run.start(output / "stage2", of_reward, {"arguments": vars(args)}, loggers=args.loggers)
     disputed = len(contradictions(train))
     show(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
     with run:
