@@ -26,8 +26,9 @@ from minirlhf.common.text import printable
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write, write_json
+from minirlhf.io.files import atomic_write, read_jsonl, write_json
 from minirlhf.rl.presets import METHODS, PRESETS
+from minirlhf.runs.log import SAMPLES_FILE
 from minirlhf.runs.run import Run
 from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, prompt_pool, run_script
 
@@ -60,7 +61,7 @@ def main() -> None:
             prompts = random.Random(f"{config.seed} {iteration}").choices(args.prompts, k=count)
             # 2. Sample a continuation of each, and score the whole text: reward = P(positive).
             rollout = trainer.collect(prompts, reward)
-            # 3. PPO, or another method: several epochs over the batch, held near the frozen reference by the KL penalty.
+            # 3. PPO, or another method: epochs over the batch, held near the frozen reference by the KL penalty.
             stats = trainer.step(rollout)
             # 4. Log the step; every `save_freq` steps save a checkpoint and show samples.
             samples = run.record(rollout, stats)
@@ -78,7 +79,9 @@ def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
         kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
     found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
-    plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
+    samples = read_jsonl(output / SAMPLES_FILE)
+    target = config.target if config.adaptive_kl else None
+    plot_run(run.history(), output / "reward_curve.png", target, found.frontier, samples)
     summary = {**found.summary(), "optimum": found.optimum}
     about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}
     trainer.policy.save_pretrained(output / "policy", summary=about)

@@ -87,6 +87,12 @@ class PPOTrainer:
         self.micro_batch_size = min(c.forward_batch_size, c.minibatch_size)  # less once a GPU had no room for them
         self.interrupted = False  # True inside `step`, where the state is inconsistent and must not be saved
 
+    def __repr__(self) -> str:
+        c, kind = self.config, type(self.policy.decoder).__name__
+        return (
+            f"PPOTrainer(step {self.iteration} of {c.iterations}, {kind}, {c.advantages}, {c.precision}, {self.device})"
+        )
+
     # ---- the algorithm ----------------------------------------------------------------------------------------------
 
     def step(
