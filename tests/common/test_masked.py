@@ -5,6 +5,7 @@ import torch
 from ragged import DOUBLE, NAN, batches, close, spoil, tensors
 
 import oracle
+from minirlhf.common import masked
 from minirlhf.common.masked import (
     explained_variance,
     last_token,
@@ -15,7 +16,6 @@ from minirlhf.common.masked import (
     whitening_scale,
 )
 from minirlhf.generation.token_statistics import entropy, exact_kl, gather_logprobs
-from minirlhf.rl import masked
 from minirlhf.rl.advantages import gae
 from minirlhf.rl.kl import kl_estimate
 from minirlhf.rl.losses import log_ratio, policy_loss, value_loss
