@@ -18,7 +18,7 @@ from minirlhf.device.precision_choice import ROUNDING_SHARE, Rounding
 from minirlhf.evaluation.doctor.memory import estimate, total, weight_bytes
 from minirlhf.evaluation.doctor.model_checks import SAME_OUTPUT, distance, untied_error
 from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped
-from minirlhf.evaluation.optimum import OptimumPoint, TooFewSamples, optimum
+from minirlhf.evaluation.optimum import EqualRewards, OptimumPoint, TooFewSamples, optimum
 from minirlhf.models.decoder import Decoder
 from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
@@ -145,8 +145,10 @@ def forecast(setup: Setup) -> Result:
             trainer.reference, prompts, reward, tokenizer=trainer.tokenizer, gen_len=c.gen_len, sampling=c.sampling,
             eos_token_id=c.eos_token_id, samples=FORECAST, seed=c.seed,
         )  # fmt: skip
-    except ValueError as error:
+    except EqualRewards as error:
         return Result(WARN, str(error), "give a reward that tells samples of the reference apart")
+    except Exception as error:  # the check of the labels has said what is wrong with a reward
+        raise Skipped(f"samples could not be scored: {type(error).__name__}: {error}") from error
     said = [f"the reference has reward {found.start:.3f}"]
     asked: list[tuple[str, Callable[[float], OptimumPoint], float]] = []
     if c.init_kl_coef > 0 and c.score_scale > 0:
