@@ -28,11 +28,12 @@ from minirlhf.common.text import printable
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write, write_json
+from minirlhf.io.files import atomic_write, read_jsonl, write_json
 from minirlhf.rl.presets import METHODS as PUBLISHED
 from minirlhf.rl.presets import PRESETS
+from minirlhf.runs.log import SAMPLES_FILE
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
 # One pass over each batch and a step size that falls to 0: what noise moves costs KL and buys no reward.
 STEADY = dict(minibatch_size=32, forward_batch_size=32, steps=10240, ppo_epochs=1, lr=1.2e-4, lr_schedule="linear",
@@ -52,7 +53,9 @@ def main() -> None:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
         trainer.check_prompts(args.prompts)
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+        run = Run.start(
+            args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
+        )
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
         show(trainer.precision_choice)
@@ -84,7 +87,9 @@ def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
     found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
     if not trainer.processes.first:
         return
-    plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
+    samples = read_jsonl(output / SAMPLES_FILE)
+    target = config.target if config.adaptive_kl else None
+    plot_run(run.history(), output / "reward_curve.png", target, found.frontier, samples)
     summary = {**found.summary(), "optimum": found.optimum}
     about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}
     trainer.policy.save_pretrained(output / "policy", summary=about)
@@ -107,6 +112,7 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         prompts=(PROMPTS, "texts, or one file, .txt or .jsonl"),
         **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},
         output=(new_folder(), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")

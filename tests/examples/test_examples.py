@@ -34,8 +34,8 @@ CHAPTER = dict(
 )  # fmt: skip
 PROMISED_KEYS = {
     "reward/mean", "reward/std", "objective/kl", "objective/kl_coef", "objective/entropy", "ppo/loss/policy",
-    "ppo/loss/value", "ppo/policy/clipfrac", "ppo/policy/approxkl", "ppo/val/var_explained", "time/generation",
-    "time/scoring", "time/update", "time/tokens_per_second",
+    "reward/flat_groups", "ppo/policy/clipfrac", "ppo/policy/approxkl", "time/generation", "time/scoring",
+    "time/update", "time/tokens_per_second",
 }  # fmt: skip
 ITERATIONS, BATCH = 5, 4
 SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--gen-len", "5", "--save-freq", "2"]

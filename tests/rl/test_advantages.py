@@ -137,7 +137,7 @@ def test_advantages_of_a_group_worked_by_hand():
 
 
 def test_leave_one_out_to_go_worked_by_hand():
-    # To go: 3 2 | 4 (then ended, 0) | 1 1. At the first token the others' means are 2.5, 2, 3.5; at the second .5, -, 1.
+    # To go: 3 2 | 4 (then ended, 0) | 1 1. The others' means at the first token: 2.5, 2, 3.5; at the second: .5, -, 1.
     rewards, mask = [[1.0, 2.0], [4.0, NAN], [0.0, 1.0]], [[1, 1], [1, 0], [1, 1]]
     batch, config = rollout_of(rewards, mask, 3, advantages="rloo_to_go")
     assert ADVANTAGES["rloo_to_go"](batch, config)[0].tolist() == [[0.5, 1.5], [2.0, 0.0], [-2.5, 0.0]]
