@@ -20,7 +20,7 @@ from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
-from minirlhf.text.preferences import Ranking, contradictions, read_rankings, split_rankings
+from minirlhf.text.preferences import Ranking, read_rankings, split_rankings
 from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
@@ -50,8 +50,7 @@ def main() -> None:
         limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
         settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
         run = Run.start(output / "stage2", RewardModelTrainer(reward, train, settings), {"arguments": vars(args)})
-    disputed = len(contradictions(train))
-    show(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
+    show(f"{output}: {len(train)} rankings, {len(held_out)} held out")
     with run:
         history = train_reward_model(run, held_out)
         reward = run.trainer.model

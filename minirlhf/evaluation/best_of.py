@@ -19,6 +19,7 @@ from torch import Tensor
 from minirlhf.device.processes import agreed, processes
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.io.files import StrPath
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
@@ -42,7 +43,7 @@ class BestOfN:
 
 
 def best_of_n(
-    policy: Decoder | ActorCritic | str | os.PathLike[str],
+    policy: Decoder | ActorCritic | StrPath,
     prompts: Sequence[str],
     reward: RewardFunction,
     n: int,

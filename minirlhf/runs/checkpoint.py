@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from minirlhf.io.files import naming, read_json, replaced_folder, sha256, write_json
+from minirlhf.io.files import StrPath, naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
 from minirlhf.io.training_state import (
@@ -81,10 +81,10 @@ class Trainable(Protocol):
     def steps_total(self) -> int: ...
     def state_dict(self) -> State: ...
     def load_state_dict(self, state: State) -> None: ...
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None: ...
+    def save_pretrained(self, folder: StrPath) -> None: ...
 
 
-def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(trainer: Trainable, folder: StrPath, run: Mapping[str, Any] | None = None) -> None:
     """Write everything that the trainer's next step depends on, in place of an older checkpoint if there is one.
 
     run: what `Run` keeps with it, in training.json.
@@ -109,7 +109,7 @@ def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Map
         write_json(staged / MANIFEST_FILE, {"sha256": sums})
 
 
-def read_checkpoint(folder: str | os.PathLike[str]) -> State:
+def read_checkpoint(folder: StrPath) -> State:
     """Tensors and counters of a checkpoint, after a check of every byte in it, the model's files included.
 
     Raises FileNotFoundError if there is no such folder, DamagedCheckpoint if it is not as it was written, ValueError if
@@ -170,8 +170,8 @@ REFERENCE: dict[str, Check] = {
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str],
-    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None = None,
+    folder: StrPath,
+    ref_policy: ActorCritic | Decoder | StrPath | None = None,
     data: Sequence[Any] | None = None,
     **overrides: Any,
 ) -> Any:
