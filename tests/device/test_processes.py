@@ -92,6 +92,7 @@ def test_gpu_tensors_are_exchanged_by_nccl_only():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nccl_with_one_process(tmp_path):
     """Sums and gathered rows of one process are its own, through NCCL."""
     torch.distributed.init_process_group(
