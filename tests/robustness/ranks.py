@@ -58,7 +58,7 @@ def start(size, target, *arguments, **environment):
     return started
 
 
-def outcomes(started, seconds=60):
+def outcomes(started, seconds=200):
     """What each process returned; of one that raised, the error's type and text; None of one that was killed."""
     found = []
     for each, pipe in started:
