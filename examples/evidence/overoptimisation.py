@@ -99,8 +99,8 @@ def samples(task: Task, path: Path, count: int, seed: int) -> list[dict[str, Any
             rollout = task.sample(task.reference, min(512, count - len(found)), 1.0, generator)
             rows = zip(rollout.prompts, rollout.responses, rollout.scores.tolist(), strict=True)
             found += [{"prompt": p, "response": r, "gold": s} for p, r, s in rows]
-        write_json(path, found)
-    return read_json(path)
+        write_json(path, {"samples": found})
+    return read_json(path)["samples"]
 
 
 def trained_proxy(
@@ -119,7 +119,8 @@ def trained_proxy(
     else:
         model = RewardModel.from_trunk(folder, seed=seed, device="cpu")
         chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-        sizes = dict(epochs=4 if count < 200 else 2, lr=2e-4, device="cpu", tokens_per_batch=1024, seed=seed)
+        sizes = dict(epochs=4 if count < 200 else 2, lr=2e-4, device="cpu", tokens_per_batch=1024, seed=seed,
+                     max_length=model.max_length)  # fmt: skip
         RewardModelTrainer(model, [pairs[i] for i in chosen], RewardTrainingConfig(**sizes)).train()
         model.normalise([row["prompt"] + row["response"] for row in pool[:512]])
         model.save_pretrained(path)
@@ -199,7 +200,7 @@ def report(runs: list[dict[str, Any]], output: Path) -> None:
         text.append(f"| {row['method']} | {row['pairs']} | {coef} | {' | '.join(cells)} |")
     atomic_write(output / "overoptimisation.md", ("\n".join(text) + "\n").encode())
     plain = [{name: x.as_dict() if isinstance(x, Spread) else x for name, x in row.items()} for row in rows]
-    write_json(output / "overoptimisation.json", plain)
+    write_json(output / "overoptimisation.json", {"rows": plain})
     draw(runs, output / "overoptimisation.png")
 
 

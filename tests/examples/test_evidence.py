@@ -94,7 +94,7 @@ def test_overoptimisation_of_a_proxy_is_measured_and_resumed(call, tiny, tmp_pat
     assert [(run["method"], len(run["curve"])) for run in runs(folder)] == [("best-of-n", 4), ("rloo", 2)]
     assert (folder / "overoptimisation.png").read_bytes()[:4] == b"\x89PNG"
     assert (folder / "overoptimisation.md").read_text(encoding="utf-8") in out
-    rows = json.loads((folder / "overoptimisation.json").read_text())
+    rows = json.loads((folder / "overoptimisation.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["best-of-n", "rloo"] and rows[0]["R2"]["mean"] <= 1
     before = (folder / "runs.jsonl").read_bytes()
     code, _ = call(EVIDENCE / "overoptimisation.py", *given, "--methods", "rloo")

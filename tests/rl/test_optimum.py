@@ -105,7 +105,6 @@ def trained(seed=1, count=1024, **settings):
 
 def compare(ref, learned, expected, kl):
     before, after = (0.5 * (p - expected).abs().sum().item() for p in (ref, learned))  # total variation
-    print(before, after, (learned * (learned / expected).log()).sum().item())
     assert before > 0.3
     assert after < 0.03
     assert (learned * (learned / expected).log()).sum() < kl
