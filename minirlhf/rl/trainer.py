@@ -265,7 +265,7 @@ class PPOTrainer:
 
     def check_prompts(self, prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
         """The pool as a list. Raises ValueError as `as_prompts`, and for a prompt without room for `gen_len` tokens."""
-        pool, positions = as_prompts(prompts), self.policy.decoder.n_positions
+        pool, positions = as_prompts(prompts, self.tokenizer), self.policy.decoder.n_positions
         for prompt in pool:
             length = len(self.tokenizer.encode_prompt(prompt))
             if length > positions - self.config.gen_len:
