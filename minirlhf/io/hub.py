@@ -20,7 +20,8 @@ from minirlhf.io.files import atomic_write, replaced_folder, sha256
 
 WEIGHTS_FOLDER = "weights"
 TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
-              "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+              "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.jinja")  # fmt: skip
 # Forms of weights; only the first one here that a model has is fetched.
 WEIGHT_FORMS = (
     re.compile(r"model\.safetensors"),

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
+from bpe import trained_bpe
 from transformers import AutoTokenizer
 
-from bpe import trained_bpe
 from minirlhf import Tokenizer
 from minirlhf.text.chat import ChatPrompt, assistant_turns, check_messages
 from minirlhf.text.demonstrations import Conversation, read_demonstrations, split_demonstrations
