@@ -66,11 +66,11 @@ def default_template(chat_template: object) -> str:
         named = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, Mapping)}
     found = named.get("default") if isinstance(named, Mapping) else named
     if not isinstance(found, str):
-        several = f"of its chat templates none is named default: {', '.join(map(str, named))}" if named else ""
+        if named:
+            raise ValueError(f"of its chat templates none is named default: {', '.join(map(str, named))}")
         raise ValueError(
-            several
-            or "the model's folder has no chat_template, in tokenizer_config.json or chat_template.jinja: it is "
-            "no chat model; give prompts as texts (`minirlhf generate`), or add the template that it was trained with"
+            "the model's folder has no chat_template, in tokenizer_config.json or chat_template.jinja: it is no chat "
+            "model; give prompts as texts (`minirlhf generate`), or add the template that it was trained with"
         )
     return found
 
@@ -130,7 +130,7 @@ def _compiled(template: str) -> Any:
     class Generation(Extension):
         """`{% generation %}`, which marks the assistant's text for other tools, writes what stands in it."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})  # type: ignore[assignment]
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

@@ -2,7 +2,8 @@
 
 - `.txt`, a text a line.
 - `.jsonl`, an object a line: `{"text": ...}`, `{"prompt": ..., "response": ...}`, or
-  `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}`; other keys are ignored.
+  `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}`. Other keys are
+  ignored.
 """
 
 from __future__ import annotations

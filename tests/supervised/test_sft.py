@@ -276,12 +276,12 @@ CHAT = Conversation([
 def test_of_a_chat_the_assistant_s_turns_are_learned(tokenizer, tmp_path):
     """Loss and packing against a loop over the turns by hand: [CLS] asks, and [SEP] ends a turn."""
     speaker = Tokenizer(tokenizer.vocab)
-    speaker.model.kept = {"chat_template": "{% for m in messages %}{{ m.content + '[SEP]' if m.role == 'assistant' else "
-                          "'[PAD]' + m.content + '[CLS]' }}{% endfor %}"}  # fmt: skip
+    template = "{{ m.content + '[SEP]' if m.role == 'assistant' else '[PAD]' + m.content + '[CLS]' }}"
+    speaker.model.kept = {"chat_template": f"{{% for m in messages %}}{template}{{% endfor %}}"}
     (found, text) = encode_demonstrations(speaker, [CHAT, "很好"])
-    ids = [[VOCAB.index(token) for token in turn] for turn in (
-        ["[PAD]", *"酒店", "[CLS]"], [*"很好", "[SEP]"], ["[PAD]", *"房间", "[CLS]"], [*"干净，一般", "[SEP]"])]  # fmt: skip
-    assert found.ids == sum(ids, []) and found.predicted == [4, 5, 6, *range(11, 17)] and text.predicted == [1, 2, 3]
+    spelled = ["[PAD]", *"酒店", "[CLS]", *"很好", "[SEP]", "[PAD]", *"房间", "[CLS]", *"干净，一般", "[SEP]"]
+    assert [VOCAB[i] for i in found.ids] == spelled
+    assert found.predicted == [4, 5, 6, *range(11, 17)] and text.predicted == [1, 2, 3]
     assert [s.predicted for s in cut([found], 9)] == [[4, 5, 6]] and cut([found], 4) == []
     model = make_gpt2(**SIZES).double()
     logprobs = model(torch.tensor([found.ids]))[0].log_softmax(-1)
