@@ -36,7 +36,7 @@ from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
-from minirlhf.text.prompts import as_prompts
+from minirlhf.text.prompts import Prompt, as_prompts
 from minirlhf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -241,13 +241,13 @@ class PPOTrainer:
 
     def train(
         self,
-        prompts: Iterable[str] | os.PathLike[str],
+        prompts: Iterable[Prompt] | os.PathLike[str],
         reward_fn: RewardFunction,
         on_step: Callable[[Rollout, Stats], object] | None = None,
     ) -> list[Stats]:
         """Run `config.steps` episodes: draw a batch of prompts from the pool, sample, score, step, and again.
 
-        prompts: the pool, drawn from with replacement: any collection of texts, or a file (see `text.prompts`).
+        prompts: the pool, drawn from with replacement: a collection of texts or chats, or a file (see `text.prompts`).
         on_step: called after every step with its rollout and statistics; `Run.record` is one.
         Returns the statistics of all steps. Raises ValueError for an empty pool, or a prompt that is empty or too
         long, before any training. After an error of the reward function the trainer is as it was after the last step.
@@ -263,7 +263,7 @@ class PPOTrainer:
                 on_step(rollout, history[-1])
         return history
 
-    def check_prompts(self, prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
+    def check_prompts(self, prompts: Iterable[Prompt] | os.PathLike[str]) -> list[str]:
         """The pool as a list. Raises ValueError as `as_prompts`, and for a prompt without room for `gen_len` tokens."""
         pool, positions = as_prompts(prompts, self.tokenizer), self.policy.decoder.n_positions
         for prompt in pool:

@@ -38,6 +38,7 @@ from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, RunLog, finite
 CHECKPOINTS, BEST = "checkpoints", "best"
 KEPT = 2  # newest checkpoints that stay, besides the best
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
+TAKEN = "{} exists and is not empty; choose another folder, or resume the run in it"
 SHOWN = 5  # samples of a rollout that are logged at a save
 Trainer = TypeVar("Trainer", bound=Trainable)
 
@@ -100,17 +101,14 @@ class Run(Generic[Trainer]):
         _check_keep_last(keep_last)
         trainer.state_dict()  # what cannot be saved is refused before anything is written
         folder = Path(folder)
-        taken = FileExistsError(f"{folder} exists and is not empty; choose another folder, or resume the run in it")
-        if folder.exists() and not _is_unused(folder):
-            FolderLock.check(folder)  # "in use" says better what is wrong
-            raise taken
+        cls.check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         flush_folder(folder.parent)
         with contextlib.ExitStack() as undo:
             lock = FolderLock(folder)
             undo.callback(lock.release)
             if not _is_unused(folder):  # another process was quicker, and has ended since
-                raise taken
+                raise FileExistsError(TAKEN.format(folder))
             remove_partial(folder, folder / CHECKPOINTS)
             log = RunLog(folder)
             undo.callback(shutil.rmtree, folder / CHECKPOINTS, ignore_errors=True)
@@ -170,6 +168,14 @@ class Run(Generic[Trainer]):
         except BaseException:
             lock.release()
             raise
+
+    @staticmethod
+    def check_new(folder: str | os.PathLike[str]) -> None:
+        """Raise what `start` raises for a folder that holds something, before anything else is done."""
+        folder = Path(folder)
+        if folder.exists() and not _is_unused(folder):
+            FolderLock.check(folder)  # "in use" says better what is wrong
+            raise FileExistsError(TAKEN.format(folder))
 
     @property
     def due(self) -> bool:

@@ -19,9 +19,7 @@ MOST_PROMPTS = 10_000_000  # more come only from a generator that never ends
 EXAMPLE = 'give a list of texts, such as ["酒店", "The room"], or pathlib.Path("prompts.txt") for a file'
 
 
-def as_prompts(
-    prompts: Iterable[str] | Iterable[Sequence[Message]] | os.PathLike[str], tokenizer: Tokenizer | None = None
-) -> list[str]:
+def as_prompts(prompts: Iterable[Prompt] | os.PathLike[str], tokenizer: Tokenizer | None = None) -> list[str]:
     """Prompts as a list of texts: from a list, tuple, set, generator, pandas Series or datasets column, or a file.
 
     An element that is a list of messages becomes a text, a `ChatPrompt`, by the template of the tokenizer's folder.
@@ -30,7 +28,7 @@ def as_prompts(
     as `Tokenizer.chat`.
     """
     if isinstance(prompts, os.PathLike):
-        prompts = list(read_prompts(prompts))
+        prompts = read_prompts(prompts)
     tables = {"DataFrame": 'df["prompt"]', "Dataset": 'dataset["prompt"]', "DatasetDict": 'dataset["train"]["prompt"]'}
     kind = type(prompts).__name__
     if kind in tables:
@@ -75,6 +73,14 @@ def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[
     if not found:
         raise ValueError(f"{path} holds no prompts")
     return found
+
+
+def read_pool(prompts: Sequence[Prompt], encoding: str = "utf-8") -> list[Prompt]:
+    """The prompts of a command line: those given, or of a single one that names a file, those in it."""
+    only = prompts[0] if len(prompts) == 1 else None
+    if isinstance(only, str) and (os.path.isfile(only) or only.endswith((".txt", ".jsonl"))):
+        return read_prompts(only, encoding)
+    return list(prompts)
 
 
 def _prompt_of(line: str) -> Prompt:
