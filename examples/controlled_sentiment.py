@@ -71,10 +71,9 @@ def main() -> None:
             prompts = [TARGETS[i % len(TARGETS)].tag + draw.choice(PROMPTS) for i in range(config.batch_size)]
             rollout = trainer.collect(prompts, reward)
             stats = trainer.step(rollout)
-            parts = reward.metrics()  # the mean of each part
             by_tag = {t.name: rollout.scores[i :: len(TARGETS)].mean().item() for i, t in enumerate(TARGETS)}
             tagged = {f"reward/{name}": mean for name, mean in by_tag.items()}
-            samples = run.record(rollout, {**stats, **parts, **tagged})
+            samples = run.record(rollout, {**stats, **tagged})
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in by_tag.items())
             show(f"step {iteration + 1}: {means}, KL {stats['objective/kl']:.1f}")
             for text, score in samples:

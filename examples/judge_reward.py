@@ -50,13 +50,12 @@ def main() -> None:
             rollout = trainer.collect(prompts, judge)
             stats = trainer.step(rollout)
 
-            # 4. What the judge did and cost goes into the same line of metrics.jsonl as the statistics of PPO.
-            judged = judge.metrics()
-            spent += judged["judge/cost"]
-            samples = run.record(rollout, {**stats, **judged})
+            # 4. What the judge did and cost is among the statistics of PPO, in the same line of metrics.jsonl.
+            spent += stats["judge/cost"]
+            samples = run.record(rollout, stats)
             show(
                 f"step {iteration + 1}: score {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}, "
-                f"{judged['judge/requests']:.0f} requests, {judged['judge/unparsed']:.0f} texts without a score, "
+                f"{stats['judge/requests']:.0f} requests, {stats['judge/unparsed']:.0f} texts without a score, "
                 f"spent {spent:.4f}"
             )
             # 5. Read them: a policy that has found words which fool the judge has a fine reward too.

@@ -109,8 +109,7 @@ def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: 
     show(f"{run.folder}: {trainer.steps_total} iterations; {trainer.precision_choice}")
 
     def on_step(rollout: Any, stats: Mapping[str, float]) -> None:
-        costs = reward.metrics() if hasattr(reward, "metrics") else {}
-        samples = run.record(rollout, {**stats, **costs})
+        samples = run.record(rollout, stats)
         if samples:
             done, means = (
                 f"{trainer.steps_done} of {trainer.steps_total}",

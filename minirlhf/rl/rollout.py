@@ -18,12 +18,12 @@ from torch import Tensor
 from minirlhf.device.gpu import PhaseClock, to_device
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.generation.generate import generate
-from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, reward_by_token, within
+from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, reward_with_metrics, within
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
 if TYPE_CHECKING:
-    from minirlhf.generation.models import Models
+    from minirlhf.models.prepared import Models
     from minirlhf.rl.config import PPOConfig
 
 NOT_YET: Any = None  # in the place of a tensor that a later phase of the step computes
@@ -46,7 +46,7 @@ class Rollout:
     sampler_logprobs: (B, R) fp32, what the sampler itself computed; None if not sampled here.
     prompts, responses: the B texts; empty if the rollout was made from tokens alone.
     group_size: responses of each prompt, side by side.
-    seconds: the time of each phase of collecting.
+    reward_metrics: what the reward reported of itself. seconds: the time of each phase of collecting.
 
     Set within a step, (B, R) fp32: token_rewards, advantages, returns (None: the method has none), advantage_scale,
     the factor of whitening (None without it), and weights, of the tokens in the mean over their minibatch.
@@ -67,6 +67,7 @@ class Rollout:
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     group_size: int = 1
+    reward_metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     token_rewards: Tensor = NOT_YET
     advantages: Tensor = NOT_YET
@@ -154,7 +155,7 @@ def collect_rollout(
     pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
     responses = ["".join(row) for row in pieces]
     clock.stop("generation")
-    scores = within(c.reward_timeout, reward_by_token, reward_fn, prompts, responses, pieces)
+    scores, metrics = within(c.reward_timeout, reward_with_metrics, reward_fn, prompts, responses, pieces)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
@@ -168,10 +169,20 @@ def collect_rollout(
         prompts=tuple(prompts),
         responses=tuple(responses),
         group_size=c.group_size,
+        reward_metrics=metrics,
         seconds=clock.seconds,
         **_score_fields(scores, found["logprobs"]),
         **found,
     )
+
+
+def evaluation(models: Models, pool: Sequence[str], reward_fn: RewardFunction, config: PPOConfig) -> dict[str, float]:
+    """Reward and KL of a fresh batch, the prompts of the pool in turn, with the same random numbers at each call."""
+    drawn = [pool[i % len(pool)] for i in range(config.batch_size // config.group_size)]
+    generator = torch.Generator(models.policy.decoder.device).manual_seed(config.seed)
+    found = collect_rollout(models, drawn, reward_fn, config, generator)
+    kl = found.exact_kl.sum(-1).mean().item()
+    return {"evaluation/reward": found.scores.mean().item(), "evaluation/kl": kl}
 
 
 def rollout_from_tokens(

@@ -241,6 +241,8 @@ class Run(Generic[Trainer]):
                     f"{failed} failed: {type(error).__name__}: {error}; the run is saved up to step {self._saved}, in "
                     f"{_checkpoint(self.folder, self._saved)}",
                 ) from error
+            if error is None and self.trainer.steps_done == self._recorded > self._saved:  # the training ended early
+                self._save()
         finally:
             self._stop.__exit__()
             self._lock.release()

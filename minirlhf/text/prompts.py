@@ -6,13 +6,11 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minirlhf.text.chat import ChatPrompt, Message, check_prompt
 from minirlhf.text.text_files import json_object, numbered_lines, text_of
-
-if TYPE_CHECKING:
-    from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.tokenizer import Tokenizer
 
 Prompt = str | list[Message]  # a text, or the messages of a chat that the model answers
 MOST_PROMPTS = 10_000_000  # more come only from a generator that never ends
@@ -51,6 +49,17 @@ def as_prompts(prompts: Iterable[Prompt] | os.PathLike[str], tokenizer: Tokenize
         raise ValueError(f"got no prompts: {EXAMPLE}")
     texts = [prompt if isinstance(prompt, ChatPrompt) else str(prompt) for prompt in found]  # of numpy's texts, too
     return sorted(texts) if isinstance(prompts, (set, frozenset)) else texts
+
+
+def with_room(prompts: list[str], tokenizer: Tokenizer, positions: int, gen_len: int) -> list[str]:
+    """The prompts. Raises ValueError for one that leaves no room for `gen_len` tokens in a model's positions."""
+    for prompt in prompts:
+        length = len(tokenizer.encode_prompt(prompt))
+        if length > positions - gen_len:
+            room = f"gen_len={gen_len} leave room for {positions - gen_len}"
+            named = f"prompt {prompt[:20]!r}... has {length} tokens"
+            raise ValueError(f"{named}; the model's {positions} positions less {room}")
+    return prompts
 
 
 def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Prompt]:

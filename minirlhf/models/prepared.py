@@ -15,11 +15,12 @@ from minirlhf.device.cpu import keep_freed_memory, limit_threads
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
-from minirlhf.generation.static_decode import GraphedDecoder
+from minirlhf.generation.generate import language_model
 from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
-from minirlhf.models.heads import ActorCritic, language_model, with_value_head
+from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.probes import language_model_probe
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def prepare(
         validation.require(config, "value_head", config.value_head == own, advice)
     reference, positions = language_model(ref_policy), actor.decoder.n_positions
     actor.decoder.fit_vocabulary(len(tokenizer), "policy")
+    actor.decoder.tokenizer = tokenizer  # for `policy.generate`
     reference.fit_vocabulary(len(tokenizer), "reference")
     if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
         raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
