@@ -26,7 +26,7 @@ from minirlhf.rl.field_names import FIELD_NAMES
 # What other libraries call the arguments of commands, and fields that mean something else here than in PPO.
 _NAMES = {
     "policy": "model_name model_name_or_path model_path pretrain actor sft_model_path base_model",
-    "model": "model_name model_name_or_path model_path pretrain base_model policy trunk",
+    "model": "model_name model_name_or_path model_path pretrain base_model policy trunk reward_pretrain",
     "reward": "reward_model reward_model_path reward_pretrain rm_path scorer reward_fn reward_funcs",
     "prompts": "prompt_data prompt_file dataset dataset_name train_files query_dataset",
     "texts": "dataset dataset_name train_file train_files train_dataset demonstrations",

@@ -7,6 +7,7 @@ stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 import shlex
@@ -24,7 +25,9 @@ from minirlhf.version import __version__
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all COMMANDS."""
-    parser = argparse.ArgumentParser("minirlhf", description="PPO-RLHF for language models.", allow_abbrev=False)
+    wide = functools.partial(argparse.HelpFormatter, max_help_position=30)
+    described = "PPO-RLHF for language models."
+    parser = argparse.ArgumentParser("minirlhf", description=described, formatter_class=wide, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"minirlhf {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, entry in COMMANDS.items():

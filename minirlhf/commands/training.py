@@ -168,7 +168,7 @@ SFT_SETTINGS = (Settings(SFTConfig),)
 def sft(args: argparse.Namespace) -> None:
     """Fine-tune a language model on texts, on responses to prompts, or on an assistant's turns in chats."""
     given = settings_of(args, SFT, SFT_SETTINGS)
-    arguments = _stage_arguments(given, "model", "texts")
+    arguments = _stage_arguments(given, "texts")
     config, output = SFTConfig(**SFT_SETTINGS[0].of(given)), _new_output(given, "sft")
     data = _demonstrations(arguments)
     warn_of_language([_text_of(one) for one in data[0]], arguments["model"])
@@ -212,7 +212,7 @@ def _text_of(one: Demonstration | Conversation) -> str:
 
 
 REWARD_MODEL = (
-    optional("--trunk", metavar="FOLDER", help="decoder or BERT that it begins from; default: the starter's GPT-2"),
+    optional("--model", metavar="FOLDER", help="decoder or BERT that it begins from; default: the starter's GPT-2"),
     optional("--rankings", metavar="FILE", help="ranked answers, .jsonl or .tsv"),
     HELD_OUT,
     ENCODING,
@@ -226,11 +226,11 @@ REWARD_MODEL_SETTINGS = (Settings(RewardTrainingConfig),)
 def reward_model(args: argparse.Namespace) -> None:
     """Train a reward model on ranked answers; its scores get mean 0 and deviation 1 over the answers."""
     given = settings_of(args, REWARD_MODEL, REWARD_MODEL_SETTINGS)
-    arguments = _stage_arguments(given, "trunk", "rankings")
+    arguments = _stage_arguments(given, "rankings")
     config = RewardTrainingConfig(**REWARD_MODEL_SETTINGS[0].of(given))
     output, data = _new_output(given, "reward-model"), _rankings(arguments)
-    warn_of_language([text for ranking in data[0] for text in ranking.texts], arguments["trunk"])
-    model = RewardModel.from_trunk(arguments["trunk"], config.seed, device=config.device)
+    warn_of_language([text for ranking in data[0] for text in ranking.texts], arguments["model"])
+    model = RewardModel.from_trunk(arguments["model"], config.seed, device=config.device)
     trainer = RewardModelTrainer(model, data[0], config)
     started = {COMMAND: "reward-model", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}
     _go_on_with_reward_model(Run.start(output, trainer, started), arguments, data)
@@ -292,13 +292,13 @@ def resume(args: argparse.Namespace) -> None:
         go_on(Run.resume(args.run, data=data[0]), arguments, data)
 
 
-def _stage_arguments(given: Mapping[str, Any], model: str, data: str) -> dict[str, Any]:
+def _stage_arguments(given: Mapping[str, Any], data: str) -> dict[str, Any]:
     """The arguments of a stage before PPO. Raises ValueError without data."""
     if data not in given:
         raise ValueError(f"give --{data} FILE, or {data} in the file of --config")
     held_out = given.get("held_out")
     return {
-        model: _place(given.get(model) or starter().policy),
+        "model": _place(given.get("model") or starter().policy),
         data: _place(given[data]),
         "held_out": None if held_out is None else _place(held_out),
         "encoding": given.get("encoding", "utf-8"),

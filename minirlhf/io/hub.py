@@ -70,7 +70,7 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
         return max(snapshots, key=lambda path: path.stat().st_mtime_ns)
     raise FileNotFoundError(
         f"model folder {name} does not exist, and no model of that name was downloaded to {placed} or {_cached(name)}. "
-        f"Run `python -m minirlhf download {name}`, or, if there is no network here, {_elsewhere(name)}"
+        f"Run `minirlhf download {name}`, or, if there is no network here, {_elsewhere(name)}"
     )
 
 
@@ -224,7 +224,7 @@ def _elsewhere(name: str, to: str | os.PathLike[str] | None = None, revision: st
     """How to bring a model to a machine without a network."""
     which = name if revision == "main" else f"{name} --revision {revision}"
     return (
-        f"run `python -m minirlhf download {which} --to {WEIGHTS_FOLDER}/` elsewhere and copy its folder "
+        f"run `minirlhf download {which} --to {WEIGHTS_FOLDER}/` elsewhere and copy its folder "
         f"{WEIGHTS_FOLDER}/{name} to {Path(to or WEIGHTS_FOLDER) / name} here. By hand that folder takes config.json, "
         "the weights (model.safetensors or pytorch_model.bin, or all shards and their .index.json) and the tokenizer "
         "(vocab.txt, or vocab.json and merges.txt, or tokenizer.json)"
