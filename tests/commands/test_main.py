@@ -131,6 +131,7 @@ def test_generate_without_a_prompt_says_what_it_waits_for_on_a_terminal(run, mon
     assert (code, len(out), err) == (0, 1, "waiting for texts, one a line; Ctrl-D ends them\n")
 
 
+@pytest.mark.filterwarnings("default")
 def test_the_starter_weights_say_that_they_are_chinese(run):
     for arguments in (["generate", "--n", 1, "--gen-len", 2, "--prompt", "The room"], ["score", "The room was clean"]):
         model = WRITER if arguments[0] == "generate" else SCORER
@@ -138,6 +139,7 @@ def test_the_starter_weights_say_that_they_are_chinese(run):
         assert code == 0 and out and re.fullmatch("warning: the starter weights are Chinese: .*\n", err)
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(monkeypatch, run):
     def warned(args):
         warnings.warn("look\nhere \x1b", stacklevel=1)

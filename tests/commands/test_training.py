@@ -122,6 +122,7 @@ def test_without_arguments_it_is_the_default_run_on_the_starter_weights(run, mon
     assert config.entropy_coef == 0 and config.score_position == "last_column"
 
 
+@pytest.mark.filterwarnings("default")
 def test_english_prompts_and_the_starter_weights(run, monkeypatch):
     def enough(*args):
         raise ValueError("enough")
