@@ -10,8 +10,8 @@ from minirlhf.io.files import read_json
 from minirlhf.io.hub import is_name, needed_files
 
 CARD = "README.md"
-# Files beside those that a model is loaded from: its card, and the value head of PPO.
-BESIDE = (CARD, "value_head.safetensors")
+# Files beside those that a model is loaded from: its card, PPO's value head, and the index that says whose that is not.
+BESIDE = (CARD, "value_head.safetensors", "model.safetensors.index.json")
 
 
 def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
@@ -22,7 +22,7 @@ def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
     folder = Path(folder)
     read_json(folder / "config.json")
     present = [path.name for path in folder.iterdir() if path.is_file()]
-    files = [*needed_files(str(folder), present), *(name for name in BESIDE if name in present)]
+    files = dict.fromkeys([*needed_files(str(folder), present), *(name for name in BESIDE if name in present)])
     if CARD not in files:
         raise ValueError(f"{folder} has no model card; save the model again with save_pretrained, which writes {CARD}")
     return {name: (folder / name).stat().st_size for name in files}
