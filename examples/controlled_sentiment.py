@@ -27,7 +27,7 @@ from minirlhf.rewards.composed import (
     check_tags,
 )
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
         samples=(256, "fresh samples a tag at the end"),
         seed=(0, "of everything"),
         output=(new_folder("controlled-"), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     args = parse(parser)
@@ -62,7 +63,9 @@ def main() -> None:
         given = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "init_kl_coef", "entropy_coef")}
         config = PPOConfig(**{**STARTER, **given}, target=8.0, ppo_epochs=2, vf_coef=0.5, seed=args.seed)
         trainer = PPOTrainer(GPT2.from_pretrained(args.policy), args.policy, tokenizer, config)
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+        run = Run.start(
+            args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
+        )
     with run:
         trainer, config = run.trainer, run.trainer.config
         for iteration in range(trainer.iteration, config.iterations):

@@ -16,7 +16,7 @@ from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script
 
 # What a good text is. A judge answers more evenly if the rubric says what each number stands for.
 RUBRIC = """The text is the beginning of a hotel review in Chinese, cut off after a few words. How content is the guest?
@@ -40,7 +40,7 @@ def main() -> None:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)
         settings = {"arguments": vars(args), "ppo": dataclasses.asdict(config)}  # the key is not in there
-        run = Run.start(args.output, trainer, settings)
+        run = Run.start(args.output, trainer, settings, loggers=args.loggers)
 
     # 3. The loop. A judge is a reward like any other: a callable from texts to numbers.
     with run:
@@ -82,6 +82,7 @@ def read_arguments() -> argparse.Namespace:
         gen_len=(16, "tokens of a sample"),
         seed=(0, "of everything"),
         output=(new_folder("judge-"), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     args = parse(parser)

@@ -1,6 +1,7 @@
 """Tune a GPT-2 by PPO so that its continuations of short prompts read as positive hotel reviews.
 
     python examples/positive_reviews.py                       # the starter weights, minutes on two CPU cores
+    python examples/positive_reviews.py --algorithm rloo      # or another of docs/algorithms.md
     python examples/positive_reviews.py --recipe original --policy GPT2_FOLDER --reward BERT_FOLDER
     python examples/positive_reviews.py --resume runs/NAME    # continue a run that was stopped
 
@@ -23,9 +24,9 @@ from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.evaluation.results import save_results
-from minirlhf.rl.presets import STARTER_RUN
+from minirlhf.rl.presets import METHODS, PRESETS, STARTER_RUN
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
 FIELDS = dict(steps=int, batch_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int, device=str,
               precision=str, value_head=str)  # fmt: skip
@@ -40,7 +41,9 @@ def main() -> None:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
         trainer.check_prompts(args.prompts)  # before the folder is made
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+        run = Run.start(
+            args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
+        )
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
         pool = trainer.check_prompts(args.prompts)
@@ -49,10 +52,11 @@ def main() -> None:
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:
             # 1. Draw prompts from the pool. The draw depends on seed and iteration alone, so a resumed run repeats it.
-            prompts = random.Random(f"{config.seed} {iteration}").choices(pool, k=config.batch_size)
+            count = config.batch_size // config.group_size
+            prompts = random.Random(f"{config.seed} {iteration}").choices(pool, k=count)
             # 2. Sample a continuation of each, and score the whole text: reward = P(positive).
             rollout = trainer.collect(prompts, reward)
-            # 3. PPO: several epochs over the batch, held near the frozen reference by the KL penalty.
+            # 3. PPO, or another method: epochs over the batch, held near the frozen reference by the KL penalty.
             stats = trainer.step(rollout)
             # 4. Log the step; every `save_freq` steps save a checkpoint and show samples.
             samples = run.record(rollout, stats)
@@ -61,7 +65,7 @@ def main() -> None:
                 bar.write(f"step {iteration + 1}: mean reward {stats['reward/mean']:.3f}")
                 bar.write("\n".join(f"    {score:.2f}  {printable(text)}" for text, score in samples))
         # 5. Compare policy and reference, and leave models, summary, samples and curves in the folder.
-        show(save_results(run, pool, reward))
+        show(save_results(run, pool, reward, args.algorithm))
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
@@ -72,15 +76,21 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         prompts=(PROMPTS, "texts, or one file, .txt or .jsonl"),
         **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},
         output=(new_folder(), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
+    parser.add_argument("--algorithm", choices=["ppo", *METHODS], default="ppo", help="docs/algorithms.md has them")
     args = parse(parser)
     if not args.resume:
         args.prompts = prompt_pool(args.prompts, args.policy, args.reward)
     given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
-    original = args.recipe == "original"
-    return args, PPOConfig.preset("original", **given) if original else PPOConfig(**{**STARTER_RUN, **given})
+    if args.recipe == "original" and args.algorithm != "ppo":
+        raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
+    if args.recipe == "original":
+        return args, PPOConfig.preset("original", **given)
+    method = {} if args.algorithm == "ppo" else PRESETS[args.algorithm]
+    return args, PPOConfig(**{**method, "ppo_epochs": 4, **STARTER_RUN, **given})  # as many updates as PPO has
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from minirlhf.text.prompts import Prompt, read_pool
 WEIGHTS = starter()
 POLICY, REWARD, SECOND_SCORER = WEIGHTS.policy, WEIGHTS.reward, WEIGHTS.second_scorer
 PROMPTS = list(WEIGHTS.prompts)
+LOGGERS = (["jsonl"], "of the curves: jsonl, tensorboard, wandb, swanlab, trackio")  # the option --loggers
 
 
 def command_line(description: str, **options: tuple[Any, str]) -> argparse.ArgumentParser:

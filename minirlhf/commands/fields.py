@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from minirlhf.commands.table import Argument, argument
+from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.common.suggestions import suggest
 from minirlhf.io.files import read_json, read_text
-from minirlhf.rl.field_names import FIELD_NAMES
 
 # What other libraries call the arguments of commands, and fields that mean something else here than in PPO.
 _NAMES = {

@@ -31,9 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"minirlhf {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, entry in COMMANDS.items():
-        described = entry.run.__doc__
+        about = entry.run.__doc__
         usage = f"minirlhf {name} [--OPTION VALUE ...]" if entry.flags else None
-        sub = commands.add_parser(name, help=described, description=described, usage=usage, allow_abbrev=False)
+        sub = commands.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
         for names, options in entry.arguments:
             sub.add_argument(*names, **options)
         group = sub.add_argument_group("settings")

@@ -26,9 +26,10 @@ from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.config import PPOConfig
-from minirlhf.rl.presets import PRESETS, STARTER, STARTER_RUN
+from minirlhf.rl.presets import METHODS, PRESETS, STARTER_RUN
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.log import CONFIG_FILE
+from minirlhf.runs.loggers import check_loggers
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
@@ -49,6 +50,12 @@ def optional(*names: str, **options: Any) -> Argument:
 
 OUTPUT = optional("--output", metavar="FOLDER", help="of the run, which must be new; default runs/COMMAND-TIME")
 ENCODING = optional("--encoding", metavar="NAME", help="of text files; default utf-8")
+LOGGERS = optional(
+    "--loggers",
+    metavar="NAME",
+    nargs="+",
+    help="of the curves: jsonl, the default, tensorboard, wandb, swanlab, trackio",
+)
 HELD_OUT = optional("--held-out", metavar="FILE", help="to measure on; default: a tenth of the others")
 
 # ---- PPO ------------------------------------------------------------------------------------------------------------
@@ -63,6 +70,7 @@ TRAIN = (
     optional("--evaluation", action=argparse.BooleanOptionalAction,
              help="compare policy and reference at the end; default: yes, unless the reward is a judge"),
     ENCODING,
+    LOGGERS,
     OUTPUT,
     CONFIG,
 )  # fmt: skip
@@ -87,10 +95,11 @@ def train(args: argparse.Namespace) -> None:
         "reward": _place(given.get("reward", own.reward)),
         "positive_label": given.get("positive_label"),
         "judge": judge,
+        "algorithm": given.get("algorithm", "ppo"),
         "evaluation": given.get("evaluation", given.get("reward") != JUDGE),
     }
     pool = read_pool(given["prompts"], given.get("encoding", "utf-8")) if "prompts" in given else list(own.prompts)
-    config = _ppo_config(given.get("algorithm", "ppo"), arguments, overrides)
+    config = _ppo_config(arguments, overrides)
     output = _new_output(given, "train")
     warn_of_language([str(prompt) for prompt in pool], arguments["policy"], arguments["reward"])
 
@@ -99,7 +108,7 @@ def train(args: argparse.Namespace) -> None:
     trainer = PPOTrainer(policy, arguments["policy"], tokenizer, config)
     arguments["prompts"] = [p.messages if isinstance(p, ChatPrompt) else p for p in trainer.check_prompts(pool)]
     started = {COMMAND: "train", ARGUMENTS: arguments, "ppo": dataclasses.asdict(config)}
-    _go_on_with_ppo(Run.start(output, trainer, started), arguments, reward)
+    _go_on_with_ppo(Run.start(output, trainer, started, loggers=_loggers(given)), arguments, reward)
 
 
 def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: RewardFunction | None = None) -> None:
@@ -120,18 +129,17 @@ def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: 
 
     with run:
         trainer.train(pool, reward, on_step)
-        show(save_results(run, pool, reward if arguments["evaluation"] else None))
+        show(save_results(run, pool, reward if arguments["evaluation"] else None, arguments["algorithm"]))
 
 
-def _ppo_config(algorithm: str, arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> PPOConfig:
+def _ppo_config(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> PPOConfig:
     """The settings of an algorithm, with those that suit the starter weights or a judge, and then the user's own."""
-    known = ("ppo", *PRESETS)
+    algorithm, known = arguments["algorithm"], ("ppo", *PRESETS)
     if algorithm not in known:
         raise ValueError(f"algorithm must be one of {', '.join(known)}, got {algorithm!r}")
     suited: dict[str, Any] = {}
-    if _is_starter(arguments["policy"]):
-        scale = {name: value for name, value in STARTER.items() if name not in PRESETS.get(algorithm, {})}
-        suited |= STARTER_RUN if algorithm == "ppo" else {**scale, "lr": STARTER["lr"], "steps": STARTER_RUN["steps"]}
+    if _is_starter(arguments["policy"]) and algorithm in ("ppo", *METHODS):
+        suited |= {"ppo_epochs": 4, **STARTER_RUN}  # as many updates, whatever the method
     if arguments["reward"] == JUDGE:
         low, high = (arguments["judge"].get(name, getattr(ChatJudgeConfig, name)) for name in ("low", "high"))
         suited["score_scale"] = 1 / (high - low) if high > low else 1.0
@@ -158,6 +166,7 @@ SFT = (
     optional("--texts", metavar="FILE", help="demonstrations, .txt or .jsonl"),
     HELD_OUT,
     ENCODING,
+    LOGGERS,
     OUTPUT,
     CONFIG,
 )
@@ -175,7 +184,7 @@ def sft(args: argparse.Namespace) -> None:
     model, tokenizer = load_decoder(arguments["model"]), Tokenizer.from_pretrained(arguments["model"])
     trainer = SFTTrainer(model, tokenizer, data[0], config)
     started = {COMMAND: "sft", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}
-    _go_on_with_sft(Run.start(output, trainer, started), arguments, data)
+    _go_on_with_sft(Run.start(output, trainer, started, loggers=_loggers(given)), arguments, data)
 
 
 def _go_on_with_sft(run: Run[SFTTrainer], arguments: Mapping[str, Any], data: Any = None) -> None:
@@ -216,6 +225,7 @@ REWARD_MODEL = (
     optional("--rankings", metavar="FILE", help="ranked answers, .jsonl or .tsv"),
     HELD_OUT,
     ENCODING,
+    LOGGERS,
     OUTPUT,
     CONFIG,
 )
@@ -233,7 +243,7 @@ def reward_model(args: argparse.Namespace) -> None:
     model = RewardModel.from_trunk(arguments["model"], config.seed, device=config.device)
     trainer = RewardModelTrainer(model, data[0], config)
     started = {COMMAND: "reward-model", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}
-    _go_on_with_reward_model(Run.start(output, trainer, started), arguments, data)
+    _go_on_with_reward_model(Run.start(output, trainer, started, loggers=_loggers(given)), arguments, data)
 
 
 def _go_on_with_reward_model(run: Run[RewardModelTrainer], arguments: Mapping[str, Any], data: Any = None) -> None:
@@ -309,7 +319,12 @@ def _new_output(given: Mapping[str, Any], kind: str) -> Path:
     """The folder of a new run. Raises, before anything is loaded, if another run is in it."""
     output = Path(given.get("output") or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     Run.check_new(output)
+    check_loggers(_loggers(given))
     return output
+
+
+def _loggers(given: Mapping[str, Any]) -> list[str]:
+    return given.get("loggers", ["jsonl"])
 
 
 def _place(name: str) -> str:

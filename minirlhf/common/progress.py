@@ -35,7 +35,7 @@ class AfterSteps:
         evaluate_every: int | None = None,
         stop_when: Callable[[Any], object] | None = None,
     ):
-        functions = [] if on_step is None else list(on_step) if isinstance(on_step, (list, tuple)) else [on_step]
+        functions: list[Any] = list(on_step) if isinstance(on_step, (list, tuple)) else [on_step] if on_step else []
         for name, function in [*(("on_step", f) for f in functions), ("stop_when", stop_when or print)]:
             if not callable(function):
                 raise ValueError(f"{name} must be a function, got {function!r}")

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write, write_json
+from minirlhf.io.files import atomic_write, read_jsonl, write_json
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rl.trainer import PPOTrainer
+from minirlhf.runs.log import SAMPLES_FILE
 from minirlhf.runs.run import Run
 
 POLICY, REFERENCE, SUMMARY_FILE = "policy", "reference", "summary.json"
 
 
-def save_results(run: Run[PPOTrainer], pool: Sequence[str], reward: RewardFunction | None) -> str:
+def save_results(
+    run: Run[PPOTrainer], pool: Sequence[str], reward: RewardFunction | None, algorithm: str = "ppo"
+) -> str:
     """Compare policy and reference, and write the results into the run's folder. Returns what is worth reading.
 
     Leaves policy/ and reference/, and unless `reward` is None, which saves its cost, summary.json, before_after.md and
     reward_curve.png; the picture only where matplotlib is installed.
-    pool: the prompts of the run.
+    pool: the prompts of the run. algorithm: its name, for the model card.
     """
     trainer, config, output = run.trainer, run.trainer.config, run.folder
-    summary = {"algorithm": "PPO" if config.advantages == "gae" else config.advantages, "episodes": config.steps}
+    summary: dict[str, Any] = {"algorithm": algorithm.upper(), "episodes": config.steps}
     told = [f"saved in {output}"]
     if reward is not None:
         settings = EvaluationConfig(
@@ -37,7 +41,9 @@ def save_results(run: Run[PPOTrainer], pool: Sequence[str], reward: RewardFuncti
         if importlib.util.find_spec("matplotlib") is None:
             told.insert(0, "no picture of the curves: pip install 'minirlhf[examples]' for matplotlib")
         else:
-            plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
+            target = config.target if config.adaptive_kl else None
+            samples = read_jsonl(output / SAMPLES_FILE)
+            plot_run(run.history(), output / "reward_curve.png", target, found.frontier, samples)
         write_json(output / SUMMARY_FILE, figures)
         table = before_after_table(found.pairs)
         atomic_write(output / "before_after.md", table.encode())

@@ -46,7 +46,7 @@ def push(folder: str | os.PathLike[str], name: str, private: bool = False) -> st
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message="Upload by minirlhf"
+            repo_id=name, folder_path=Path(folder), allow_patterns=list(files), commit_message="Upload by minirlhf"
         )
     except utils.OfflineModeIsEnabled:
         raise ConnectionError(f"HF_HUB_OFFLINE is set, so nothing was sent to {name}; unset it") from None

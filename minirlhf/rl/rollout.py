@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.common.printing import html_table
 from minirlhf.device.gpu import PhaseClock, to_device
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.generation.generate import generate
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 NOT_YET: Any = None  # in the place of a tensor that a later phase of the step computes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rollout:
     """One batch of prompts, responses and what the models said of them. It is frozen.
 
@@ -77,6 +78,16 @@ class Rollout:
 
     def __len__(self) -> int:
         return self.tokens.size(0)
+
+    def __repr__(self) -> str:
+        tokens, score = self.response_mask.size(1), self.scores.mean().item()
+        return f"Rollout({len(self)} responses of up to {tokens} tokens, mean score {score:.3f})"
+
+    def _repr_html_(self) -> str:  # a notebook shows it
+        scores = [f"{score:.3f}" for score in self.scores.tolist()]
+        return html_table(
+            ("prompt", "response", "score"), list(zip(self.prompts, self.responses, scores, strict=False))
+        )
 
     @property
     def texts(self) -> list[str]:

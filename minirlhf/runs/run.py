@@ -2,6 +2,7 @@
 
     RUN/config.json                    what the caller wants to remember
     RUN/metrics.jsonl, samples.jsonl   see `log`
+    RUN/loggers.json, tensorboard/     see `loggers`
     RUN/checkpoints/step-000010/       the two newest (see `checkpoint`), and the best
     RUN/checkpoints/best               for PPO, a link to the one whose batch had the highest mean reward of all saved
     RUN/lock                           while a process works in the folder (see `locks`)
@@ -34,6 +35,7 @@ from minirlhf.rl.rollout import Rollout
 from minirlhf.runs.checkpoint import COUNTERS_FILE, DamagedCheckpoint, Trainable, load_checkpoint, save_checkpoint
 from minirlhf.runs.locks import LOCK_FILE, FolderLock
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, RunLog, finite
+from minirlhf.runs.loggers import LOGGERS_FILE, Loggers, check_loggers, choose_loggers
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 KEPT = 2  # newest checkpoints that stay, besides the best
@@ -79,8 +81,10 @@ class Run(Generic[Trainer]):
         lock: FolderLock,
         rewards: dict[int, float | None],
         keep_last: int,
+        loggers: Loggers,
     ):
         self.folder, self.trainer, self._log, self._lock, self._keep_last = folder, trainer, log, lock, keep_last
+        self._loggers = loggers
         self._rewards = rewards  # mean reward of each step; None: not finite
         self._recorded = self._saved = trainer.steps_done  # steps whose lines are written; that are in a checkpoint
         self._saving = False
@@ -89,16 +93,23 @@ class Run(Generic[Trainer]):
 
     @classmethod
     def start(
-        cls, folder: str | os.PathLike[str], trainer: Trainer, config: Mapping[str, Any], keep_last: int = KEPT
+        cls,
+        folder: str | os.PathLike[str],
+        trainer: Trainer,
+        config: Mapping[str, Any],
+        keep_last: int = KEPT,
+        loggers: Sequence[str] = ("jsonl",),
     ) -> Run[Trainer]:
         """A new run, with a checkpoint of the trainer as it is.
 
         folder: made here. config: written to config.json when all else is there. keep_last: newest checkpoints that
-            stay, besides the best.
-        Raises FileExistsError for a folder that is not empty (a run is never overwritten), BlockingIOError if another
-        process works in it, OSError if it cannot be written, and as the trainer's `state_dict`.
+            stay, besides the best. loggers: "jsonl", "tensorboard", "wandb", "swanlab", "trackio" (see `loggers`).
+        Raises ValueError or ImportError for a logger that is unknown or not installed, FileExistsError for a folder
+        that is not empty (a run is never overwritten), BlockingIOError if another process works in it, OSError if it
+        cannot be written, and as the trainer's `state_dict`.
         """
         _check_keep_last(keep_last)
+        check_loggers(loggers)
         trainer.state_dict()  # what cannot be saved is refused before anything is written
         folder = Path(folder)
         cls.check_new(folder)
@@ -113,9 +124,11 @@ class Run(Generic[Trainer]):
             log = RunLog(folder)
             undo.callback(shutil.rmtree, folder / CHECKPOINTS, ignore_errors=True)
             save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), {"log": log.flush(), "rewards": {}})
+            undo.callback((folder / LOGGERS_FILE).unlink, missing_ok=True)
+            choose_loggers(folder, loggers)
             write_json(folder / CONFIG_FILE, config)
             undo.pop_all()
-            return cls(folder, trainer, log, lock, {}, keep_last)
+            return cls(folder, trainer, log, lock, {}, keep_last, Loggers(folder, trainer.steps_done, config))
 
     @classmethod
     def resume(
@@ -125,18 +138,21 @@ class Run(Generic[Trainer]):
         *,
         data: Sequence[Any] | None = None,
         keep_last: int = KEPT,
+        loggers: Sequence[str] | None = None,
         **overrides: Any,
     ) -> Run[Any]:
         """Go on with a run from its newest checkpoint; from the one before, with a warning, if that is damaged.
 
-        ref_policy, data, overrides: as in `load_checkpoint`. A damaged checkpoint is kept under another name; a damaged
+        ref_policy, data, overrides: as in `load_checkpoint`. loggers: None: those that it had, and the same curves.
+        A damaged checkpoint is kept under another name; a damaged
         log is named in a warning and repaired as far as possible (see `RunLog.resume`).
         Raises FileNotFoundError if it is no run, BlockingIOError if another process works in it, OSError if a file to
         be written is a symbolic link, ValueError if no checkpoint can be read, or as `load_checkpoint`.
         """
         _check_keep_last(keep_last)
+        check_loggers(loggers or ())
         folder = Path(folder)
-        read_json(folder / CONFIG_FILE)
+        config = read_json(folder / CONFIG_FILE)
         if (folder / "checkpoint").is_dir():
             raise ValueError(f"{folder} is a run of supervised fine-tuning by minirlhf 0.1.0, which can resume it")
         if (folder / CHECKPOINTS).is_symlink():
@@ -164,7 +180,9 @@ class Run(Generic[Trainer]):
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            return cls(folder, trainer, log, lock, rewards, keep_last)
+            if loggers is not None:
+                choose_loggers(folder, loggers)
+            return cls(folder, trainer, log, lock, rewards, keep_last, Loggers(folder, step, config))
         except BaseException:
             lock.release()
             raise
@@ -214,9 +232,12 @@ class Run(Generic[Trainer]):
 
     def log(self, stats: Mapping[str, float], samples: Sequence[tuple[str, float | None]] = ()) -> None:
         """Append statistics and samples of the present step to the log, such as figures measured before the first."""
-        self._log.metrics(self.trainer.steps_done, stats)
+        step = self.trainer.steps_done
+        self._log.metrics(step, stats)
+        self._loggers.metrics(step, stats)
         if samples:
-            self._log.samples(self.trainer.steps_done, samples)
+            self._log.samples(step, samples)
+            self._loggers.samples(step, samples)
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -245,6 +266,7 @@ class Run(Generic[Trainer]):
                 self._save()
         finally:
             self._stop.__exit__()
+            self._loggers.close()
             self._lock.release()
 
     def _save(self) -> None:
@@ -343,5 +365,10 @@ def _is_unused(folder: Path) -> bool:
     if not folder.is_dir() or (folder / CHECKPOINTS).is_symlink():
         return False
     names = {path.name for path in folder.iterdir()}
-    ours = {LOCK_FILE, CHECKPOINTS, *(name for name in names if name.startswith(".") and name.endswith(PARTIAL))}
+    ours = {
+        LOCK_FILE,
+        CHECKPOINTS,
+        LOGGERS_FILE,
+        *(name for name in names if name.startswith(".") and name.endswith(PARTIAL)),
+    }
     return not names or (LOCK_FILE in names and names <= ours)

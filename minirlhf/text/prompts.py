@@ -51,15 +51,12 @@ def as_prompts(prompts: Iterable[Prompt] | os.PathLike[str], tokenizer: Tokenize
     return sorted(texts) if isinstance(prompts, (set, frozenset)) else texts
 
 
-def with_room(prompts: list[str], tokenizer: Tokenizer, positions: int, gen_len: int) -> list[str]:
-    """The prompts. Raises ValueError for one that leaves no room for `gen_len` tokens in a model's positions."""
+def require_room(prompts: Iterable[str], tokenizer: Tokenizer, positions: int, gen_len: int) -> None:
+    """Raise ValueError for a prompt that leaves no room for `gen_len` tokens in a model's positions."""
     for prompt in prompts:
-        length = len(tokenizer.encode_prompt(prompt))
-        if length > positions - gen_len:
-            room = f"gen_len={gen_len} leave room for {positions - gen_len}"
-            named = f"prompt {prompt[:20]!r}... has {length} tokens"
-            raise ValueError(f"{named}; the model's {positions} positions less {room}")
-    return prompts
+        if (length := len(tokenizer.encode_prompt(prompt))) > positions - gen_len:
+            room = f"the model's {positions} positions less gen_len={gen_len} leave room for {positions - gen_len}"
+            raise ValueError(f"prompt {prompt[:20]!r}... has {length} tokens; {room}")
 
 
 def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Prompt]:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from minirlhf import GPT2, RewardModel, Run
+from minirlhf import GPT2, PPOConfig, RewardModel, Run
 from minirlhf.commands import training
 from minirlhf.commands.main import main
 from minirlhf.evaluation import results
@@ -116,10 +116,12 @@ def test_without_arguments_it_is_the_default_run_on_the_starter_weights(run, mon
     own, config = starter_module.starter(), seen[1]
     assert seen[0] == own.policy and (config.steps, config.lr, config.entropy_coef) == (5120, 2e-4, 0.016)
     with pytest.raises(ZeroDivisionError):
-        run("train", "--algorithm", "trl2020", "--gamma", 0.5)
-    config = seen[3]
-    assert (config.minibatch_size, config.gamma, config.lr, config.steps) == (1, 0.5, 2e-4, 5120)
-    assert config.entropy_coef == 0 and config.score_position == "last_column"
+        run("train", "--algorithm", "grpo", "--gamma", 0.5)
+    config = seen[3]  # the method, at the scale of these weights
+    assert (config.advantages, config.group_size, config.gamma, config.lr) == ("grpo", 8, 0.5, 2e-4)
+    with pytest.raises(ZeroDivisionError):
+        run("train", "--algorithm", "trl2020")
+    assert seen[5] == PPOConfig.preset("trl2020")
 
 
 @pytest.mark.filterwarnings("default")
@@ -135,9 +137,9 @@ def test_english_prompts_and_the_starter_weights(run, monkeypatch):
 
 def test_the_judge_s_settings_are_flags(tiny):
     judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "rubric": "r", "high": 4.0}
-    arguments = {"policy": str(tiny / "policy"), "reward": "judge", "judge": judge}
-    assert training._ppo_config("ppo", arguments, {}).score_scale == 0.25
-    assert training._ppo_config("ppo", arguments, {"score_scale": 2.0}).score_scale == 2.0
+    arguments = {"policy": str(tiny / "policy"), "reward": "judge", "judge": judge, "algorithm": "ppo"}
+    assert training._ppo_config(arguments, {}).score_scale == 0.25
+    assert training._ppo_config(arguments, {"score_scale": 2.0}).score_scale == 2.0
     pytest.importorskip("openai")
     found = training._reward(arguments, "cpu")
     assert found.config.high == 4.0 and found.config.rubric == "r"

@@ -90,7 +90,8 @@ def model(tmp_path):
 
 
 SENT = {"README.md", "config.json", "model.safetensors", "model.safetensors.index.json",
-        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "value_head.safetensors", "vocab.txt"}  # fmt: skip
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+        "value_head.safetensors", "vocab.txt"}  # fmt: skip
 
 
 def test_the_model_s_files_go_with_their_card_and_nothing_else(hub, model, capsys):

@@ -449,3 +449,13 @@ def test_what_a_reward_reports_is_among_the_statistics():
 
     stats = trainer.train(PROMPTS, judge)[-1]
     assert stats["reward/asked"] == 4 and stats["judge/cost"] == 0.25 and stats["time/reward"] > 0
+
+
+def test_a_rollout_and_its_trainer_have_short_reprs():
+    trainer = make_trainer()
+    rollout = trainer.collect(["酒店<b>", *PROMPTS[1:]], lambda texts: [0.5] * len(texts))
+    assert repr(rollout) == "Rollout(4 responses of up to 5 tokens, mean score 0.500)"
+    page = rollout._repr_html_()
+    assert page.count("<tr>") == 5 and "酒店&lt;b&gt;" in page and "0.500" in page
+    assert repr(trainer) == "PPOTrainer(step 0 of 2, GPT2, gae, fp32 on cpu)"
+    assert repr(trainer.tokenizer) == f"Tokenizer(WordPiece, {len(VOCAB)} tokens, pad '[PAD]', end '[SEP]')"
