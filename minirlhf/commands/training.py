@@ -54,7 +54,7 @@ LOGGERS = optional(
     "--loggers",
     metavar="NAME",
     nargs="+",
-    help="of the curves: jsonl, the default, tensorboard, wandb, swanlab, trackio",
+    help="of the curves: jsonl (default), tensorboard, wandb, swanlab, trackio",
 )
 HELD_OUT = optional("--held-out", metavar="FILE", help="to measure on; default: a tenth of the others")
 
