@@ -31,6 +31,7 @@ _NAMES = {
     "prompts": "prompt_data prompt_file dataset dataset_name train_files query_dataset",
     "texts": "dataset dataset_name train_file train_files train_dataset demonstrations",
     "rankings": "dataset dataset_name train_file train_files train_dataset preferences preference_dataset",
+    "pairs": "dataset dataset_name train_file train_files train_dataset preferences preference_dataset rankings",
     "output": "output_dir save_path run_dir default_local_dir run",
     "algorithm": "algo advantage_estimator adv_estimator method recipe preset",
     "epochs": "num_train_epochs max_epochs total_epochs num_epochs",

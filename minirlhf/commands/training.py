@@ -31,6 +31,8 @@ from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.log import CONFIG_FILE
 from minirlhf.runs.loggers import check_loggers
 from minirlhf.runs.run import Run
+from minirlhf.supervised.dpo import DPOTrainer
+from minirlhf.supervised.dpo_config import DPOConfig
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.chat import ChatPrompt
@@ -268,10 +270,59 @@ def _go_on_with_reward_model(run: Run[RewardModelTrainer], arguments: Mapping[st
 
 def _rankings(arguments: Mapping[str, Any]) -> tuple[list[Ranking], list[Ranking]]:
     """Those to train on, and those held out."""
-    rankings = read_rankings(arguments["rankings"], arguments["encoding"])
+    rankings = read_rankings(arguments["pairs" if "pairs" in arguments else "rankings"], arguments["encoding"])
     if arguments["held_out"] is None:
         return split_rankings(rankings, by="answers")
     return rankings, read_rankings(arguments["held_out"], arguments["encoding"])
+
+
+DPO = (
+    optional("--policy", metavar="FOLDER", help="the decoder to tune, and the reference; default: the starter's"),
+    optional("--pairs", metavar="FILE", help="pairs or ranked answers, .jsonl or .tsv"),
+    HELD_OUT,
+    ENCODING,
+    LOGGERS,
+    OUTPUT,
+    CONFIG,
+)
+DPO_SETTINGS = (Settings(DPOConfig),)
+
+
+@command(*DPO, flags=flags(DPO_SETTINGS))
+def dpo(args: argparse.Namespace) -> None:
+    """Tune a language model on preferred and rejected answers, without a reward model."""
+    given = settings_of(args, DPO, DPO_SETTINGS)
+    arguments = _stage_arguments(given, "pairs", "policy")
+    config, output, data = DPOConfig(**DPO_SETTINGS[0].of(given)), _new_output(given, "dpo"), _rankings(arguments)
+    warn_of_language([text for ranking in data[0] for text in ranking.texts], arguments["policy"])
+    policy, tokenizer = load_decoder(arguments["policy"]), Tokenizer.from_pretrained(arguments["policy"])
+    trainer = DPOTrainer(policy, None if config.reference_free else arguments["policy"], tokenizer, config)
+    for pairs in data:
+        trainer.check_pairs(pairs)
+    started = {COMMAND: "dpo", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}
+    _go_on_with_dpo(Run.start(output, trainer, started, loggers=_loggers(given)), arguments, data)
+
+
+def _go_on_with_dpo(run: Run[DPOTrainer], arguments: Mapping[str, Any], data: Any = None) -> None:
+    trainer, (pairs, held_out) = run.trainer, data or _rankings(arguments)
+
+    def measure() -> dict[str, float]:
+        figures = trainer.evaluate(held_out)
+        told = ", ".join(f"{name.split('/')[-1]} {value:.3f}" for name, value in figures.items())
+        show(f"step {trainer.steps_done}: held-out {told}")
+        return {f"held_out/{name}": value for name, value in figures.items()}
+
+    with run:
+        if trainer.steps_done == 0:
+            run.log(measure())
+        trainer.train(pairs, lambda batch, stats: run.record(batch, {**stats, **(measure() if run.due else {})}))
+        name = "held_out/rewards/accuracies"
+        measured = [line[name] for line in run.history() if name in line]
+        summary = {"held-out accuracy": {"before": measured[0], "after": measured[-1]}}
+        trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "DPO", **summary})
+        trainer.tokenizer.save_pretrained(run.folder / "policy")
+        write_json(run.folder / "summary.json", summary)
+    show(f"saved in {run.folder}")
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -281,6 +332,7 @@ GOES_ON: dict[str, tuple[Callable[..., None], Callable[[Mapping[str, Any]], Any]
     "train": (_go_on_with_ppo, None),
     "sft": (_go_on_with_sft, _demonstrations),
     "reward-model": (_go_on_with_reward_model, _rankings),
+    "dpo": (_go_on_with_dpo, None),
 }
 
 
@@ -302,13 +354,13 @@ def resume(args: argparse.Namespace) -> None:
         go_on(Run.resume(args.run, data=data[0]), arguments, data)
 
 
-def _stage_arguments(given: Mapping[str, Any], data: str) -> dict[str, Any]:
-    """The arguments of a stage before PPO. Raises ValueError without data."""
+def _stage_arguments(given: Mapping[str, Any], data: str, model: str = "model") -> dict[str, Any]:
+    """The arguments of a training on a file of data. Raises ValueError without it."""
     if data not in given:
         raise ValueError(f"give --{data} FILE, or {data} in the file of --config")
     held_out = given.get("held_out")
     return {
-        "model": _place(given.get("model") or starter().policy),
+        model: _place(given.get(model) or starter().policy),
         data: _place(given[data]),
         "held_out": None if held_out is None else _place(held_out),
         "encoding": given.get("encoding", "utf-8"),

@@ -55,13 +55,8 @@ def prepare(
     with_values: whether the policy needs a value head; without, it gets none.
     Raises ValueError for models or a tokenizer that do not fit each other or the config.
     """
-    if not hasattr(tokenizer, "encode_prompt"):
-        advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
-        raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
-    source = None
-    if isinstance(ref_policy, (str, os.PathLike)):
-        source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
-        ref_policy = load_decoder(ref_policy)
+    require_tokenizer(tokenizer)
+    reference, source = load_reference(ref_policy)
     if with_values and isinstance(policy, ActorCritic) and policy.value_head is None:
         advice = "pass the plain decoder, policy.decoder, to get a new one, or choose advantages without values"
         raise ValueError(f"advantages={config.advantages!r} needs a value head, and the policy has none: {advice}")
@@ -71,14 +66,9 @@ def prepare(
         own = actor.value_head.kind
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
-    reference, positions = language_model(ref_policy), actor.decoder.n_positions
-    actor.decoder.fit_vocabulary(len(tokenizer), "policy")
+    check_pair(actor.decoder, reference, len(tokenizer))
+    positions = actor.decoder.n_positions
     actor.decoder.tokenizer = tokenizer  # for `policy.generate`
-    reference.fit_vocabulary(len(tokenizer), "reference")
-    if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
-        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
-    if reference.n_positions < positions:
-        raise ValueError(f"the reference has {reference.n_positions} positions, fewer than the policy's {positions}")
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
     validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
     device = resolve_device(config.device)
@@ -100,3 +90,29 @@ def prepare(
     batch_size = 128 if device.type == "cpu" else 1024
     models = Models(actor, reference, tokenizer, Precision(choice.name, device, actor), graphed, batch_size)
     return models, config, choice, source
+
+
+def require_tokenizer(tokenizer: object) -> None:
+    """Raise ValueError for a tokenizer of another library."""
+    if not hasattr(tokenizer, "encode_prompt"):
+        advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
+        raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
+
+
+def load_reference(ref_policy: ActorCritic | Decoder | str | os.PathLike[str]) -> tuple[Decoder, str | None]:
+    """The decoder of a reference, and the folder or name that it was loaded from; None for a model that was given."""
+    if not isinstance(ref_policy, (str, os.PathLike)):
+        return language_model(ref_policy), None
+    source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
+    return load_decoder(ref_policy), source
+
+
+def check_pair(policy: Decoder, reference: Decoder, n_tokens: int) -> None:
+    """Fit policy and reference to a vocabulary of `n_tokens`. Raises ValueError if they do not fit it or each other."""
+    policy.fit_vocabulary(n_tokens, "policy")
+    reference.fit_vocabulary(n_tokens, "reference")
+    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
+    if reference.n_positions < policy.n_positions:
+        positions = f"{reference.n_positions} positions, fewer than the policy's {policy.n_positions}"
+        raise ValueError(f"the reference has {positions}")

@@ -11,7 +11,7 @@ import pytest
 from minirlhf import PPOConfig
 from minirlhf.commands.fields import CONFIG, Settings, descriptions, flags, settings_of
 from minirlhf.commands.table import COMMANDS, argument
-from minirlhf.commands.training import RewardTrainingConfig, SFTConfig
+from minirlhf.commands.training import DPOConfig, RewardTrainingConfig, SFTConfig
 from minirlhf.rewards.judge import ChatJudgeConfig
 
 
@@ -153,7 +153,7 @@ def test_without_pyyaml_the_extra_is_named_and_json_works(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("command", "config", "prefix"), [
     ("train", PPOConfig, ""), ("train", ChatJudgeConfig, "judge-"), ("sft", SFTConfig, ""),
-    ("reward-model", RewardTrainingConfig, ""),
+    ("reward-model", RewardTrainingConfig, ""), ("dpo", DPOConfig, ""),
 ])  # fmt: skip
 def test_every_field_is_a_flag_and_every_default_passes_through(command, config, prefix):
     parser, given = argparse.ArgumentParser(), []

@@ -226,3 +226,26 @@ def test_a_reward_model_learns_and_is_normalised(run, tiny, tmp_path):
     assert run("resume", "rm")[0] == 0
     code, out, err = run("push", "rm", "alice/rm", "--dry-run")
     assert code == 0 and "rm/reward to alice/rm:" in out
+
+
+def test_dpo_learns_and_resumes(run, tiny, tmp_path, monkeypatch):
+    lines = (json.dumps({"prompt": "酒店", "chosen": f"很好{i}", "rejected": f"太差{i}"}) for i in range(60))
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    common = ["dpo", "--policy", tiny / "policy", "--pairs", "p.jsonl", "--max-length", 16, "--tokens-per-batch", 512,
+              "--batch-size", 16, "--epochs", 1, "--lr", 1e-2, "--device", "cpu", "--save-freq", 1]  # fmt: skip
+    code, _, err = run(*common, "--output", "whole")
+    assert code == 0, err
+    assert json.loads((tmp_path / "whole/summary.json").read_text())["held-out accuracy"]["after"] == 1.0
+    record = Run.record
+
+    def failing(self, *args):
+        if self.trainer.steps_done == 2:
+            raise OSError("disk full")
+        return record(self, *args)
+
+    monkeypatch.setattr(Run, "record", failing)
+    assert run(*common, "--output", "half")[0] == 1
+    monkeypatch.setattr(Run, "record", record)
+    code, _, err = run("resume", "half")
+    assert code == 0, err
+    assert_equal(weights("half/policy"), weights("whole/policy"))
