@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from minirlhf.rl.trainer import PPOTrainer
 
 
-READING = (
-    "A token with a positive advantage did better than expected: PPO makes it likelier, so after the step its ratio is "
-    "above 1, and below 1 where the advantage is negative.\nThe reward of a token is its KL penalty, of the last one "
-    "also the score; where clipped says yes, the ratio has left its range, and this batch moves the token no further."
-)
+READING = """\
+A token with a positive advantage did better than expected: PPO makes it likelier, so after the step its ratio is above
+1, and below 1 where the advantage is negative. Its reward is the KL penalty, at the last token also the score; where
+clipped says yes, the ratio has left its range, and this batch moves the token no further."""  # two sentences
 COLUMNS = ("token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "value", "returns", "advantage", "ratio",
            "clipped")  # fmt: skip
 

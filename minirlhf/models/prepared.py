@@ -67,8 +67,8 @@ def prepare(
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
     check_pair(actor.decoder, reference, len(tokenizer))
-    positions = actor.decoder.n_positions
     actor.decoder.tokenizer = tokenizer  # for `policy.generate`
+    positions = actor.decoder.n_positions
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
     validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
     device = resolve_device(config.device)

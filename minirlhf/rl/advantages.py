@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf.common.masked import masked_mean, whiten, whitening_scale
 from minirlhf.rl.groups import flat_groups
-from minirlhf.rl.masked import masked_mean, whiten, whitening_scale
 
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig

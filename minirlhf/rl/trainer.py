@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from minirlhf.common.masked import masked_sum
 from minirlhf.common.progress import AfterSteps, OnStep
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.random import undone_on_error
@@ -33,7 +34,6 @@ from minirlhf.rl.groups import collect_groups_with_spread
 from minirlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.losses import clipped, log_ratio, policy_loss, token_weights, value_loss
-from minirlhf.rl.masked import masked_sum
 from minirlhf.rl.rollout import Rollout, collect_rollout, evaluation, rollout_from_tokens
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
@@ -88,10 +88,8 @@ class PPOTrainer:
         self.interrupted = False  # True inside `step`, where the state is inconsistent and must not be saved
 
     def __repr__(self) -> str:
-        c, kind = self.config, type(self.policy.decoder).__name__
-        return (
-            f"PPOTrainer(step {self.iteration} of {c.iterations}, {kind}, {c.advantages}, {c.precision}, {self.device})"
-        )
+        done, of = f"step {self.iteration} of {self.config.iterations}", type(self.policy.decoder).__name__
+        return f"PPOTrainer({done}, {of}, {self.config.advantages}, {self.config.precision}, {self.device})"
 
     # ---- the algorithm ----------------------------------------------------------------------------------------------
 

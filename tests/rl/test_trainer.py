@@ -457,5 +457,5 @@ def test_a_rollout_and_its_trainer_have_short_reprs():
     assert repr(rollout) == "Rollout(4 responses of up to 5 tokens, mean score 0.500)"
     page = rollout._repr_html_()
     assert page.count("<tr>") == 5 and "酒店&lt;b&gt;" in page and "0.500" in page
-    assert repr(trainer) == "PPOTrainer(step 0 of 2, GPT2, gae, fp32 on cpu)"
+    assert repr(trainer) == "PPOTrainer(step 0 of 2, GPT2, gae, fp32, cpu)"
     assert repr(trainer.tokenizer) == f"Tokenizer(WordPiece, {len(VOCAB)} tokens, pad '[PAD]', end '[SEP]')"
