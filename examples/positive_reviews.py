@@ -4,6 +4,7 @@
     python examples/positive_reviews.py --algorithm rloo      # or another of docs/algorithms.md
     python examples/positive_reviews.py --recipe original --policy GPT2_FOLDER --reward BERT_FOLDER
     python examples/positive_reviews.py --resume runs/NAME    # continue a run that was stopped
+    torchrun --nproc-per-node 8 examples/positive_reviews.py  # or several GPUs, or processes: docs/processes.md
 
 Every run leaves metrics.jsonl, samples.jsonl, config.json, reward_curve.png, before_after.md, summary.json and the
 folders checkpoints/, policy/ and reference/ under --output. It may be killed at any moment, and resumed.

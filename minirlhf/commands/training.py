@@ -17,6 +17,7 @@ from minirlhf.commands.fields import CONFIG, Settings, flags, settings_of
 from minirlhf.commands.table import Argument, argument, command
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
+from minirlhf.device.processes import agreed, restarted
 from minirlhf.evaluation.results import save_results
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.starter import Starter, starter, warn_of_language
@@ -204,9 +205,10 @@ def _go_on_with_sft(run: Run[SFTTrainer], arguments: Mapping[str, Any], data: An
         trainer.train(lambda batch, stats: run.record(batch, {**stats, **(measure() if run.due else {})}))
         measured = [line["perplexity/token"] for line in run.history() if "perplexity/token" in line]
         summary = {"perplexity a token": {"before": measured[0], "after": measured[-1]}}
-        trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "SFT", **summary})
-        trainer.tokenizer.save_pretrained(run.folder / "policy")
-        write_json(run.folder / "summary.json", summary)
+        if trainer.processes.first:
+            trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "SFT", **summary})
+            trainer.tokenizer.save_pretrained(run.folder / "policy")
+            write_json(run.folder / "summary.json", summary)
     show(f"saved in {run.folder}")
 
 
@@ -263,8 +265,9 @@ def _go_on_with_reward_model(run: Run[RewardModelTrainer], arguments: Mapping[st
         trainer.model.normalise([text for ranking in rankings for text in ranking.texts])
         measured = [line["held_out/accuracy"] for line in run.history() if "held_out/accuracy" in line]
         summary = {"held-out accuracy": {"before": measured[0], "after": measured[-1]}}
-        trainer.model.save_pretrained(run.folder / "reward", summary={"algorithm": "reward model", **summary})
-        write_json(run.folder / "summary.json", summary)
+        if trainer.processes.first:
+            trainer.model.save_pretrained(run.folder / "reward", summary={"algorithm": "reward model", **summary})
+            write_json(run.folder / "summary.json", summary)
     show(f"saved in {run.folder}")
 
 
@@ -319,9 +322,10 @@ def _go_on_with_dpo(run: Run[DPOTrainer], arguments: Mapping[str, Any], data: An
         name = "held_out/rewards/accuracies"
         measured = [line[name] for line in run.history() if name in line]
         summary = {"held-out accuracy": {"before": measured[0], "after": measured[-1]}}
-        trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "DPO", **summary})
-        trainer.tokenizer.save_pretrained(run.folder / "policy")
-        write_json(run.folder / "summary.json", summary)
+        if trainer.processes.first:
+            trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "DPO", **summary})
+            trainer.tokenizer.save_pretrained(run.folder / "policy")
+            write_json(run.folder / "summary.json", summary)
     show(f"saved in {run.folder}")
 
 
@@ -370,7 +374,9 @@ def _stage_arguments(given: Mapping[str, Any], data: str, model: str = "model") 
 def _new_output(given: Mapping[str, Any], kind: str) -> Path:
     """The folder of a new run. Raises, before anything is loaded, if another run is in it."""
     output = Path(given.get("output") or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
-    Run.check_new(output)
+    with agreed("the output folder"):  # all processes have looked before the first one writes
+        if not restarted():
+            Run.check_new(output)
     check_loggers(_loggers(given))
     return output
 

@@ -36,6 +36,8 @@ def save_results(
             kl_coef=trainer.kl_controller.coef, seed=config.seed,
         )  # fmt: skip
         found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config=settings).given
+        if not trainer.processes.first:
+            return ""
         figures = {**found.summary(), "optimum": found.optimum}
         summary |= figures
         if importlib.util.find_spec("matplotlib") is None:
@@ -49,6 +51,8 @@ def save_results(
         atomic_write(output / "before_after.md", table.encode())
         lines = [f"{name:28} {value:.3f}" for name, value in found.summary().items()]
         told = [table, *lines, str(found.optimum), *told]
+    if not trainer.processes.first:
+        return ""
     trainer.policy.save_pretrained(output / POLICY, summary=summary)
     trainer.reference.save_pretrained(output / REFERENCE)
     for name in (POLICY, REFERENCE):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from minirlhf.io.files import read_json
-from minirlhf.io.hub import is_name, needed_files
+from minirlhf.io.hub import NAME, needed_files
 
 CARD = "README.md"
 # Files beside those that a model is loaded from: its card, PPO's value head, and the index that says whose that is not.
@@ -35,7 +35,7 @@ def push(folder: str | os.PathLike[str], name: str, private: bool = False) -> st
     Raises ValueError for a bad name or folder before any request, OSError that says what to do if the hub refuses or
     cannot be reached, ImportError without huggingface_hub.
     """
-    if "/" not in name or not is_name(name):
+    if "/" not in name or not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a repository: owner/model, such as alice/gpt2-hotel-reviews")
     files = files_to_push(folder)
     try:

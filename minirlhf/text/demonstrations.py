@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirlhf.io.files import StrPath
 from minirlhf.text.chat import ASSISTANT, Message, check_messages
 from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
 
@@ -53,7 +53,7 @@ class Conversation:
             raise ValueError("no message is the assistant's, with something in it: there is nothing to learn")
 
 
-def read_demonstrations(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Demonstration | Conversation]:
+def read_demonstrations(path: StrPath, encoding: str = "utf-8") -> list[Demonstration | Conversation]:
     """Read a file of texts (`.txt`, `.jsonl`), pairs or chats (`.jsonl`); empty lines are skipped.
 
     encoding: of the file; a byte-order mark and both kinds of line ends are accepted.
