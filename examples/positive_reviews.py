@@ -12,6 +12,7 @@ folders checkpoints/, policy/ and reference/ under --output. It may be killed at
 
 import argparse
 import dataclasses
+import math
 import random
 import sys
 
@@ -25,10 +26,13 @@ from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.evaluation.results import save_results
-from minirlhf.rl.presets import METHODS, PRESETS, STARTER_RUN
+from minirlhf.rl.presets import METHODS as PUBLISHED
+from minirlhf.rl.presets import PRESETS, STARTER_RUN
 from minirlhf.runs.run import Run
 from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
+# PPO with a value head, and with the other responses to a prompt in its place: docs/optimum.md compares them.
+METHODS = {"ppo": {}, "rloo_to_go": dict(advantages="rloo_to_go")} | {name: PRESETS[name] for name in PUBLISHED}
 FIELDS = dict(steps=int, batch_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int, device=str,
               precision=str, value_head=str)  # fmt: skip
 
@@ -81,17 +85,19 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
-    parser.add_argument("--algorithm", choices=["ppo", *METHODS], default="ppo", help="docs/algorithms.md has them")
+    parser.add_argument("--algorithm", choices=METHODS, help="default: rloo_to_go; docs/algorithms.md compares them")
     args = parse(parser)
     if not args.resume:
         args.prompts = prompt_pool(args.prompts, args.policy, args.reward)
     given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
-    if args.recipe == "original" and args.algorithm != "ppo":
-        raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
     if args.recipe == "original":
+        if args.algorithm not in (None, "ppo"):
+            raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
         return args, PPOConfig.preset("original", **given)
-    method = {} if args.algorithm == "ppo" else PRESETS[args.algorithm]
-    return args, PPOConfig(**{**method, "ppo_epochs": 4, **STARTER_RUN, **given})  # as many updates as PPO has
+    method = METHODS[args.algorithm or "rloo_to_go"]
+    if method == METHODS["rloo_to_go"]:
+        method = method | dict(group_size=math.gcd(16, given.get("batch_size", 128)))
+    return args, PPOConfig(**{**method, **STARTER_RUN, **given})
 
 
 if __name__ == "__main__":

@@ -114,11 +114,11 @@ def test_without_arguments_it_is_the_default_run_on_the_starter_weights(run, mon
     with pytest.raises(ZeroDivisionError):
         run("train")
     own, config = starter_module.starter(), seen[1]
-    assert seen[0] == own.policy and (config.steps, config.lr, config.entropy_coef) == (5120, 2e-4, 0.016)
+    assert seen[0] == own.policy and (config.steps, config.lr, config.advantages) == (10240, 1.2e-4, "rloo_to_go")
     with pytest.raises(ZeroDivisionError):
         run("train", "--algorithm", "grpo", "--gamma", 0.5)
     config = seen[3]  # the method, at the scale of these weights
-    assert (config.advantages, config.group_size, config.gamma, config.lr) == ("grpo", 8, 0.5, 2e-4)
+    assert (config.advantages, config.group_size, config.gamma, config.lr) == ("grpo", 8, 0.5, 1.2e-4)
     with pytest.raises(ZeroDivisionError):
         run("train", "--algorithm", "trl2020")
     assert seen[5] == PPOConfig.preset("trl2020")
@@ -147,7 +147,7 @@ def test_the_judge_s_settings_are_flags(tiny):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--policy", "POLICY"], r"--policy .* needs --reward and --prompts: .* starter weights, which are Chinese"),
-    (["--algorithm", "ppp"], r"algorithm must be one of ppo, original, .*, got 'ppp'"),
+    (["--algorithm", "ppp"], r"algorithm must be one of ppo, rloo_to_go, original, .*, got 'ppp'"),
     (["--lr", "-1"], r"PPOConfig.lr must be a finite number above 0, got -1.0"),
     (["--reward", "nowhere"], r"nowhere.* does not exist"),
     (["--reward", "no_such_module:f"], r"reward no_such_module:f: there is no module 'no_such_module'"),
