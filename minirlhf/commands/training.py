@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ from minirlhf.text.prompts import read_pool
 from minirlhf.text.tokenizer import Tokenizer
 
 JUDGE = "judge"
+TO_GO = "rloo_to_go"  # the algorithm of the default run on the starter weights
 COMMAND, ARGUMENTS = "command", "arguments"  # in a run's config.json
 
 
@@ -69,7 +71,7 @@ TRAIN = (
     optional("--reward", metavar="REWARD", help="folder, module:function, or judge, for an OpenAI-compatible endpoint "
              "(--judge-...); default: the starter's"),
     optional("--positive-label", metavar="NAME", help="of a classifier; default: as its labels say"),
-    optional("--algorithm", metavar="NAME", help=f"ppo, the default, or the settings of {', '.join(PRESETS)}"),
+    optional("--algorithm", metavar="NAME", help=f"ppo ({TO_GO} with the starter weights), {', '.join(PRESETS)}"),
     optional("--evaluation", action=argparse.BooleanOptionalAction,
              help="compare policy and reference at the end; default: yes, unless the reward is a judge"),
     ENCODING,
@@ -139,7 +141,7 @@ def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: 
 
 def _ppo_config(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> PPOConfig:
     """The settings of an algorithm, with those that suit the starter weights or a judge, and then the user's own."""
-    algorithm, known = arguments["algorithm"], ("ppo", *PRESETS)
+    algorithm, known = arguments["algorithm"], ("ppo", TO_GO, *PRESETS)
     if algorithm not in known:
         raise ValueError(f"algorithm must be one of {', '.join(known)}, got {algorithm!r}")
     suited: dict[str, Any] = {}
@@ -149,7 +151,9 @@ def _ppo_config(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> P
         low, high = (arguments["judge"].get(name, getattr(ChatJudgeConfig, name)) for name in ("low", "high"))
         suited["score_scale"] = 1 / (high - low) if high > low else 1.0
     settings: Any = {**suited, **overrides}
-    return PPOConfig.with_overrides(None, **settings) if algorithm == "ppo" else PPOConfig.preset(algorithm, **settings)
+    return (
+        PPOConfig.preset(algorithm, **settings) if algorithm in PRESETS else PPOConfig.with_overrides(None, **settings)
+    )
 
 
 def _reward(arguments: Mapping[str, Any], device: str) -> RewardFunction:

@@ -19,16 +19,17 @@ POLICY, REFERENCE, SUMMARY_FILE = "policy", "reference", "summary.json"
 
 
 def save_results(
-    run: Run[PPOTrainer], pool: Sequence[str], reward: RewardFunction | None, algorithm: str = "ppo"
+    run: Run[PPOTrainer], pool: Sequence[str], reward: RewardFunction | None, algorithm: str | None = None
 ) -> str:
     """Compare policy and reference, and write the results into the run's folder. Returns what is worth reading.
 
     Leaves policy/ and reference/, and unless `reward` is None, which saves its cost, summary.json, before_after.md and
     reward_curve.png; the picture only where matplotlib is installed.
-    pool: the prompts of the run. algorithm: its name, for the model card.
+    pool: the prompts of the run. algorithm: its name, for the model card; None: as the config says.
     """
     trainer, config, output = run.trainer, run.trainer.config, run.folder
-    summary: dict[str, Any] = {"algorithm": algorithm.upper(), "episodes": config.steps}
+    name = algorithm or ("ppo" if config.advantages == "gae" else config.advantages)
+    summary: dict[str, Any] = {"algorithm": name.upper(), "episodes": config.steps}
     told = [f"saved in {output}"]
     if reward is not None:
         settings = EvaluationConfig(
