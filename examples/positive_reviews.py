@@ -66,7 +66,7 @@ def main() -> None:
                 bar.write(f"step {iteration + 1}: mean reward {stats['reward/mean']:.3f}")
                 bar.write("\n".join(f"    {score:.2f}  {printable(text)}" for text, score in samples))
         # 5. Compare policy and reference, and leave models, summary, samples and curves in the folder.
-        show(save_results(run, pool, reward, args.algorithm))
+        show(save_results(run, pool, reward, config.advantages))
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +43,6 @@ from minirlhf.text.prompts import read_pool
 from minirlhf.text.tokenizer import Tokenizer
 
 JUDGE = "judge"
-TO_GO = "rloo_to_go"  # the algorithm of the default run on the starter weights
 COMMAND, ARGUMENTS = "command", "arguments"  # in a run's config.json
 
 
@@ -71,7 +69,7 @@ TRAIN = (
     optional("--reward", metavar="REWARD", help="folder, module:function, or judge, for an OpenAI-compatible endpoint "
              "(--judge-...); default: the starter's"),
     optional("--positive-label", metavar="NAME", help="of a classifier; default: as its labels say"),
-    optional("--algorithm", metavar="NAME", help=f"ppo ({TO_GO} with the starter weights), {', '.join(PRESETS)}"),
+    optional("--algorithm", metavar="NAME", help=f"ppo ({DEFAULT_METHOD} with the starter weights), {', '.join(PRESETS)}"),
     optional("--evaluation", action=argparse.BooleanOptionalAction,
              help="compare policy and reference at the end; default: yes, unless the reward is a judge"),
     ENCODING,
@@ -141,7 +139,7 @@ def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: 
 
 def _ppo_config(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> PPOConfig:
     """The settings of an algorithm, with those that suit the starter weights or a judge, and then the user's own."""
-    algorithm, known = arguments["algorithm"], ("ppo", TO_GO, *PRESETS)
+    algorithm, known = arguments["algorithm"], ("ppo", *PRESETS)
     if algorithm not in known:
         raise ValueError(f"algorithm must be one of {', '.join(known)}, got {algorithm!r}")
     suited: dict[str, Any] = {}
