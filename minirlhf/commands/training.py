@@ -69,7 +69,7 @@ TRAIN = (
     optional("--reward", metavar="REWARD", help="folder, module:function, or judge, for an OpenAI-compatible endpoint "
              "(--judge-...); default: the starter's"),
     optional("--positive-label", metavar="NAME", help="of a classifier; default: as its labels say"),
-    optional("--algorithm", metavar="NAME", help=f"ppo ({DEFAULT_METHOD} with the starter weights), {', '.join(PRESETS)}"),
+    optional("--algorithm", metavar="NAME", help=f"ppo, or {', '.join(PRESETS)}"),
     optional("--evaluation", action=argparse.BooleanOptionalAction,
              help="compare policy and reference at the end; default: yes, unless the reward is a judge"),
     ENCODING,

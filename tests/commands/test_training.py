@@ -147,7 +147,7 @@ def test_the_judge_s_settings_are_flags(tiny):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--policy", "POLICY"], r"--policy .* needs --reward and --prompts: .* starter weights, which are Chinese"),
-    (["--algorithm", "ppp"], r"algorithm must be one of ppo, rloo_to_go, original, .*, got 'ppp'"),
+    (["--algorithm", "ppp"], r"algorithm must be one of ppo, original, .*, got 'ppp'"),
     (["--lr", "-1"], r"PPOConfig.lr must be a finite number above 0, got -1.0"),
     (["--reward", "nowhere"], r"nowhere.* does not exist"),
     (["--reward", "no_such_module:f"], r"reward no_such_module:f: there is no module 'no_such_module'"),
