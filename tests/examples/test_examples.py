@@ -340,9 +340,10 @@ def test_explain_step_prints_a_row_a_token(tiny, call):
     assert first.startswith("mean score of the batch ")
     scores = []
     for block in (best, worst):
-        title, *how_to_read, header = block.partition("\ntoken ")[0].split("\n") + ["token"]
-        assert " ".join(how_to_read).count(".") == 2
-        header, *rows = block[block.index("token  ") :].split("\n")
+        title, *told = block.split("\n")
+        at = next(i for i, line in enumerate(told) if line.split()[0] == "token")
+        how_to_read, header, rows = " ".join(told[:at]), told[at], told[at + 1 :]
+        assert how_to_read.count(".") == 2
         assert title.startswith("prompt '房间', score ")
         scores.append(float(title.rsplit(" ", 1)[1]))
         assert header.split() == (
