@@ -118,11 +118,12 @@ PPO = dict(lam=1.0, vf_coef=0.5, cliprange_value=10.0)
 ])  # fmt: skip
 def test_a_leash_with_a_fixed_beta_ends_at_its_fixed_point(estimator, placement, beta, whitened):
     leash = dict(kl_estimator=estimator, kl_placement=placement, init_kl_coef=beta)
-    ref, learned = trained(**PPO, **leash, whiten_advantages=whitened)
+    count = 1024 if placement == "reward" else 512
+    ref, learned = trained(count=count, **PPO, **leash, whiten_advantages=whitened)
     expected = fixed_point(estimator, ref, beta)
     if placement == "loss":  # another point than the optimum
         assert 0.5 * (expected - fixed_point("k1", ref, beta)).abs().sum() > 0.04
-    compare(ref, learned, expected, 1e-3 if placement == "reward" else 0.01)
+    compare(ref, learned, expected, {"k1": 1e-3, "exact": 2e-3}.get(estimator, 0.01))
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "reinforce++"])
@@ -144,7 +145,7 @@ def with_standard_deviation(ref, beta):
 def test_a_method_with_k3_in_the_loss_ends_at_its_fixed_point(name):
     beta = 0.6 if name == "dr_grpo" else 1.5
     clips = dict(cliprange=0.2, cliprange_high=0.28) if name == "gspo" else {}
-    ref, learned = trained(**{**PRESETS[name], **clips, "init_kl_coef": beta})
+    ref, learned = trained(count=512, **{**PRESETS[name], **clips, "init_kl_coef": beta})
     plain, divided = fixed_point("k3", ref, beta), with_standard_deviation(ref, beta)
     assert 0.5 * (plain - divided).abs().sum() > 0.1
     compare(ref, learned, plain if name == "dr_grpo" else divided, 0.01)
