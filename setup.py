@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent
 
 EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
 JUDGE = ["openai>=1.60"]
+TENSORBOARD = ["tensorboard>=2.15"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
-         "scikit-learn>=1.4"]  # fmt: skip
+         "scikit-learn>=1.4", *TENSORBOARD]  # fmt: skip
 
 setup(
     name="minirlhf",
@@ -41,6 +42,10 @@ setup(
     extras_require={
         "examples": EXAMPLES,
         "judge": JUDGE,
+        "tensorboard": TENSORBOARD,
+        "wandb": ["wandb>=0.19"],
+        "swanlab": ["swanlab>=0.8"],
+        "trackio": ["trackio>=0.15"],
         "dev": [*EXAMPLES, *JUDGE, *TESTS, "ruff", "mypy"],
     },
 )

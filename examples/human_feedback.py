@@ -25,7 +25,7 @@ from minirlhf import GPT2, PPOConfig, PPOTrainer, SamplingConfig, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.rewards.human import FeedbackFile, HumanReward, ask_rounds, draw_answers
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, command_line, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, command_line, prompt_pool, run_script
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
         seed=(0, "of everything"),
         output=("runs/feedback.jsonl", "file of the answers"),
         train=(str, "folder of a PPO run whose reward you are"),
+        loggers=LOGGERS,
         batch_size=(4, "samples a step of PPO"),
         lr=(2e-4, "of PPO"),
     ).parse_args()
@@ -92,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, PPOConfig(**settings))
         trainer.check_prompts(args.prompts)
-        run = Run.start(args.train, trainer, {"arguments": vars(args)})
+        run = Run.start(args.train, trainer, {"arguments": vars(args)}, loggers=args.loggers)
     with run, FeedbackFile(run.folder / "scores.jsonl") as file, Keyboard() as keyboard:
         trainer = run.trainer
 

@@ -12,6 +12,7 @@ folders checkpoints/, policy/ and reference/ under --output. It may be killed at
 
 import argparse
 import dataclasses
+import math
 import random
 import sys
 
@@ -27,13 +28,18 @@ from minirlhf.common.text import printable
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write, write_json
-from minirlhf.rl.presets import METHODS, PRESETS
+from minirlhf.io.files import atomic_write, read_jsonl, write_json
+from minirlhf.rl.presets import METHODS as PUBLISHED
+from minirlhf.rl.presets import PRESETS
+from minirlhf.runs.log import SAMPLES_FILE
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
-# A penalty that lets the reward reach .9, and a bonus that keeps the samples varied.
-DEFAULT = dict(**STARTER, steps=5120, init_kl_coef=0.15, entropy_coef=0.016)
+# One pass over each batch and a step size that falls to 0: what noise moves costs KL and buys no reward.
+STEADY = dict(minibatch_size=32, forward_batch_size=32, steps=10240, ppo_epochs=1, lr=1.2e-4, lr_schedule="linear",
+              cliprange=0.3, init_kl_coef=0.11)  # fmt: skip
+# PPO with a value head, and with the other responses to a prompt in its place: docs/optimum.md compares them.
+METHODS = {"ppo": {}, "rloo_to_go": dict(advantages="rloo_to_go")} | {name: PRESETS[name] for name in PUBLISHED}
 FIELDS = dict(steps=int, batch_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int, device=str,
               precision=str, value_head=str)  # fmt: skip
 
@@ -47,7 +53,9 @@ def main() -> None:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
         trainer.check_prompts(args.prompts)
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+        run = Run.start(
+            args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
+        )
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
         show(trainer.precision_choice)
@@ -79,7 +87,9 @@ def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
     found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
     if not trainer.processes.first:
         return
-    plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
+    samples = read_jsonl(output / SAMPLES_FILE)
+    target = config.target if config.adaptive_kl else None
+    plot_run(run.history(), output / "reward_curve.png", target, found.frontier, samples)
     summary = {**found.summary(), "optimum": found.optimum}
     about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}
     trainer.policy.save_pretrained(output / "policy", summary=about)
@@ -102,20 +112,23 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         prompts=(PROMPTS, "texts, or one file, .txt or .jsonl"),
         **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},
         output=(new_folder(), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
-    parser.add_argument("--algorithm", choices=["ppo", *METHODS], default="ppo", help="docs/algorithms.md has them")
+    parser.add_argument("--algorithm", choices=METHODS, help="default: rloo_to_go; docs/algorithms.md compares them")
     args = parse(parser)
     if not args.resume:
         args.prompts = prompt_pool(args.prompts)
     given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
-    if args.recipe == "original" and args.algorithm != "ppo":
-        raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
     if args.recipe == "original":
+        if args.algorithm not in (None, "ppo"):
+            raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
         return args, PPOConfig.preset("original", **given)
-    method = {} if args.algorithm == "ppo" else PRESETS[args.algorithm]
-    return args, PPOConfig(**{**method, "ppo_epochs": 4, **DEFAULT, **given})  # as many updates as PPO has
+    method = METHODS[args.algorithm or "rloo_to_go"]
+    if method == METHODS["rloo_to_go"]:
+        method = method | dict(group_size=math.gcd(16, given.get("batch_size", 128)))
+    return args, PPOConfig(**{**method, **STEADY, **given})
 
 
 if __name__ == "__main__":

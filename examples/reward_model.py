@@ -21,7 +21,7 @@ from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.text.preferences import Ranking, read_rankings, split_rankings
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
 def main() -> None:
@@ -49,7 +49,8 @@ def main() -> None:
         reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
         limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
         settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
-        run = Run.start(output / "stage2", RewardModelTrainer(reward, train, settings), {"arguments": vars(args)})
+        of_reward = RewardModelTrainer(reward, train, settings)
+        run = Run.start(output / "stage2", of_reward, {"arguments": vars(args)}, loggers=args.loggers)
     show(f"{output}: {len(train)} rankings, {len(held_out)} held out")
     with run:
         history = train_reward_model(run, held_out)
@@ -66,7 +67,7 @@ def main() -> None:
     if (output / "stage3" / "config.json").exists():
         run = Run.resume(output / "stage3")
     else:
-        run = Run.start(output / "stage3", trainer, {"arguments": vars(args)})
+        run = Run.start(output / "stage3", trainer, {"arguments": vars(args)}, loggers=args.loggers)
     trainer = run.trainer
 
     def on_step(rollout, stats) -> None:
@@ -146,6 +147,7 @@ def read_arguments() -> argparse.Namespace:
         seed=(0, "of everything"),
         prompts=(PROMPTS, "texts to continue"),
         output=(new_folder("reward-"), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, stage2/ or stage3/ of --output, with its own settings"),
     )
     args = parse(parser)

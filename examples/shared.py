@@ -21,6 +21,7 @@ POLICY = str(WEIGHTS / "gpt2-chinese-reviews-small")
 REWARD = str(WEIGHTS / "bert-chinese-reviews-sentiment-small")
 SECOND_SCORER = str(WEIGHTS / "ngrams-chinese-reviews-sentiment")
 PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
+LOGGERS = (["jsonl"], "of the curves: jsonl, tensorboard, wandb, swanlab, trackio")  # the option --loggers
 # The starter GPT-2 is 25 times smaller than the original one, and takes larger steps.
 STARTER = dict(lr=2e-4, minibatch_size=32, forward_batch_size=32)
 

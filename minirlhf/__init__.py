@@ -6,14 +6,14 @@ from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.explanation import explain
 from minirlhf.evaluation.optimum import Optimum, optimum
 from minirlhf.generation.generate import Generation, generate
-from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig, sample_top_p
-from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.models.loading import load_decoder
+from minirlhf.models.prepared import Models
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rewards.sentiment import SentimentReward

@@ -19,11 +19,12 @@ from minirlhf.evaluation.doctor import doctor as examination
 from minirlhf.evaluation.doctor.setup import FAIL
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
 from minirlhf.evaluation.report import report
+from minirlhf.evaluation.report_texts import LANGUAGES
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.scorers import load_scorer
-from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE
+from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE
 from minirlhf.text.prompts import read_prompts
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -73,16 +74,18 @@ def doctor(args: argparse.Namespace) -> int:
     SEED,
     EOS,
     argument("--output", metavar="FOLDER", help=f"leave {EVALUATION_FILE} and {REPORT_FILE} there"),
+    argument("--language", choices=LANGUAGES, default="en", help=f"of {REPORT_FILE}; default %(default)s"),
     DEVICE,
     AS_JSON,
 )
 def evaluate(args: argparse.Namespace) -> None:
     """Compare a policy with its reference, and look for reward hacking."""
     where, output = resolve_device(args.device), None if args.output is None else _free(Path(args.output))
-    started, history = {}, []
+    started, history, samples = {}, [], []
     if args.run is not None:
         run = Path(args.run)
         started, history = read_json(run / CONFIG_FILE), read_jsonl(run / METRICS_FILE)
+        samples = read_jsonl(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
         args.policy, args.reference = args.policy or str(run / "policy"), args.reference or str(run / "reference")
     if args.policy is None or args.reference is None:
         raise ValueError("give --run, or --policy and --reference")
@@ -112,7 +115,8 @@ def evaluate(args: argparse.Namespace) -> None:
              "second scorer": args.second_scorer}  # fmt: skip
     if output is not None:
         title = f"Evaluation of {Path(args.run or args.policy).resolve().name}"
-        page = report(found, title, about, history, ppo.get("target") if ppo.get("adaptive_kl") else None)
+        target = ppo.get("target") if ppo.get("adaptive_kl") else None
+        page = report(found, title, about, history, target, samples, args.language)
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / EVALUATION_FILE, {**about, **found.as_dict()})
         atomic_write(output / REPORT_FILE, page.encode("utf-8"))

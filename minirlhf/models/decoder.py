@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minirlhf.generation.generate import TextGenerator
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import write_folder
 from minirlhf.models.cache import KVCache
 
 
-class Decoder(nn.Module):
+class Decoder(TextGenerator, nn.Module):
     """A causal language model: `model(ids, attention_mask=None) -> logits (B, T, V)`."""
 
     origin: Origin | None = None  # what it was loaded from
@@ -87,6 +88,15 @@ class Decoder(nn.Module):
         """
 
     # ---- what follows from it ---------------------------------------------------------------------------------------
+
+    @property
+    def language_model(self) -> Decoder:
+        """Itself."""
+        return self
+
+    def loaded_from(self, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+        """Remember the folder and the content of its `config.json`."""
+        self.folder, self.origin = folder, Origin.of(folder, config)
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.common import validation
 from minirlhf.io.files import naming
-from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed
 from minirlhf.models.cache import KVCache, StaticKVCache
 from minirlhf.models.decoder import Decoder
@@ -272,7 +271,7 @@ class GPT2(Decoder):
         fill(model, named, folder)
         if head is not None and not torch.equal(model.wte.weight, head.float()):
             raise ValueError(f"{folder}: lm_head.weight differs from wte.weight, but tie_word_embeddings is not false")
-        model.origin = Origin.of(folder, content)
+        model.loaded_from(folder, content)
         return model.eval()
 
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:

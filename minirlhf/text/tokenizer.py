@@ -58,6 +58,10 @@ class Tokenizer:
                 else:
                     atomic_write(staged / name, content.encode("utf-8"))
 
+    def __repr__(self) -> str:
+        ends = f"pad {self.vocab[self.pad_id]!r}, end {self.vocab[self.eos_id]!r}"
+        return f"Tokenizer({type(self.model).__name__}, {len(self)} tokens, {ends})"
+
     def __len__(self) -> int:
         return len(self.vocab)
 

@@ -120,7 +120,7 @@ def test_groups_that_would_be_cut_are_refused(sizes):
 
 
 @pytest.mark.parametrize("settings", [
-    *(dict(advantages=name) for name in ("rloo", "grpo", "dr_grpo")), dict(drop_flat_groups=3),
+    *(dict(advantages=name) for name in ("rloo", "rloo_to_go", "grpo", "dr_grpo")), dict(drop_flat_groups=3),
 ])  # fmt: skip
 def test_a_method_that_compares_responses_needs_two_of_each_prompt(settings):
     with pytest.raises(ValueError, match=r"group_size must be at least 2 for advantages=.*, got 1"):
