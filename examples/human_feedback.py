@@ -46,7 +46,7 @@ def main() -> None:
         batch_size=(4, "samples a step of PPO"),
         lr=(2e-4, "of PPO"),
     ).parse_args()
-    args.prompts = prompt_pool(args.prompts, args.encoding)
+    args.prompts = prompt_pool(args.prompts, args.policy, encoding=args.encoding)
     try:
         train(args) if args.train else collect(args)
     except KeyboardInterrupt:

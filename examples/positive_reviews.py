@@ -12,7 +12,6 @@ folders checkpoints/, policy/ and reference/ under --output. It may be killed at
 
 import argparse
 import dataclasses
-import math
 import random
 import sys
 
@@ -25,23 +24,13 @@ except ImportError:
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
-from minirlhf.evaluation.findings import before_after_table
-from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write, read_jsonl, write_json
-from minirlhf.rl.presets import METHODS as PUBLISHED
-from minirlhf.rl.presets import PRESETS
-from minirlhf.runs.log import SAMPLES_FILE
+from minirlhf.evaluation.results import save_results
+from minirlhf.rl.presets import DEFAULT_METHOD, METHODS, PRESETS, STARTER_RUN
 from minirlhf.runs.run import Run
 from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
-# One pass over each batch and a step size that falls to 0: what noise moves costs KL and buys no reward.
-STEADY = dict(minibatch_size=32, forward_batch_size=32, steps=10240, ppo_epochs=1, lr=1.2e-4, lr_schedule="linear",
-              cliprange=0.3, init_kl_coef=0.11)  # fmt: skip
-# PPO with a value head, and with the other responses to a prompt in its place: docs/optimum.md compares them.
-METHODS = {"ppo": {}, "rloo_to_go": dict(advantages="rloo_to_go")} | {name: PRESETS[name] for name in PUBLISHED}
-FIELDS = dict(steps=int, batch_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int, device=str,
-              precision=str, value_head=str)  # fmt: skip
+FIELDS = dict(steps=int, batch_size=int, group_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int,
+              device=str, precision=str, value_head=str)  # fmt: skip
 
 
 def main() -> None:
@@ -52,19 +41,20 @@ def main() -> None:
     else:
         policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
-        trainer.check_prompts(args.prompts)
+        trainer.check_prompts(args.prompts)  # before the folder is made
         run = Run.start(
             args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
         )
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
+        pool = trainer.check_prompts(args.prompts)
         show(trainer.precision_choice)
         show(f"reward: {reward.meaning}")
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:
             # 1. Draw prompts from the pool. The draw depends on seed and iteration alone, so a resumed run repeats it.
             count = config.batch_size // config.group_size
-            prompts = random.Random(f"{config.seed} {iteration}").choices(args.prompts, k=count)
+            prompts = random.Random(f"{config.seed} {iteration}").choices(pool, k=count)
             # 2. Sample a continuation of each, and score the whole text: reward = P(positive).
             rollout = trainer.collect(prompts, reward)
             # 3. PPO, or another method: several epochs over the batch, held near the reference by the KL penalty.
@@ -75,33 +65,8 @@ def main() -> None:
             if samples:
                 bar.write(f"step {iteration + 1}: mean reward {stats['reward/mean']:.3f}")
                 bar.write("\n".join(f"    {score:.2f}  {printable(text)}" for text, score in samples))
-        report(run, args, reward)
-
-
-def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
-    trainer, config, output = run.trainer, run.trainer.config, run.folder
-    settings = EvaluationConfig(
-        gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
-        kl_coef=trainer.kl_controller.coef, seed=config.seed,
-    )  # fmt: skip
-    found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
-    if not trainer.processes.first:
-        return
-    samples = read_jsonl(output / SAMPLES_FILE)
-    target = config.target if config.adaptive_kl else None
-    plot_run(run.history(), output / "reward_curve.png", target, found.frontier, samples)
-    summary = {**found.summary(), "optimum": found.optimum}
-    about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}
-    trainer.policy.save_pretrained(output / "policy", summary=about)
-    trainer.reference.save_pretrained(output / "reference")
-    for name in ("policy", "reference"):
-        trainer.tokenizer.save_pretrained(output / name)
-    write_json(output / "summary.json", summary)
-    table = before_after_table(found.pairs)
-    atomic_write(output / "before_after.md", table.encode())
-    show(table)
-    show("\n".join(f"{name:28} {value:.3f}" for name, value in found.summary().items()))
-    show(f"{found.optimum}\nsaved in {output}")
+        # 5. Compare policy and reference, and leave models, summary, samples and curves in the folder.
+        show(save_results(run, pool, reward, config.advantages))
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
@@ -116,19 +81,17 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
-    parser.add_argument("--algorithm", choices=METHODS, help="default: rloo_to_go; docs/algorithms.md compares them")
+    parser.add_argument("--algorithm", choices=["ppo", *METHODS], help="default: rloo_to_go; see docs/algorithms.md")
     args = parse(parser)
     if not args.resume:
-        args.prompts = prompt_pool(args.prompts)
+        args.prompts = prompt_pool(args.prompts, args.policy, args.reward)
     given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
     if args.recipe == "original":
         if args.algorithm not in (None, "ppo"):
             raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
         return args, PPOConfig.preset("original", **given)
-    method = METHODS[args.algorithm or "rloo_to_go"]
-    if method == METHODS["rloo_to_go"]:
-        method = method | dict(group_size=math.gcd(16, given.get("batch_size", 128)))
-    return args, PPOConfig(**{**method, **STEADY, **given})
+    method = PRESETS.get(args.algorithm or DEFAULT_METHOD, {})
+    return args, PPOConfig(**{**method, **STARTER_RUN, **given})
 
 
 if __name__ == "__main__":

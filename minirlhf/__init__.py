@@ -7,6 +7,7 @@ from minirlhf.evaluation.explanation import explain
 from minirlhf.evaluation.optimum import Optimum, optimum
 from minirlhf.generation.generate import Generation, generate
 from minirlhf.generation.sampling import SamplingConfig, sample_top_p
+from minirlhf.io.starter import Starter, starter
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
@@ -53,6 +54,7 @@ __all__ = [
     "Run",
     "SamplingConfig",
     "SentimentReward",
+    "Starter",
     "Tokenizer",
     "ValueHead",
     "best_of_n",
@@ -64,4 +66,5 @@ __all__ = [
     "load_decoder",
     "optimum",
     "sample_top_p",
+    "starter",
 ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ from minirlhf.evaluation.report import report
 from minirlhf.evaluation.report_texts import LANGUAGES
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
+from minirlhf.io.starter import warn_of_language
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE
-from minirlhf.text.prompts import read_prompts
+from minirlhf.text.prompts import as_prompts, read_pool
 from minirlhf.text.tokenizer import Tokenizer
 
 EVALUATION_FILE, REPORT_FILE = "evaluation.json", "report.html"
@@ -49,6 +48,8 @@ def doctor(args: argparse.Namespace) -> int:
     """Examine a PPO run before it starts; the exit code is 1 if a check failed."""
     names = ("precision", "batch_size", "gen_len", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.prompts is not None:
+        warn_of_language(args.prompts, args.policy, args.reward)
     findings = examination.doctor(
         args.policy, args.reference, reward=args.reward, prompts=args.prompts, positive_label=args.positive_label,
         canaries=args.canaries, **given,
@@ -91,15 +92,17 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError("give --run, or --policy and --reference")
     ppo, arguments = (x if isinstance(x := started.get(key), dict) else {} for key in ("ppo", "arguments"))
     prompts = args.prompts or arguments.get("prompts")
-    if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)):
+    if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, (str, list)) for prompt in prompts)):
         raise ValueError("give --prompts, or a --run whose config.json has them under arguments")
-    prompts = _pool(prompts, args.encoding)
-    held_out = None if args.held_out_prompts is None else _pool(args.held_out_prompts, args.encoding)
+    pools = [prompts, *([] if args.held_out_prompts is None else [args.held_out_prompts])]
+    pools = [read_pool(pool, args.encoding) for pool in pools]
     drawn = {name: ppo.get(name, default) for name, default in SAMPLING.items()}
     drawn |= {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
     sampling = SamplingConfig(drawn["temperature"], drawn["top_k"], drawn["top_p"])  # before anything is loaded
 
     tokenizer = Tokenizer.from_pretrained(args.policy)
+    prompts, *held_out = [as_prompts(pool, tokenizer) for pool in pools]
+    warn_of_language(prompts, args.policy, args.reward, args.second_scorer)
     if args.eos:
         drawn["eos_token_id"] = tokenizer.eos_id
     config = EvaluationConfig(
@@ -108,7 +111,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )  # fmt: skip
     found = evaluation.evaluate(
         load_decoder(args.policy).to(where), load_decoder(args.reference).to(where), tokenizer,
-        prompts, load_scorer(args.reward, args.device), held_out,
+        prompts, load_scorer(args.reward, args.device), held_out[0] if held_out else None,
         None if args.second_scorer is None else load_scorer(args.second_scorer, args.device), config,
     )  # fmt: skip
     about = {"policy": args.policy, "reference": args.reference, "reward": args.reward,
@@ -128,13 +131,6 @@ def evaluate(args: argparse.Namespace) -> None:
         other = [f"{name} {ppo.get(name, 'unknown')}" for name in SAMPLING if ppo.get(name, "unknown") != drawn[name]]
         line += f"; unlike the run, which had {', '.join(other)}" if other else "; as the run was"
     show("\n".join([line, *found.lines()]))
-
-
-def _pool(prompts: Sequence[str], encoding: str) -> list[str]:
-    """The prompts; of a single one that names a file, those in it."""
-    if len(prompts) == 1 and (os.path.isfile(prompts[0]) or prompts[0].endswith((".txt", ".jsonl"))):
-        return read_prompts(prompts[0], encoding)
-    return list(prompts)
 
 
 def _free(output: Path) -> Path:

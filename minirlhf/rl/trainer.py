@@ -39,7 +39,7 @@ from minirlhf.rl.rollout import Rollout, collect_rollout, evaluation, rollout_fr
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
-from minirlhf.text.prompts import as_prompts, require_room
+from minirlhf.text.prompts import Prompt, as_prompts, require_room
 from minirlhf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class PPOTrainer:
 
     def train(
         self,
-        prompts: Iterable[str] | os.PathLike[str],
+        prompts: Iterable[Prompt] | os.PathLike[str],
         reward_fn: RewardFunction,
         on_step: OnStep | Sequence[OnStep] | None = None,
         *,
@@ -265,7 +265,7 @@ class PPOTrainer:
     ) -> list[Stats]:
         """Run `config.steps` episodes: draw a batch of prompts from the pool, sample, score, step, and again.
 
-        prompts: the pool, drawn from with replacement: any collection of texts, or a file (see `text.prompts`).
+        prompts: the pool, drawn from with replacement: a collection of texts or chats, or a file (see `text.prompts`).
         on_step, evaluate_every, save_best, stop_when, progress: see `AfterSteps`, and `evaluation`; `Run.record` is an
             `on_step`.
         Returns the statistics of each step, and its number as "step", as in metrics.jsonl. Raises ValueError for an
@@ -286,9 +286,9 @@ class PPOTrainer:
                     break
         return history
 
-    def check_prompts(self, prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
+    def check_prompts(self, prompts: Iterable[Prompt] | os.PathLike[str]) -> list[str]:
         """The pool as a list. Raises ValueError as `as_prompts`, and for a prompt without room for `gen_len` tokens."""
-        pool = as_prompts(prompts)
+        pool = as_prompts(prompts, self.tokenizer)
         require_room(pool, self.tokenizer, self.policy.decoder.n_positions, self.config.gen_len)
         return pool
 

@@ -51,6 +51,7 @@ from minirlhf.runs.loggers import LOGGERS_FILE, Loggers, check_loggers, choose_l
 CHECKPOINTS, BEST = "checkpoints", "best"
 KEPT = 2  # newest checkpoints that stay, besides the best
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
+TAKEN = "{} exists and is not empty; choose another folder, or resume the run in it"
 SHOWN = 5  # samples of a rollout that are logged at a save
 Trainer = TypeVar("Trainer", bound=Trainable)
 
@@ -134,19 +135,16 @@ class Run(Generic[Trainer]):
                 return trainer
 
             return cls._go_on(folder, restored, keep_last)
-        taken = FileExistsError(f"{folder} exists and is not empty; choose another folder, or resume the run in it")
         with contextlib.ExitStack() as undo:
             with agreed("the folder of the run"):
                 if group.first:
-                    if folder.exists() and not _is_unused(folder):
-                        FolderLock.check(folder)  # "in use" says better what is wrong
-                        raise taken
+                    cls.check_new(folder)
                     folder.mkdir(parents=True, exist_ok=True)
                     flush_folder(folder.parent)
                     lock = FolderLock(folder)
                     undo.callback(lock.release)
                     if not _is_unused(folder):  # another process was quicker, and has ended since
-                        raise taken
+                        raise FileExistsError(TAKEN.format(folder))
                     remove_partial(folder, folder / CHECKPOINTS)
             _check_shared(folder)
             with agreed("the first checkpoint"):
@@ -234,6 +232,14 @@ class Run(Generic[Trainer]):
             run = cls(folder, trainer, log, lock, rewards, keep_last)
             undo.pop_all()
         return run
+
+    @staticmethod
+    def check_new(folder: str | os.PathLike[str]) -> None:
+        """Raise what `start` raises for a folder that holds something, before anything else is done."""
+        folder = Path(folder)
+        if folder.exists() and not _is_unused(folder):
+            FolderLock.check(folder)  # "in use" says better what is wrong
+            raise FileExistsError(TAKEN.format(folder))
 
     @property
     def due(self) -> bool:

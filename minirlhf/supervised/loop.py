@@ -39,18 +39,18 @@ class FitConfig:
 
     PRECISIONS: ClassVar[tuple[str, ...]] = PRECISIONS  # without "auto", which needs to know the model's outputs
 
-    epochs: int = 3
+    epochs: int = 3  # passes over the data
     max_length: int = 128  # tokens a text, special tokens included; longer texts are cut at the end
     tokens_per_batch: int = 4096  # of one forward pass, padding included
     lr: float = 5e-4  # peak learning rate
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # of the learning rate: constant, linear or cosine
     warmup: float = 0.05  # share of all steps
     lr_floor: float = 0.02  # factor on lr at the end
     weight_decay: float = 0.1  # on matrices only
-    betas: tuple[float, float] = (0.9, 0.98)
-    max_grad_norm: float = 1.0
-    precision: str = "fp32"
-    device: str = "auto"
+    betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    precision: str = "fp32"  # of the forward passes
+    device: str = "auto"  # auto, cpu or cuda[:index]
     seed: int = 0  # of shuffling, masking and dropout
     save_freq: int = 100  # optimizer steps between two checkpoints of a run
 

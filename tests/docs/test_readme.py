@@ -131,8 +131,10 @@ def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
 
 
 def test_the_commands_of_the_command_line_are_understood():
-    commands = [line.split("-m minirlhf ")[1] for page in PAGES for line in read(page).splitlines()
-                if re.match(r"(?: {4})?[\w./= ]*python -m minirlhf [a-z]", line)]  # fmt: skip
+    lines = [line for page in PAGES for block in blocks(read(page), "sh") for line in block.splitlines()]
+    lines += [line[4:] for page in PAGES for line in read(page).splitlines() if line.startswith("    ")]
+    found = [re.match(r"(?:[A-Z_]+=\S+ )?minirlhf ([a-z].*)", line) for line in lines]
+    commands = [match[1] for match in found if match]
     parsed = {build_parser().parse_args(shlex.split(command)).command for command in commands}
     assert parsed == COMMANDS.keys()
 

@@ -39,7 +39,8 @@ PROMISED_KEYS = {
     "time/update", "time/tokens_per_second",
 }  # fmt: skip
 ITERATIONS, BATCH = 5, 4
-SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--gen-len", "5", "--save-freq", "2"]
+SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--group-size", "2", "--gen-len", "5",
+         "--save-freq", "2"]  # fmt: skip
 
 
 def models(tiny):

@@ -150,7 +150,7 @@ def test_a_method_s_preset_stays_that_method(name, field, value):
 
 def test_the_preset_of_a_method_with_groups_of_one_is_refused():
     compared = [name for name in METHODS if "group_size" in PRESETS[name]]
-    assert compared == ["rloo", "grpo", "dr_grpo", "dapo", "gspo"]
+    assert compared == ["rloo", "rloo_to_go", "grpo", "dr_grpo", "dapo", "gspo"]
     for name in compared:
         with pytest.raises(ValueError, match="group_size must be at least 2"):
             PPOConfig.preset(name, group_size=1)
