@@ -17,7 +17,8 @@ SHOWN = {"reward/mean": "reward", "objective/kl": "KL"}  # what the bar says; of
 class AfterSteps:
     """A function to call after each step with its batch and statistics; it returns whether the training ends.
 
-    trainer: has `steps_done` and `steps_total`, and for `save_best` a method `save_pretrained(folder)`.
+    trainer: has `steps_done`, `steps_total` and `processes`, of which the first one shows the bar and writes, and all
+        end together; for `save_best` a method `save_pretrained(folder)`.
     on_step: a function or several, each called with batch and statistics; the training ends if one returns True.
     progress: show a bar with reward, KL (or the loss) and the time left, if tqdm is installed.
     evaluate_every: steps between two that are `evaluation_due`. save_best: a folder for the model whose reward was the
@@ -48,7 +49,7 @@ class AfterSteps:
         if self.folder is not None and trainer.steps_done > 0 and (self.folder / BEST_FILE).is_file():
             self.best = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))["reward"]
         self.bar: Any = None
-        if progress:
+        if progress and trainer.processes.first:
             try:
                 from tqdm.auto import tqdm
             except ImportError:
@@ -79,6 +80,8 @@ class AfterSteps:
             self.best = value
             self.trainer.save_pretrained(self.folder)
             content = {"step": self.trainer.steps_done, "reward": value}
-            (self.folder / BEST_FILE).write_text(json.dumps(content), encoding="utf-8")
+            if self.trainer.processes.first:
+                (self.folder / BEST_FILE).write_text(json.dumps(content), encoding="utf-8")
         ended = [function(batch, stats) is True for function in self.functions]  # each of them, whatever others say
-        return any(ended) or (self.stop_when is not None and bool(self.stop_when(stats)))
+        ends = any(ended) or (self.stop_when is not None and bool(self.stop_when(stats)))
+        return any(self.trainer.processes.gather("whether the training ends", ends))

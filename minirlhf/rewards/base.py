@@ -192,12 +192,14 @@ def score_rows(
     """`reward_with_metrics` within `seconds`, for the rows of this process, of `count` in all (see `Processes.share`).
 
     A reward whose attribute `scope` is "batch" (a person, a paid judge, a state) is asked by the first process only,
-    for the rows of all. Raises as `reward_with_metrics` and `within`; an error of one process is raised by all.
+    for the rows of all. Metrics are means over the rows of all processes. Raises as `reward_with_metrics` and `within`;
+    an error of one process is raised by all.
     """
     group, arguments = processes(), (prompts, responses, *(() if tokens is None else (tokens,)))
     if not group.on or scope_of(reward) == "rows":
         with agreed("the reward"):
-            return within(seconds, reward_with_metrics, reward, *arguments)
+            own = within(seconds, reward_with_metrics, reward, *arguments)
+        return Scored(own.scores, _mean_metrics(group.gather("metrics", (len(prompts), own.metrics))))
     parts = group.gather("texts", arguments)
     with agreed("the reward"):
         whole = [[x for part in column for x in part][:count] for column in zip(*parts, strict=True)]
@@ -205,6 +207,15 @@ def score_rows(
     scored: Scored = group.broadcast("scores", scores)  # type: ignore[assignment]
     before = 0 if len(prompts) == count else sum(len(part[0]) for part in parts[: group.rank])
     return Scored(scored.scores[before : before + len(prompts)], scored.metrics)
+
+
+def _mean_metrics(parts: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The mean of each metric over the rows of the parts that have it."""
+    if len(parts) == 1:
+        return parts[0][1]
+    names = dict.fromkeys(name for _, metrics in parts for name in metrics)
+    having = {name: [(rows, metrics[name]) for rows, metrics in parts if name in metrics] for name in names}
+    return {name: sum(rows * x for rows, x in found) / sum(rows for rows, _ in found) for name, found in having.items()}
 
 
 def score_all(

@@ -329,10 +329,9 @@ class Run(Generic[Trainer]):
         self._saving = False
 
     def _write(self) -> None:
-        if self._log is None:
-            return
-        record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
-        save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
+        if self._log is not None:
+            record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
+            save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
         self._saved = self._recorded
         self._rotate()
 

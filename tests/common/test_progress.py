@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from minirlhf.common.progress import AfterSteps
+from minirlhf.device.processes import Processes
 
 
 class Counter:
     """A trainer that only counts; a saved model is a file with the number of its step."""
 
     def __init__(self, total=5):
-        self.steps_done, self.steps_total = 0, total
+        self.steps_done, self.steps_total, self.processes = 0, total, Processes()
 
     def save_pretrained(self, folder):
         folder.mkdir(exist_ok=True)
@@ -77,7 +78,7 @@ def test_the_bar_has_reward_kl_and_the_time_left(monkeypatch, capsys):
             ends(None, {"reward/mean": 0.5, "objective/kl": 1.25, "ppo/loss/total": 3.0})
     bar = capsys.readouterr().err
     assert "reward 0.500, KL 1.250" in bar and "5/5" in bar and "00:00<00:00" in bar and "loss" not in bar
-    with AfterSteps(SimpleNamespace(steps_done=3, steps_total=4)) as ends:
+    with AfterSteps(SimpleNamespace(steps_done=3, steps_total=4, processes=Processes())) as ends:
         ends(None, {"sft/progress": 1.0, "sft/loss": 2.5})
     bar = capsys.readouterr().err
     assert "4/4" in bar and "loss 2.500" in bar

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from lives import process, script, wait_for
+from ranks import together
 
 from conftest import VOCAB
 from folders import content, snapshot
@@ -79,6 +80,17 @@ def runs(tiny, tmp_path_factory):
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_leave_the_run_of_one(tiny, runs, tmp_path):
+    """The same metrics and files, and each line of output once."""
+    arguments = [*models(tiny), "--output", tmp_path / "run", *SMALL, "--seed", "3"]
+    assert together(2, script, tmp_path / "output", tmp_path / "run", "", 0, SCRIPT, *arguments) == [None, None]
+    for line, expected in zip(figures(tmp_path / "run"), figures(runs("plain")), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert snapshot(tmp_path / "run").keys() == snapshot(runs("plain")).keys()
+    assert (tmp_path / "output").read_text(encoding="utf-8").count("saved in ") == 1
 
 
 def test_metrics_have_a_line_an_iteration_with_the_promised_keys(runs):

@@ -94,6 +94,11 @@ def reward(texts):
     return [len(set(text)) / 8 for text in texts]
 
 
+def reporting(texts):
+    """With a metric, which is the mean over the rows of all processes."""
+    return reward(texts), {"length": sum(map(len, texts)) / len(texts)}
+
+
 def coarse(texts):
     """Mostly equal in a group, so that few groups are drawn again, fewer than there are processes."""
     return [float(len(set(text)) > 5) for text in texts]
@@ -200,7 +205,7 @@ CASES = {
     "PPO": ppo,
     "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
     "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
-    "uneven": lambda: ppo(batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
+    "uneven": lambda: ppo(reporting, batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
     "exact KL": lambda: ppo(whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
     "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
     "a reward that counts": counted,
