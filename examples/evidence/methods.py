@@ -29,14 +29,20 @@ from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SentimentReward, 
 from minirlhf.common.printing import show
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.rl.presets import METHODS as PRESET_METHODS
-from minirlhf.rl.presets import PRESETS
-from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, STARTER, command_line, run_script
+from minirlhf.rl.presets import PRESETS, STARTER_RUN
+from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, command_line, run_script
 
 BATCH = 128  # samples an iteration
-# One budget for all: samples, passes over them, optimizer steps, learning rate. The rest is each method's own.
-COMMON: dict[str, Any] = dict(**STARTER, batch_size=BATCH, ppo_epochs=4, adaptive_kl=False, device="cpu")
+# One budget for all: samples, passes over them, optimizer steps, learning rates. The rest is each method's own.
+OF_THE_DEFAULT_RUN = ("lr", "lr_schedule", "ppo_epochs", "minibatch_size", "forward_batch_size")
+BUDGET: dict[str, Any] = {name: value for name, value in STARTER_RUN.items() if name in OF_THE_DEFAULT_RUN}
+COMMON: dict[str, Any] = dict(**BUDGET, batch_size=BATCH, adaptive_kl=False, device="cpu")
 # The paper's clip range of the sequence ratio, 3e-4, is for responses of thousands of tokens, not of 16.
-OWN: dict[str, dict[str, Any]] = {"ppo": {}, "gspo": dict(cliprange=0.03, cliprange_high=0.04)}
+OWN: dict[str, dict[str, Any]] = {
+    "ppo": dict(cliprange=0.3),
+    "rloo_to_go": dict(cliprange=0.3),
+    "gspo": dict(cliprange=0.03, cliprange_high=0.04),
+}
 PAIRS_OF = 4  # DPO: the best and the worst of so many responses to a prompt
 ONLINE_BATCHES = 4  # online DPO: iterations whose samples make a round
 GOAL, GOAL_KL = 0.9, 3.0  # reward, and nats, whose time is asked
@@ -50,7 +56,7 @@ def main() -> None:
         methods=([*METHODS], "which"),
         seeds=([0, 1, 2], "of each method at each coefficient"),
         kl_coefs=([0.05, 0.15, 0.4], "strengths of the KL penalty"),
-        iterations=(40, f"batches of {BATCH} samples"),
+        iterations=(80, f"batches of {BATCH} samples"),
         samples=(1024, "of each evaluation, in each distribution"),
         reference_samples=(16384, "of the reference, for best-of-n and the optimum"),
         threads=(2, "of PyTorch"),
@@ -124,8 +130,8 @@ def by_dpo(task: Task, name: str, coef: float, seed: int, iterations: int) -> tu
             answers = [rollout.tokens[i, -R:][rollout.response_mask[i]].tolist() for i in (best, worst)]
             if answers[0] != answers[1]:
                 pairs.append(TokenPair(prompt.tolist(), *answers))
-        sizes = dict(batch_size=STARTER["minibatch_size"] // PAIRS_OF * 2, epochs=COMMON["ppo_epochs"])
-        trainer = DPOTrainer(policy, task.reference, task.tokenizer, beta=coef, lr=STARTER["lr"], seed=seed, **sizes)
+        sizes = dict(batch_size=BUDGET["minibatch_size"] // PAIRS_OF * 2, epochs=COMMON["ppo_epochs"])
+        trainer = DPOTrainer(policy, task.reference, task.tokenizer, beta=coef, lr=BUDGET["lr"], seed=seed, **sizes)
         trainer.train(pairs)
     return policy.eval(), history
 

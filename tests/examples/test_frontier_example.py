@@ -1,4 +1,4 @@
-"""examples/frontier.py, run as a user runs it, on models of a few kilobytes."""
+"""examples/evidence/frontier.py, run as a user runs it, on models of a few kilobytes."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from folders import snapshot
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "frontier.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "evidence" / "frontier.py"
 
 
 def options(tiny):

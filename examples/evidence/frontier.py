@@ -1,7 +1,7 @@
 """Sweep the KL coefficient of PPO, and draw what it buys against best-of-n: the reward-KL frontier (Gao et al. 2022).
 
-    python examples/frontier.py                                   # minutes on two CPU cores
-    python examples/frontier.py --kl-coefs 0.05 0.2 --steps 5120 --output runs/frontier
+    python examples/evidence/frontier.py                                   # minutes on two CPU cores
+    python examples/evidence/frontier.py --kl-coefs 0.05 0.2 --steps 5120 --output runs/frontier
 
 Each coefficient is a short PPO run of its own from the same weights, with the coefficient held fixed, and is then
 evaluated on fresh samples: reward, KL, and a second scorer that no run has seen. Best-of-n of the untuned model needs
@@ -11,6 +11,8 @@ no training; what it reaches at the same KL is in the table. Leaves frontier.png
 import argparse
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 try:
     import matplotlib  # noqa: F401  (for the pictures at the end: fail now, not then)
