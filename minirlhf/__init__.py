@@ -14,6 +14,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.models.loading import load_decoder
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rewards.sentiment import SentimentReward
@@ -39,6 +40,7 @@ __all__ = [
     "GPT2Config",
     "Generation",
     "GraphedDecoder",
+    "LoRAConfig",
     "Models",
     "NGramScorer",
     "Optimum",

@@ -19,6 +19,7 @@ from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
 from minirlhf.models.heads import ActorCritic, language_model, with_value_head
 from minirlhf.models.loading import load_decoder
+from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.probes import language_model_probe
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ class Models:
 
 def prepare(
     policy: ActorCritic | Decoder,
-    ref_policy: ActorCritic | Decoder | str | os.PathLike[str],
+    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None,
     tokenizer: Tokenizer,
     config: PPOConfig,
     with_values: bool,
@@ -57,21 +58,31 @@ def prepare(
     if not hasattr(tokenizer, "encode_prompt"):
         advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
         raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
-    source = None
+    source = language_model(policy).source if ref_policy is None else None
     if isinstance(ref_policy, (str, os.PathLike)):
-        source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
-        ref_policy = load_decoder(ref_policy)
+        source, ref_policy = os.fspath(ref_policy), load_decoder(ref_policy)
+    if source is not None and Path(source).is_dir():
+        source = os.path.abspath(source)
+    config = dataclasses.replace(config, lora=add_lora(language_model(policy), config.lora, config.seed))
     kind = (config.value_head or "linear") if with_values else None
     actor = with_value_head(policy, kind, config.value_head_init, config.seed)
     if actor.value_head is not None and config.value_head is not None:
         own = actor.value_head.kind
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
-    reference, positions = language_model(ref_policy), actor.decoder.n_positions
+    positions = actor.decoder.n_positions
     actor.decoder.fit_vocabulary(len(tokenizer), "policy")
+    if config.adapters_off:
+        validation.require(config, "reference", config.lora is not None, "own or shared for a policy without LoRA")
+        reference = base_of(actor.decoder, ref_policy)
+    elif ref_policy is None:
+        raise ValueError("ref_policy is None: only with lora and reference='adapters off' is it the policy's own base")
+    else:
+        reference = language_model(ref_policy)
+        if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+            advice = "the reference would move with the policy; load twice"
+            raise ValueError(f"policy and ref_policy share parameters: {advice}")
     reference.fit_vocabulary(len(tokenizer), "reference")
-    if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
-        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
     if reference.n_positions < positions:
         raise ValueError(f"the reference has {reference.n_positions} positions, fewer than the policy's {positions}")
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
@@ -95,3 +106,18 @@ def prepare(
     batch_size = 128 if device.type == "cpu" else 1024
     models = Models(actor, reference, tokenizer, Precision(choice.name, device, actor), graphed, batch_size)
     return models, config, choice, source
+
+
+def base_of(policy: Decoder, given: ActorCritic | Decoder | None) -> Decoder:
+    """The policy with its adapters off, which shares its memory; given: the reference that was asked for.
+
+    Raises ValueError if that is another model.
+    """
+    reference, asked = adapters_off(policy), None if given is None else dict(language_model(given).named_parameters())
+    for name, p in reference.named_parameters() if asked is not None else ():
+        if name not in asked or asked[name].shape != p.shape or not torch.equal(p, asked[name].to(p)):
+            raise ValueError(
+                f"with LoRA the reference is the policy with its adapters off, but ref_policy has another {name}: pass "
+                "None for ref_policy, or reference='own' to hold it as a second model"
+            )
+    return reference

@@ -31,6 +31,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # of peft
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Keys of a loaded config.json that do not hold of what is saved: how it was stored, by whom, and code beside it.
 NOT_KEPT = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels", "_num_labels", "auto_map"}
@@ -47,6 +48,10 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name the file.
     """
     folder = locate(folder)
+    if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{folder} holds adapters of LoRA; minirlhf.load_decoder({str(folder)!r}) loads their base too"
+        )
     return read_json(folder / CONFIG_FILE), read_weights(folder)
 
 
@@ -250,11 +255,12 @@ def write_folder(
 
     tensors: tied ones must be given once. card: also the metadata of the weights; None: no card.
     beside: further safetensors files, name -> (tensors, metadata).
-    Other files of the folder stay, also a README.md that is not ours; but shards of an older model are removed, since
-    other tools would read them. Raises OSError if the folder cannot be written; it is unchanged then.
+    Other files of the folder stay, also a README.md that is not ours; but shards of an older model, and adapters, are
+    removed, since other tools would read them. Raises OSError if the folder cannot be written; it is unchanged then.
     """
     with replaced_folder(folder) as staged:
-        for old in [*staged.glob("model-*-of-*.safetensors"), staged / INDEX_FILE]:
+        names = (INDEX_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE)
+        for old in [*staged.glob("model-*-of-*.safetensors"), *(staged / name for name in names)]:
             old.unlink(missing_ok=True)
         write_tensors(staged / WEIGHTS_FILE, tensors, card.metadata() if card else None)
         for name, (further, metadata) in (beside or {}).items():

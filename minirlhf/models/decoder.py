@@ -17,13 +17,19 @@ from torch import Tensor, nn
 
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import write_folder
+from minirlhf.models.adapter_folder import write_adapter
 from minirlhf.models.cache import KVCache
+from minirlhf.models.lora import merged
+from minirlhf.models.lora_config import LoRAConfig
 
 
 class Decoder(nn.Module):
     """A causal language model: `model(ids, attention_mask=None) -> logits (B, T, V)`."""
 
     origin: Origin | None = None  # what it was loaded from
+    source: str | None = None  # the folder or name that it was loaded from, as long as it is not trained
+    lora: LoRAConfig | None = None  # of its adapters, see `lora.add_lora`
+    base_hash = ""  # SHA-256 of its tensors before it had adapters
     # Keep no activations but those between blocks; the backward pass recomputes the rest (Chen et al. 2016).
     checkpoint_activations = False
 
@@ -33,6 +39,7 @@ class Decoder(nn.Module):
     n_positions: int  # most tokens of one sequence
     width: int  # C
     n_heads: int  # attention heads of a block
+    prefix: str  # of published names
 
     @abstractmethod
     def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
@@ -105,11 +112,19 @@ class Decoder(nn.Module):
     ) -> None:
         """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
 
+        Adapters are merged into the weights: what is written is a plain model.
         dtype: the type the weights are stored in. summary: of the training, names to JSON values.
         Raises OSError if it cannot, ValueError before writing if a weight is not finite in `dtype`.
         """
-        config, tensors = self.published(dtype)
+        config, tensors = merged(self).published(dtype)
         write_folder(folder, config, tensors, ModelCard(type(self).__name__, self.origin, summary))
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapters in peft's layout, `adapter_config.json` and `adapter_model.safetensors`, without the base.
+
+        Raises ValueError for a decoder without adapters, OSError if it cannot.
+        """
+        write_adapter(self, folder)
 
 
 def compile_blocks(*models: Decoder) -> None:

@@ -151,6 +151,8 @@ class GPT2(Decoder):
     seed: of the generator that draws the initial weights.
     """
 
+    prefix = "transformer."
+
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
         self.config, self.vocab_size, self.n_positions = config, config.vocab_size, config.n_positions
@@ -272,7 +274,7 @@ class GPT2(Decoder):
         fill(model, named, folder)
         if head is not None and not torch.equal(model.wte.weight, head.float()):
             raise ValueError(f"{folder}: lm_head.weight differs from wte.weight, but tie_word_embeddings is not false")
-        model.origin = Origin.of(folder, content)
+        model.origin, model.source = Origin.of(folder, content), os.fspath(folder)
         return model.eval()
 
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -59,6 +59,25 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
+def sizes(layer: Conv1D | nn.Linear) -> tuple[int, int]:
+    """Features that a layer takes, and those that it gives."""
+    n_out, n_in = layer.weight.shape
+    return (n_out, n_in) if isinstance(layer, Conv1D) else (n_in, n_out)
+
+
+class Widened(torch.autograd.Function):
+    """x W^T + b with W (out, in) widened to the type of x while it is needed, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient @ ctx.saved_tensors[0].to(gradient.dtype), None, None
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
 ) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
+from torch import Tensor
+
 from minirlhf.io.files import field, read_json
 from minirlhf.io.hub import locate
-from minirlhf.io.model_folder import CONFIG_FILE
+from minirlhf.io.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from minirlhf.models.adapter_folder import read_adapter
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2
 
@@ -25,6 +28,37 @@ def decoder_class(folder: str | os.PathLike[str]) -> type[GPT2]:
     return DECODERS[kind]
 
 
-def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
-    """Load a decoder's folder, in fp32 and in eval mode. Raises as `decoder_class` and its `from_pretrained`."""
-    return decoder_class(folder).from_pretrained(folder)
+def load_decoder(folder: str | os.PathLike[str], base: Decoder | str | os.PathLike[str] | None = None) -> Decoder:
+    """Load a decoder's folder, or a folder of adapters in peft's layout with their base, in fp32 and in eval mode.
+
+    base: of adapters: a decoder, which gets them in place, or a folder; None: the folder that they name.
+    Raises as `decoder_class` and its `from_pretrained`, and ValueError for adapters that do not fit the base or were
+    trained on another one, or without a base.
+    """
+    return load_with_value_head(folder, base)[0]
+
+
+def load_with_value_head(
+    folder: str | os.PathLike[str], base: Decoder | str | os.PathLike[str] | None = None
+) -> tuple[Decoder, dict[str, Tensor]]:
+    """As `load_decoder`, and the tensors of TRL's value head, `v_head.*`, if the folder has one."""
+    path = locate(folder)
+    if not (path / ADAPTER_CONFIG_FILE).is_file():
+        if base is not None:
+            raise ValueError(f"{folder} holds no adapters, so base must be None")
+        return decoder_class(folder).with_value_head(folder)
+    advice = f"pass it: load_decoder({os.fspath(folder)!r}, base=FOLDER)"
+    if base is None:
+        base = read_json(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{folder} holds adapters, and does not name their base; {advice}")
+    head: dict[str, Tensor] = {}
+    if not isinstance(base, Decoder):
+        try:
+            base, head = decoder_class(base).with_value_head(base)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} holds adapters, and their base was not found; {advice}. {error}"
+            ) from error
+    read_adapter(base, path)
+    return base, head

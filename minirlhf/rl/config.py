@@ -11,6 +11,7 @@ from minirlhf.common.suggestions import suggest
 from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.heads import VALUE_HEAD_KINDS
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rl.advantages import ADVANTAGES
 from minirlhf.rl.field_names import FIELD_NAMES
 from minirlhf.rl.presets import PRESETS, PPOOverrides
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+REFERENCES = ("own", "shared", "adapters off")
 # A KL estimator and where it is placed. The others do not pull towards the reference; docs/kl.md derives it.
 KL_PLACEMENTS = (("k1", "reward"), ("exact", "reward"), ("k2", "loss"), ("k3", "loss"))
 
@@ -84,13 +86,16 @@ class PPOConfig:
     # The value head, made for a policy that is a plain decoder
     value_head: Literal["linear", "tanh"] | None = None  # None: linear
     value_head_init: float = 0.0  # weights of that head start uniform in +- this
+    lora: LoRAConfig | None = None  # adapters that are trained in the place of the policy's weights
     # The machine
     device: str = "auto"
     precision: str = "auto"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: see `precision_choice`
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     compile: bool = False  # torch.compile of the blocks of policy and reference, which needs a C++ compiler or a GPU
     cuda_graphs: bool = False  # on a GPU, decode by replaying a CUDA graph
-    reference: Literal["own", "shared"] = "own"  # shared: the reference uses the memory of the policy's frozen layers
+    # own: a second model; shared: the same, but it uses the memory of the policy's frozen layers; adapters off: the
+    # policy itself without its adapters; None: adapters off with LoRA, else own
+    reference: Literal["own", "shared", "adapters off"] | None = None
     seed: int = 0
     reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
     # Optimizer steps in a row that may be skipped because their loss or gradient is not finite. More than the 16
@@ -99,6 +104,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         validation.plain_numbers(self)
+        object.__setattr__(self, "lora", LoRAConfig.of(self.lora))
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
         validation.require_positive_ints(self, *counts, "group_size", "max_bad_steps")
         validation.require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")
@@ -122,8 +128,9 @@ class PPOConfig:
                 validation.require_bools(self, name)
             elif get_origin(kind) is Literal:
                 validation.require_one_of(self, name, get_args(kind))
-        if self.value_head is not None:
-            validation.require_one_of(self, "value_head", VALUE_HEAD_KINDS)
+        for name, kinds in (("value_head", VALUE_HEAD_KINDS), ("reference", REFERENCES)):
+            if getattr(self, name) is not None:
+                validation.require_one_of(self, name, kinds)
         fine = self.missing_eos == "keep" or self.eos_token_id is not None
         validation.require(self, "missing_eos", fine, "keep unless eos_token_id is set")
         fits = self.batch_size % self.group_size == 0 and self.minibatch_size % self.group_size == 0
@@ -140,6 +147,11 @@ class PPOConfig:
     def sampling(self) -> SamplingConfig:
         """How tokens are drawn."""
         return SamplingConfig(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def adapters_off(self) -> bool:
+        """Whether the reference is the policy without its adapters."""
+        return self.reference == "adapters off" or (self.reference is None and self.lora is not None)
 
     @property
     def iterations(self) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from minirlhf.models.lora_config import LoRAConfig
+
 
 class PPOOverrides(TypedDict, total=False):
     """Fields of PPOConfig, which documents them."""
@@ -55,12 +57,13 @@ class PPOOverrides(TypedDict, total=False):
     logprobs_full_softmax: bool
     value_head: Literal["linear", "tanh"] | None
     value_head_init: float
+    lora: LoRAConfig | None
     device: str
     precision: str
     checkpoint_activations: bool
     compile: bool
     cuda_graphs: bool
-    reference: Literal["own", "shared"]
+    reference: Literal["own", "shared", "adapters off"] | None
     seed: int
     reward_timeout: float | None
     max_bad_steps: int

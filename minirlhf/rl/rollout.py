@@ -148,7 +148,8 @@ def collect_rollout(
             generator=generator,
             keep_sampling_sets=not c.logprobs_full_softmax,
             # In fp32 states from the decode give the same log-probabilities to 1e-5 nats; in 16 bits they do not.
-            keep_states=models.precision.name == "fp32",
+            # Without them, policy and reference take one path, and before the first step their KL is 0 to the bit.
+            keep_states=models.precision.name == "fp32" and not c.adapters_off,
             graphed=models.graphed,
         )
     pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
