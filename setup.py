@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent
 EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
 JUDGE = ["openai>=1.60"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
-         "scikit-learn>=1.4"]  # fmt: skip
+         "scikit-learn>=1.4", "peft>=0.13"]  # fmt: skip
 
 setup(
     name="minirlhf",

@@ -49,9 +49,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     """
     folder = locate(folder)
     if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
-        raise ValueError(
-            f"{folder} holds adapters of LoRA; minirlhf.load_decoder({str(folder)!r}) loads their base too"
-        )
+        raise ValueError(f"{folder} holds LoRA adapters; minirlhf.load_decoder({str(folder)!r}) loads their base too")
     return read_json(folder / CONFIG_FILE), read_weights(folder)
 
 

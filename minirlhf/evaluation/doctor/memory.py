@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minirlhf.device.precision import SIXTEEN_BITS
 from minirlhf.generation.static_decode import COLUMNS
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
-from minirlhf.models.layers import SHORT_SEQUENCE
+from minirlhf.models.layers import SHORT_SEQUENCE, sizes
+from minirlhf.models.lora import LoRALayer, matrices
 from minirlhf.rl.logprobs import LOGITS_IN_CACHE, LOGITS_PER_CHUNK
 from minirlhf.rl.trainer import PPOTrainer
 
@@ -31,23 +33,26 @@ def estimate(
 ) -> dict[str, int]:
     """Bytes by part, for B = `batch_size`, P = `prompt_length`, R = `gen_len` and F = `micro_batch`.
 
-    weights: of policy and reference, with the policy's gradients and the two moments of Adam. rollout: the record of
+    weights: of policy and reference, with gradients and two moments of Adam for what is trained. rollout: the record of
     one batch. generation, scoring, update: what each phase has alive besides; they follow each other.
 
-    With e bytes an activation (4; 2 under autocast), W bytes of weights, n(rows) = min(rows R, 2^25 / V) tokens whose
+    With e bytes an activation (4; 2 under autocast), W bytes of weights, shared ones counted once, n(rows) = min(rows R, 2^25 / V) tokens whose
     logits are alive at once (2^22 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where
     attention keeps its weights (short sequences on a CPU), else T for its mask:
 
-        weights    = 4 W_policy + W_reference
+        weights    = 4 W_trained + W_frozen + W_reference
         rollout    = B (17 T + (26 + V / 8) R)
         generation = B (2 L C T e + max(s V, P (12 C + 2 nh P) e))  key/value cache; sampling, or the prompt before it
         scoring    = 13 S T C e + 30 n(S) V
         update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
+    Where matrices are frozen, as with LoRA, the backward pass needs no inputs of those without an adapter: their widths
+    come off 16 C, and the rank of each adapter comes on; a frozen embedding has no gradient, which takes 4 C V off.
     Where a CUDA graph decodes, its cache stays: 2 B L C e for each of T columns, rounded up to a
     multiple of 64, is added to the rollout.
     With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
-    Autocast adds a copy of the policy's weights in 2 bytes to each phase.
+    Autocast adds a copy of the policy's fp32 weights in 2 bytes to each phase; without it, a matrix that is held in bf16
+    adds its copy in fp32 while it is used.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
     """
     model, T = trainer.policy.decoder, prompt_length + gen_len
@@ -58,7 +63,7 @@ def estimate(
     e = 2 if reduced else FP32
     plain = trainer.device.type == "cpu" and T <= SHORT_SEQUENCE
     attention = 2 * heads * T if plain else T
-    block = 16 * C + attention
+    block = 16 * C - untrained_inputs(trainer.policy.decoder) + attention
     kept = L * C + 2 * block if trainer.config.checkpoint_activations else (L + 1) * block
     scored_at_once = LOGITS_IN_CACHE if trainer.device.type == "cpu" else LOGITS_PER_CHUNK
     sampling = 40 if trainer.config.sampling.truncates else 14
@@ -70,14 +75,20 @@ def estimate(
     if trainer.models.graphed is not None:
         graph = batch_size * 2 * L * C * -(-(T - 1) // COLUMNS) * COLUMNS * e
     prompt = prompt_length * (12 * C + plain * 2 * heads * prompt_length)
-    weights = weight_bytes(trainer.policy)
-    copies = reduced * weights // 2
+    policy, trained = list(trainer.policy.parameters()), weight_bytes(trainer.policy, trained=True)
+    shared = {p.data_ptr() for p in policy}
+    own = sum(p.nbytes for p in trainer.reference.parameters() if p.data_ptr() not in shared)
+    embedding: Tensor = next(model.embeddings[0].parameters())
+    if reduced:
+        copies = sum(p.nbytes // 2 for p in policy if p.dtype == torch.float32)
+    else:
+        copies = max((FP32 * p.numel() for p in policy if p.dtype == torch.bfloat16), default=0)
     return {
-        "weights": 4 * weights + weight_bytes(trainer.reference),
+        "weights": 3 * trained + weight_bytes(trainer.policy) + own,
         "rollout": batch_size * (17 * T + (26 + V // 8) * gen_len) + graph,
         "generation": batch_size * (2 * L * C * T * e + max(sampling * V, prompt * e)) + copies,
         "scoring": 13 * S * T * C * e + 30 * logits(S, scored_at_once) + copies,
-        "update": F * T * kept * e + 14 * logits(F) + FP32 * C * V + copies,
+        "update": F * T * kept * e + 14 * logits(F) + embedding.requires_grad * FP32 * C * V + copies,
     }
 
 
@@ -86,9 +97,20 @@ def total(need: Mapping[str, int]) -> int:
     return need["weights"] + need["rollout"] + max(need[phase] for phase in ("generation", "scoring", "update"))
 
 
-def weight_bytes(model: ActorCritic | Decoder) -> int:
-    """Bytes of a model's parameters."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def weight_bytes(model: ActorCritic | Decoder, trained: bool = False) -> int:
+    """Bytes of a model's parameters, or of those that are trained."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad or not trained)
+
+
+def untrained_inputs(model: Decoder) -> int:
+    """Numbers a token by which a block with frozen matrices keeps less for its backward pass than one without."""
+    inside, less = {id(module) for module in model.blocks[0].modules()}, 0
+    for layer in [layer for layer in matrices(model).values() if id(layer) in inside]:
+        if isinstance(layer, LoRALayer) and layer.lora_A is not None:
+            less -= len(layer.lora_A)
+        elif not layer.weight.requires_grad:
+            less += sizes(layer)[0]
+    return less
 
 
 def available_memory(device: torch.device) -> int | None:
