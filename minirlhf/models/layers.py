@@ -49,6 +49,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Conv1D(nn.Module):
     """A linear layer that stores its weight as (in, out), as the published GPT-2 checkpoints do."""
 
+    transposed = True
+
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
@@ -59,10 +61,10 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
-def sizes(layer: Conv1D | nn.Linear) -> tuple[int, int]:
-    """Features that a layer takes, and those that it gives."""
-    n_out, n_in = layer.weight.shape
-    return (n_out, n_in) if isinstance(layer, Conv1D) else (n_in, n_out)
+def sizes(layer: Any) -> tuple[int, int]:
+    """Features that a linear layer takes, and those that it gives."""
+    rows, columns = layer.weight.shape
+    return (rows, columns) if getattr(layer, "transposed", False) else (columns, rows)
 
 
 class Widened(torch.autograd.Function):

@@ -35,7 +35,7 @@ class LoRALayer(nn.Module):
     def __init__(self, layer: Conv1D | nn.Linear):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.plain, self.transposed = type(layer).forward, isinstance(layer, Conv1D)
+        self.plain, self.transposed = type(layer).forward, getattr(layer, "transposed", False)
         self.lora_A: nn.Parameter | None = None  # (rank, in)
         self.lora_B: nn.Parameter | None = None  # (out, rank); None: no adapter
         self.scale, self.dropout = 1.0, nn.Dropout(0.0)

@@ -36,9 +36,9 @@ def estimate(
     weights: of policy and reference, with gradients and two moments of Adam for what is trained. rollout: the record of
     one batch. generation, scoring, update: what each phase has alive besides; they follow each other.
 
-    With e bytes an activation (4; 2 under autocast), W bytes of weights, shared ones counted once, n(rows) = min(rows R, 2^25 / V) tokens whose
-    logits are alive at once (2^22 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where
-    attention keeps its weights (short sequences on a CPU), else T for its mask:
+    With e bytes an activation (4; 2 under autocast), W bytes of weights (shared ones count once), n(rows) =
+    min(rows R, 2^25 / V) tokens whose logits are alive at once (2^22 in scoring on a CPU), s = 40 (14 without top-k and
+    top-p), and a = 2 nh T where attention keeps its weights (short sequences on a CPU), else T for its mask:
 
         weights    = 4 W_trained + W_frozen + W_reference
         rollout    = B (17 T + (26 + V / 8) R)
@@ -51,8 +51,8 @@ def estimate(
     Where a CUDA graph decodes, its cache stays: 2 B L C e for each of T columns, rounded up to a
     multiple of 64, is added to the rollout.
     With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
-    Autocast adds a copy of the policy's fp32 weights in 2 bytes to each phase; without it, a matrix that is held in bf16
-    adds its copy in fp32 while it is used.
+    Autocast adds a copy of the policy's fp32 weights in 2 bytes to each phase. Without it a matrix that is held in bf16
+    has a copy in fp32 while it is used, of which the largest counts.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
     """
     model, T = trainer.policy.decoder, prompt_length + gen_len
