@@ -63,30 +63,36 @@ def prepare(
         source, ref_policy = os.fspath(ref_policy), load_decoder(ref_policy)
     if source is not None and Path(source).is_dir():
         source = os.path.abspath(source)
-    config = dataclasses.replace(config, lora=add_lora(language_model(policy), config.lora, config.seed))
+    config = dataclasses.replace(config, lora=config.lora or language_model(policy).lora)
+    if with_values and isinstance(policy, ActorCritic) and policy.value_head is None:
+        advice = "pass the plain decoder, policy.decoder, to get a new one, or choose advantages without values"
+        raise ValueError(f"advantages={config.advantages!r} needs a value head, and the policy has none: {advice}")
     kind = (config.value_head or "linear") if with_values else None
     actor = with_value_head(policy, kind, config.value_head_init, config.seed)
     if actor.value_head is not None and config.value_head is not None:
         own = actor.value_head.kind
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
-    positions = actor.decoder.n_positions
+    reference, positions = None if ref_policy is None else language_model(ref_policy), actor.decoder.n_positions
     actor.decoder.fit_vocabulary(len(tokenizer), "policy")
     if config.adapters_off:
         validation.require(config, "reference", config.lora is not None, "own or shared for a policy without LoRA")
-        reference = base_of(actor.decoder, ref_policy)
-    elif ref_policy is None:
+        require_base(actor.decoder, reference)
+    elif reference is None:
         raise ValueError("ref_policy is None: only with lora and reference='adapters off' is it the policy's own base")
     else:
-        reference = language_model(ref_policy)
+        reference.fit_vocabulary(len(tokenizer), "reference")
         if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
             advice = "the reference would move with the policy; load twice"
             raise ValueError(f"policy and ref_policy share parameters: {advice}")
-    reference.fit_vocabulary(len(tokenizer), "reference")
-    if reference.n_positions < positions:
-        raise ValueError(f"the reference has {reference.n_positions} positions, fewer than the policy's {positions}")
+        if reference.n_positions < positions:
+            fewer = f"fewer than the policy's {positions}"
+            raise ValueError(f"the reference has {reference.n_positions} positions, {fewer}")
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
     validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
+    config = dataclasses.replace(config, lora=add_lora(actor.decoder, config.lora, config.seed))
+    if reference is None or config.adapters_off:
+        reference = adapters_off(actor.decoder)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -108,16 +114,13 @@ def prepare(
     return models, config, choice, source
 
 
-def base_of(policy: Decoder, given: ActorCritic | Decoder | None) -> Decoder:
-    """The policy with its adapters off, which shares its memory; given: the reference that was asked for.
-
-    Raises ValueError if that is another model.
-    """
-    reference, asked = adapters_off(policy), None if given is None else dict(language_model(given).named_parameters())
-    for name, p in reference.named_parameters() if asked is not None else ():
-        if name not in asked or asked[name].shape != p.shape or not torch.equal(p, asked[name].to(p)):
+def require_base(policy: Decoder, reference: Decoder | None) -> None:
+    """Raise ValueError for a reference, unless None, that is not what the policy is without its adapters."""
+    others = {} if reference is None else dict(reference.named_parameters())
+    for name, p in policy.named_parameters() if reference is not None else ():
+        same = name in others and others[name].shape == p.shape and torch.equal(p, others[name].to(p))
+        if not same and not name.endswith((".lora_A", ".lora_B")):
             raise ValueError(
                 f"with LoRA the reference is the policy with its adapters off, but ref_policy has another {name}: pass "
                 "None for ref_policy, or reference='own' to hold it as a second model"
             )
-    return reference
