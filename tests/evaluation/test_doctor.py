@@ -453,6 +453,21 @@ def test_what_auto_has_chosen_is_said(monkeypatch):
     assert others(status, "precision") == {"ok"} and status["precision"] == "warn"
 
 
+def test_what_a_base_in_bf16_costs_is_told():
+    status, findings = examine(lora=dict(rank=2))
+    assert set(status.values()) <= {"ok", "skip"} and "base" not in findings["precision"].detail
+    found = only("precision", lora=dict(rank=2, base_dtype="bf16"))
+    assert found.status == "ok"
+    figures = re.findall(r"base held in bf16: .* is (\S+) on average and (\S+) at", found.detail)[0]
+    mean, worst = map(float, figures)
+    assert 1e-5 < mean < worst < 0.05  # matrices with 8 binary digits
+    peaked = gpt2(), gpt2()
+    for model in peaked:
+        model.ln_f.weight.data *= 100  # logits of some hundred
+    status, findings = examine(*peaked, lora=dict(rank=2, base_dtype="bf16"))
+    assert status["precision"] == "warn" and "hold the base in fp32 (base_dtype)" in findings["precision"].remedy
+
+
 def test_words_of_the_vocabulary_stand_for_prompts_that_are_not_given():
     prompts = words(Tokenizer(VOCAB))
     assert [len(Tokenizer(VOCAB).encode_prompt(prompt)) > 1 for prompt in prompts] == [True] * 4

@@ -18,6 +18,7 @@ from minirlhf.evaluation.doctor.memory import estimate, total, weight_bytes
 from minirlhf.evaluation.doctor.model_checks import SAME_OUTPUT, distance, untied_error
 from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped
 from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.rollout import Rollout, logprobs_in_batches
 from minirlhf.rl.trainer import PPOTrainer
@@ -146,7 +147,8 @@ def memory(setup: Setup) -> Result:
 def precision(setup: Setup) -> Result:
     """Log-probabilities in the chosen precision against fp32, by the limits of `Rounding`.
 
-    For a run in fp32 it is bf16 that is compared, as a word only. Says what "auto" has chosen, and why.
+    For a run in fp32 it is bf16 that is compared, as a word only. Says what "auto" has chosen, and why, and what LoRA's
+    base costs that is held in bf16.
     """
     c, (trainer, rollout) = setup.config, setup.experience()
     name = "bf16" if c.precision == "fp32" else c.precision
@@ -175,7 +177,25 @@ def precision(setup: Setup) -> Result:
     if setup.precision.reason:
         detail += f"; {setup.precision}"
     remedy = f"train in fp32{', or in bf16, whose range is that of fp32' if name == 'fp16' else ''}"
+    if c.lora is not None and c.lora.base_dtype == "bf16":
+        of_base = _rounding_of_base(setup)
+        detail += f"; the base held in bf16: {of_base}"
+        if not (of_base.mean_fits(c.cliprange) and of_base.worst_fits(c.cliprange)):
+            status = WARN if status == OK else status  # rollouts and updates share the rounded base
+            remedy = f"hold the base in fp32 (base_dtype); {remedy}"
     return Result(status, detail, "" if status == OK else remedy)
+
+
+def _rounding_of_base(setup: Setup) -> Rounding:
+    """Probabilities of the response tokens with the base held in bf16 against the policy as it was given, in fp32."""
+    trainer, rollout = setup.experience()
+    given = language_model(copy.deepcopy(setup.policy)).to(trainer.device).eval()
+    given.fit_vocabulary(len(trainer.tokenizer))
+    exact, R = ActorCritic(given, None), rollout.response_mask.size(1)
+    arguments = rollout.tokens, rollout.mask, R, trainer.config.logprobs_divisor, rollout.sampling_sets
+    with torch.no_grad():
+        logprobs, known = (response_logprobs(model, *arguments).logprobs for model in (trainer.policy, exact))
+    return Rounding.between(logprobs[rollout.response_mask], known[rollout.response_mask])
 
 
 def _with(trainer: PPOTrainer, **settings: Any) -> PPOTrainer:
