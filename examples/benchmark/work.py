@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,11 @@ from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PP
 from minirlhf.device.precision import Precision
 from shared import PROMPTS  # 3 tokens each, with [CLS]
 
-SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+TINY_BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
-    "tiny": (
-        dict(n_embd=32, n_layer=2, n_head=2, n_positions=640),
-        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
-    ),
+    "tiny": (dict(n_embd=32, n_layer=2, n_head=2, n_positions=640), TINY_BERT),
+    "gpt2-medium": (dict(vocab_size=50257, n_embd=1024, n_layer=24, n_head=16), TINY_BERT),
 }
 
 
@@ -82,14 +82,17 @@ class Work:
 
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
         """The tokenizers of policy and classifier; for random models a vocabulary of characters."""
-        made = Tokenizer(characters(GPT2Config().vocab_size))
+        counts = SIZES[self.size][0].get("vocab_size", GPT2Config().vocab_size), BertConfig().vocab_size
+        folders = self.policy, self.reward
         return tuple(
-            made if folder is None else Tokenizer.from_pretrained(folder) for folder in (self.policy, self.reward)
+            Tokenizer(characters(count)) if folder is None else Tokenizer.from_pretrained(folder)
+            for count, folder in zip(counts, folders, strict=True)
         )
 
     def trainer(self, **changes: Any) -> PPOTrainer:
         """A trainer of new models; changes: of the fields of PPOConfig."""
-        return PPOTrainer(self.gpt2(), self.gpt2(), self.tokenizers()[0], self.ppo(**changes))
+        config = self.ppo(**changes)
+        return PPOTrainer(self.gpt2(), None if config.adapters_off else self.gpt2(), self.tokenizers()[0], config)
 
     def reward_function(self) -> SentimentReward:
         """The classifier, in the precision of the work."""
@@ -113,7 +116,8 @@ def characters(count: int) -> list[str]:
     """A vocabulary of BERT's special tokens, printable ASCII and Chinese characters, one token a character."""
     head = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     head += [chr(c) for c in range(33, 127)]
-    return head + [chr(0x4E00 + i) for i in range(count - len(head))]
+    common, rare = range(0x4E00, 0xA000), range(0x20000, 0x40000)
+    return head + [chr(c) for c in itertools.islice(itertools.chain(common, rare), count - len(head))]
 
 
 def iteration(trainer: PPOTrainer, prompts: Sequence[str], reward: Any, name: str) -> list[Sample]:

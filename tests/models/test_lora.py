@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from minirlhf.models.lora import adapters_off, add_lora, matrices, merged
 from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 
+ROOT = Path(__file__).resolve().parents[2]
 ALL = ("c_attn", "c_proj", "c_fc")
 IDS = torch.randint(5, len(VOCAB), (3, 9), generator=torch.Generator().manual_seed(0))
 DOUBLE = dict(rtol=1e-11, atol=1e-11)
@@ -351,3 +353,12 @@ def test_sft_trains_adapters_with_dropout_and_goes_on_bit_for_bit(tmp_path):
         assert "lora_" in name or torch.equal(p, base[name]), name
     whole.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(GPT2.from_pretrained(tmp_path / "merged")(IDS), whole.model(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_the_lines_of_the_guide_run(tiny, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/guide.md").read_text(encoding="utf-8").split("\n## LoRA\n")[1]
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("weights/gpt2-chinese-reviews-small", str(tiny / "policy")).replace("64", "8"), {})
+    assert capsys.readouterr().out.startswith("LoRAConfig(rank=8, alpha=16")
+    assert (tmp_path / "runs/merged/model.safetensors").is_file()
