@@ -58,7 +58,7 @@ def main() -> None:
             prompts = random.Random(f"{config.seed} {iteration}").choices(args.prompts, k=count)
             # 2. Sample a continuation of each, and score the whole text: reward = P(positive).
             rollout = trainer.collect(prompts, reward)
-            # 3. PPO, or another method: several epochs over the batch, held near the frozen reference by the KL penalty.
+            # 3. PPO, or another method: several epochs over the batch, held near the reference by the KL penalty.
             stats = trainer.step(rollout)
             # 4. Log the step; every `save_freq` steps save a checkpoint and show samples.
             samples = run.record(rollout, stats)

@@ -55,14 +55,8 @@ def prepare(
     with_values: whether the policy needs a value head; without, it gets none.
     Raises ValueError for models or a tokenizer that do not fit each other or the config.
     """
-    if not hasattr(tokenizer, "encode_prompt"):
-        advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
-        raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
-    source = language_model(policy).source if ref_policy is None else None
-    if isinstance(ref_policy, (str, os.PathLike)):
-        source, ref_policy = os.fspath(ref_policy), load_decoder(ref_policy)
-    if source is not None and Path(source).is_dir():
-        source = os.path.abspath(source)
+    require_tokenizer(tokenizer)
+    reference, source = load_reference(ref_policy)
     config = dataclasses.replace(config, lora=config.lora or language_model(policy).lora)
     if with_values and isinstance(policy, ActorCritic) and policy.value_head is None:
         advice = "pass the plain decoder, policy.decoder, to get a new one, or choose advantages without values"
@@ -73,21 +67,15 @@ def prepare(
         own = actor.value_head.kind
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
-    reference, positions = None if ref_policy is None else language_model(ref_policy), actor.decoder.n_positions
-    actor.decoder.fit_vocabulary(len(tokenizer), "policy")
     if config.adapters_off:
         validation.require(config, "reference", config.lora is not None, "own or shared for a policy without LoRA")
-        require_base(actor.decoder, reference)
+        actor.decoder.fit_vocabulary(len(tokenizer), "policy")
+        source = source or require_base(actor.decoder, reference)
     elif reference is None:
         raise ValueError("ref_policy is None: only with lora and reference='adapters off' is it the policy's own base")
     else:
-        reference.fit_vocabulary(len(tokenizer), "reference")
-        if {p.data_ptr() for p in actor.decoder.parameters()} & {p.data_ptr() for p in reference.parameters()}:
-            advice = "the reference would move with the policy; load twice"
-            raise ValueError(f"policy and ref_policy share parameters: {advice}")
-        if reference.n_positions < positions:
-            fewer = f"fewer than the policy's {positions}"
-            raise ValueError(f"the reference has {reference.n_positions} positions, {fewer}")
+        check_pair(actor.decoder, reference, len(tokenizer))
+    positions = actor.decoder.n_positions
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
     validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
     config = dataclasses.replace(config, lora=add_lora(actor.decoder, config.lora, config.seed))
@@ -114,13 +102,49 @@ def prepare(
     return models, config, choice, source
 
 
-def require_base(policy: Decoder, reference: Decoder | None) -> None:
-    """Raise ValueError for a reference, unless None, that is not what the policy is without its adapters."""
+def require_tokenizer(tokenizer: object) -> None:
+    """Raise ValueError for a tokenizer of another library."""
+    if not hasattr(tokenizer, "encode_prompt"):
+        advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
+        raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
+
+
+def load_reference(
+    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None,
+) -> tuple[Decoder | None, str | None]:
+    """The decoder of a reference, and the folder or name that it was loaded from; None for a model that was given."""
+    if not isinstance(ref_policy, (str, os.PathLike)):
+        return None if ref_policy is None else language_model(ref_policy), None
+    return load_decoder(ref_policy), absolute(ref_policy)
+
+
+def absolute(source: str | os.PathLike[str]) -> str:
+    """The path of a folder, whatever the current one is; a name on the hub as it is."""
+    return os.path.abspath(source) if Path(source).is_dir() else os.fspath(source)
+
+
+def check_pair(policy: Decoder, reference: Decoder, n_tokens: int) -> None:
+    """Fit policy and reference to a vocabulary of `n_tokens`. Raises ValueError if they do not fit it or each other."""
+    policy.fit_vocabulary(n_tokens, "policy")
+    reference.fit_vocabulary(n_tokens, "reference")
+    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+        raise ValueError("policy and ref_policy share parameters: the reference would move with the policy; load twice")
+    if reference.n_positions < policy.n_positions:
+        positions = f"{reference.n_positions} positions, fewer than the policy's {policy.n_positions}"
+        raise ValueError(f"the reference has {positions}")
+
+
+def require_base(policy: Decoder, reference: Decoder | None) -> str | None:
+    """Raise ValueError for a reference, unless None, that is not what the policy is without its adapters.
+
+    Returns the folder or name that the policy was loaded from.
+    """
     others = {} if reference is None else dict(reference.named_parameters())
     for name, p in policy.named_parameters() if reference is not None else ():
         same = name in others and others[name].shape == p.shape and torch.equal(p, others[name].to(p))
         if not same and not name.endswith((".lora_A", ".lora_B")):
             raise ValueError(
                 f"with LoRA the reference is the policy with its adapters off, but ref_policy has another {name}: pass "
-                "None for ref_policy, or reference='own' to hold it as a second model"
+                "None for ref_policy, or, to PPO, reference='own' to hold it as a second model"
             )
+    return None if policy.source is None else absolute(policy.source)

@@ -119,3 +119,10 @@ def module_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def require_same_reference(began: str, given: str) -> None:
+    """Raise ValueError unless the reference given has the `module_hash` of the one that the run began with."""
+    if given != began:
+        found = f"its tensors had the SHA-256 {began[:12]}..., those given have {given[:12]}..."
+        raise ValueError(f"the run began with another reference: {found}")

@@ -11,16 +11,12 @@ from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.common.suggestions import suggest
 from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.models.heads import VALUE_HEAD_KINDS
 from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rl.advantages import ADVANTAGES
 from minirlhf.rl.presets import PRESETS, PPOOverrides, require_combinations, require_method
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-REFERENCES = ("own", "shared", "adapters off")
 
 
 @dataclass(frozen=True)
@@ -127,11 +123,9 @@ class PPOConfig:
         for name, kind in get_type_hints(PPOConfig).items():
             if kind is bool:
                 validation.require_bools(self, name)
-            elif get_origin(kind) is Literal:
-                validation.require_one_of(self, name, get_args(kind))
-        for name, kinds in (("value_head", VALUE_HEAD_KINDS), ("reference", REFERENCES)):
-            if getattr(self, name) is not None:
-                validation.require_one_of(self, name, kinds)
+            for choices in [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]:
+                if choices is kind or getattr(self, name) is not None:
+                    validation.require_one_of(self, name, get_args(choices))
         fine = self.missing_eos == "keep" or self.eos_token_id is not None
         validation.require(self, "missing_eos", fine, "keep unless eos_token_id is set")
         require_combinations(self)

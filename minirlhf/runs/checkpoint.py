@@ -33,6 +33,8 @@ from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.log import is_marks, is_rewards
+from minirlhf.supervised.dpo import DPOTrainer
+from minirlhf.supervised.dpo_config import DPOConfig
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer
 from minirlhf.text.tokenizer import Tokenizer
@@ -44,6 +46,7 @@ FREE_FIELDS: dict[str, set[str]] = {
     "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
             "checkpoint_activations", "compile", "cuda_graphs"},
     "sft": {"save_freq", "device"}, "reward_model": {"save_freq", "device"},
+    "dpo": {"save_freq", "device", "reference_cache"},
 }  # fmt: skip
 
 
@@ -54,7 +57,7 @@ class DamagedCheckpoint(ValueError):
 class Trainable(Protocol):
     """What a trainer offers, so that a `Run` can save it and go on with it.
 
-    kind: "ppo", "sft" or "reward_model". interrupted: True inside a step, where the state is inconsistent.
+    kind: "ppo", "sft", "reward_model" or "dpo". interrupted: True inside a step, where the state is inconsistent.
     config: a dataclass with `save_freq`, the steps between two checkpoints.
     """
 
@@ -137,6 +140,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     with naming(folder / COUNTERS_FILE):
         check_counters(counters, {"kind": lambda value: isinstance(value, str) and value in FREE_FIELDS})
         check_counters(counters, COUNTERS | (PPO_COUNTERS if counters["kind"] == "ppo" else SUPERVISED_COUNTERS))
+        check_counters(counters, REFERENCE if counters["kind"] in WITH_REFERENCE else {})
     counters["config"] = {name: math.inf if x == "inf" else x for name, x in counters["config"].items()}
     return {"tensors": read_tensors(folder / STATE_TENSORS), "counters": counters}
 
@@ -155,11 +159,14 @@ PPO_COUNTERS: dict[str, Check] = {
     "bad_steps": is_count,
     "micro_batch_size": lambda value: is_count(value) and value > 0,
     "kl_coef": is_amount,
-    "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
 }
 SUPERVISED_COUNTERS: dict[str, Check] = {
     "steps": is_count,
     "data": lambda value: is_record(value, sha256=is_text, count=is_count),
+}
+WITH_REFERENCE = ("ppo", "dpo")
+REFERENCE: dict[str, Check] = {
+    "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
 }
 
 
@@ -171,9 +178,9 @@ def load_checkpoint(
 ) -> Any:
     """The trainer that `save_checkpoint` wrote; on the CPU it goes on bit for bit as if it had not been interrupted.
 
-    ref_policy: for PPO, the reference or its folder; None: the folder that it was loaded from at first. It is also the
-        base of adapters, in SFT as well, unless a run of PPO has a reference of its own.
-    data: for supervised training, the demonstrations or rankings that it began with.
+    ref_policy: for PPO and DPO, the reference or its folder; None: the folder that it was loaded from at first. It is
+        also the base of adapters, in SFT as well, unless a run of PPO has a reference of its own.
+    data: for SFT and reward models, the demonstrations or rankings that it began with. DPO gets its pairs in `train`.
     overrides: of `save_freq`, `device` and other fields that do not change what is computed (`FREE_FIELDS`).
     Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint, another reference or other data
     than the run began with, or an override that is not allowed.
@@ -181,8 +188,8 @@ def load_checkpoint(
     folder = Path(folder)
     state = read_checkpoint(folder)
     kind, counters = state["counters"]["kind"], state["counters"]
-    if kind == "ppo":
-        return _load_ppo(folder, state, ref_policy, overrides)
+    if kind in WITH_REFERENCE:
+        return _load_with_reference(folder, state, ref_policy, overrides)
     if data is None:
         raise ValueError(f"{folder} is a checkpoint of kind {kind!r}; pass the demonstrations or rankings as data")
     config = _config(folder, SFTConfig if kind == "sft" else RewardTrainingConfig, counters, overrides)
@@ -201,19 +208,22 @@ def load_checkpoint(
     return trainer
 
 
-def _load_ppo(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> PPOTrainer:
+def _load_with_reference(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> Any:
     if overrides.get("precision") == "auto":  # what it was resolved to stays
         del overrides["precision"]
-    config = _config(folder, PPOConfig, state["counters"], overrides)
-    source = state["counters"]["reference"]["source"] if ref_policy is None else ref_policy
-    if source is None:
+    counters, is_ppo = state["counters"], state["counters"]["kind"] == "ppo"
+    config: Any = _config(folder, PPOConfig if is_ppo else DPOConfig, counters, overrides)
+    source = counters["reference"]["source"] if ref_policy is None else ref_policy
+    if source is None and counters["reference"]["sha256"]:  # else DPO had no reference
         raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
     try:
-        policy = ActorCritic.from_pretrained(folder, base=_base(source) if config.adapters_off else None)
-        _restore(folder, policy, policy.decoder, state["counters"])
+        base = _base(source) if config.adapters_off else None
+        policy: Any = ActorCritic.from_pretrained(folder, base=base) if is_ppo else load_decoder(folder, base)
+        _restore(folder, policy, language_model(policy), counters)
         source = None if config.adapters_off else source
         with naming(folder):
-            trainer = PPOTrainer(policy, source, Tokenizer.from_pretrained(folder), config)
+            kind: Any = PPOTrainer if is_ppo else DPOTrainer
+            trainer = kind(policy, source, Tokenizer.from_pretrained(folder), config)
             trainer.load_state_dict(state)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; it is the reference of {folder}: pass ref_policy") from error

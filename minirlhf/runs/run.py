@@ -59,11 +59,12 @@ class RunFailed(RuntimeError):
 
 
 class Run(Generic[Trainer]):
-    """A run of PPO, SFT or reward-model training in a folder that no other process may use meanwhile.
+    """A run of PPO, SFT, reward-model training or DPO in a folder that no other process may use meanwhile.
 
         with Run.start("runs/mine", trainer, {"why": "a first try"}) as run:
             trainer.train(prompts, reward, run.record)      # PPO
-            trainer.train(run.record)                       # supervised
+            trainer.train(run.record)                       # SFT, reward model
+            trainer.train(pairs, run.record)                # DPO
 
     `start` or `resume` makes it. Inside the `with`, the first Ctrl-C or SIGTERM lets the step end, saves and raises
     `Stopped`; a second one ends the process at once. An error raises `RunFailed`, after the last complete step was
@@ -225,6 +226,8 @@ class Run(Generic[Trainer]):
             if isinstance(error, Exception) and not isinstance(error, Stopped):
                 done, steps = self._recorded, self.trainer.steps_total
                 failed = f"step {done + 1} of {steps}" if done < steps else f"what comes after the last step, {steps},"
+                if steps == 0:  # DPO has had no pairs yet
+                    failed = "what comes before the first step"
                 if self._saving:
                     failed = f"saving step {done} of {steps}"
                 elif not self.trainer.interrupted and self.trainer.steps_done == done > self._saved:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class FitConfig:
 class SupervisedTrainer(Generic[Batch]):
     """Minimises a loss over epochs of batches; a subclass has `kind`, `loss` and `parts`.
 
-    model: trained in place; dropout is on in training, off afterwards.
+    model: trained in place; dropout is on in training, unless `with_dropout` is False, and off afterwards.
     epochs: the batches of each epoch, shuffled. They must depend on data and config only, so that a resumed run
         gets the same ones.
     data: every text or ranking as a string, to recognise them. origin: where the model came from.
@@ -77,6 +77,7 @@ class SupervisedTrainer(Generic[Batch]):
     """
 
     kind: ClassVar[str]
+    with_dropout: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -87,8 +88,7 @@ class SupervisedTrainer(Generic[Batch]):
         origin: Origin | None = None,
     ):
         self.model, self.config, self.epochs, self.origin = model, config, epochs, origin
-        digest = hashlib.sha256("".join(f"{item}\n" for item in data).encode()).hexdigest()
-        self.data = {"sha256": digest, "count": len(data)}
+        self.data = data_record(data)
         self.device = next(model.parameters()).device
         self.precision = Precision(config.precision, self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +150,7 @@ class SupervisedTrainer(Generic[Batch]):
     def _step(self, batch: Batch, progress: float, where: str) -> float:
         """One optimizer step. Returns the loss before it."""
         c, self.interrupted = self.config, True
-        self.model.train()
+        self.model.train(self.with_dropout)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.schedule, progress, c.warmup, c.lr_floor)
         total = torch.zeros((), device=self.device)
@@ -198,11 +198,7 @@ class SupervisedTrainer(Generic[Batch]):
         used then.
         """
         tensors, c = state["tensors"], state["counters"]
-        if self.data != c["data"]:
-            raise ValueError(
-                f"the run began with other data: with {c['data']['count']} texts or rankings, {self.data['count']} are "
-                "given, and they are not the same tokens in the same order"
-            )
+        require_same_data(c["data"], self.data)
         streams = {name: tensors.get(f"generator.{name}") for name in self.dropout.states}
         for name, stream in streams.items():
             if stream is None or (stream.dtype, stream.shape) != (torch.uint8, self.dropout.states[name].shape):
@@ -212,6 +208,20 @@ class SupervisedTrainer(Generic[Batch]):
         if self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(c["scaler"])
         self.steps_done = c["steps"]
+
+
+def data_record(data: Sequence[str]) -> dict[str, Any]:
+    """Hash and number of these items, to recognise them."""
+    return {"sha256": hashlib.sha256("".join(f"{item}\n" for item in data).encode()).hexdigest(), "count": len(data)}
+
+
+def require_same_data(began: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the data given are those that the run began with, as `data_record` knows them."""
+    if began != given:
+        raise ValueError(
+            f"the run began with other data: with {began['count']} texts or rankings, {given['count']} are given, and "
+            "they are not the same tokens in the same order"
+        )
 
 
 def check_positions(longest: int, positions: int, max_length: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minirlhf.common.validation import require_bools, require_positive_ints
 from minirlhf.device.placement import resolve_device
-from minirlhf.device.precision import PRECISION_SETTINGS
+from minirlhf.device.precision import PRECISION_SETTINGS, full_precision
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.random import eval_mode
 from minirlhf.models.decoder import Decoder
@@ -170,7 +170,9 @@ def cut(sequences: Sequence[LMSequence], max_length: int) -> list[LMSequence]:
 def token_nll(
     model: Decoder, rows: Sequence[Sequence[LMSequence]], pad_id: int, width: int | None = None
 ) -> tuple[Tensor, int]:
-    """Negative log-likelihoods (N,) in nats, fp32, of all tokens that are predicted, row after row, and their number.
+    """Negative log-likelihoods (N,) in nats of all tokens that are predicted, row after row, and their number.
+
+    In fp32; in fp64 for a model in fp64.
 
     rows: the sequences that stand one after the other in each row; none attends to another, and each has positions
         from 0, so that it has the same likelihoods as in a row of its own.
@@ -189,7 +191,7 @@ def token_nll(
     ids, predicted = ids.to(model.device), predicted[:, 1:].to(model.device)
     packed = any(len(row) > 1 for row in rows)  # else causal attention never reads the padding on the right
     hidden = model.hidden_states(ids, segments=segments.to(model.device) if packed else None)
-    logits = model.lm_logits(hidden[:, :-1][predicted]).float()  # (N, V)
+    logits = full_precision(model.lm_logits(hidden[:, :-1][predicted]))  # (N, V)
     return F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none"), int(predicted.sum())
 
 

@@ -105,6 +105,15 @@ def read_rankings(
     return rankings
 
 
+def pair_ranking(content: Mapping[str, Any]) -> Ranking:
+    """The ranking of a pair with the fields prompt, chosen, rejected, and perhaps margin; ValueError for a bad one."""
+    missing = [key for key in PAIR_KEYS if key not in content]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; a pair has {', '.join(PAIR_KEYS)} and perhaps margin")
+    prompt, chosen, rejected = (text_of(content, key) for key in PAIR_KEYS)
+    return Ranking(prompt, (chosen, rejected), content.get("margin", 0.0))
+
+
 def rankings_of_scores(
     prompt: str, answers: Sequence[str], scores: Sequence[float], margin: float = 0.0
 ) -> list[Ranking]:
@@ -167,20 +176,12 @@ def _json_rankings(line: str) -> list[Ranking]:
     """The rankings of one line of a `.jsonl` file: a pair, answers best first, or answers with scores."""
     content = json_object(line)
     if "answers" not in content:
-        return [_pair(content)]
+        return [pair_ranking(content)]
     prompt = text_of({"prompt": "", **content}, "prompt")
     margin = content.get("margin", 0.0)
     if content.get("scores") is None:
         return [Ranking(prompt, content["answers"], margin)]
     return rankings_of_scores(prompt, content["answers"], content["scores"], margin)
-
-
-def _pair(content: Mapping[str, Any]) -> Ranking:
-    missing = [key for key in PAIR_KEYS if key not in content]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing; a pair has {', '.join(PAIR_KEYS)} and perhaps margin")
-    prompt, chosen, rejected = (text_of(content, key) for key in PAIR_KEYS)
-    return Ranking(prompt, (chosen, rejected), content.get("margin", 0.0))
 
 
 def _list(line: str, with_prompt: bool) -> Ranking:

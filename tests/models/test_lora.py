@@ -11,7 +11,7 @@ import torch
 import oracle
 from conftest import VOCAB, make_gpt2
 from folders import snapshot
-from minirlhf import GPT2, ActorCritic, GPT2Config, LoRAConfig, PPOConfig, PPOTrainer, Run, Tokenizer
+from minirlhf import GPT2, ActorCritic, DPOTrainer, GPT2Config, LoRAConfig, PPOConfig, PPOTrainer, Run, Tokenizer
 from minirlhf.models.layers import Conv1D
 from minirlhf.models.lora import adapters_off, add_lora, matrices, merged
 from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -218,7 +218,7 @@ def test_a_reference_of_its_own_gives_the_same_run(tmp_path):
 
 
 def test_a_reference_that_adapters_off_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"ref_policy has another wte\.weight: pass None .*or reference='own'"):
+    with pytest.raises(ValueError, match=r"ref_policy has another wte\.weight: pass None .*reference='own'"):
         make_trainer(make_gpt2(1, scale=4.0, **SMALL))
     assert make_trainer(make_gpt2(1, scale=4.0, **SMALL), reference="own").collect(PROMPTS, reward).exact_kl.any()
     with pytest.raises(ValueError, match=r"ref_policy is None: only with lora"):
@@ -353,6 +353,31 @@ def test_sft_trains_adapters_with_dropout_and_goes_on_bit_for_bit(tmp_path):
         assert "lora_" in name or torch.equal(p, base[name]), name
     whole.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(GPT2.from_pretrained(tmp_path / "merged")(IDS), whole.model(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_dpo_begins_at_its_base_and_goes_on_bit_for_bit(tmp_path):
+    make_gpt2(0, scale=4.0, **SMALL).save_pretrained(tmp_path / "base")
+    sides = [("很好", "太差"), ("干净", "脏"), ("非常满意", "失望"), ("推荐", "一般")]
+    pairs = [{"prompt": "酒店", "chosen": chosen, "rejected": rejected} for chosen, rejected in sides]
+    settings = dict(epochs=3, batch_size=2, lr=1e-2, beta=1.0, device="cpu", lora=dict(rank=2))
+
+    def started(ref_policy=None):
+        return DPOTrainer(GPT2.from_pretrained(tmp_path / "base"), ref_policy, Tokenizer(VOCAB), **settings)
+
+    seen, whole, cut = [], started(), started(tmp_path / "base")
+    whole.train(pairs, lambda batch, stats: seen.append(stats))
+    assert seen[0]["rewards/margins"] == 0 and seen[0]["dpo/loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert whole.evaluate(pairs)["rewards/margins"] > 0.1
+    with pytest.raises(KeyboardInterrupt):
+        cut.train(pairs, lambda batch, stats: (save_checkpoint(cut, tmp_path / "state"), stop(cut.steps_done == 2)))
+    resumed = load_checkpoint(tmp_path / "state")
+    resumed.train(pairs)
+    base, trained = make_gpt2(0, scale=4.0, **SMALL).state_dict(), dict(whole.model.named_parameters())
+    for name, p in resumed.model.named_parameters():
+        assert torch.equal(p, trained[name]), name
+        assert "lora_" in name or torch.equal(p, base[name]), name
+    with pytest.raises(ValueError, match="ref_policy has another"):
+        started(make_gpt2(1, scale=4.0, **SMALL))
 
 
 def test_the_lines_of_the_guide_run(tiny, tmp_path, monkeypatch, capsys):
