@@ -17,6 +17,7 @@ import torch
 
 from minirlhf import GPT2, DPOConfig, DPOTrainer, SentimentReward, Tokenizer, generate
 from minirlhf.common.printing import show
+from minirlhf.device.processes import restarted
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, read_json, write_json
@@ -36,7 +37,7 @@ def main() -> None:
     config = DPOConfig(**{name: getattr(args, name) for name in FIELDS})
     reward = SentimentReward.from_pretrained(args.reward, device=args.device)
     tokenizer, policy = Tokenizer.from_pretrained(args.policy), GPT2.from_pretrained(args.policy)
-    if not args.resume and output.exists() and any(output.iterdir()):
+    if output.exists() and any(output.iterdir()) and not (args.resume or restarted()):
         raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a round of it")
     begun = [n for n in range(1, args.rounds + 1) if (output / f"round-{n}" / "config.json").exists()]
     for number in range(max(begun, default=1), args.rounds + 1 if args.online else 2):
@@ -57,6 +58,8 @@ def main() -> None:
     # 4. Reward and exact KL of fresh samples, beside the least KL that such a reward needs.
     settings = EvaluationConfig(gen_len=args.gen_len, best_of=(16,), max_n=16, kl_coef=args.beta, seed=args.seed)
     found = evaluate(policy, trainer.reference, tokenizer, prompts, reward, config=settings).given
+    if not trainer.processes.first:
+        return
     policy.save_pretrained(output / "policy", summary={"algorithm": "DPO", **found.summary()})
     tokenizer.save_pretrained(output / "policy")
     write_json(output / "summary.json", {**found.summary(), "optimum": found.optimum})

@@ -4,6 +4,7 @@
     python examples/positive_reviews.py --algorithm rloo      # or another of docs/algorithms.md
     python examples/positive_reviews.py --recipe original --policy GPT2_FOLDER --reward BERT_FOLDER
     python examples/positive_reviews.py --resume runs/NAME    # continue a run that was stopped
+    torchrun --nproc-per-node 8 examples/positive_reviews.py  # or several GPUs, or processes: docs/processes.md
 
 Every run leaves metrics.jsonl, samples.jsonl, config.json, reward_curve.png, before_after.md, summary.json and the
 folders checkpoints/, policy/ and reference/ under --output. It may be killed at any moment, and resumed.
@@ -76,6 +77,8 @@ def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
         kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
     found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
+    if not trainer.processes.first:
+        return
     plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
     summary = {**found.summary(), "optimum": found.optimum}
     about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from measure import DISTRIBUTIONS, Frontier, Ledger, Spread, Task, spread
 
 try:
@@ -104,9 +105,8 @@ def by_policy_gradient(task: Task, name: str, coef: float, seed: int, iterations
 
 def by_dpo(task: Task, name: str, coef: float, seed: int, iterations: int) -> tuple[GPT2, History]:
     """Offline: pairs of the reference's samples. Online: in rounds, pairs of the policy's own."""
-    from minirlhf.supervised.preference_pairs import TokenPair
-
     from minirlhf import DPOTrainer
+    from minirlhf.supervised.preference_pairs import TokenPair
 
     policy, generator, watch, history = task.policy(), torch.Generator().manual_seed(seed), stopwatch(), []
     rounds = 1 if name == "dpo_offline" else max(1, iterations // ONLINE_BATCHES)

@@ -15,6 +15,7 @@ from minirlhf.device.cpu import keep_freed_memory, limit_threads
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
+from minirlhf.device.processes import agreed, processes
 from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
 from minirlhf.models.heads import ActorCritic, language_model, with_value_head
@@ -22,9 +23,13 @@ from minirlhf.models.loading import load_decoder
 from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.probes import language_model_probe
 from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.version import __version__
 
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig
+
+
+MOST_SETS = 2**33  # bytes of sampling sets
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Models:
     scoring_batch_size: int = 128
 
 
+@agreed("the models")
 def prepare(
     policy: ActorCritic | Decoder,
     ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None,
@@ -53,7 +59,9 @@ def prepare(
     """The models ready to train, the config with its precision chosen, the choice, and the reference's folder or name.
 
     with_values: whether the policy needs a value head; without, it gets none.
-    Raises ValueError for models or a tokenizer that do not fit each other or the config.
+    Of several processes all get the weights and the precision of the first one.
+    Raises ValueError for models or a tokenizer that do not fit each other or the config, or that differ in shape, like
+    the config and the versions, between processes.
     """
     require_tokenizer(tokenizer)
     reference, source = load_reference(ref_policy)
@@ -70,7 +78,8 @@ def prepare(
     if config.adapters_off:
         validation.require(config, "reference", config.lora is not None, "own or shared for a policy without LoRA")
         actor.decoder.fit_vocabulary(len(tokenizer), "policy")
-        source = source or require_base(actor.decoder, reference)
+        own_source = require_base(actor.decoder, reference)
+        source = source or own_source
     elif reference is None:
         raise ValueError("ref_policy is None: only with lora and reference='adapters off' is it the policy's own base")
     else:
@@ -92,13 +101,27 @@ def prepare(
         share_frozen_parameters(actor.decoder, reference)
     if config.compile:
         compile_blocks(actor.decoder, reference)
+    group = processes()
+    shapes = {name: tuple(p.shape) for model in (actor, reference) for name, p in model.named_parameters()}
+    versions = {"minirlhf": __version__, "torch": torch.__version__, "device": device.type}
+    group.same("versions, settings and shapes", {**versions, **dataclasses.asdict(config), **shapes})
+    enough = config.batch_size // config.group_size >= group.size
+    each = f"at least {group.size * config.group_size}: each of {group.size} processes needs group_size rows"
+    validation.require(config, "batch_size", enough, each)
+    kept = 0 if config.logprobs_full_softmax or not config.sampling.truncates else -(-actor.decoder.vocab_size // 8)
+    kept *= config.batch_size * config.gen_len if group.on else 0
+    way_out = "small enough for sampling sets below 8 GiB, which all processes hold; or top_k=0 and top_p=1"
+    validation.require(config, "batch_size", kept < MOST_SETS, way_out)
+    group.copy_([*actor.parameters(), *reference.parameters()])
     probe = language_model_probe(actor.decoder, config.logprobs_divisor)
-    choice = choose_precision(config.precision, actor, probe, config.cliprange)
+    choice = group.broadcast("precision", choose_precision(config.precision, actor, probe, config.cliprange))
     # The config names the precision from here on, so that a run that goes on elsewhere keeps it.
     config = dataclasses.replace(config, precision=choice.name)
     graphed = GraphedDecoder() if config.cuda_graphs and device.type == "cuda" else None
     batch_size = 128 if device.type == "cpu" else 1024
-    models = Models(actor, reference, tokenizer, Precision(choice.name, device, actor), graphed, batch_size)
+    precision = Precision(choice.name, device, actor)
+    precision.matmul = group.broadcast("matmul", precision.matmul)
+    models = Models(actor, reference, tokenizer, precision, graphed, batch_size)
     return models, config, choice, source
 
 

@@ -6,12 +6,13 @@ A trainer's `state_dict()` returns a `State` and its `load_state_dict` takes one
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+from minirlhf.common.validation import is_finite
 
 Check = Callable[[Any], bool]
 
@@ -84,14 +85,9 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_number(value: Any) -> bool:
-    """A finite number."""
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
 def is_amount(value: Any) -> bool:
     """A finite number of at least 0."""
-    return is_number(value) and value >= 0
+    return is_finite(value) and value >= 0
 
 
 def is_text(value: Any) -> bool:

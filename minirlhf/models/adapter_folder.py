@@ -111,7 +111,7 @@ def read_adapter(decoder: Decoder, folder: Path) -> None:
             published = published_name(decoder, name, part)
             places[published], expected[published] = (name, part), shape
     check_tensors(tensors, expected, path)
-    began, given = read_metadata(path).get(HASH), module_hash(decoder)
+    began, given = read_metadata(path).get(HASH), decoder.base_hash or module_hash(decoder)
     if began not in (None, given):
         found = f"its tensors had the SHA-256 {began[:12]}..., those of {decoder.source or 'the one given'} have"
         raise ValueError(f"{folder} holds adapters for another base: {found} {given[:12]}...")

@@ -29,7 +29,7 @@ class Decoder(nn.Module):
     origin: Origin | None = None  # what it was loaded from
     source: str | None = None  # the folder or name that it was loaded from, as long as it is not trained
     lora: LoRAConfig | None = None  # of its adapters, see `lora.add_lora`
-    base_hash = ""  # SHA-256 of its tensors before it had adapters
+    base_hash = ""  # SHA-256 of its tensors before it had adapters, and were perhaps rounded
     # Keep no activations but those between blocks; the backward pass recomputes the rest (Chen et al. 2016).
     checkpoint_activations = False
 

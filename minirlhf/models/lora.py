@@ -69,7 +69,7 @@ def add_lora(decoder: Decoder, config: LoRAConfig | None, seed: int = 0) -> LoRA
                 raise ValueError(f"LoRAConfig.{name} is {new!r}, but the model has adapters of {old!r}: {advice}")
         decoder.lora = dataclasses.replace(config, targets=decoder.lora.targets)
     if decoder.lora is None:
-        decoder.source = None  # what is trained is not what was loaded
+        decoder.source, decoder.base_hash = None, ""  # what is trained is not what was loaded
         return None
     for name, layer in matrices(decoder).items():
         if decoder.lora.base_dtype == "bf16":
@@ -86,7 +86,7 @@ def attach(decoder: Decoder, config: LoRAConfig, seed: int = 0) -> None:
     """The adapters of `add_lora`; raises as it does, before the decoder is changed."""
     targets = config.targets or tuple(dict.fromkeys(name.rpartition(".")[2] for name in matrices(decoder)))
     chosen, generator = targeted(decoder, targets), torch.Generator().manual_seed(seed)
-    decoder.base_hash = module_hash(decoder)
+    decoder.base_hash = decoder.base_hash or module_hash(decoder)
     for name, plain in chosen.items():
         (n_in, n_out), layer = sizes(plain), _adaptable(decoder, name)
         A = torch.empty(config.rank, n_in).uniform_(-1, 1, generator=generator) / math.sqrt(n_in)

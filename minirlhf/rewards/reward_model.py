@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minirlhf.common.validation import is_finite
 from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import full_precision
 from minirlhf.device.random import eval_mode
-from minirlhf.io.files import naming, read_json, replaced_folder, write_json
+from minirlhf.io.files import StrPath, naming, read_json, replaced_folder
 from minirlhf.io.hub import locate
-from minirlhf.io.model_card import ModelCard, Origin, write_card
+from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import CONFIG_FILE, cast, published_config, write_folder
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.gpt2 import GPT2, read_config, read_published
@@ -64,7 +64,7 @@ class GPT2Scorer(nn.Module):
         return self.score(hidden[torch.arange(len(ids), device=ids.device), last])
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2Scorer:
+    def from_pretrained(cls, folder: StrPath) -> GPT2Scorer:
         """Load a folder in the published layout, in fp32 and eval mode. Raises as `GPT2.from_pretrained`."""
         content, tensors = read_published(folder)
         content["tie_word_embeddings"] = True  # there is no LM head to be untied
@@ -75,13 +75,8 @@ class GPT2Scorer(nn.Module):
         model.origin = Origin.of(folder, content)
         return model.eval()
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write a folder in the published layout. Arguments and errors: see `GPT2.save_pretrained`."""
+    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`config.json` and tensors in the published layout, as of `Decoder.published`."""
         content = {
             "architectures": ["GPT2ForSequenceClassification"],
             "model_type": "gpt2",
@@ -90,8 +85,7 @@ class GPT2Scorer(nn.Module):
             "label2id": {LABEL: 0},
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        card = ModelCard("RewardModel", self.origin, summary)
-        write_folder(folder, published_config(content, self.origin), cast(self.state_dict(), dtype), card)
+        return published_config(content, self.origin), cast(self.state_dict(), dtype)
 
 
 class RewardModel(nn.Module):
@@ -124,7 +118,7 @@ class RewardModel(nn.Module):
         self.eval().to(resolve_device(device))
 
     @classmethod
-    def from_trunk(cls, folder: str | os.PathLike[str], seed: int = 0, **options: Any) -> RewardModel:
+    def from_trunk(cls, folder: StrPath, seed: int = 0, **options: Any) -> RewardModel:
         """A new scalar head, drawn with `seed`, on the GPT-2 or BERT of a folder, whose own heads are dropped if any.
 
         options: of the constructor. Raises as `GPT2.from_trunk` and `BertClassifier.from_trunk`.
@@ -135,7 +129,7 @@ class RewardModel(nn.Module):
         return cls(network, Tokenizer.from_pretrained(folder), **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> RewardModel:
+    def from_pretrained(cls, folder: StrPath, **options: Any) -> RewardModel:
         """Load a reward model, saved by `save_pretrained` or by transformers, with its normalisation if it has one.
 
         options: of the constructor.
@@ -147,23 +141,19 @@ class RewardModel(nn.Module):
         return model
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
+        self, folder: StrPath, dtype: torch.dtype = torch.float32, summary: Mapping[str, Any] | None = None
     ) -> None:
         """Write weights, config, normalisation and tokenizer into a folder, all at one moment.
 
         transformers loads it as `AutoModelForSequenceClassification`, whose logit is the score before normalisation.
         Arguments and errors: see `GPT2.save_pretrained`.
         """
+        config, tensors = self.network.published(dtype)
+        config["pad_token_id"] = self.tokenizer.pad_id  # by which transformers finds the last token of a GPT-2's row
+        config[NORMALISATION] = {"mean": self.mean, "std": self.std}
         with replaced_folder(folder) as staged:
-            self.network.save_pretrained(staged, dtype, summary)
+            write_folder(staged, config, tensors, ModelCard("RewardModel", self.network.origin, summary))
             self.tokenizer.save_pretrained(staged, self.max_length)
-            # With a padding id transformers finds the last real token of a GPT-2's row.
-            own = {"pad_token_id": self.tokenizer.pad_id, NORMALISATION: {"mean": self.mean, "std": self.std}}
-            write_json(staged / CONFIG_FILE, {**read_json(staged / CONFIG_FILE), **own})
-            write_card(staged, ModelCard("RewardModel", self.network.origin, summary))
 
     @property
     def max_length(self) -> int:
@@ -180,7 +170,7 @@ class RewardModel(nn.Module):
         ids, mask = right_pad(sequences, self.tokenizer.pad_id)
         device = next(self.parameters()).device
         padded = None if bool(mask.all()) else to_device(mask, device)
-        return self.network(to_device(ids, device), padded).squeeze(-1).float()
+        return full_precision(self.network(to_device(ids, device), padded).squeeze(-1))
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str]) -> Tensor:
@@ -194,7 +184,7 @@ class RewardModel(nn.Module):
         scores = torch.empty(len(texts))
         with eval_mode(self):
             for batch in length_sorted_batches([len(s) for s in sequences], self.batch_size):
-                scores[batch] = self.score([sequences[i] for i in batch]).cpu()
+                scores[batch] = self.score([sequences[i] for i in batch]).float().cpu()
         return scores
 
     def normalise(self, texts: Sequence[str]) -> None:
@@ -212,8 +202,10 @@ class RewardModel(nn.Module):
         self.mean, self.std = scores.mean().item(), std
 
 
-def _model_type(folder: str | os.PathLike[str]) -> str:
+def _model_type(folder: StrPath) -> str:
     kind = read_json(locate(folder) / CONFIG_FILE).get("model_type")
+    if kind is None:
+        raise ValueError(f"{folder}: {CONFIG_FILE} lacks model_type, which says whether the trunk is 'gpt2' or 'bert'")
     if kind not in ("gpt2", "bert"):
         raise ValueError(f"{folder} holds a {kind!r} model; the trunk of a reward model is 'gpt2' or 'bert'")
     return kind
@@ -223,6 +215,6 @@ def _normalisation(path: Path) -> tuple[float, float]:
     """Mean and std in `config.json`; 0 and 1 if it has none."""
     content = read_json(path).get(NORMALISATION, {"mean": 0.0, "std": 1.0})
     values: list[Any] = [content.get(name) if isinstance(content, Mapping) else None for name in ("mean", "std")]
-    if not (all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values) and values[1] > 0):
+    if not (all(map(is_finite, values)) and values[1] > 0):
         raise ValueError(f"{path}: {NORMALISATION} must have a finite mean and a std above 0, got {content!r:.80}")
     return float(values[0]), float(values[1])

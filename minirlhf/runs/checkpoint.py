@@ -19,12 +19,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
-from minirlhf.io.files import naming, read_json, replaced_folder, sha256, write_json
+from minirlhf.io.files import StrPath, naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.io.training_state import Check, State, check_counters, is_amount, is_count, is_record, is_scaler, is_text
+from minirlhf.io.training_state import (
+    Check,
+    State,
+    check_counters,
+    is_amount,
+    is_count,
+    is_record,
+    is_scaler,
+    is_text,
+    module_hash,
+)
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
@@ -72,10 +83,10 @@ class Trainable(Protocol):
     def steps_total(self) -> int: ...
     def state_dict(self) -> State: ...
     def load_state_dict(self, state: State) -> None: ...
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None: ...
+    def save_pretrained(self, folder: StrPath) -> None: ...
 
 
-def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(trainer: Trainable, folder: StrPath, run: Mapping[str, Any] | None = None) -> None:
     """Write everything that the trainer's next step depends on, in place of an older checkpoint if there is one.
 
     run: what `Run` keeps with it, in training.json.
@@ -102,7 +113,7 @@ def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Map
 
 def _save_model(trainer: Any, folder: Path) -> None:
     """The model as it is trained: merged adapters could not be told from their base again."""
-    model = getattr(trainer, "policy", getattr(trainer, "model", None))
+    model = trained(trainer)
     if isinstance(model, (ActorCritic, Decoder)) and language_model(model).lora is not None:
         model.save_adapter(folder)
         trainer.tokenizer.save_pretrained(folder)
@@ -110,7 +121,7 @@ def _save_model(trainer: Any, folder: Path) -> None:
         trainer.save_pretrained(folder)
 
 
-def read_checkpoint(folder: str | os.PathLike[str]) -> State:
+def read_checkpoint(folder: StrPath) -> State:
     """Tensors and counters of a checkpoint, after a check of every byte in it, the model's files included.
 
     Raises FileNotFoundError if there is no such folder, DamagedCheckpoint if it is not as it was written, ValueError if
@@ -171,8 +182,8 @@ REFERENCE: dict[str, Check] = {
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str],
-    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None = None,
+    folder: StrPath,
+    ref_policy: ActorCritic | Decoder | StrPath | None = None,
     data: Sequence[Any] | None = None,
     **overrides: Any,
 ) -> Any:
@@ -206,6 +217,38 @@ def load_checkpoint(
             trainer = RewardModelTrainer(reward, data, config)
         trainer.load_state_dict(state)
     return trainer
+
+
+def restore_checkpoint(trainer: Trainable, folder: str | os.PathLike[str]) -> None:
+    """Put weights and state of a checkpoint into the trainer that it was saved of, made anew as at first.
+
+    Raises as `load_checkpoint`, and ValueError for a trainer of another kind.
+    """
+    folder, state = Path(folder), read_checkpoint(folder)
+    if trainer.kind != (kind := state["counters"]["kind"]):
+        raise ValueError(f"{folder} is a checkpoint of kind {kind!r}, the trainer is of kind {trainer.kind!r}")
+    network: Any = trained(trainer)
+    if isinstance(network, (ActorCritic, Decoder)) and language_model(network).lora is not None:
+        load: Any = ActorCritic.from_pretrained if isinstance(network, ActorCritic) else load_decoder
+        saved = load(folder, base=_base(network))
+    else:
+        saved = type(network).from_pretrained(folder)
+    with torch.no_grad():
+        for p, value in zip(network.parameters(), saved.parameters(), strict=True):
+            p.copy_(value)
+    with naming(folder):
+        trainer.load_state_dict(state)
+
+
+def parameter_hash(trainer: Trainable) -> str:
+    """The SHA-256 of the trained weights."""
+    return module_hash(trained(trainer))
+
+
+def trained(trainer: Any) -> nn.Module:
+    """The module that a trainer trains."""
+    module: nn.Module = trainer.policy if trainer.kind == "ppo" else trainer.model
+    return module
 
 
 def _load_with_reference(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision_choice import choose_precision
+from minirlhf.device.processes import agreed, processes
 from minirlhf.device.random import eval_mode
 from minirlhf.generation.models import check_pair, load_reference, require_base, require_tokenizer
 from minirlhf.io.model_folder import read_tensors, write_tensors
@@ -74,7 +75,8 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         if not config.reference_free:
             reference, self.reference_source = load_reference(ref_policy)
             if config.adapters_off:
-                self.reference_source = self.reference_source or require_base(model, reference)
+                own_source = require_base(model, reference)
+                self.reference_source = self.reference_source or own_source
             elif reference is None:
                 raise ValueError("ref_policy is None, which needs reference_free=True or lora: DPO has a reference")
             else:
@@ -83,12 +85,15 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         reference = adapters_off(model) if config.adapters_off else reference
         self.reference = None if reference is None else reference.to(device).eval().requires_grad_(False)
         self.reference_hash = "" if self.reference is None else module_hash(self.reference)
-        self.precision_choice = choose_precision(config.precision, model.to(device), language_model_probe(model))
+        processes().same("the reference", self.reference_hash)
+        choice = choose_precision(config.precision, model.to(device), language_model_probe(model))
+        self.precision_choice = processes().broadcast("precision", choice)
         config = dataclasses.replace(config, precision=self.precision_choice.name)  # so checkpoints have it
         self.pairs: list[TokenPair] = []
         self.ref_logps = torch.zeros(0, 2)
         self._known: dict[str, Tensor] = {}  # log-probabilities by the reference, by hash
         self._seen: list[Tensor] = []  # of a step, (2, n, 2): by the policy and by the reference
+        self._counts: list[bool] = []  # which of them count: see `Processes.deal`
         super().__init__(model, config, [], (), model.origin)
 
     def train(  # type: ignore[override]
@@ -104,13 +109,16 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         given = data_record([*map(str, encoded := self.check_pairs(pairs))])
         if self.data["count"]:
             require_same_data(self.data, given)
+        self.processes.same("pairs", given)
         self.data, self.pairs, self.ref_logps = given, encoded, self._reference_logps(encoded)
         generator = torch.Generator().manual_seed(self.config.seed)
         self.epochs = [self._epoch(generator) for _ in range(self.config.epochs)]
 
         def with_metrics(batch: list[MicroBatch], stats: Stats) -> None:
             if on_step is not None:
-                logps, ref_logps = torch.cat(self._seen, 1)
+                own = [seen.cpu() for seen, counts in zip(self._seen, self._counts, strict=True) if counts]
+                every = self.processes.gather("the pairs of a step", own)
+                logps, ref_logps = torch.cat([seen for part in every for seen in part], 1)
                 on_step(batch, stats | preference_metrics(logps, ref_logps, self.config.beta))
 
         super().train(with_metrics)
@@ -143,10 +151,16 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         return self.config.epochs * -(-self.data["count"] // self.config.batch_size)
 
     def parts(self, batch: list[MicroBatch]) -> list[tuple[list[MicroBatch], float]]:
-        """The forward passes of a step, with their shares of its pairs."""
+        """This process's rows of each forward pass of a step, with their share of its pairs."""
         self._seen = []
+        parts: list[tuple[list[MicroBatch], float]] = []
         total = sum(len(row) for rows in batch for row in rows)
-        return [([rows], sum(map(len, rows)) / total) for rows in batch]
+        for rows in batch:
+            dealt, factor = self.processes.deal(len(rows))
+            mine: MicroBatch = [rows[i] for i in dealt]
+            parts.append(([mine], factor * sum(map(len, mine)) / total))
+        self._counts = [share > 0 for _, share in parts]
+        return parts
 
     def loss(self, batch: list[MicroBatch]) -> Tensor:
         """The mean loss of these pairs."""
@@ -157,9 +171,10 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         return self._losses(logps, ref_logps).mean()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write policy and tokenizer as a model folder."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write policy and tokenizer as a model folder, once for all processes."""
+        if self.processes.first:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:
         """See `SupervisedTrainer.state_dict`; of the reference, hash and source."""
@@ -208,7 +223,10 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         """Log-probabilities (n, 2) of all these pairs, in eval mode."""
         passes = self._passes(pairs, range(len(pairs)), torch.Generator().manual_seed(0))
         with eval_mode(model), self.precision.autocast():
-            logps = torch.cat([self._logps(model, pairs, rows) for rows in passes])
+            found = self.processes.spread(
+                "log-probabilities", lambda rows: self._logps(model, pairs, rows).cpu(), passes
+            )
+        logps = torch.cat(found).to(self.device)
         order = torch.tensor([i for rows in passes for row in rows for i in row], device=logps.device)
         return logps[order.argsort()]
 
@@ -219,13 +237,16 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         key = data_record([self.reference_hash, self.precision.name, *map(str, pairs)])["sha256"]
         folder = self.config.reference_cache
         path = None if folder is None else Path(folder) / f"{key}.safetensors"
-        if key not in self._known and path is not None and path.is_file():
-            self._known[key] = read_tensors(path)["logps"].to(self.device)
-        elif key not in self._known:
-            self._known[key] = self._all_logps(self.reference, pairs)
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, {"logps": self._known[key]})
+        if key not in self._known:
+            first = self.processes.first
+            with agreed("the cache of the reference"):
+                there = read_tensors(path)["logps"] if first and path is not None and path.is_file() else None
+            known = self.processes.broadcast("the cache of the reference", there)
+            self._known[key] = self._all_logps(self.reference, pairs) if known is None else known.to(self.device)
+            with agreed("the cache of the reference"):
+                if first and path is not None and known is None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_tensors(path, {"logps": self._known[key]})
         return self._known[key]
 
 

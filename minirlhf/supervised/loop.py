@@ -21,12 +21,14 @@ from minirlhf.common.validation import (
     require_unit_interval,
 )
 from minirlhf.device.precision import PRECISIONS, Precision
+from minirlhf.device.processes import agreed, processes
 from minirlhf.device.random import DropoutStream
 from minirlhf.device.schedules import SCHEDULES, lr_factor
 from minirlhf.io.model_card import Origin
 from minirlhf.io.training_state import State, frozen, load_moments, moments, require_fp32
+from minirlhf.version import __version__
 
-Batch = TypeVar("Batch")
+Batch = TypeVar("Batch", bound=Sequence[Any])
 Stats = dict[str, float]
 
 
@@ -74,11 +76,13 @@ class SupervisedTrainer(Generic[Batch]):
         gets the same ones.
     data: every text or ranking as a string, to recognise them. origin: where the model came from.
     interrupted: True inside a step, where the state is inconsistent and must not be saved.
+    Of several processes all get the weights of the first one and the batches, and each computes a share of the rows.
     """
 
     kind: ClassVar[str]
     with_dropout: ClassVar[bool] = True
 
+    @agreed("the training")
     def __init__(
         self,
         model: nn.Module,
@@ -92,6 +96,12 @@ class SupervisedTrainer(Generic[Batch]):
         self.device = next(model.parameters()).device
         self.precision = Precision(config.precision, self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.processes = processes()
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        versions = {"minirlhf": __version__, "torch": torch.__version__, "device": self.device.type}
+        settings = {**versions, **dataclasses.asdict(config), **self.data, **shapes}
+        self.processes.same("versions, settings, data and shapes", settings)
+        self.processes.copy_(list(model.parameters()))
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -110,8 +120,14 @@ class SupervisedTrainer(Generic[Batch]):
         raise NotImplementedError
 
     def parts(self, batch: Batch) -> Sequence[tuple[Batch, float]]:
-        """A batch in parts, each with its share in the loss of the whole: a step needs the memory of one part."""
-        return [(batch, 1.0)]
+        """A batch in parts, each with its share in the loss of the whole: a step needs the memory of one part.
+
+        Of several processes each has other rows, and one without a row has any, with the share 0. The batch must be a
+        sequence of which `loss` is a mean, or a subclass has parts of its own.
+        """
+        rows, factor = self.processes.deal(len(batch))
+        mine: Any = [batch[i] for i in rows]
+        return [(mine, factor * len(rows) / len(batch))]
 
     @property
     def steps_total(self) -> int:
@@ -154,12 +170,13 @@ class SupervisedTrainer(Generic[Batch]):
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.schedule, progress, c.warmup, c.lr_floor)
         total = torch.zeros((), device=self.device)
-        with self.dropout.use():
+        with self.dropout.use(self.processes.rank, self.processes.size):
             for part, share in self.parts(batch):
                 with self.precision.autocast():
                     loss = self.loss(part) * share
                 self.precision.backward(loss)
                 total = total + loss.detach()
+        self.processes.sum_([*(p.grad for p in self.parameters if p.grad is not None), total])
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss became {total.item()} in {where}; lower the learning rate")
         norm = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm, total).item()

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from measure import area, spread
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "examples" / "evidence"

@@ -14,7 +14,7 @@ from folders import snapshot
 from minirlhf import GPT2, ActorCritic, DPOTrainer, GPT2Config, LoRAConfig, PPOConfig, PPOTrainer, Run, Tokenizer
 from minirlhf.models.layers import Conv1D
 from minirlhf.models.lora import adapters_off, add_lora, matrices, merged
-from minirlhf.runs.checkpoint import load_checkpoint, save_checkpoint
+from minirlhf.runs.checkpoint import load_checkpoint, restore_checkpoint, save_checkpoint
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,7 +217,10 @@ def test_a_reference_of_its_own_gives_the_same_run(tmp_path):
             assert stats == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_a_reference_that_adapters_off_cannot_be_is_refused():
+def test_a_reference_that_adapters_off_cannot_be_is_refused(tmp_path):
+    make_gpt2(1, scale=4.0, **SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ref_policy has another wte\.weight"):
+        make_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"ref_policy has another wte\.weight: pass None .*reference='own'"):
         make_trainer(make_gpt2(1, scale=4.0, **SMALL))
     assert make_trainer(make_gpt2(1, scale=4.0, **SMALL), reference="own").collect(PROMPTS, reward).exact_kl.any()
@@ -305,6 +308,10 @@ def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, base_dtype):
     save_checkpoint(whole, tmp_path / "whole")
     save_checkpoint(run.trainer, tmp_path / "resumed")
     assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "whole")
+    again = started()
+    restore_checkpoint(again, checkpoint)
+    for a, b in zip(again.policy.parameters(), load_checkpoint(checkpoint).policy.parameters(), strict=True):
+        assert torch.equal(a, b)
     with pytest.raises(ValueError, match=r"PPOConfig\.lora was .* and cannot become"):
         load_checkpoint(checkpoint, lora=dict(rank=4))
 
@@ -377,7 +384,8 @@ def test_dpo_begins_at_its_base_and_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(p, trained[name]), name
         assert "lora_" in name or torch.equal(p, base[name]), name
     with pytest.raises(ValueError, match="ref_policy has another"):
-        started(make_gpt2(1, scale=4.0, **SMALL))
+        make_gpt2(1, scale=4.0, **SMALL).save_pretrained(tmp_path / "other")
+        started(tmp_path / "other")
 
 
 def test_the_lines_of_the_guide_run(tiny, tmp_path, monkeypatch, capsys):
