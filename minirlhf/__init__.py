@@ -13,6 +13,7 @@ from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
+from minirlhf.models.llama import Llama, LlamaConfig
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
@@ -39,6 +40,8 @@ __all__ = [
     "GPT2Config",
     "Generation",
     "GraphedDecoder",
+    "Llama",
+    "LlamaConfig",
     "Models",
     "NGramScorer",
     "Optimum",

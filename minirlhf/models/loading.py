@@ -6,20 +6,24 @@ import os
 
 from minirlhf.io.files import field, read_json
 from minirlhf.io.hub import locate
-from minirlhf.io.model_folder import CONFIG_FILE
+from minirlhf.io.model_folder import CONFIG_FILE, check_supported
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.llama import Llama
 
-DECODERS: dict[str, type[GPT2]] = {"gpt2": GPT2}  # `model_type` of a published config.json -> class
+# `model_type` of a published config.json -> class
+DECODERS: dict[str, type[Decoder]] = {"gpt2": GPT2, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
 
 
-def decoder_class(folder: str | os.PathLike[str]) -> type[GPT2]:
+def decoder_class(folder: str | os.PathLike[str]) -> type[Decoder]:
     """The class of a decoder's folder, by the `model_type` of its config.json.
 
     Raises FileNotFoundError for a missing folder or file, ValueError for an architecture that DECODERS does not have.
     """
     path = locate(folder) / CONFIG_FILE
-    kind = field(read_json(path), "model_type", str, path, "gpt2")
+    content = read_json(path)
+    check_supported(content, folder)
+    kind = field(content, "model_type", str, path, "gpt2")
     if kind not in DECODERS:
         raise ValueError(f"{folder}: config.json has model_type={kind!r}, expected one of {', '.join(DECODERS)}")
     return DECODERS[kind]

@@ -34,7 +34,7 @@ from minirlhf.evaluation.doctor.doctor import CHECKS
 from minirlhf.evaluation.doctor.memory import total
 from minirlhf.evaluation.doctor.setup import PROMPT_LENGTHS, Setup, words
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.rl.config import PRESETS
 
@@ -555,7 +555,7 @@ def test_swapped_labels_in_a_folder_are_a_finding_and_no_python_warning(folders,
 
 
 @pytest.mark.parametrize(("network", "normalised"), [
-    (lambda: GPT2Scorer(gpt2()), True), (lambda: make_bert(id2label={0: "reward"}), False),
+    (lambda: DecoderScorer(gpt2()), True), (lambda: make_bert(id2label={0: "reward"}), False),
 ])  # fmt: skip
 def test_a_reward_model_in_a_folder_is_examined_by_canaries(folders, network, normalised):
     """One that we saved, or one with a single score of another tool."""

@@ -1,4 +1,4 @@
-"""The reward model: what it reads, against transformers on both trunks, its folder, its normalisation."""
+"""The reward model: what it reads, against transformers on all trunks, its folder, its normalisation."""
 
 import json
 import warnings
@@ -12,22 +12,22 @@ from transformers import AutoTokenizer, BertForSequenceClassification, GPT2ForSe
 from transformers import BertConfig as TheirBertConfig
 from transformers import GPT2Config as TheirGPT2Config
 
-from conftest import VOCAB, make_bert, make_gpt2
+from conftest import MAKERS, VOCAB, make_bert, make_gpt2
 from minirlhf import BertClassifier, RewardModel, SentimentReward, Tokenizer
 from minirlhf.rewards import reward_model as module
 from minirlhf.rewards.base import call_reward
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.scorers import load_scorer
 
-TRUNKS = ["gpt2", "bert"]
+TRUNKS = ["gpt2", "llama", "bert"]
 TEXTS = ["很好", "", "酒店位置很好，服务非常满意！推荐", "房间太脏", "hello world wifi", "差" * 30, "早餐一般。",
          "好" * 200, "😀", "a[PAD]b [SEP]"]  # fmt: skip
-LIMIT = 64  # positions of both trunks
+LIMIT = 64  # positions of all trunks
 
 
 def make_reward(trunk: str, seed: int = 0, **options) -> RewardModel:
-    if trunk == "gpt2":
-        network = GPT2Scorer(make_gpt2(seed), seed)
+    if trunk in MAKERS:
+        network = DecoderScorer(MAKERS[trunk](seed), seed)
     else:
         network = make_bert(seed, scale=10.0, id2label={0: "reward"})
     return RewardModel(network, Tokenizer(VOCAB), device="cpu", **options)
@@ -58,11 +58,12 @@ def trunk(request) -> str:
 # ---- what is read ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("trunk", MAKERS)
 @torch.no_grad()
-def test_a_gpt2_is_read_at_the_last_real_token():
-    model = make_reward("gpt2")
-    gpt2, head = model.network.transformer, model.network.score.weight[0]
-    expected = [(gpt2.hidden_states(torch.tensor([model.tokenizer.encode(t, LIMIT)]))[0, -1] @ head) for t in TEXTS]
+def test_a_decoder_is_read_at_the_last_real_token(trunk):
+    model = make_reward(trunk)
+    decoder, head = model.network.decoder, model.network.score.weight[0]
+    expected = [(decoder.hidden_states(torch.tensor([model.tokenizer.encode(t, LIMIT)]))[0, -1] @ head) for t in TEXTS]
     torch.testing.assert_close(model.scores(TEXTS), torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert model.scores(TEXTS).std() > 0.1
 
@@ -109,8 +110,9 @@ def test_a_longer_text_is_cut_at_its_end(trunk):
 
 
 def test_scores_and_rewards_are_without_dropout_and_gradient(trunk):
-    dropout = dict(resid_pdrop=0.5) if trunk == "gpt2" else dict(hidden_dropout_prob=0.5)
-    network = GPT2Scorer(make_gpt2(**dropout)) if trunk == "gpt2" else make_bert(id2label={0: "r"}, **dropout)
+    rates = {"gpt2": "resid_pdrop", "llama": "attention_dropout", "bert": "hidden_dropout_prob"}
+    dropout = {rates[trunk]: 0.5}
+    network = make_bert(id2label={0: "r"}, **dropout) if trunk == "bert" else DecoderScorer(MAKERS[trunk](**dropout))
     model = RewardModel(network.train(), Tokenizer(VOCAB), device="cpu")
     first = model(TEXTS)
     model.train()
@@ -158,7 +160,7 @@ def test_a_classifier_of_several_labels_is_refused():
 
 def test_a_vocabulary_of_another_size_is_refused():
     with pytest.raises(ValueError, match=f"vocabulary has {len(VOCAB) + 1} tokens.*made for {len(VOCAB)}"):
-        RewardModel(GPT2Scorer(make_gpt2()), Tokenizer([*VOCAB, "extra"]))
+        RewardModel(DecoderScorer(make_gpt2()), Tokenizer([*VOCAB, "extra"]))
 
 
 # ---- normalisation --------------------------------------------------------------------------------------------------
@@ -236,6 +238,11 @@ def test_what_transformers_wrote_is_loaded(trunk, tmp_path):
         config = TheirGPT2Config(n_positions=LIMIT, n_embd=16, n_layer=1, n_head=2, **small)
         theirs = GPT2ForSequenceClassification(config)
         assert not hasattr(theirs.score, "bias") or theirs.score.bias is None
+    elif trunk == "llama":
+        sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        theirs = transformers.LlamaForSequenceClassification(
+            transformers.LlamaConfig(max_position_embeddings=LIMIT, **sizes, **small)
+        )
     else:
         sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         theirs = BertForSequenceClassification(TheirBertConfig(max_position_embeddings=LIMIT, **sizes, **small))
@@ -287,14 +294,14 @@ def test_a_failed_save_leaves_the_old_model_whole(trunk, tmp_path, monkeypatch, 
 
 
 def test_a_new_model_on_the_trunk_of_a_folder(trunk, tmp_path):
-    given = make_gpt2() if trunk == "gpt2" else make_bert()
+    given = make_bert() if trunk == "bert" else MAKERS[trunk]()
     given.save_pretrained(tmp_path)
     Tokenizer(VOCAB).save_pretrained(tmp_path)
     state = torch.get_rng_state()
     first, same, other = (RewardModel.from_trunk(tmp_path, seed, device="cpu") for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    kept = first.network.transformer if trunk == "gpt2" else first.network.bert
-    trunk_of = given if trunk == "gpt2" else given.bert
+    kept = first.network.bert if trunk == "bert" else first.network.decoder
+    trunk_of = given.bert if trunk == "bert" else given
     assert all(torch.equal(x, trunk_of.state_dict()[name]) for name, x in kept.state_dict().items())
     assert torch.equal(first(TEXTS), same(TEXTS)) and not torch.equal(first(TEXTS), other(TEXTS))
     assert not first.training and first(TEXTS).std() > 0
@@ -304,12 +311,13 @@ def test_a_new_model_on_the_trunk_of_a_folder(trunk, tmp_path):
 @pytest.mark.parametrize("kind", [
     transformers.BertModel, transformers.BertForMaskedLM, transformers.BertForPreTraining,
     transformers.BertForSequenceClassification, transformers.GPT2Model, transformers.GPT2LMHeadModel,
-    transformers.GPT2ForSequenceClassification,
+    transformers.GPT2ForSequenceClassification, transformers.LlamaForCausalLM, transformers.Qwen2Model,
 ], ids=lambda kind: kind.__name__)  # fmt: skip
 def test_a_trunk_needs_no_head_and_whatever_head_it_has_is_dropped(tmp_path, kind):
-    if "Bert" in kind.__name__:
-        config = TheirBertConfig(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                 intermediate_size=16, max_position_embeddings=LIMIT, num_labels=3)  # fmt: skip
+    if "GPT2" not in kind.__name__:
+        config = kind.config_class(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                   intermediate_size=16, max_position_embeddings=LIMIT, num_labels=3)  # fmt: skip
+        config.num_key_value_heads = 2
     else:
         config = TheirGPT2Config(vocab_size=len(VOCAB), n_positions=LIMIT, n_embd=16, n_layer=1, n_head=2, num_labels=3)
     theirs = kind(config).eval()
@@ -319,7 +327,7 @@ def test_a_trunk_needs_no_head_and_whatever_head_it_has_is_dropped(tmp_path, kin
     ids = torch.tensor([model.tokenizer.encode("房间很干净")])
     expected = theirs.base_model(ids).last_hidden_state
     network = model.network
-    ours = network.transformer.hidden_states(ids) if isinstance(network, GPT2Scorer) else network.hidden_states(ids)
+    ours = network.decoder.hidden_states(ids) if isinstance(network, DecoderScorer) else network.hidden_states(ids)
     assert_relatively_close(ours, expected, 1e-5)
     assert model(TEXTS).shape == (len(TEXTS),) and model(TEXTS).std() > 0
     model.save_pretrained(tmp_path / "saved")
@@ -344,7 +352,7 @@ def test_a_gpt2_whose_lm_head_was_untied_is_a_reward_model(tmp_path):
 
 def test_the_new_head_of_a_gpt2_starts_with_scores_of_about_one():
     gpt2 = make_gpt2()
-    weights = torch.cat([GPT2Scorer(gpt2, seed).score.weight[0] for seed in range(300)])
+    weights = torch.cat([DecoderScorer(gpt2, seed).score.weight[0] for seed in range(300)])
     assert weights.std().item() == pytest.approx(33**-0.5, rel=0.03)
     assert weights.mean().item() == pytest.approx(0, abs=0.01)
 
@@ -365,13 +373,13 @@ def test_a_damaged_normalisation_is_named(trunk, tmp_path, normalisation):
 def test_other_folders_are_refused_by_name(tmp_path, load):
     with pytest.raises(FileNotFoundError, match=r"nowhere"):
         load(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="'llama' model; the trunk of a reward model is 'gpt2' or 'bert'"):
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    with pytest.raises(ValueError, match="'phi3' model; the trunk of a reward model is one of bert, gpt2, llama"):
         load(tmp_path)
 
 
 def test_a_model_without_a_scalar_head_is_refused(trunk, tmp_path):
-    (make_gpt2() if trunk == "gpt2" else make_bert()).save_pretrained(tmp_path)
+    (make_bert() if trunk == "bert" else MAKERS[trunk]()).save_pretrained(tmp_path)
     Tokenizer(VOCAB).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"missing score.weight|one label"):
         RewardModel.from_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from conftest import VOCAB
 from folders import snapshot
 from minirlhf import GPT2, GPT2Config, RewardModel, Run, Tokenizer
 from minirlhf.io.files import read_jsonl
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
@@ -38,7 +38,7 @@ def new(kind, data=None, **settings):
     if kind == "sft":
         config = SFTConfig(**{**SETTINGS, "tokens_per_batch": 24, "accumulation": 2, **settings})
         return SFTTrainer(gpt2(), Tokenizer(VOCAB), data, config)
-    model = RewardModel(GPT2Scorer(gpt2()), Tokenizer(VOCAB), device="cpu")
+    model = RewardModel(DecoderScorer(gpt2()), Tokenizer(VOCAB), device="cpu")
     return RewardModelTrainer(model, data, RewardTrainingConfig(**{**SETTINGS, "tokens_per_batch": 30, **settings}))
 
 
