@@ -1,6 +1,7 @@
 """Tune a GPT-2 by PPO so that its continuations of short prompts read as positive hotel reviews.
 
     python examples/positive_reviews.py                       # the starter weights, minutes on two CPU cores
+    python examples/positive_reviews.py --algorithm rloo      # or another of docs/algorithms.md
     python examples/positive_reviews.py --recipe original --policy GPT2_FOLDER --reward BERT_FOLDER
     python examples/positive_reviews.py --resume runs/NAME    # continue a run that was stopped
 
@@ -26,6 +27,7 @@ from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, write_json
+from minirlhf.rl.presets import METHODS, PRESETS
 from minirlhf.runs.run import Run
 from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, prompt_pool, run_script
 
@@ -52,10 +54,11 @@ def main() -> None:
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:
             # 1. Draw prompts from the pool. The draw depends on seed and iteration alone, so a resumed run repeats it.
-            prompts = random.Random(f"{config.seed} {iteration}").choices(args.prompts, k=config.batch_size)
+            count = config.batch_size // config.group_size
+            prompts = random.Random(f"{config.seed} {iteration}").choices(args.prompts, k=count)
             # 2. Sample a continuation of each, and score the whole text: reward = P(positive).
             rollout = trainer.collect(prompts, reward)
-            # 3. PPO: several epochs over the batch, held near the frozen reference by the KL penalty.
+            # 3. PPO, or another method: several epochs over the batch, held near the frozen reference by the KL penalty.
             stats = trainer.step(rollout)
             # 4. Log the step; every `save_freq` steps save a checkpoint and show samples.
             samples = run.record(rollout, stats)
@@ -63,19 +66,20 @@ def main() -> None:
             if samples:
                 bar.write(f"step {iteration + 1}: mean reward {stats['reward/mean']:.3f}")
                 bar.write("\n".join(f"    {score:.2f}  {printable(text)}" for text, score in samples))
-        report(run, args.prompts, reward)
+        report(run, args, reward)
 
 
-def report(run: Run, pool: list[str], reward: SentimentReward) -> None:
+def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
     trainer, config, output = run.trainer, run.trainer.config, run.folder
     settings = EvaluationConfig(
         gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
         kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
-    found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config=settings).given
+    found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
     plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
     summary = {**found.summary(), "optimum": found.optimum}
-    trainer.policy.save_pretrained(output / "policy", summary={"algorithm": "PPO", "episodes": config.steps, **summary})
+    about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}
+    trainer.policy.save_pretrained(output / "policy", summary=about)
     trainer.reference.save_pretrained(output / "reference")
     for name in ("policy", "reference"):
         trainer.tokenizer.save_pretrained(output / name)
@@ -98,12 +102,17 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
+    parser.add_argument("--algorithm", choices=["ppo", *METHODS], default="ppo", help="docs/algorithms.md has them")
     args = parse(parser)
     if not args.resume:
         args.prompts = prompt_pool(args.prompts)
     given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
-    original = args.recipe == "original"
-    return args, PPOConfig.preset("original", **given) if original else PPOConfig(**{**DEFAULT, **given})
+    if args.recipe == "original" and args.algorithm != "ppo":
+        raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
+    if args.recipe == "original":
+        return args, PPOConfig.preset("original", **given)
+    method = {} if args.algorithm == "ppo" else PRESETS[args.algorithm]
+    return args, PPOConfig(**{**method, "ppo_epochs": 4, **DEFAULT, **given})  # as many updates as PPO has
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A second PPO, for tests only: float64 numpy and explicit loops, written from the papers, without torch.
 
 Sources: Schulman et al. 2016 (GAE), 2017 (PPO), 2020 (KL estimators); Ziegler et al. 2019 (rewards, KL controller);
-Stiennon et al. 2020; Radford et al. 2019 (GPT-2); Loshchilov & Hutter 2019 (AdamW); Pascanu et al. 2013 (clipping).
+Stiennon et al. 2020; Radford et al. 2019 (GPT-2); Loshchilov & Hutter 2019 (AdamW); Pascanu et al. 2013 (clipping);
+Williams 1992, Kool et al. 2019, Shao et al. 2024, Liu et al. 2025, Yu et al. 2025, Zheng et al. 2025, Hu 2025 (groups).
 Gradients come from the complex step (Squire & Trapp 1998): f'(x) = Im f(x + ih) / h, exact to rounding.
 """
 
@@ -121,6 +122,38 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, returns
 
 
+def reinforce(rewards, gamma):
+    """The discounted return to go of each token (Williams 1992), less the mean over all tokens."""
+    to_go = [[sum(gamma ** (k - t) * row[k] for k in range(t, len(row))) for t in range(len(row))] for row in rewards]
+    baseline = mean([x for row in to_go for x in row])
+    return [[x - baseline for x in row] for row in to_go]
+
+
+def of_a_group(method, returns, ddof=1):
+    """The advantage of each response of a prompt from the returns of all of them."""
+    n, out = len(returns), []
+    for i in range(n):
+        if method == "rloo":  # the others' mean, one by one
+            out.append(returns[i] - mean([returns[j] for j in range(n) if j != i]))
+        else:
+            out.append(returns[i] - mean(returns))
+            if method == "grpo":
+                out[i] /= math.sqrt(variance(returns, ddof)) + 1e-6
+    return [0.0] * n if all(x == returns[0] for x in returns) else out
+
+
+def without_values(method, rewards, group_size, gamma, ddof):
+    """Advantages of rows of token rewards, the responses of a prompt one after the other."""
+    if method in ("reinforce", "reinforce++"):
+        return reinforce(rewards, gamma)
+    out = []
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        for advantage, row in zip(of_a_group(method, [sum(row) for row in group], ddof), group, strict=True):
+            out.append([advantage] * len(row))
+    return out
+
+
 def clip(x, low, high):
     """By the real part, so that it may be differentiated by the complex step."""
     x = np.asarray(x)
@@ -135,10 +168,19 @@ def smaller(a, b):
     return np.where(np.real(a) <= np.real(b), a, b)
 
 
-def policy_loss(logp, old_logp, advantage, cliprange, limit=20.0):
-    """-L^CLIP of one token (Schulman et al. 2017, eq. 7), with the log-ratio held within +-limit."""
+def policy_loss(logp, old_logp, advantage, cliprange, high=None, limit=20.0):
+    """-L^CLIP of one token (Schulman et al. 2017, eq. 7), with the log-ratio held within +-limit.
+
+    high: another bound for ratios above 1 (Yu et al. 2025, eq. 8).
+    """
     ratio = np.exp(clip(np.asarray(logp) - old_logp, -limit, limit))
-    return -smaller(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)
+    return -smaller(ratio * advantage, clip(ratio, 1 - cliprange, 1 + (high or cliprange)) * advantage)
+
+
+def sequence_loss(logps, old_logps, advantage, cliprange, high=None):
+    """The same of one response (Zheng et al. 2025, eq. 5 and 7): the ratio is the geometric mean of its tokens'."""
+    log_ratio = sum(new - old for new, old in zip(logps, old_logps, strict=True)) / len(logps)
+    return policy_loss(log_ratio, 0.0, advantage, cliprange, high)
 
 
 def value_loss(value, old_value, target, cliprange_value):
@@ -278,12 +320,15 @@ def token_kl(kind, logp, ref, whole, ref_whole):
     return {"k1": lambda: -log_r, "k2": lambda: log_r**2 / 2, "k3": lambda: np.exp(log_r) - 1 - log_r}[kind]()
 
 
-def advantages_of(rewards, values, gamma, lam, ddof, whiten_rewards, whitened):
-    """Advantages, returns, and the factor of the whitening, of a group of rows."""
+def advantages_of(rewards, values, method, group_size, gamma, lam, ddof, whiten_rewards, whitened):
+    """Advantages, returns (those of GAE), and the factor of the whitening, of some rows."""
     if whiten_rewards:
         rewards = whiten_rows(rewards, shift_mean=False, ddof=ddof)
-    pairs = [gae_row(r, v, gamma, lam) for r, v in zip(rewards, values, strict=True)]
-    advantages, returns = [a for a, _ in pairs], [r for _, r in pairs]
+    if method == "gae":
+        pairs = [gae_row(r, v, gamma, lam) for r, v in zip(rewards, values, strict=True)]
+        advantages, returns = [a for a, _ in pairs], [r for _, r in pairs]
+    else:
+        advantages, returns = without_values(method, rewards, group_size, gamma, ddof), [None] * len(rewards)
     xs = [x for row in advantages for x in row]
     if not whitened or len(xs) < 2:
         return advantages, returns, [1.0] * len(rewards)
@@ -291,8 +336,13 @@ def advantages_of(rewards, values, gamma, lam, ddof, whiten_rewards, whitened):
     return whiten_rows(advantages, ddof=ddof), returns, [factor] * len(rewards)
 
 
-def average(rows, how, micro):
-    """The mean over a minibatch: of its tokens, of the means of its rows, or of the means of its micro-batches."""
+def average(rows, how, micro, gen_len):
+    """The mean over a minibatch: of its tokens, of the means of its rows, or of the means of its micro-batches.
+
+    Or of the sums of its rows, divided by the same number whatever their lengths (Liu et al. 2025).
+    """
+    if how == "gen_len":
+        return sum(sum(row) for row in rows) / gen_len / len(rows)
     if how == "tokens":
         return token_mean(rows)
     if how == "sequences":
@@ -306,8 +356,9 @@ def ppo_step(
     cliprange_value=0.2, vf_coef=0.1, entropy_coef=0.0, max_grad_norm=1.0, adam_eps=1e-8, temperature=1.0,
     head_kind="linear", state=None, kl_estimator="k1", kl_placement="reward", whiten_advantages=True,
     whiten_scope="batch", whiten_ddof=1, whiten_rewards=False, loss_averaging="tokens", forward_batch_size=1,
+    advantages="gae", group_size=1, cliprange_high=None, policy_ratio="token", gen_len=None,
 ):  # fmt: skip
-    """One PPO step: rewards, GAE and whitening once, then an optimizer step for each minibatch.
+    """One PPO step: rewards, advantages and whitening once, then an optimizer step for each minibatch.
 
     params, ref_params: name -> float64 array. rows: dicts with query, response, score, which is a number or a list of
     numbers, one a token, and perhaps keep (R, V).
@@ -336,7 +387,8 @@ def ppo_step(
             rewards[-1] = [r + s for r, s in zip(rewards[-1], rows[b]["score"], strict=True)]
         else:
             rewards[-1][-1] += rows[b]["score"]
-    settings = (gamma, lam, whiten_ddof, whiten_rewards, whiten_advantages)
+    settings = (advantages, group_size, gamma, lam, whiten_ddof, whiten_rewards, whiten_advantages)
+    with_values = advantages == "gae"
     if whiten_scope == "sequence":
         groups = [advantages_of([rewards[b]], [values[b]], *settings) for b in count]
         advantages, returns, factors = ([group[i][0] for group in groups] for i in range(3))
@@ -356,8 +408,13 @@ def ppo_step(
         for b in chosen:
             new = score_row(variants, rows[b], n_head, temperature, head_kind)
             tokens = range(len(rows[b]["response"]))
-            policy.append([policy_loss(new[0][t], old_logprobs[b][t], advantages[b][t], cliprange) for t in tokens])
-            value.append([value_loss(new[1][t], values[b][t], returns[b][t], cliprange_value) for t in tokens])
+            clips = cliprange, cliprange_high
+            if policy_ratio == "sequence":
+                policy.append([sequence_loss(new[0], old_logprobs[b], advantages[b][0], *clips)])
+            else:
+                policy.append([policy_loss(new[0][t], old_logprobs[b][t], advantages[b][t], *clips) for t in tokens])
+            if with_values:
+                value.append([value_loss(new[1][t], values[b][t], returns[b][t], cliprange_value) for t in tokens])
             bonus.append(new[2])
             pairs = zip(new[0], ref_logprobs[b], new[3], refs[b][3], strict=True)
             penalty.append([factors[b] * token_kl(kl_estimator, *pair) for pair in pairs])
@@ -365,7 +422,8 @@ def ppo_step(
             log["clipped"] += sum(not math.log(1 - cliprange) <= x <= math.log(1 + cliprange) for x in log_ratios)
             log["limited"] += sum(abs(x) > 20 for x in log_ratios)
         policy, value, bonus, penalty = (
-            average(x, loss_averaging, forward_batch_size) for x in (policy, value, bonus, penalty)
+            average(x, loss_averaging, forward_batch_size, gen_len) if x else np.zeros(1)
+            for x in (policy, value, bonus, penalty)
         )
         loss = policy + vf_coef * value - entropy_coef * bonus
         if kl_placement == "loss" or kl_estimator == "exact":

@@ -11,7 +11,7 @@ from minirlhf.common.printing import show, text_table
 from minirlhf.common.text import printable
 from minirlhf.rl.advantages import with_advantages
 from minirlhf.rl.logprobs import response_logprobs
-from minirlhf.rl.losses import log_ratio
+from minirlhf.rl.losses import clipped, log_ratio
 from minirlhf.rl.shaping import token_kl, with_token_rewards
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ COLUMNS = ("token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "va
 class Explanation:
     """A prompt and its response, token by token; `str()` of it is a table.
 
+    group: the scores of all responses to the prompt, where there are several.
     tokens: the figures of each token by name; log-probabilities and KL in nats.
         logprob, old_logprob, ref_logprob: under the policy as it is now, as it was when it sampled, and the reference.
         kl: the KL estimate of the token before the update, as it was penalised. ratio: exp(logprob - old_logprob).
@@ -37,11 +38,15 @@ class Explanation:
     prompt: str
     score: float
     tokens: tuple[dict[str, Any], ...]
+    group: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         names = [name for name in COLUMNS if name in self.tokens[0]]
         rows = [[_cell(token[name]) for name in names] for token in self.tokens]
         head = f"prompt {printable(self.prompt)!r}, score {self.score:.4f}"
+        if self.group:
+            scores = ", ".join(f"{score:.4f}" for score in self.group)
+            head += f"; mean of the group {sum(self.group) / len(self.group):.4f} ({scores})"
         return "\n".join([head, *text_table([names, *rows], left=0)])
 
 
@@ -61,8 +66,8 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
     width = row.response_mask.size(1)
     with trainer.precision.autocast():
         now = response_logprobs(trainer.policy, row.tokens, row.mask, width, c.logprobs_divisor, row.sampling_sets)
-    ratio = log_ratio(now.logprobs, row.logprobs).exp()
-    clipped = torch.where(row.advantages > 0, ratio > 1 + c.cliprange, ratio < 1 - c.cliprange)
+    ratio = log_ratio(now.logprobs, row.logprobs, row.response_mask, c.policy_ratio).exp()
+    outside = ratio - clipped(ratio, c.cliprange, c.cliprange_high)  # clipping binds where the gain lies outside
     columns = {
         "logprob": now.logprobs,
         "old_logprob": row.logprobs,
@@ -74,6 +79,7 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
         "advantage": row.advantages,
         "ratio": ratio,
     }
+    group = rollout.scores.view(-1, rollout.group_size)[i // rollout.group_size] if rollout.group_size > 1 else ()
     known = {name: x for name, x in columns.items() if x is not None}  # without a value head some are missing
     numbers = torch.cat(list(known.values())).T.tolist()  # one list a token
     texts = [trainer.tokenizer.vocab[token] for token in row.tokens[0, -width:].tolist()]
@@ -81,9 +87,10 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
         rollout.prompts[i] if rollout.prompts else trainer.tokenizer.decode(row.tokens[0, :-width]),
         rollout.scores[i].item(),
         tuple(
-            {"token": text, **dict(zip(known, values, strict=True)), "clipped": bool(cut)}
-            for text, values, cut in zip(texts, numbers, clipped[0].tolist(), strict=True)
+            {"token": text, **dict(zip(known, values, strict=True)), "clipped": cut > 0}
+            for text, values, cut in zip(texts, numbers, (outside * row.advantages)[0].tolist(), strict=True)
         ),
+        tuple(map(float, group)),
     )
     show(explanation, file)
     return explanation

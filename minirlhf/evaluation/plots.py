@@ -40,6 +40,8 @@ def draw_run(
 ) -> bytes:
     """Draw a run as a PNG: reward with its spread, KL against its target, entropy, value loss, response length.
 
+    Without a value head, the norm of the gradient stands in the place of the value loss.
+
     history: lines of metrics.jsonl; a column that is missing or null is left out. target: of the KL controller.
     frontier: points of `Optimum.curve`; adds the KL that the optimum needs for each reward.
     Raises ImportError that names the extra if matplotlib is missing, ValueError for an empty history.
@@ -68,7 +70,9 @@ def draw_run(
     axes["kl"].legend()
     for name, key, title in (
         ("entropy", "objective/entropy", "entropy, nats a sequence"),
-        ("value", "ppo/loss/value", "value loss"),
+        ("value", "ppo/loss/value", "value loss")
+        if "ppo/loss/value" in history[-1]
+        else ("value", "ppo/grad_norm", "gradient norm"),
         ("length", "tokens/response", "response length, tokens"),
     ):
         axes[name].plot(steps, column(key), color="tab:green")

@@ -61,6 +61,9 @@ def prepare(
     if isinstance(ref_policy, (str, os.PathLike)):
         source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
         ref_policy = load_decoder(ref_policy)
+    if with_values and isinstance(policy, ActorCritic) and policy.value_head is None:
+        advice = "pass the plain decoder, policy.decoder, to get a new one, or choose advantages without values"
+        raise ValueError(f"advantages={config.advantages!r} needs a value head, and the policy has none: {advice}")
     kind = (config.value_head or "linear") if with_values else None
     actor = with_value_head(policy, kind, config.value_head_init, config.seed)
     if actor.value_head is not None and config.value_head is not None:

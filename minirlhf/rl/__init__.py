@@ -5,8 +5,8 @@ Read in this order, each file from its top:
     rollout      one batch of experience, and how it is collected
     logprobs     where a token meets the state that predicts it
     shaping      from scores to the rewards of tokens
-    advantages   from rewards to advantages and returns
+    advantages   from rewards to advantages and returns, with groups of responses to one prompt in `groups`
     losses, kl   what is minimised, and the leash to the reference
     masked       means and whitening over real tokens
-    statistics, config, field_names, presets, state  what stands around the algorithm
+    statistics, config, presets, state  what stands around the algorithm
 """

@@ -1,9 +1,9 @@
 """How much better than expected each token was: one function an estimator, all of them listed in ADVANTAGES.
 
 An estimator takes a rollout with token rewards and the config, and returns advantages and returns, (B, R), 0 at
-padding. Returns are what the value head learns; None: the method uses no values.
+padding. Returns are what the value head learns; None: the method uses no values. docs/algorithms.md compares them.
 
-Shapes: B sequences, R response tokens.
+Shapes: B sequences, R response tokens; G responses of one prompt are a group, side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minirlhf.rl.masked import whiten, whitening_scale
+from minirlhf.rl.groups import flat_groups
+from minirlhf.rl.masked import masked_mean, whiten, whitening_scale
 
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig
@@ -51,8 +52,61 @@ def gae_advantages(batch: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
     return gae(rewards, batch.values, batch.response_mask, config.gamma, config.lam)
 
 
-ADVANTAGES: dict[str, Callable[[Rollout, PPOConfig], tuple[Tensor, Tensor | None]]] = {"gae": gae_advantages}
+def reinforce(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
+    """The return to go less its mean over the batch (Williams 1992): sum_{k>=t} gamma^(k-t) r_k - mean.
+
+    Good with one response a prompt, if prompts are alike. Whitened over the batch it is REINFORCE++ (Hu 2025, eq. 4).
+    """
+    rewards, mask = batch.token_rewards, batch.response_mask
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, config.gamma, 1.0)  # GAE with lambda 1 and no values
+    return torch.where(mask, to_go - masked_mean(to_go, mask), 0.0), None
+
+
+def rloo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
+    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, eq. 7): S_i - mean of the other G - 1 returns.
+
+    The baseline does not depend on the response, so the gradient is unbiased: good for scores of whole texts.
+    """
+    returns = batch.token_rewards.sum(-1).view(-1, batch.group_size)  # (B / G, G)
+    others = (returns.sum(1, keepdim=True) - returns) / (batch.group_size - 1)
+    return at_tokens(returns - others, batch), None
+
+
+def grpo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
+    """Group-relative advantages (Shao et al. 2024, section 4.1.2): (S_i - mean_G) / (std_G + 1e-6).
+
+    Good for prompts whose rewards have unlike scales; the nearly decided ones weigh more than the others.
+    """
+    returns = batch.token_rewards.sum(-1).view(-1, batch.group_size)  # (B / G, G)
+    spread = returns.std(1, keepdim=True, correction=config.whiten_ddof) + 1e-6
+    return at_tokens((returns - returns.mean(1, keepdim=True)) / spread, batch), None
+
+
+def dr_grpo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
+    """GRPO done right (Liu et al. 2025, section 3.2): S_i - mean_G, without the bias of the standard deviation.
+
+    It is RLOO times (G - 1) / G. With loss_averaging="gen_len" a token's weight is independent of the lengths.
+    """
+    returns = batch.token_rewards.sum(-1).view(-1, batch.group_size)  # (B / G, G)
+    return at_tokens(returns - returns.mean(1, keepdim=True), batch), None
+
+
+def at_tokens(advantages: Tensor, batch: Rollout) -> Tensor:
+    """Advantages (B / G, G) at all tokens of their responses, (B, R). Exactly 0 in groups whose returns are equal."""
+    flat = flat_groups(batch.token_rewards.sum(-1), batch.group_size)
+    return torch.where(batch.response_mask, advantages.masked_fill(flat[:, None], 0.0).view(-1, 1), 0.0)
+
+
+ADVANTAGES: dict[str, Callable[[Rollout, PPOConfig], tuple[Tensor, Tensor | None]]] = {
+    "gae": gae_advantages,
+    "reinforce": reinforce,
+    "reinforce++": reinforce,
+    "rloo": rloo,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+}
 USES_VALUES = {"gae"}  # only for these a value head is made; the others return None for the returns
+COMPARES_GROUPS = {"rloo", "grpo", "dr_grpo"}  # these need at least two responses a prompt
 
 
 def with_advantages(batch: Rollout, config: PPOConfig) -> Rollout:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from minirlhf.common import validation
+from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.common.suggestions import suggest
 from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.heads import VALUE_HEAD_KINDS
 from minirlhf.rl.advantages import ADVANTAGES
-from minirlhf.rl.field_names import FIELD_NAMES
-from minirlhf.rl.presets import PRESETS, PPOOverrides
+from minirlhf.rl.presets import PRESETS, PPOOverrides, require_combinations, require_method
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-# A KL estimator and where it is placed. The others do not pull towards the reference; docs/kl.md derives it.
-KL_PLACEMENTS = (("k1", "reward"), ("exact", "reward"), ("k2", "loss"), ("k3", "loss"))
 
 
 @dataclass(frozen=True)
@@ -58,15 +54,18 @@ class PPOConfig:
     # Advantages
     advantages: str = "gae"  # a name in `advantages.ADVANTAGES`
     group_size: int = 1  # responses a prompt, side by side in the batch
+    drop_flat_groups: int = 0  # rounds in which groups without spread are sampled anew, see `groups.with_spread`
+    cliprange_high: float | None = None  # of ratios above 1; None: as below
+    policy_ratio: Literal["token", "sequence"] = "token"  # what is clipped, see `losses.log_ratio`
     whiten_advantages: bool = True
     whiten_scope: Literal["batch", "minibatch", "sequence"] = "batch"
     whiten_ddof: int = 1  # 1: unbiased variance, 0: biased
     whiten_rewards: bool = False  # scale token rewards to variance 1 as well, in the same scope
-    loss_averaging: Literal["tokens", "micro_batches", "sequences"] = "tokens"  # see `losses.token_weights`
+    loss_averaging: Literal["tokens", "micro_batches", "sequences", "gen_len"] = "tokens"  # see `losses.token_weights`
     # The leash
     adaptive_kl: bool = True  # False: init_kl_coef stays
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"  # exact: over the whole sampling set, with its gradient
-    kl_placement: Literal["reward", "loss"] = "reward"  # KL_PLACEMENTS has the pairs
+    kl_placement: Literal["reward", "loss"] = "reward"  # presets.KL_PLACEMENTS has the pairs
     # Scores, in the order in which they are changed
     missing_eos: Literal["keep", "replace", "subtract"] = "keep"  # for responses that do not end in eos_token_id
     missing_eos_score: float = 0.0
@@ -105,9 +104,9 @@ class PPOConfig:
         validation.require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
         validation.require_unit_interval(self, "gamma", "lam")
         validation.require_finite(self, "missing_eos_score", "score_scale")
-        validation.require_counts(self, "seed")
+        validation.require_counts(self, "seed", "drop_flat_groups")
         validation.require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
-        for name in ("target_kl", "score_clip", "reward_timeout"):
+        for name in ("target_kl", "score_clip", "reward_timeout", "cliprange_high"):
             if getattr(self, name) is not None:
                 validation.require_above(self, 0, name)
         if self.max_grad_norm is not None:
@@ -126,14 +125,7 @@ class PPOConfig:
             validation.require_one_of(self, "value_head", VALUE_HEAD_KINDS)
         fine = self.missing_eos == "keep" or self.eos_token_id is not None
         validation.require(self, "missing_eos", fine, "keep unless eos_token_id is set")
-        fits = self.batch_size % self.group_size == 0 and self.minibatch_size % self.group_size == 0
-        validation.require(self, "group_size", fits, "a divisor of batch_size and minibatch_size: groups stay whole")
-        pair, allowed = (self.kl_estimator, self.kl_placement), [" in the ".join(pair) for pair in KL_PLACEMENTS]
-        validation.require(
-            self, "kl_placement", pair in KL_PLACEMENTS,
-            f"one that pulls the policy towards the reference with kl_estimator={self.kl_estimator!r} "
-            f"({', '.join(allowed)}; docs/kl.md says why)",
-        )  # fmt: skip
+        require_combinations(self)
         _ = self.sampling  # temperature, top_k and top_p are checked there
 
     @property
@@ -160,12 +152,13 @@ class PPOConfig:
     def preset(cls, name: str, **overrides: Unpack[PPOOverrides]) -> PPOConfig:
         """The settings of a published implementation, by its name in `presets.PRESETS`, with some fields replaced.
 
-        Raises ValueError for another name, and as `with_overrides`.
+        Raises ValueError for another name, for an override that would make it another method, and as `with_overrides`.
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        settings: dict[str, Any] = {**PRESETS[name], **overrides}
-        return cls.with_overrides(None, **settings)
+        config = cls.with_overrides(cls(**PRESETS[name]), **overrides)
+        require_method(config, name, cls(**PRESETS[name]))
+        return config
 
     @classmethod
     def with_overrides(cls, base: PPOConfig | None = None, **overrides: Unpack[PPOOverrides]) -> PPOConfig:

@@ -1,7 +1,7 @@
 """The losses of PPO, per token (B, R), and the weights by which they are averaged.
 
-Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms". `token_weights` refer to the whole minibatch,
-so cutting it into micro-batches changes nothing.
+Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; Yu et al. 2025 (DAPO); Zheng et al. 2025
+(GSPO). `token_weights` refer to the whole minibatch, so cutting it into micro-batches changes nothing.
 
 Shapes: B sequences, R response tokens.
 """
@@ -13,24 +13,40 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf.rl.masked import masked_mean
+
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is about 5e8: large enough to clip on, small enough to stay finite in fp32
 
 
-def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """log(pi / pi_old) (B, R), clamped so that its exp stays finite."""
-    return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None = None, of: str = "token") -> Tensor:
+    """log(pi / pi_old) (B, R), clamped so that its exp stays finite: of each token, or of its whole sequence.
+
+    of="sequence": the mean over the sequence, at each token (Zheng et al. 2025, eq. 7): the clip drops whole responses,
+    as they are scored, and one token's noise moves the ratio little. mask: (B, R).
+    """
+    log_rho = logprobs - old_logprobs
+    if of == "sequence" and mask is not None:
+        log_rho = torch.where(mask, masked_mean(log_rho, mask, per_row=True), 0.0)
+    return log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def policy_loss(log_rho: Tensor, advantages: Tensor, cliprange: float = 0.2) -> Tensor:
+def clipped(ratio: Tensor, low: float, high: float | None) -> Tensor:
+    """The ratio within 1 - low and 1 + high; None: low. A higher one lets rare tokens grow (Yu et al. 2025, eq. 10)."""
+    return ratio.clamp(1.0 - low, 1.0 + (low if high is None else high))
+
+
+def policy_loss(
+    log_rho: Tensor, advantages: Tensor, cliprange: float = 0.2, cliprange_high: float | None = None
+) -> Tensor:
     """The clipped surrogate objective, negated (Schulman et al. 2017, eq. 7), per token (B, R).
 
-    max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(log_rho).
+    max(-A r, -A `clipped`(r)) with r = exp(log_rho): no gain from moving further from the policy that sampled.
     """
     ratio = log_rho.exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange))
+    return torch.maximum(-advantages * ratio, -advantages * clipped(ratio, cliprange, cliprange_high))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2) -> Tensor:
@@ -45,9 +61,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_va
 def token_weights(mask: Tensor, config: PPOConfig, dtype: torch.dtype = torch.float32) -> Tensor:
     """Per-token weights (B, R) that sum to 1 over the minibatch with this response mask, 0 at padding.
 
-    `loss_averaging` says what has equal weights: all tokens, all rows, or all runs of `forward_batch_size` rows.
+    `loss_averaging` says what has equal weights: all tokens, all rows, or all runs of `forward_batch_size` rows. With
+    "gen_len" a token weighs 1 / (B gen_len), whatever the lengths (Liu et al. 2025); the sum is below 1 if rows end.
     """
     mask = mask.to(dtype)
+    if config.loss_averaging == "gen_len":
+        return mask / (len(mask) * config.gen_len)
     if config.loss_averaging == "tokens":
         return mask / mask.sum()
     if config.loss_averaging == "sequences":

@@ -1,11 +1,21 @@
-"""The fields of PPOConfig by name, for editors and type checkers, and the presets of published implementations.
+"""Fields of PPOConfig by name, for editors and type checkers, presets of published work, and what fits together.
 
-docs/presets.md has the table of the presets. A test keeps `PPOOverrides` equal to the dataclass.
+docs/presets.md has the table of the presets of PPO, docs/algorithms.md that of the other methods. A test keeps
+`PPOOverrides` equal to the dataclass.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from minirlhf.common import validation
+from minirlhf.rl.advantages import COMPARES_GROUPS
+
+if TYPE_CHECKING:
+    from minirlhf.rl.config import PPOConfig
+
+# A KL estimator and where it is placed. The others do not pull towards the reference; docs/kl.md derives it.
+KL_PLACEMENTS = (("k1", "reward"), ("exact", "reward"), ("k2", "loss"), ("k3", "loss"))
 
 
 class PPOOverrides(TypedDict, total=False):
@@ -34,11 +44,14 @@ class PPOOverrides(TypedDict, total=False):
     entropy_coef: float
     advantages: str
     group_size: int
+    drop_flat_groups: int
+    cliprange_high: float | None
+    policy_ratio: Literal["token", "sequence"]
     whiten_advantages: bool
     whiten_scope: Literal["batch", "minibatch", "sequence"]
     whiten_ddof: int
     whiten_rewards: bool
-    loss_averaging: Literal["tokens", "micro_batches", "sequences"]
+    loss_averaging: Literal["tokens", "micro_batches", "sequences", "gen_len"]
     adaptive_kl: bool
     kl_estimator: Literal["k1", "k2", "k3", "exact"]
     kl_placement: Literal["reward", "loss"]
@@ -120,4 +133,111 @@ PRESETS: dict[str, PPOOverrides] = {
         value_head="linear",
         value_head_init=0.036,
     ),
+    # The methods without a value head, with KL and clip range of their papers; docs/algorithms.md has the table.
+    # Williams 1992. One optimizer step a batch, so that the ratio is 1 and no clip binds.
+    "reinforce": dict(
+        advantages="reinforce",
+        whiten_advantages=False,
+        loss_averaging="gen_len",
+        ppo_epochs=1,
+        minibatch_size=128,
+        adaptive_kl=False,
+    ),
+    # Ahmadian et al. 2024, on policy as well
+    "rloo": dict(
+        advantages="rloo",
+        group_size=4,
+        whiten_advantages=False,
+        loss_averaging="gen_len",  # the sum over a response, as in the gradient of its log-probability
+        ppo_epochs=1,
+        minibatch_size=128,
+        adaptive_kl=False,
+        init_kl_coef=0.05,
+    ),
+    # Shao et al. 2024 (DeepSeekMath)
+    "grpo": dict(
+        lr=1e-6,
+        advantages="grpo",
+        group_size=8,
+        whiten_advantages=False,
+        loss_averaging="sequences",
+        ppo_epochs=1,
+        minibatch_size=128,
+        kl_estimator="k3",
+        kl_placement="loss",
+        adaptive_kl=False,
+        init_kl_coef=0.04,
+    ),
+    # Liu et al. 2025
+    "dr_grpo": dict(
+        lr=1e-6,
+        advantages="dr_grpo",
+        group_size=8,
+        whiten_advantages=False,
+        loss_averaging="gen_len",
+        ppo_epochs=1,
+        adaptive_kl=False,
+        init_kl_coef=0.0,
+    ),
+    # Yu et al. 2025, without the length penalty
+    "dapo": dict(
+        lr=1e-6,
+        advantages="grpo",
+        group_size=16,
+        drop_flat_groups=10,
+        cliprange_high=0.28,
+        whiten_advantages=False,
+        ppo_epochs=1,
+        adaptive_kl=False,
+        init_kl_coef=0.0,
+    ),
+    # Zheng et al. 2025
+    "gspo": dict(
+        advantages="grpo",
+        group_size=8,
+        policy_ratio="sequence",
+        cliprange=3e-4,
+        cliprange_high=4e-4,
+        whiten_advantages=False,
+        loss_averaging="sequences",
+        ppo_epochs=1,
+        minibatch_size=32,
+        adaptive_kl=False,
+        init_kl_coef=0.0,
+    ),
+    # Hu 2025, with one response a prompt
+    "reinforce++": dict(
+        lr=5e-7,
+        advantages="reinforce++",
+        ppo_epochs=1,
+        adaptive_kl=False,
+        init_kl_coef=0.01,
+    ),
 }
+METHODS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
+DEFINING = ("advantages", "policy_ratio", "loss_averaging", "whiten_advantages", "whiten_scope")  # these make a method
+
+
+def require_combinations(config: PPOConfig) -> None:
+    """Raise ValueError for fields that are fine one by one and contradict each other."""
+    c, require = config, validation.require
+    fits = c.batch_size % c.group_size == 0 and c.minibatch_size % c.group_size == 0
+    require(c, "group_size", fits, "a divisor of batch_size and minibatch_size: groups stay whole")
+    compared = c.advantages in COMPARES_GROUPS or c.drop_flat_groups > 0
+    reason = f"at least 2 for advantages={c.advantages!r} with drop_flat_groups={c.drop_flat_groups}"
+    require(c, "group_size", c.group_size > 1 or not compared, reason)
+    whitened = c.whiten_advantages or c.advantages != "reinforce++"
+    require(c, "whiten_advantages", whitened, "True for 'reinforce++' (without whitening it is 'reinforce')")
+    pair, allowed = (c.kl_estimator, c.kl_placement), [" in the ".join(pair) for pair in KL_PLACEMENTS]
+    require(
+        c, "kl_placement", pair in KL_PLACEMENTS,
+        f"one that pulls the policy towards the reference with kl_estimator={c.kl_estimator!r} "
+        f"({', '.join(allowed)}; docs/kl.md says why)",
+    )  # fmt: skip
+
+
+def require_method(config: PPOConfig, name: str, preset: PPOConfig) -> None:
+    """Raise ValueError if a config made from a method's preset is another method: its name would be wrong."""
+    for field in DEFINING if name in METHODS else ():
+        own = getattr(preset, field)
+        validation.require(config, field, getattr(config, field) == own, f"{own!r} in preset {name!r}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf.rl.groups import flat_groups
 from minirlhf.rl.kl import kl_estimate
 from minirlhf.rl.masked import explained_variance, masked_mean
 
@@ -44,6 +45,8 @@ def rollout_statistics(batch: Rollout, scores: Tensor) -> Stats:
             "ppo/val/var_explained": explained_variance(batch.values, batch.returns, mask),
             "ppo/returns/mean": masked_mean(batch.returns, mask),
         }
+    if batch.group_size > 1:
+        stats["reward/flat_groups"] = flat_groups(scores, batch.group_size).double().mean()
     stats["tokens/response"] = mask.sum(-1).double().mean()
     return read_stats([stats])[0]
 

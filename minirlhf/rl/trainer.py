@@ -28,15 +28,16 @@ from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rl.advantages import USES_VALUES, with_advantages
 from minirlhf.rl.config import PPOConfig
+from minirlhf.rl.groups import collect_groups_with_spread
 from minirlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
-from minirlhf.rl.losses import log_ratio, policy_loss, token_weights, value_loss
+from minirlhf.rl.losses import clipped, log_ratio, policy_loss, token_weights, value_loss
 from minirlhf.rl.masked import masked_sum
 from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
-from minirlhf.text.prompts import as_prompts
+from minirlhf.text.prompts import as_prompts, require_room
 from minirlhf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -165,8 +166,8 @@ class PPOTrainer:
             return masked_sum(x * batch.weights, mask)
 
         # rho_t = pi(y_t) / pi_old(y_t);  max(-A_t rho_t, -A_t clip(rho_t, 1 +- cliprange))
-        log_rho = log_ratio(now.logprobs, batch.logprobs)
-        of_policy = mean(policy_loss(log_rho, batch.advantages, c.cliprange))
+        log_rho = log_ratio(now.logprobs, batch.logprobs, mask, c.policy_ratio)
+        of_policy = mean(policy_loss(log_rho, batch.advantages, c.cliprange, c.cliprange_high))
         loss, sums = of_policy, {"ppo/loss/policy": of_policy}
         if batch.returns is not None and now.values is not None:
             of_values = mean(value_loss(now.values, batch.values, batch.returns, c.cliprange_value))
@@ -176,12 +177,12 @@ class PPOTrainer:
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
             loss = loss + self.kl_controller.coef * mean(self._kl_loss(now, batch))
-        ratio_error = log_rho.detach().expm1().abs()
+        ratio, drift = log_rho.detach().exp(), log_ratio(now.logprobs.detach(), batch.logprobs)
         sums |= {
             "ppo/loss/total": loss,
-            "ppo/policy/approxkl": mean(0.5 * log_rho.detach().square()),
-            "ppo/policy/clipfrac": mean((ratio_error > c.cliprange).to(batch.weights)),
-            "ppo/policy/ratio_error": mean(ratio_error),
+            "ppo/policy/approxkl": mean(0.5 * drift.square()),
+            "ppo/policy/clipfrac": mean((ratio != clipped(ratio, c.cliprange, c.cliprange_high)).to(batch.weights)),
+            "ppo/policy/ratio_error": mean((ratio - 1).abs()),
         }
         if now.values is not None and batch.returns is not None:
             change = (now.values.detach() - batch.values).abs()
@@ -236,8 +237,9 @@ class PPOTrainer:
     def collect(self, prompts: Sequence[str], reward_fn: RewardFunction) -> Rollout:
         """`collect_rollout` with the trainer's own; after an error the trainer is as it was before."""
         self.policy.eval()
+        collect = collect_groups_with_spread if self.config.drop_flat_groups else collect_rollout
         with undone_on_error(self.generators.values()):
-            return collect_rollout(self.models, prompts, reward_fn, self.config, self.generators["sampling"])
+            return collect(self.models, prompts, reward_fn, self.config, self.generators["sampling"])
 
     def train(
         self,
@@ -265,13 +267,8 @@ class PPOTrainer:
 
     def check_prompts(self, prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
         """The pool as a list. Raises ValueError as `as_prompts`, and for a prompt without room for `gen_len` tokens."""
-        pool, positions = as_prompts(prompts), self.policy.decoder.n_positions
-        for prompt in pool:
-            length = len(self.tokenizer.encode_prompt(prompt))
-            if length > positions - self.config.gen_len:
-                room = f"gen_len={self.config.gen_len} leave room for {positions - self.config.gen_len}"
-                named = f"prompt {prompt[:20]!r}... has {length} tokens"
-                raise ValueError(f"{named}; the model's {positions} positions less {room}")
+        pool = as_prompts(prompts)
+        require_room(pool, self.tokenizer, self.policy.decoder.n_positions, self.config.gen_len)
         return pool
 
     # ---- state: `runs` writes it to disk and reads it ---------------------------------------------------------------

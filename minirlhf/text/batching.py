@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Ids = Sequence[int] | Tensor
@@ -38,6 +39,14 @@ def _pad(sequences: Sequence[Ids], pad_id: int, left: bool) -> tuple[Tensor, Ten
         ids[row, where] = torch.as_tensor(sequence, dtype=torch.int64)
         mask[row, where] = 1
     return ids, mask
+
+
+def cat_padded(parts: Sequence[Tensor], left: bool = False) -> Tensor:
+    """Tensors (B_i, T_i, ...) one after the other, padded with 0 to the longest T on the right, or on the left."""
+    width = max(x.size(1) for x in parts)
+    missing = [(width - x.size(1)) for x in parts]
+    sides = [(0, 0) * (x.ndim - 2) + ((n, 0) if left else (0, n)) for x, n in zip(parts, missing, strict=True)]
+    return torch.cat([F.pad(x, side) for x, side in zip(parts, sides, strict=True)])
 
 
 def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

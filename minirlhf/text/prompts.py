@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.text.text_files import json_object, numbered_lines, text_of
+from minirlhf.text.tokenizer import Tokenizer
 
 MOST_PROMPTS = 10_000_000  # more come only from a generator that never ends
 EXAMPLE = 'give a list of texts, such as ["酒店", "The room"], or pathlib.Path("prompts.txt") for a file'
@@ -40,6 +41,14 @@ def as_prompts(prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
         raise ValueError(f"got no prompts: {EXAMPLE}")
     texts = [str(prompt) for prompt in found]  # of numpy's texts, too
     return sorted(texts) if isinstance(prompts, (set, frozenset)) else texts
+
+
+def require_room(prompts: Iterable[str], tokenizer: Tokenizer, positions: int, gen_len: int) -> None:
+    """Raise ValueError for a prompt that leaves no room for `gen_len` tokens in a model's positions."""
+    for prompt in prompts:
+        if (length := len(tokenizer.encode_prompt(prompt))) > positions - gen_len:
+            room = f"the model's {positions} positions less gen_len={gen_len} leave room for {positions - gen_len}"
+            raise ValueError(f"prompt {prompt[:20]!r}... has {length} tokens; {room}")
 
 
 def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[str]:

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from minirlhf import PPOConfig
+from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.common.suggestions import suggest
-from minirlhf.rl.field_names import FIELD_NAMES
 
 FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from minirlhf.generation.token_statistics import exact_kl
-from minirlhf.rl.config import KL_PLACEMENTS
 from minirlhf.rl.kl import kl_estimate
+from minirlhf.rl.presets import KL_PLACEMENTS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/kl.md"
 BETA = 0.3

@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
+import re
 from typing import get_type_hints
 
 import pytest
 from small_trainer import DEFAULTS, NAN, PROMPTS, SMALL, make_trainer, reward
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import PPOConfig, PPOTrainer, Tokenizer
-from minirlhf.rl.config import KL_PLACEMENTS
+from minirlhf import ActorCritic, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.rl.kl import KL_ESTIMATORS
-from minirlhf.rl.presets import PRESETS, PPOOverrides
+from minirlhf.rl.presets import KL_PLACEMENTS, METHODS, PRESETS, PPOOverrides
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,9 @@ BAD_FIELDS = [
     ("adaptive_kl", "no"),
     ("whiten_advantages", 1),
     ("logprobs_full_softmax", "no"),
+    *(("cliprange_high", value) for value in (0, -1.0, NAN, "1")),
+    *(("drop_flat_groups", value) for value in (-1, 0.5, None)),
+    ("policy_ratio", "other"),
 ]
 
 
@@ -80,11 +83,13 @@ def test_overrides_replace_fields_of_a_given_config():
 
 
 def test_every_preset_trains():
-    assert list(PRESETS) == ["original", "oai2019", "trl2020", "trl0.11"]
+    assert list(PRESETS) == ["original", "oai2019", "trl2020", "trl0.11", *METHODS]
     for name in PRESETS:
-        config = PPOConfig.preset(name, **DEFAULTS)
+        groups = dict(group_size=2) if PRESETS[name].get("group_size", 1) > 1 else {}
+        config = PPOConfig.preset(name, **DEFAULTS, **groups)
         trainer = PPOTrainer(make_gpt2(0, **SMALL), make_gpt2(1, **SMALL), Tokenizer(VOCAB), config)
-        stats = trainer.step(trainer.collect(PROMPTS, reward))
+        stats = trainer.step(trainer.collect(PROMPTS[: 4 // config.group_size], reward))
+        assert (trainer.policy.value_head is None) == (name in METHODS)
         assert all(math.isfinite(value) for value in stats.values()), name
     with pytest.raises(ValueError, match="trl2020"):
         PPOConfig.preset("trl2021")
@@ -112,3 +117,50 @@ def test_groups_that_would_be_cut_are_refused(sizes):
     batch_size, minibatch_size, group_size = sizes
     with pytest.raises(ValueError, match="group_size must be a divisor of batch_size and minibatch_size"):
         PPOConfig(batch_size=batch_size, minibatch_size=minibatch_size, group_size=group_size)
+
+
+@pytest.mark.parametrize("settings", [
+    *(dict(advantages=name) for name in ("rloo", "grpo", "dr_grpo")), dict(drop_flat_groups=3),
+])  # fmt: skip
+def test_a_method_that_compares_responses_needs_two_of_each_prompt(settings):
+    with pytest.raises(ValueError, match=r"group_size must be at least 2 for advantages=.*, got 1"):
+        PPOConfig(**settings)
+    PPOConfig(**settings, group_size=2)
+
+
+def test_reinforce_plus_plus_is_whitened():
+    with pytest.raises(ValueError, match=r"whiten_advantages must be True for 'reinforce\+\+'"):
+        PPOConfig(advantages="reinforce++", whiten_advantages=False)
+
+
+@pytest.mark.parametrize(("name", "field", "value"), [
+    ("grpo", "advantages", "gae"),
+    ("rloo", "advantages", "grpo"),
+    ("dr_grpo", "loss_averaging", "sequences"),
+    ("dapo", "whiten_advantages", True),
+    ("gspo", "policy_ratio", "token"),
+    ("reinforce++", "whiten_scope", "sequence"),
+])  # fmt: skip
+def test_a_method_s_preset_stays_that_method(name, field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .* in preset '{re.escape(name)}', got {value!r}"):
+        PPOConfig.preset(name, **{field: value})
+    own = getattr(PPOConfig.preset(name), field)
+    assert getattr(PPOConfig.preset(name, **{field: own}), field) == own != value
+
+
+def test_the_preset_of_a_method_with_groups_of_one_is_refused():
+    compared = [name for name in METHODS if "group_size" in PRESETS[name]]
+    assert compared == ["rloo", "grpo", "dr_grpo", "dapo", "gspo"]
+    for name in compared:
+        with pytest.raises(ValueError, match="group_size must be at least 2"):
+            PPOConfig.preset(name, group_size=1)
+
+
+def test_gae_on_a_policy_without_a_value_head_is_refused(tokenizer):
+    policy, reference = make_gpt2(0, **SMALL), make_gpt2(1, **SMALL)
+    with pytest.raises(ValueError, match=r"advantages='gae' needs a value head, and the policy has none: .*decoder"):
+        PPOTrainer(ActorCritic(policy, None), reference, tokenizer)
+    assert PPOTrainer(policy, reference, tokenizer, **DEFAULTS).policy.value_head is not None
+    groups = dict(advantages="rloo", group_size=2)
+    trainer = PPOTrainer(ActorCritic(policy, None), reference, tokenizer, **DEFAULTS, **groups)
+    assert trainer.policy.value_head is None

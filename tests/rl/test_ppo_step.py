@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import oracle
-from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer, ValueHead
+from minirlhf import GPT2, ActorCritic, GPT2Config, PPOConfig, PPOTrainer, Tokenizer, ValueHead
 from minirlhf.generation.sampling import unpack_set
-from minirlhf.rl.config import KL_PLACEMENTS
+from minirlhf.rl.presets import KL_PLACEMENTS, METHODS, PRESETS
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
 SIZES = dict(vocab_size=len(TOKENS), n_positions=48, n_embd=4, n_layer=1, n_head=2, n_inner=8)
@@ -18,7 +18,7 @@ DEFAULTS = dict(
 READ_BY_THE_ORACLE = (
     "lr", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "entropy_coef", "max_grad_norm", "adam_eps",
     "temperature", "kl_estimator", "kl_placement", "whiten_advantages", "whiten_scope", "whiten_ddof", "whiten_rewards",
-    "loss_averaging", "forward_batch_size",
+    "loss_averaging", "forward_batch_size", "advantages", "group_size", "cliprange_high", "policy_ratio", "gen_len",
 )  # fmt: skip
 
 
@@ -69,12 +69,12 @@ class Order:
 
     def minibatches(self, size):
         whole = [r["query"] + r["response"] for r in self.rows]
-        numbers = list(range(len(whole))) if all(w == whole[0] for w in whole) else None
         count, out = len(whole), []
         for epoch in range(len(self.seen) // count):
-            seen = self.seen[epoch * count : (epoch + 1) * count]
-            order = numbers or [whole.index(s) for s in seen]
-            assert sorted(order) == list(range(count))  # every row once an epoch
+            order, left = [], list(range(count))
+            for tokens in self.seen[epoch * count : (epoch + 1) * count]:  # every row once an epoch; equal ones: any
+                order.append(next(b for b in left if whole[b] == tokens))
+                left.remove(order[-1])
             out += [order[i : i + size] for i in range(0, count, size)]
         self.seen.clear()
         return out
@@ -214,6 +214,19 @@ def test_a_step_in_the_variants_of_other_implementations(settings):
     run_both(random_rows(14, 5), entropy_coef=0.01, **settings)
 
 
+def rows_of(rollout):
+    """What the oracle takes, of a sampled rollout."""
+    R, rows = rollout.response_mask.size(1), []
+    sets = unpack_set(rollout.sampling_sets, len(TOKENS))
+    for b, response in enumerate(rollout.tokens[:, -R:]):
+        length = int(rollout.response_mask[b].sum())
+        query = rollout.tokens[b, :-R][rollout.mask[b, :-R].bool()].tolist()
+        keep = sets[b, :length].numpy()
+        score = float(rollout.scores[b])
+        rows.append({"query": query, "response": response[:length].tolist(), "keep": keep, "score": score})
+    return rows
+
+
 @pytest.mark.parametrize("leash", [{}, dict(kl_estimator="exact")])
 def test_a_step_on_sampled_rows_in_their_sampling_sets(leash):
     policy, reference = models(seed=1)
@@ -223,15 +236,7 @@ def test_a_step_on_sampled_rows_in_their_sampling_sets(leash):
         **{**DEFAULTS, "top_p": 0.7, "temperature": 0.8, "eos_token_id": 8, "lr": 1e-2, **leash},
     )  # fmt: skip
     rollout = trainer.collect(["a", "b c", "g f e", "d", "a b"], lambda texts: [len(t) / 4 for t in texts])
-    sets = unpack_set(rollout.sampling_sets, len(TOKENS))
-    rows = []
-    for b, response in enumerate(rollout.tokens[:, -4:]):
-        length = int(rollout.response_mask[b].sum())
-        query = rollout.tokens[b, :-4][rollout.mask[b, :-4].bool()].tolist()
-        keep = sets[b, :length].numpy()
-        score = float(rollout.scores[b])
-        rows.append({"query": query, "response": response[:length].tolist(), "keep": keep, "score": score})
-    assert len({tuple(r["query"] + r["response"]) for r in rows}) == 5
+    rows = rows_of(rollout)
     assert not all(r["keep"].all() for r in rows)
     order = Order(trainer, rows)
     stats = trainer.step(rollout)
@@ -240,3 +245,37 @@ def test_a_step_on_sampled_rows_in_their_sampling_sets(leash):
     )
     assert stats["objective/kl"] == pytest.approx(figures["objective/kl"], rel=1e-9)
     compare(trainer, expected)
+
+
+OF_METHODS = dict(
+    batch_size=6, minibatch_size=3, forward_batch_size=2, group_size=3, ppo_epochs=2, lr=3e-3, top_p=0.9,
+    temperature=0.8, gen_len=5, eos_token_id=11, device="cpu", init_kl_coef=0.3, seed=3,
+    cliprange=0.02, cliprange_high=0.03,  # which some ratios reach
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ppo", *METHODS])
+def test_three_steps_of_each_method_on_groups_that_it_samples(name):
+    """Ragged rows that end by themselves, groups of equal scores among them; two epochs, top-p .9, temperature .8."""
+    config = PPOConfig(**{**PRESETS.get(name, {}), **OF_METHODS})
+    policy, reference = models(seed=1)
+    with torch.no_grad():  # flatter distributions, for samples that differ
+        for p in (policy.decoder.ln_f.weight, policy.decoder.ln_f.bias, reference.ln_f.weight, reference.ln_f.bias):
+            p.mul_(0.5)
+    trainer = PPOTrainer(policy, reference, Tokenizer(TOKENS), config)
+    params, ref_params = arrays(trainer.policy, reference)
+    given, state, logged, lengths = {name: getattr(config, name) for name in READ_BY_THE_ORACLE}, None, [], set()
+    for prompts in (["a", "b c"], ["g f e", "d"], ["a b", "c"]):
+        rollout = trainer.collect(prompts, lambda texts: [float(len(set(text)) // 2) for text in texts])
+        rows = rows_of(rollout)
+        coef, order = trainer.kl_controller.coef, Order(trainer, rows)
+        logged.append(trainer.step(rollout))
+        params, state, expected = oracle.ppo_step(
+            params, ref_params, rows, order.minibatches(3), n_head=2, kl_coef=coef, state=state, **given
+        )
+        for figure in ("ppo/loss/policy", "objective/kl"):
+            assert logged[-1][figure] == pytest.approx(expected[figure], rel=1e-9, abs=1e-11)
+        compare(trainer, params)
+        lengths |= {len(row["response"]) for row in rows}
+    assert len(lengths) > 2 and any(stats["ppo/policy/clipfrac"] > 0 for stats in logged)
+    assert max(stats["reward/flat_groups"] for stats in logged) == (0.0 if name == "dapo" else 0.5)

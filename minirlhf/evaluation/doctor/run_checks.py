@@ -43,8 +43,10 @@ def rollout(setup: Setup) -> Result:
     pool = setup.pool()
     whole.check_prompts(pool)
     setup.config, setup.precision = whole.config, whole.precision_choice
-    trainer = _with(whole, precision="fp32", gen_len=min(setup.config.gen_len, TOKENS))
-    prompts = [pool[i % len(pool)] for i in range(min(trainer.config.batch_size, ROWS))]
+    # All scores will be 0, so no group has spread, and none may be sampled anew.
+    trainer = _with(whole, precision="fp32", gen_len=min(setup.config.gen_len, TOKENS), drop_flat_groups=0)
+    groups = max(1, min(trainer.config.batch_size, ROWS) // trainer.config.group_size)
+    prompts = [pool[i % len(pool)] for i in range(groups)]
     sampled = trainer.collect(prompts, lambda texts: [0.0] * len(texts))
     B, R = sampled.response_mask.shape
     divisor = trainer.config.logprobs_divisor
