@@ -34,6 +34,16 @@ def require_counts(config: object, *names: str) -> None:
         require(config, name, type(value) is int and value >= 0, "an integer of at least 0")
 
 
+def require_token_ids(config: object, name: str) -> None:
+    """The named field is None, a token id or several; a list of ids becomes a tuple."""
+    value = getattr(config, name)
+    if isinstance(value, list):
+        object.__setattr__(config, name, tuple(value))
+    several = isinstance(value, (list, tuple)) and len(value) > 0
+    fine = all(type(i) is int and i >= 0 for i in (value if several else [value]))
+    require(config, name, value is None or fine, "an id of at least 0, or a tuple of ids")
+
+
 def require_bools(config: object, *names: str) -> None:
     """Every named field is True or False."""
     for name in names:

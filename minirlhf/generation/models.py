@@ -78,7 +78,8 @@ def prepare(
     if reference.n_positions < positions:
         raise ValueError(f"the reference has {reference.n_positions} positions, fewer than the policy's {positions}")
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
-    validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id or 0,)
+    validation.require(config, "eos_token_id", max(ends) < len(tokenizer), f"in [0, {len(tokenizer)})")
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

@@ -145,6 +145,11 @@ class Tokenizer:
         return 1 if token_id in self.special_ids else self.model.width(token_id)
 
     @property
+    def eos_token_id(self) -> int | tuple[int, ...]:
+        """`eos_ids` as `generate` and the configs take them: the id, or several."""
+        return self.eos_id if len(self.eos_ids) == 1 else self.eos_ids
+
+    @property
     def cls_id(self) -> int:
         """Id of [CLS]. Raises ValueError for BPE, as the two below."""
         return self._bert_id("[CLS]")

@@ -224,7 +224,10 @@ def _is_gpt2(folder: Path, rules: Mapping[str, Any], frame: Sequence[int]) -> bo
 def _json_tokenizer(
     folder: Path, content: Mapping[str, Any], rules: Mapping[str, Any], settings: Mapping[str, Any], special: list[str]
 ) -> JSONTokenizer:
-    """Roles come from tokenizer_config.json, or as ids from generation_config.json, or config.json."""
+    """Roles come from tokenizer_config.json, or as ids from generation_config.json, or config.json.
+
+    What stands around a text is in tokenizer.json: beside it, transformers ignores add_bos_token and add_eos_token.
+    """
     if settings.get("tokenizer_class") in BERT_CLASSES:
         raise ValueError(f"{SETTINGS_FILE} has tokenizer_class={settings['tokenizer_class']!r}, but this is a BPE")
     if settings.get("add_prefix_space") is True and '"add_prefix_space": false' in json.dumps(rules["pre_tokenizer"]):
@@ -237,9 +240,7 @@ def _json_tokenizer(
             ids = [i for i in _ids_in(folder / name, f"{role}_id") if i in tokens]
             if role not in roles and ids:
                 roles[role] = tokens[ids[0]]
-    flags = [settings.get(name) for name in ("add_bos_token", "add_eos_token")]
-    framed = None if flags == [None, None] else (bool(flags[0]), bool(flags[1]))
-    return JSONTokenizer(content, roles, special, framed)
+    return JSONTokenizer(content, roles, special)
 
 
 def _read_stop_ids(folder: Path, model: TokenizerModel) -> None:

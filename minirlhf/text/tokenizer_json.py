@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from minirlhf.text.tokenizer_models import TokenizerModel, byte_alphabet
 
@@ -26,19 +26,12 @@ class JSONTokenizer(TokenizerModel):
     content: of the file; its padding and truncation are ignored.
     roles: what special tokens are for, under the names of transformers; "eos_token" must be there.
     extra_special: more special tokens than `content` and `roles` have.
-    framed: whether texts begin with the bos_token and end with the eos_token; None: as the post-processor says.
     Raises ValueError as TokenizerModel, for rules that cannot be read, and for a missing eos_token.
     """
 
     class_name = "PreTrainedTokenizerFast"
 
-    def __init__(
-        self,
-        content: Mapping[str, Any],
-        roles: Mapping[str, str],
-        extra_special: Sequence[str] = (),
-        framed: tuple[bool, bool] | None = None,
-    ):
+    def __init__(self, content: Mapping[str, Any], roles: Mapping[str, str], extra_special: Sequence[str] = ()):
         self.backend = read_backend({**content, "padding": None, "truncation": None})
         ids = self.backend.get_vocab(with_added_tokens=True)
         tokens = {i: token for token, i in ids.items()}
@@ -52,24 +45,12 @@ class JSONTokenizer(TokenizerModel):
             raise ValueError("no eos_token is named: add it to tokenizer_config.json")
         self.eos_id = self.ids[self.roles["eos_token"]]
         self.pad_id = self.ids[self.roles.get("pad_token", self.roles["eos_token"])]
-        if framed is not None:
-            self._frame(*framed)
         encoding = self.backend.encode("a")
         before = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), len(encoding.ids))
         after = len(encoding.ids) - sum(encoding.special_tokens_mask) + before
         self.opening, self.closing = tuple(encoding.ids[:before]), tuple(encoding.ids[after:])
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.backend.to_str())["decoder"])
         self.byte_ids = frozenset(i for i, token in enumerate(self.vocab) if BYTE.fullmatch(token))
-
-    def _frame(self, bos: bool, eos: bool) -> None:
-        """Let the backend put these tokens around a text, as `add_bos_token` and `add_eos_token` ask for."""
-        opening = [self.roles["bos_token"]] if bos and "bos_token" in self.roles else []
-        closing = [self.roles["eos_token"]] if eos else []
-        self.backend.post_processor = processors.TemplateProcessing(
-            single=[*opening, "$A", *closing],
-            pair=[*opening, "$A", *closing, *opening, "$B:1", *closing],
-            special_tokens=[(token, self.ids[token]) for token in {*opening, *closing}],
-        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text as transformers decodes it without special tokens and without cleaning up spaces."""

@@ -115,12 +115,12 @@ def mistral() -> tuple[tokenizers.Tokenizer, dict, dict, str]:
     return bytes_as_a_fallback(metaspace=False), config, {}, "mistral"
 
 
-def ends_with_eos() -> tuple[tokenizers.Tokenizer, dict, dict, str]:
+def with_both_flags() -> tuple[tokenizers.Tokenizer, dict, dict, str]:
     backend, config, generation, kind = llama3()
     return backend, {**config, "add_bos_token": True, "add_eos_token": True}, generation, kind
 
 
-KINDS = [qwen, llama3, smollm, minimind, llama2, mistral, ends_with_eos]
+KINDS = [qwen, llama3, smollm, minimind, llama2, mistral, with_both_flags]
 
 
 def write(folder: Path, kind) -> Path:

@@ -58,7 +58,7 @@ def masks(setup: Setup) -> Result:
     }
     wrong = [f"{name}: {error:.2g}" for name, error in errors.items() if not error <= SAME_OUTPUT]
     if wrong:
-        remedy = "attend by attention_mask, and number positions by its running sum, as GPT2.hidden_states does"
+        remedy = "attend by attention_mask, and number positions by its running sum, as Decoder.hidden_states does"
         return Result(FAIL, f"padding changes the outputs, relative to the largest: {'; '.join(wrong)}", remedy)
     return Result(OK, f"padded and alone differ by {max(errors.values()):.2g} of the largest output at most")
 
