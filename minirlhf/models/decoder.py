@@ -60,7 +60,10 @@ class Decoder(nn.Module):
     n_heads: int  # attention heads of a block
     kv_heads: int  # of these, the ones with keys and values of their own
     head_size: int
-    block_width: int  # numbers a token that the backward pass of a block needs, those of attention left out
+    # Numbers a token, for the memory formula: what the backward pass of a block needs, but for attention's weights, and
+    # what is alive at once in a pass without one.
+    block_width: int
+    pass_width: int
     lm_head: nn.Linear | None  # None: the embedding is the head
     prefix: str  # of published names, which `lm_head` does not have
     trunk: tuple[str, ...]  # what every head stands on: the modules' names, the token embedding first

@@ -130,6 +130,7 @@ class GPT2(Decoder):
         self.config, self.vocab_size, self.n_positions = config, config.vocab_size, config.n_positions
         self.width, self.n_heads, self.kv_heads = config.n_embd, config.n_head, config.n_head
         self.head_size = config.n_embd // config.n_head
+        self.block_width, self.pass_width = 16 * config.n_embd, 12 * config.n_embd
         with global_rng_kept():
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.n_positions, config.n_embd)

@@ -85,11 +85,14 @@ def attention(
         q, allowed = q.unflatten(1, (-1, groups)).flatten(2, 3), None if allowed is None else allowed.unsqueeze(2)
     # (B, nh, T, S). One query becomes the column of a product, so that no keys are copied to be transposed.
     scores = q @ k.mT if q.size(2) > 1 else (k @ q.mT).mT
+    if groups > 1:
+        scores = scores.unflatten(2, (groups, T))
     if allowed is not None:
-        shaped = scores if groups == 1 else scores.unflatten(2, (groups, T))
-        scores = shaped.masked_fill(~allowed, -torch.inf).view_as(scores)
-    y = scores.softmax(-1).to(v.dtype) @ v
-    return y if groups == 1 else y.unflatten(2, (groups, T)).flatten(1, 2)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    weights = scores.softmax(-1).to(v.dtype)
+    if groups > 1:
+        return (weights.flatten(2, 3) @ v).unflatten(2, (groups, T)).flatten(1, 2)
+    return weights @ v
 
 
 def check_vocabulary(rows: int, n_tokens: int, name: str = "model") -> None:

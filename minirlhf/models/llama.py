@@ -128,7 +128,7 @@ class Attention(nn.Module):
             q, k, v = (packing.unpack(part.flatten(-2)).unflatten(-1, heads) for part in (q, k, v))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, nh, T, hs), of k and v fewer heads
         assert inputs.rotary is not None
-        q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
+        q, k = (rotate(part, inputs.rotary).to(v.dtype) for part in (q, k))  # a norm's weight may be of another type
         if inputs.cache is not None:
             k, v = inputs.cache.extend(layer, k, v)  # (B, kv heads, S, hs)
         # After others in a cache it is one token, which may see all. (No sizes: to the compiler they are symbols.)
@@ -176,8 +176,11 @@ class Llama(Decoder):
     def __init__(self, config: LlamaConfig, seed: int = 0):
         super().__init__()
         self.config, self.vocab_size, self.n_positions = config, config.vocab_size, config.max_position_embeddings
-        self.width, C = config.hidden_size, config.hidden_size
+        self.width = C = config.hidden_size
         self.n_heads, self.kv_heads, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
+        q, kv, inner = self.n_heads * self.head_size, self.kv_heads * self.head_size, config.intermediate_size
+        norms = 3 * (q + kv) if config.model_type == "qwen3" else 0
+        self.block_width, self.pass_width = 6 * C + 3 * q + 2 * kv + norms + 4 * inner, 3 * C + max(5 * q, 3 * inner)
         with global_rng_kept():
             self.embed_tokens = nn.Embedding(config.vocab_size, C)
             self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -225,8 +228,8 @@ class Llama(Decoder):
             problem = f"{folder}: {CONFIG_FILE} has sliding_window={content.get('sliding_window', 4096)!r:.40}"
             raise ValueError(f"{problem}, which is not supported; for texts no longer than it, set it to null, "
                              "use_sliding_window to false, and max_position_embeddings to its value")  # fmt: skip
-        stored_by_old_versions = ".rotary_emb.inv_freq"
-        return content, renamed(tensors, lambda n: None if n.endswith(stored_by_old_versions) else n, folder)
+        old = ".rotary_emb.inv_freq"  # which first versions stored
+        return content, renamed(tensors, lambda name: None if name.endswith(old) else name, folder)
 
     @classmethod
     def read_config(cls, content: Mapping[str, Any], stored: int) -> LlamaConfig:
@@ -247,8 +250,7 @@ class Llama(Decoder):
             "architectures": [FAMILIES[c.model_type] + of_head],
             **{n: x for n, x in fields if x is not None and c.model_type in OF_FAMILIES.get(n, FAMILIES)},
             "rope_parameters": rope,
-            # The same for readers of before transformers 5.
-            "rope_theta": c.rope_parameters.rope_theta,
+            "rope_theta": c.rope_parameters.rope_theta,  # with the next one, for readers of before transformers 5
             "rope_scaling": None if c.rope_parameters.rope_type == "default" else rope,
             "dtype": str(dtype).removeprefix("torch."),
         }
