@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import VOCAB, add_outlier, make_bert, make_gpt2
+from conftest import VOCAB, add_outlier, make_bert, make_gpt2, make_llama
 from minirlhf import (
     GPT2,
     ActorCritic,
@@ -108,6 +108,12 @@ def test_a_healthy_run_passes(settings):
     status, findings = examine(**settings)
     assert set(status.values()) == {"ok"}
     assert all(finding.remedy == "" and finding.why for finding in findings.values())
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(model_type="llama", tie_word_embeddings=False)])
+def test_a_healthy_llama_passes(sizes):
+    policy, reference = (make_llama(0, scale=2.0, **SMALL, **sizes) for _ in range(2))
+    assert others(examine(ActorCritic(policy).eval(), reference)[0]) == {"ok"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
