@@ -12,22 +12,82 @@ Leaves metrics.jsonl, samples.jsonl, config.json, summary.json, before_after.md,
 
 import dataclasses
 import random
+from collections.abc import Callable, Sequence
+
+import torch
 
 from minirlhf import PPOConfig, PPOTrainer, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
-from minirlhf.rewards.composed import (
-    TARGETS,
-    ControlledSentiment,
-    Increments,
-    RepetitionPenalty,
-    WeightedSum,
-    check_tags,
-)
+from minirlhf.rewards.base import RewardFunction, call_reward
+from minirlhf.rewards.composed import Increments, RepetitionPenalty, WeightedSum
 from minirlhf.runs.run import Run
 from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A sentiment that a prompt can ask for: its tag, its name in metrics, and the reward of P(positive)."""
+
+    tag: str
+    name: str
+    reward: Callable[[torch.Tensor], torch.Tensor]
+
+
+TARGETS = (
+    Target("[正向]", "positive", lambda p: p),
+    Target("[中性]", "neutral", lambda p: 1 - (2 * p - 1).abs()),
+    Target("[负向]", "negative", lambda p: 1 - p),
+)
+
+
+class ControlledSentiment:
+    """Sentiment on command, after TRL's gpt2-sentiment-control notebook (von Werra 2020), which rewards logits.
+
+    A prompt begins with one tag, [正向] (positive), [中性] (neutral) or [负向] (negative). `sentiment` scores the rest
+    of the prompt with the response, P = P(positive), and the reward is P, 1 - |2P - 1|, or 1 - P.
+
+    sentiment: a reward of texts or of prompts and responses with scores in [0, 1], such as SentimentReward.
+    """
+
+    def __init__(self, sentiment: RewardFunction):
+        self.sentiment = sentiment
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        """Rewards (B,) in [0, 1], fp64.
+
+        Raises ValueError for a prompt that does not begin with exactly one tag, before anything is scored, and for a
+        sentiment outside [0, 1].
+        """
+        targets, untagged = zip(*map(_split_tag, prompts), strict=True) if prompts else ((), ())
+        p = call_reward(self.sentiment, untagged, responses)
+        bad = ((p < 0) | (p > 1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"sentiment must be in [0, 1], got {p[bad[0]].item()} for text {bad[0]}")
+        rewards = torch.empty_like(p)
+        for target in TARGETS:
+            rows = [i for i, asked in enumerate(targets) if asked is target]
+            rewards[rows] = target.reward(p[rows])
+        return rewards
+
+
+def check_tags(tokenizer: Tokenizer) -> None:
+    """Raise ValueError if this vocabulary cannot spell a tag."""
+    for target in TARGETS:
+        if tokenizer.decode(tokenizer.encode_prompt(target.tag)) != target.tag:
+            raise ValueError(f"the vocabulary cannot spell the tag {target.tag}: a character of it has no token")
+
+
+def _split_tag(prompt: str) -> tuple[Target, str]:
+    """The target that a prompt begins with, and the rest."""
+    for target in TARGETS:
+        rest = prompt.removeprefix(target.tag)
+        if rest != prompt and not rest.startswith(tuple(other.tag for other in TARGETS)):
+            return target, rest
+    tags = ", ".join(target.tag for target in TARGETS)
+    raise ValueError(f"a prompt must begin with exactly one of {tags}, got {prompt[:40]!r}")
 
 
 def main() -> None:
@@ -96,6 +156,8 @@ def main() -> None:
             tables.append(before_after_table(pairs, rows=8))
             for name, what in (("reward", "reward"), ("p_positive", "P(positive)"), ("from_half", "|P - 1/2|")):
                 show(f"{target.tag} {what:11} {figures[f'reference/{name}']:.3f} -> {figures[f'policy/{name}']:.3f}")
+        if not trainer.processes.first:
+            return
         write_json(run.folder / "summary.json", summary)
         atomic_write(run.folder / "before_after.md", "\n".join(tables).encode())
         trainer.save_pretrained(run.folder / "policy")

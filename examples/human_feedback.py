@@ -9,15 +9,21 @@ Keys: numbers, best first (or scores), u undo, s skip, q quit. Every answer is o
 """
 
 import argparse
+import codecs
+import os
+import select
+import signal
 import sys
+import threading
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minirlhf import PPOConfig, PPOTrainer, SamplingConfig, Tokenizer, load_decoder
 from minirlhf.common.printing import show
-from minirlhf.rewards.human import FeedbackFile, FeedbackSession, HumanReward, draw_answers
-from minirlhf.rewards.keyboard import Keyboard
+from minirlhf.rewards.human import FeedbackFile, HumanReward, ask_rounds, draw_answers
 from minirlhf.runs.run import Run
 from shared import POLICY, PROMPTS, command_line, prompt_pool, run_script
 
@@ -67,10 +73,9 @@ def collect(args: argparse.Namespace) -> None:
         if len(tokenizer.encode_prompt(prompt)) > room:
             raise ValueError(f"prompt {prompt[:20]!r}... leaves no room for --gen-len {args.gen_len}")
     with FeedbackFile(args.output) as file, Keyboard() as keyboard:
-        session = FeedbackSession(file, question_of, keyboard.read, write, args.scores)
-        done = session.run(args.rounds)
+        done = ask_rounds(file, question_of, args.rounds, keyboard.read, write, args.scores)
         total = len(file.records)
-    show(f"{session.answered} answered, {session.skipped} skipped; {args.output} has {total} in all")
+    show(f"{args.output} has {total} answers in all")
     show("more --rounds ask for more" if done else "the same command goes on from here")
     if total:
         show(f"stage 2 reads them: python examples/reward_model.py --rankings {args.output}")
@@ -99,6 +104,81 @@ def train(args: argparse.Namespace) -> None:
         trainer.train(args.prompts, HumanReward(file, keyboard.read, write), on_step)
         trainer.save_pretrained(run.folder / "policy")
     show(f"saved in {run.folder / 'policy'}")
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+ESCAPE = "\x1b"
+PATIENCE = 0.05  # seconds in which the rest of an arrow key arrives
+
+
+class Keyboard:
+    """Reads the keys of a terminal, or the characters of a pipe or a file; used in a `with`.
+
+    Inside the `with`, a terminal neither waits for Enter nor shows what is typed, and Ctrl-C raises KeyboardInterrupt
+    at once, whatever it did outside. On systems without termios (Windows) Enter ends each line.
+
+    file: with a file descriptor; None: standard input.
+    """
+
+    def __init__(self, file: Any = None):
+        self._fd = (sys.stdin if file is None else file).fileno()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._modes: list[Any] | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def read(self) -> str:
+        """The next key, in lower case and half width (an input method may be on); "" at the end of the input.
+
+        A key that sends several characters, such as an arrow, gives the first one: "\\x1b".
+        """
+        key = ""
+        while not key:
+            if not (byte := self._byte()):
+                return ""
+            key = self._decoder.decode(byte)
+        if key == ESCAPE and self._modes is not None:
+            self._skip_sequence()
+        return unicodedata.normalize("NFKC", key).lower()
+
+    def __enter__(self) -> "Keyboard":
+        try:
+            import termios
+            import tty
+        except ImportError:  # not POSIX
+            return self
+        if os.isatty(self._fd):
+            self._modes = termios.tcgetattr(self._fd)
+            tty.setcbreak(self._fd)
+            if threading.current_thread() is threading.main_thread():
+                self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+                # After Ctrl-Z the shell has set the terminal to its own modes.
+                self._handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: tty.setcbreak(self._fd))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if self._modes is not None:
+            import termios
+
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._modes)
+
+    def _skip_sequence(self) -> None:
+        """Read what follows an escape: "[A" for an arrow (ECMA-48, section 5.4), the key itself for Alt with a key."""
+
+        def next_byte() -> bytes:
+            return self._byte() if select.select([self._fd], [], [], PATIENCE)[0] else b""
+
+        if next_byte() in (b"[", b"O"):
+            while (byte := next_byte()) and not 0x40 <= byte[0] <= 0x7E:
+                pass
+
+    def _byte(self) -> bytes:
+        try:
+            return os.read(self._fd, 1)
+        except OSError:  # the terminal is gone
+            return b""
 
 
 if __name__ == "__main__":

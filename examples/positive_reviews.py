@@ -4,6 +4,7 @@
     python examples/positive_reviews.py --algorithm rloo      # or another of docs/algorithms.md
     python examples/positive_reviews.py --recipe original --policy GPT2_FOLDER --reward BERT_FOLDER
     python examples/positive_reviews.py --resume runs/NAME    # continue a run that was stopped
+    torchrun --nproc-per-node 8 examples/positive_reviews.py  # or several GPUs, or processes: docs/processes.md
 
 Every run leaves metrics.jsonl, samples.jsonl, config.json, reward_curve.png, before_after.md, summary.json and the
 folders checkpoints/, policy/ and reference/ under --output. It may be killed at any moment, and resumed.
@@ -58,7 +59,7 @@ def main() -> None:
             prompts = random.Random(f"{config.seed} {iteration}").choices(args.prompts, k=count)
             # 2. Sample a continuation of each, and score the whole text: reward = P(positive).
             rollout = trainer.collect(prompts, reward)
-            # 3. PPO, or another method: several epochs over the batch, held near the frozen reference by the KL penalty.
+            # 3. PPO, or another method: several epochs over the batch, held near the reference by the KL penalty.
             stats = trainer.step(rollout)
             # 4. Log the step; every `save_freq` steps save a checkpoint and show samples.
             samples = run.record(rollout, stats)
@@ -76,6 +77,8 @@ def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
         kl_coef=trainer.kl_controller.coef, seed=config.seed,
     )  # fmt: skip
     found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
+    if not trainer.processes.first:
+        return
     plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
     summary = {**found.summary(), "optimum": found.optimum}
     about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}

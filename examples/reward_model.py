@@ -14,12 +14,13 @@ from pathlib import Path
 
 from minirlhf import PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
+from minirlhf.device.processes import agreed, restarted
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
-from minirlhf.text.preferences import Ranking, contradictions, read_rankings, split_rankings
+from minirlhf.text.preferences import Ranking, read_rankings, split_rankings
 from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
@@ -37,8 +38,11 @@ def main() -> None:
     common, output = dict(device=args.device, seed=args.seed), Path(args.output)
     judge = SentimentReward.from_pretrained(args.judge, device=args.device)
     trainer = ppo_trainer(args)
-    if not args.resume and output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a stage of it")
+    with agreed("the output folder"):  # all processes have looked before the first one writes
+        if not args.resume and not restarted() and output.exists() and any(output.iterdir()):
+            raise FileExistsError(
+                f"{output} exists and is not empty; choose another --output, or --resume a stage of it"
+            )
     if (output / "stage2" / "config.json").exists():
         run = Run.resume(output / "stage2", data=train)
     else:
@@ -46,15 +50,16 @@ def main() -> None:
         limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
         settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
         run = Run.start(output / "stage2", RewardModelTrainer(reward, train, settings), {"arguments": vars(args)})
-    disputed = len(contradictions(train))
-    show(f"{output}: {len(train)} rankings, {disputed} disputed, {len(held_out)} held out")
+    show(f"{output}: {len(train)} rankings, {len(held_out)} held out")
     with run:
         history = train_reward_model(run, held_out)
         reward = run.trainer.model
         # 3. Rewards get mean 0 and standard deviation 1 on what the policy writes before it learns.
-        if not (output / "reward").exists():
+        if not trainer.processes.broadcast("the reward", (output / "reward").exists()):
             reward.normalise(trainer.collect((args.prompts * 512)[:512], lambda texts: [0.0] * len(texts)).texts)
-            reward.save_pretrained(output / "reward")
+            with agreed("the reward"):
+                if trainer.processes.first:
+                    reward.save_pretrained(output / "reward")
 
     # 4. PPO against the learned reward, loaded as any project would load it.
     reward = RewardModel.from_pretrained(output / "reward", device=args.device)
@@ -84,6 +89,8 @@ def main() -> None:
             "kl": {"before": 0.0, "after": judged["kl"]},
         }
         reliability = evaluate_rankings(reward, held_out).reliability
+        if not trainer.processes.first:
+            return
         write_json(output / "summary.json", {**summary, "held_out": history, "reliability": reliability})
         table = before_after_table(samples)
         atomic_write(output / "before_after.md", table.encode())

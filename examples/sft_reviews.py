@@ -75,6 +75,8 @@ def main() -> None:
             figures, texts = measure()
             run.log(figures, [(text, None) for text in texts])
         trainer.train(on_step)
+        if not trainer.processes.first:
+            return
         measured = [line["perplexity/character"] for line in run.history() if "perplexity/character" in line]
         summary = {"perplexity a character": {"before": measured[0], "after": measured[-1]},
                    "demonstrations": len(train)}  # fmt: skip

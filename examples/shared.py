@@ -11,6 +11,7 @@ from typing import Any
 
 from minirlhf.common.printing import error_line
 from minirlhf.common.text import printable
+from minirlhf.device.processes import processes, tells
 from minirlhf.io.files import read_json
 from minirlhf.runs.run import RunFailed, Stopped
 from minirlhf.text.prompts import read_prompts
@@ -59,7 +60,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def new_folder(prefix: str = "") -> str:
     """The default of --output: a folder named by the time."""
-    return f"runs/{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
+    return processes().broadcast("the time", f"runs/{prefix}{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def prompt_pool(prompts: list[str], encoding: str = "utf-8") -> list[str]:
@@ -72,13 +73,25 @@ def prompt_pool(prompts: list[str], encoding: str = "utf-8") -> list[str]:
 def run_script(main: Callable[[], object], again: str = "--resume") -> None:
     """Run a script's `main`. Bad input, a stopped run and a failed run end it with one line and no traceback.
 
+    Of several processes the first one shows progress, and one of them an error that all have.
     again: the option that continues a run.
     """
+    if not processes().first:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
     try:
         main()
     except (Stopped, RunFailed) as end:  # by Ctrl-C or SIGTERM; by a full disk, a reward that raises, ...
         command = shlex.join([sys.argv[0], again, str(end.folder)])
         told = printable(f"{' '.join(str(end).split())}; to go on: python {command}")
-        print(told) if isinstance(end, Stopped) else sys.exit(f"error: {told}")
+        print(told) if isinstance(end, Stopped) else _end(end, f"error: {told}")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(error_line(error))
+        _end(error, error_line(error))
+
+
+def _end(error: Exception, line: str) -> None:
+    """End the process with an error, which one of several processes tells."""
+    if not tells(error):
+        sys.exit(1)
+    if not processes().first:
+        sys.stderr = sys.__stderr__
+    sys.exit(line)

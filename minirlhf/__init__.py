@@ -23,6 +23,8 @@ from minirlhf.rl.kl import AdaptiveKL, FixedKL
 from minirlhf.rl.rollout import Rollout, collect_rollout
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.run import Run
+from minirlhf.supervised.dpo import DPOTrainer
+from minirlhf.supervised.dpo_config import DPOConfig
 from minirlhf.text.tokenizer import Tokenizer
 from minirlhf.version import __version__ as __version__
 
@@ -33,6 +35,8 @@ __all__ = [
     "BertClassifier",
     "BertConfig",
     "BestOfN",
+    "DPOConfig",
+    "DPOTrainer",
     "Decoder",
     "EvaluationConfig",
     "Finding",

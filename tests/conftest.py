@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from minirlhf import (
     SentimentReward,
     Tokenizer,
 )
+from minirlhf.evaluation import evaluate
 from minirlhf.rewards.sentiment import CANARIES
 
 # Threads cost more than they bring at these sizes.
@@ -111,9 +113,23 @@ def rewrite_tensors(folder: Path, change: Callable[[dict], dict | None]) -> None
     save_file({name: t.contiguous() for name, t in changed.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
+def names(folder: Path) -> list[str]:
+    """Of what is in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def rewrite_config(folder: Path, **changes: object) -> None:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+@dataclass(frozen=True)
+class FewSamples(evaluate.EvaluationConfig):
+    """What scripts evaluate with in tests, where they do not say: as many samples as give every figure."""
+
+    samples: int = 64
+    best_of_prompts: int = 8
+    resamples: int = 100
 
 
 # ---- scripts --------------------------------------------------------------------------------------------------------
@@ -142,6 +158,7 @@ def call(monkeypatch, capsys):
     Returns what it said: the error that it ended with, or None, and its stdout; `call.stderr` has the rest.
     """
     pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
+    monkeypatch.setattr(evaluate, "EvaluationConfig", FewSamples)
 
     def run(script: Path, *arguments: object) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])

@@ -38,10 +38,15 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "") -
     return lines
 
 
+def markdown(text: str) -> str:
+    """A text as one line of Markdown that shows it as it is: control characters visible, no markup."""
+    return re.sub(MARKUP, r"\\\g<0>", printable(text))
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that shows texts as they are: control characters visible, no markup."""
+    """A table of texts, each shown as `markdown` does; the head as it is."""
     lines = [list(head), ["---"] * len(head)]
-    lines += [[re.sub(MARKUP, r"\\\g<0>", printable(cell)) for cell in row] for row in rows]
+    lines += [[markdown(cell) for cell in row] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

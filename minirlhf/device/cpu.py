@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # in a container its own group's: "quota period" or "max period", in us
 MATMULS = ("default", "onednn")
 MATMUL_FLOP = 6e8  # of one timed product: a few milliseconds
 MATMUL_GAIN = 0.97  # oneDNN's time must be below this share of the default's
@@ -98,34 +98,21 @@ def keep_freed_memory() -> bool:
 
 @functools.cache
 def limit_threads() -> int | None:
-    """Let PyTorch start no more threads than the quota of a container has time for; once a process.
+    """Let PyTorch start no more threads than a container's quota (`cpu.max` of its control group) has time for.
 
     PyTorch starts one a core that it sees. With a quota of fewer cores all of them are stopped together once it is
     used up, and the threads that are done wait for those that are not. The quota is rounded up.
-    Nothing changes if OMP_NUM_THREADS or MKL_NUM_THREADS is set, or PyTorch has another number of threads than it
-    takes by itself (cores, or half of them with two threads to a core), which somebody must have set.
+    A number that OMP_NUM_THREADS, MKL_NUM_THREADS or `torch.set_num_threads` set stays.
     Returns the new number; None: the old one stays.
     """
-    if sys.platform != "linux" or os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
-        return None
-    quota, threads, cores = cpu_quota(), torch.get_num_threads(), len(os.sched_getaffinity(0))
-    if quota is None or threads <= math.ceil(quota) or threads not in (cores, cores // 2):
-        return None
-    torch.set_num_threads(math.ceil(quota))
-    return math.ceil(quota)
-
-
-def cpu_quota() -> float | None:
-    """The cores whose time this process's control groups (version 2), parents included, may use; None: any number."""
     try:
-        own = CGROUPS / OWN_CGROUP.read_text().split("::", 1)[1].strip().lstrip("/")
-    except (OSError, IndexError):
+        quota, period = (int(x) for x in CPU_MAX.read_text().split())
+        allowed, cores = -(-quota // period), len(os.sched_getaffinity(0))
+    except (OSError, ValueError, ZeroDivisionError, AttributeError):  # no such file, or "max"
         return None
-    limits = []
-    for folder in (own, *own.parents):
-        try:
-            quota, period = (int(x) for x in (folder / "cpu.max").read_text().split())
-            limits.append(quota / period)
-        except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
-            continue
-    return min(limits, default=None)
+    threads = torch.get_num_threads()
+    by_itself = threads in (cores, cores // 2)  # PyTorch takes half of them with two threads to a core
+    if os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} or not by_itself or threads <= allowed:
+        return None
+    torch.set_num_threads(allowed)
+    return allowed

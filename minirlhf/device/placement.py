@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,16 +13,33 @@ import torch
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of a name; "auto" is a GPU where there is one and the CPU elsewhere.
 
-    Raises ValueError for an unknown name or a GPU that is not there.
+    Of several processes that torchrun started on this machine each takes the GPU of its own number.
+    Raises ValueError for an unknown name, a GPU that is not there, or fewer GPUs than processes.
     """
     name, there = str(device), torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if there else "cpu")
+        name = "cuda" if there else "cpu"
     if not re.fullmatch(r"(cpu|cuda)(:[0-9]{1,2})?", name):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:index]', got {device!r}")
     if name.startswith("cuda") and not there:
         raise ValueError(f"device is {device!r}, but this PyTorch sees no GPU; use 'cpu' or 'auto'")
-    return torch.device(name)
+    return torch.device(name) if name == "cpu" else _own_gpu(name)
+
+
+def _own_gpu(name: str) -> torch.device:
+    """The GPU of a name; of several processes on this machine, that of this one, which becomes the current device."""
+    count, own = (int(os.environ.get(variable, default)) for variable, default in (("LOCAL_WORLD_SIZE", "1"),
+                                                                                    ("LOCAL_RANK", "0")))  # fmt: skip
+    if count == 1:
+        return torch.device(name)
+    if name != "cuda":
+        raise ValueError(
+            f"device is {name!r}, but {count} processes run on this machine: with 'cuda' each takes its own"
+        )
+    if count > (there := torch.cuda.device_count()):
+        raise ValueError(f"{count} processes on this machine have {there} GPUs: start {there}, or use device 'cpu'")
+    torch.cuda.set_device(own)
+    return torch.device(name, own)
 
 
 class Attempt:

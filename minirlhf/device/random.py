@@ -22,13 +22,25 @@ class DropoutStream:
             self.states["dropout_cuda"] = torch.Generator(device).manual_seed(seed).get_state()
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[None]:
-        """Inside this context the global generators are this stream; afterwards they are as before."""
+    def use(self, rank: int = 0, size: int = 1) -> Iterator[None]:
+        """Inside this context the global generators are this stream; afterwards they are as before.
+
+        Each of `size` processes gets numbers of its own, by one number of the stream, which stays equal on all.
+        """
         cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if cuda else []):
             torch.set_rng_state(self.states["dropout"])
             if cuda:
                 torch.cuda.set_rng_state(self.states["dropout_cuda"], self.device)
+            if size > 1:
+                seed = int(torch.randint(2**62, ())) + rank
+                self.states["dropout"] = torch.get_rng_state()
+                torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+                if cuda:
+                    own = torch.Generator(self.device).manual_seed(seed).get_state()
+                    torch.cuda.set_rng_state(own, self.device)
+                yield
+                return
             yield
             self.states = {"dropout": torch.get_rng_state()}
             if cuda:

@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minirlhf.device.processes import agreed, processes
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.io.files import StrPath
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
-from minirlhf.rewards.base import RewardFunction, call_reward
+from minirlhf.rewards.base import RewardFunction, score_all
 from minirlhf.text.tokenizer import Tokenizer
 
 
@@ -41,7 +43,7 @@ class BestOfN:
 
 
 def best_of_n(
-    policy: Decoder | ActorCritic | str | os.PathLike[str],
+    policy: Decoder | ActorCritic | StrPath,
     prompts: Sequence[str],
     reward: RewardFunction,
     n: int,
@@ -55,6 +57,7 @@ def best_of_n(
 ) -> BestOfN:
     """Sample n responses to each prompt and keep the best; of equal ones the first.
 
+    Of several processes all get the result, and each samples and scores some of the prompts.
     policy: a model in eval mode, or its folder, which holds the tokenizer too; a model needs `tokenizer`.
     prompts: B texts. reward: of any form that `rewards.call_reward` takes; it gets all B n responses in one call.
     gen_len, eos_token_id: response tokens, and the token or tokens that end one earlier.
@@ -70,15 +73,19 @@ def best_of_n(
     ids = encode_prompts(tokenizer, prompts, model.n_positions, gen_len)
     repeated = [row for row in ids for _ in range(n)]
     tokens: list[list[str]] = []
+    group = processes()
     for start in range(0, len(repeated), batch_size):
         batch = repeated[start : start + batch_size]
-        sampled = generate(
-            model, batch, gen_len, sampling,
-            eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator,
-        )  # fmt: skip
-        tokens += [tokenizer.decode_response(*pair) for pair in zip(batch, sampled.responses, strict=True)]
+        mine = group.share(len(batch))
+        with agreed("best-of-n"):
+            sampled = generate(
+                model, batch, gen_len, sampling,
+                eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, share=mine,
+            )  # fmt: skip
+            drawn = [tokenizer.decode_response(*pair) for pair in zip(batch[mine], sampled.responses, strict=True)]
+        tokens += [row for part in group.gather("responses", drawn) for row in part][: len(batch)]
     responses = ["".join(row) for row in tokens]
-    scores = call_reward(reward, [p for p in prompts for _ in range(n)], responses, tokens).view(len(prompts), n)
+    scores = score_all(reward, [p for p in prompts for _ in range(n)], responses, tokens).view(len(prompts), n)
     candidates = tuple(tuple(responses[start : start + n]) for start in range(0, len(responses), n))
     best = scores.argmax(1).tolist()  # of equal ones the first
     return BestOfN(

@@ -18,6 +18,7 @@ from minirlhf.common.validation import (
     require_token_ids,
 )
 from minirlhf.device.precision import Precision
+from minirlhf.device.processes import processes
 from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, encode_prompts, expected_best_of_n, n_of_kl
 from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
 from minirlhf.evaluation.optimum import Optimum, OptimumPoint, described
@@ -26,7 +27,7 @@ from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, with_value_head
-from minirlhf.rewards.base import RewardFunction, call_reward
+from minirlhf.rewards.base import RewardFunction, score_all
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.rollout import Rollout, collect_rollout, logprobs_in_batches
 from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu, unit_of, units
@@ -86,7 +87,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure policy and reference on the prompts that the policy was trained on, and on others.
 
-    policy, reference: in eval mode, on one device, with the vocabulary of the tokenizer.
+    policy, reference: in eval mode, on one device, with the vocabulary of the tokenizer. Of several processes each
+        samples and scores some of the rows, and all get the result.
     held_out_prompts: prompts that the policy was not trained on. second_scorer: a reward that it was not trained on, of
         another kind, such as `NGramScorer`.
     Raises ValueError for no prompts, an empty or too long one, one that is on both lists, models or tokenizer that do
@@ -137,14 +139,17 @@ class _Sampler:
                              eos_token_id=c.eos_token_id)  # fmt: skip
         models = Models(model, self.reference, self.tokenizer, Precision("fp32", self.reference.device))
         drawn = collect_rollout(models, _in_turn(prompts, c.samples), self.reward_fn, settings, self.generator(0))
-        return drawn, logprobs_in_batches(models, drawn.tokens, drawn.mask, c.gen_len, 1.0)
+        group = processes()
+        mine = group.share(len(drawn))
+        full = logprobs_in_batches(models, drawn.tokens[mine], drawn.mask[mine], c.gen_len, 1.0)
+        return drawn, dict(zip(full, group.gather_rows(len(drawn), *full.values()), strict=True))
 
     def second(self, prompts: Sequence[str], responses: Sequence[str]) -> Array | None:
         """The second scorer's scores; None without one."""
         if self.second_scorer is None:
             return None
         try:
-            return call_reward(self.second_scorer, prompts, responses).numpy()
+            return score_all(self.second_scorer, prompts, responses).numpy()
         except ValueError as error:
             raise ValueError(f"the second scorer: {error}") from error
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from minirlhf.evaluation.best_of import best_of_n, loaded, require_texts
 from minirlhf.evaluation.statistics import Array, Bootstrap, Estimate
 from minirlhf.generation.sampling import SamplingConfig
+from minirlhf.io.files import StrPath
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
@@ -271,7 +271,7 @@ class Optimum:
 
 
 def optimum(
-    reference: Decoder | ActorCritic | str | os.PathLike[str],
+    reference: Decoder | ActorCritic | StrPath,
     prompts: Sequence[str],
     reward: RewardFunction,
     *,

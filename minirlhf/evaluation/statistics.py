@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from minirlhf.common.validation import require, require_counts, require_fraction, require_positive_ints
+from minirlhf.common.validation import require, require_counts, require_positive_ints
 
 CHUNK = 2**22  # indices drawn at a time
 Array = NDArray[np.float64]
@@ -27,18 +27,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Resamples with replacement, `resamples` times, and takes the middle `confidence` of the resampled figures.
+    """Resamples with replacement, `resamples` times, and takes the middle 95% of the resampled figures.
 
     Every estimate starts from the same seed, so a figure does not depend on which others were asked for.
     Raises ValueError for a bad field.
     """
 
     resamples: int = 2000
-    confidence: float = 0.95
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_fraction(self, "confidence")
         require_positive_ints(self, "resamples")
         require(self, "resamples", self.resamples >= 2, "at least 2")
         require_counts(self, "seed")
@@ -57,7 +55,7 @@ class Bootstrap:
 
     def interval(self, figure: float, replicates: Array) -> Estimate:
         """A figure with the middle of its replicates (resamples,)."""
-        low, high = np.quantile(replicates, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        low, high = np.quantile(replicates, [0.025, 0.975])
         return Estimate(figure, float(low), float(high))
 
     def _means(self, x: Array, generator: np.random.Generator) -> Array:

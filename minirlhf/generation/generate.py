@@ -59,6 +59,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
+    share: slice | None = None,
     keep_sampling_sets: bool = False,
     keep_states: bool = False,
     graphed: GraphedDecoder | None = None,
@@ -70,6 +71,7 @@ def generate(
     max_new_tokens: R; without `eos_token_id`, one or several after any of which a row stops, every response has exactly
         this length.
     generator: on the model's device; R * B uniform numbers are drawn from it at once. None: PyTorch's global one.
+    share: of the prompts, those that are continued here, while padding and random numbers are those of all; None: all.
     keep_sampling_sets, keep_states: whether the result has them.
     graphed: decodes every token after the first at fixed shapes, on a GPU by a CUDA graph. None: plain decoding, in
         which rows that have ended cost nothing. Both give the same samples.
@@ -89,9 +91,9 @@ def generate(
         room = f"for {max_new_tokens} new ones in the model's context of {model.n_positions}"
         advice = f"shorten the prompt to {model.n_positions - max_new_tokens}"
         raise ValueError(f"a prompt of {longest} tokens leaves no room {room}; {advice}")
-    ids, prompt_mask = to_device(ids, model.device), to_device(prompt_mask, model.device)
+    ids, prompt_mask = (to_device(x[share or slice(None)], model.device) for x in (ids, prompt_mask))
     B, P = ids.shape
-    uniforms = draw_uniforms(max_new_tokens, B, model.device, generator)
+    uniforms = draw_uniforms(max_new_tokens, len(prompts), model.device, generator)[:, share or slice(None)]
     columns = P + max_new_tokens - 1  # the last token is never fed back
     step = None if graphed is None else graphed.step_for(model, B, columns)
     cache = model.new_cache(B, columns if step is None else P)

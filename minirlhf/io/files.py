@@ -18,8 +18,9 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeAlias, TypeVar
 
+StrPath: TypeAlias = "str | os.PathLike[str]"
 T = TypeVar("T")
 LOCKED_BYTE = 2**30  # of a file on Windows, where nobody else can read it: far behind the text
 PARTIAL = ".partial"  # ends the names of what a save has not finished
@@ -28,7 +29,7 @@ JSON_TYPES = {str: "a text", int: "an integer", float: "a number", bool: "true o
               dict: "an object"}  # fmt: skip
 
 
-def check_content(path: str | os.PathLike[str]) -> None:
+def check_content(path: StrPath) -> None:
     """Raise FileNotFoundError unless a path is a regular file, ValueError if it is a git-lfs pointer to one."""
     if not Path(path).is_file():  # opening a pipe would wait for a writer
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
@@ -38,7 +39,7 @@ def check_content(path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path} is a git-lfs pointer, not the file itself: {fetch}")
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: StrPath) -> str:
     """Read UTF-8, with or without a byte-order mark. Raises as `check_content`, ValueError for other bytes."""
     check_content(path)
     try:
@@ -47,9 +48,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"{path} is not valid UTF-8: {error}") from error
 
 
-def read_json(
-    path: str | os.PathLike[str], pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict
-) -> dict[str, Any]:
+def read_json(path: StrPath, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict) -> dict[str, Any]:
     """Read a JSON object. Raises as `read_text`, ValueError with the path if it is not a JSON object.
 
     pairs: makes a dict of an object's names and values; the default lets the last of equal names win.
@@ -91,7 +90,7 @@ def field(content: Mapping[str, Any], name: str, kind: type[T], where: object, d
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: StrPath) -> Iterator[None]:
     """Put a path before the message of a ValueError that is raised inside, about content read from there."""
     try:
         yield
@@ -99,13 +98,13 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write_json(path: StrPath, content: Mapping[str, Any]) -> None:
     """Write a JSON object, atomically, in UTF-8, its keys in the order given."""
     text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     atomic_write(path, text.encode("utf-8", "backslashreplace"))  # the escape of a lone surrogate is valid JSON
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
+def sha256(path: StrPath) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -114,7 +113,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def open_for_writing(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
+def open_for_writing(path: StrPath, mode: str = "wb") -> IO[Any]:
     """`open` for files of our own that are written in place: logs and locks.
 
     mode: as in `open`; text is UTF-8. Missing files are created where the mode creates them.
@@ -159,7 +158,7 @@ def lock_descriptor(descriptor: int) -> None:
         os.lseek(descriptor, place, os.SEEK_SET)
 
 
-def atomic_write(path: str | os.PathLike[str], *content: bytes | memoryview) -> None:
+def atomic_write(path: StrPath, *content: bytes | memoryview) -> None:
     """Write a file, durable when this returns, from pieces of content. Raises OSError and leaves no part behind.
 
     A symbolic link at the path is replaced, not followed.
@@ -181,7 +180,7 @@ def atomic_write(path: str | os.PathLike[str], *content: bytes | memoryview) -> 
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced_folder(folder: StrPath) -> Iterator[Path]:
     """A new folder to write into, by `atomic_write`; it takes the place of `folder` when the block ends.
 
     Files of the old folder that are not written anew stay. If the block raises, or the process is killed, the old
@@ -220,7 +219,7 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)  # the old folder, or what an error left
 
 
-def flush_folder(folder: str | os.PathLike[str]) -> None:
+def flush_folder(folder: StrPath) -> None:
     """Make the names in a folder durable (fsync of the directory); does nothing on systems without it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -277,7 +276,7 @@ def _fill(folder: Path, staged: Path) -> None:
     flush_folder(folder)
 
 
-def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def link_or_copy(source: StrPath, target: StrPath) -> None:
     """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
@@ -291,7 +290,7 @@ def _umask() -> int:
     return umask
 
 
-def remove_partial(*folders: str | os.PathLike[str]) -> None:
+def remove_partial(*folders: StrPath) -> None:
     """Remove what a killed process had not finished writing in folders that no other process is writing."""
     for part in [part for folder in folders for part in Path(folder).glob(f".*{PARTIAL}")]:
         if part.is_dir() and not part.is_symlink():
@@ -300,7 +299,7 @@ def remove_partial(*folders: str | os.PathLike[str]) -> None:
             part.unlink()
 
 
-def read_jsonl(path: str | os.PathLike[str], length: int | None = None) -> list[dict[str, Any]]:
+def read_jsonl(path: StrPath, length: int | None = None) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, [] if there is no file. A last line that a crash cut short is dropped.
 
     length: of the part to read, bytes; None: all of it.

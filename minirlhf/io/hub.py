@@ -16,36 +16,28 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minirlhf.io.files import atomic_write, replaced_folder, sha256
+from minirlhf.io.files import StrPath, atomic_write, replaced_folder, sha256
 
 WEIGHTS_FOLDER = "weights"
 TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 # Forms of weights; only the first one here that a model has is fetched.
 WEIGHT_FORMS = (
-    re.compile(r"model\.safetensors"),
-    re.compile(r"model\.safetensors\.index\.json|model-\d{5}-of-\d{5}\.safetensors"),
-    re.compile(r"pytorch_model\.bin"),
-    re.compile(r"pytorch_model\.bin\.index\.json|pytorch_model-\d{5}-of-\d{5}\.bin"),
+    r"model\.safetensors",
+    r"model\.safetensors\.index\.json|model-\d{5}-of-\d{5}\.safetensors",
+    r"pytorch_model\.bin",
+    r"pytorch_model\.bin\.index\.json|pytorch_model-\d{5}-of-\d{5}\.bin",
 )
 NAME_PART = r"\w(?:[\w.-]{0,94}\w)?"
-NAME = re.compile(rf"(?:{NAME_PART}/)?{NAME_PART}", re.ASCII)
-REVISION = re.compile(r"\w(?:[\w./-]*\w)?", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-ETAG = re.compile(r"[\w-]+", re.ASCII)
+NAME = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{NAME_PART}/)?{NAME_PART}", re.ASCII)  # the hub's rules
+REVISION = re.compile(r"(?!.*(?:\.\.|//))\w(?:[\w./-]*\w)?", re.ASCII)
 
 
 class DownloadError(ValueError):
     """A model or a file that is not what it should be, whatever the connection."""
 
 
-def is_name(text: str) -> bool:
-    """Whether the hub could have a model of this name: `owner/model` or `model`, by the rules for repository names."""
-    return bool(NAME.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
-
-
-def locate(name_or_folder: str | os.PathLike[str]) -> Path:
+def locate(name_or_folder: StrPath) -> Path:
     """The folder of a model: an existing folder as it is; for a name on the hub, where a download put it.
 
     Looks for `weights/NAME` under the current directory, then for the newest snapshot in the hub's cache (HF_HOME) that
@@ -57,13 +49,12 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
         return Path(name)
     if os.path.exists(name):
         raise FileNotFoundError(f"model folder {name} does not exist: that is a file")
-    if not is_name(name):
+    if not NAME.fullmatch(name):
         raise FileNotFoundError(f"model folder {name} does not exist")
     placed = Path(WEIGHTS_FOLDER) / name
     if placed.is_dir():
         return placed
-    whole = [path.parent for path in (_cached(name) / "snapshots").glob("*/config.json") if path.is_file()]
-    whole = [path for path in whole if COMMIT.fullmatch(path.name)]
+    whole = [path.parent for path in (_cached(name) / "snapshots").glob("[!.]*/config.json") if path.is_file()]
     snapshots = [path for path in whole if any(_is_weights(file.name) for file in path.iterdir())]
     if snapshots:
         return max(snapshots, key=lambda path: path.stat().st_mtime_ns)
@@ -73,7 +64,7 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
     )
 
 
-def download(name: str, to: str | os.PathLike[str] | None = None, revision: str = "main") -> Path:
+def download(name: str, to: StrPath | None = None, revision: str = "main") -> Path:
     """Fetch config, tokenizer and weights of a model on the hub, and nothing else; returns their folder.
 
     name: `owner/model`, or `model`. to: the files go into the folder `to/name`, which is complete or unchanged
@@ -85,24 +76,21 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
     that is not what the server announced; OSError that says what to do if the hub has no such model, refuses it or
     cannot be reached; ImportError without huggingface_hub.
     """
-    if not is_name(name):
+    if not NAME.fullmatch(name):
         raise ValueError(
             f"{name!r} is not the name of a model on the hub: owner/model or model, of at most 96 letters, digits and "
             "._- each, that begins and ends with a letter or digit, has no -- or .. and does not end with .git"
         )
-    if not REVISION.fullmatch(revision) or ".." in revision or "//" in revision:
+    if not REVISION.fullmatch(revision):
         raise ValueError(f"revision must be the name of a branch or tag, or a commit, got {revision!r}")
     try:
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import HfApi
     except ImportError as error:
         raise ImportError("downloads need huggingface_hub: pip install huggingface_hub") from error
 
     with _explained(name, to, revision):
-        info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        commit = str(info.sha)
-        if not COMMIT.fullmatch(commit):
-            raise DownloadError(f"{constants.ENDPOINT} gives {name} the commit {commit!r}, which is not a commit")
-        files = needed_files(name, [file.rfilename for file in info.siblings or ()])
+        info = HfApi().model_info(name, revision=revision)
+        files, commit = needed_files(name, [file.rfilename for file in info.siblings or ()]), str(info.sha)
         if to is not None:
             with replaced_folder(Path(to) / name) as staged, tempfile.TemporaryDirectory(dir=staged) as fresh:
                 for old in [path for path in staged.iterdir() if _is_weights(path.name) and path.name not in files]:
@@ -110,28 +98,26 @@ def download(name: str, to: str | os.PathLike[str] | None = None, revision: str 
                 for file in files:
                     _fetch(name, commit, file, staged, fresh)
             return Path(to) / name
-        for file in files:
-            _fetch(name, commit, file)
+        fetched = [_fetch(name, commit, file) for file in files]
     if revision != commit:
         reference = _cached(name) / "refs" / revision  # by which other tools find the snapshot without a network
         reference.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(reference, commit.encode())
-    snapshot = _cached(name) / "snapshots" / commit
-    os.utime(snapshot)  # `locate` takes the newest one
-    return snapshot
+    os.utime(fetched[0].parent)  # `locate` takes the newest one
+    return fetched[0].parent
 
 
-def _fetch(name: str, commit: str, file: str, folder: Path | None = None, fresh: str | None = None) -> None:
+def _fetch(name: str, commit: str, file: str, folder: Path | None = None, fresh: str | None = None) -> Path:
     """Bring a file into the hub's cache, or by way of the empty folder `fresh` into a folder that lacks it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import tqdm
 
     announced = get_hf_file_metadata(hf_hub_url(name, file, revision=commit))
-    etag, size = announced.etag, announced.size
-    if etag is None or not ETAG.fullmatch(etag):
+    etag, size = announced.etag or "", announced.size
+    if not re.fullmatch(r"[\w-]+", etag):  # huggingface_hub takes it as the name of a file
         raise DownloadError(f"the server gives {file} of {name} the ETag {etag!r}, which cannot name a file")
     if folder and (folder / file).is_file() and sha256(folder / file) == etag:
-        return
+        return folder / file
 
     class Bounded(tqdm):
         """A progress bar that stops a transfer beyond the announced size."""
@@ -146,46 +132,42 @@ def _fetch(name: str, commit: str, file: str, folder: Path | None = None, fresh:
 
     bar: Any = {"tqdm_class": Bounded} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
     path = Path(hf_hub_download(name, file, revision=commit, local_dir=fresh, **bar))
-    if size not in (None, path.stat().st_size) or (SHA256.fullmatch(etag) and sha256(path) != etag):
+    if size not in (None, path.stat().st_size) or (re.fullmatch("[0-9a-f]{64}", etag) and sha256(path) != etag):
         os.unlink(os.path.realpath(path))  # the blob of the cache
         path.unlink(missing_ok=True)
         raise DownloadError(f"{file} of {name} came damaged: its size or SHA-256 is not {size}, {etag}; run this again")
-    if folder:
-        os.replace(path, folder / file)
+    return path.replace(folder / file) if folder else path
 
 
 @contextlib.contextmanager
-def _explained(name: str, to: str | os.PathLike[str] | None, revision: str) -> Iterator[None]:
+def _explained(name: str, to: StrPath | None, revision: str) -> Iterator[None]:
     """Turn what huggingface_hub raises, with whichever HTTP client, into an OSError that says what to do."""
     from huggingface_hub import constants, get_token, utils
 
     endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
-    token = "set HF_TOKEN to your access token"
+    token, elsewhere = "set HF_TOKEN to your access token", _elsewhere(name, to, revision)
+    told: OSError
     try:
         yield
+        return
     except utils.OfflineModeIsEnabled:
-        raise ConnectionError(
-            f"HF_HUB_OFFLINE is set, so {name} is not fetched; unset it, or {_elsewhere(name, to, revision)}"
-        ) from None
+        told = ConnectionError(f"HF_HUB_OFFLINE is set, so {name} is not fetched; unset it, or {elsewhere}")
     except utils.GatedRepoError:
-        raise PermissionError(f"{name} is gated: ask for access at {endpoint}/{name}, then {token}") from None
+        told = PermissionError(f"{name} is gated: ask for access at {endpoint}/{name}, then {token}")
     except utils.RevisionNotFoundError:
-        raise FileNotFoundError(f"{name} has no revision {revision!r} at {endpoint}") from None
+        told = FileNotFoundError(f"{name} has no revision {revision!r} at {endpoint}")
     except utils.RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{endpoint} has no model {name}, or shows it only to those who may see it: check the name, or {token}"
-        ) from None
+        shown = "or shows it only to those who may see it"
+        told = FileNotFoundError(f"{endpoint} has no model {name}, {shown}: check the name, or {token}")
     except Exception as error:
         # An OSError with a number is of this machine: a full disk, no permission.
         if isinstance(error, DownloadError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         reason = re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?[^\s'\"]*", "", reason))  # signed addresses, passwords
-        reason = reason.replace(get_token() or "\0", "***")
-        raise ConnectionError(
-            f"{name} did not come from {endpoint} ({reason}). Try again; without a network, "
-            f"{_elsewhere(name, to, revision)}"
-        ) from None
+        reason = f"{endpoint} ({reason.replace(get_token() or chr(0), '***')})"
+        told = ConnectionError(f"{name} did not come from {reason}. Try again; without a network, {elsewhere}")
+    raise told
 
 
 def needed_files(name: str, listing: Iterable[str]) -> list[str]:
@@ -195,7 +177,7 @@ def needed_files(name: str, listing: Iterable[str]) -> list[str]:
     """
     present = sorted(listing)
     for form in WEIGHT_FORMS:
-        weights = [file for file in present if form.fullmatch(file)]
+        weights = [file for file in present if re.fullmatch(form, file)]
         if weights and "config.json" in present:
             return [file for file in TEXT_FILES if file in present] + weights
     raise DownloadError(
@@ -205,7 +187,7 @@ def needed_files(name: str, listing: Iterable[str]) -> list[str]:
 
 
 def _is_weights(file: str) -> bool:
-    return any(form.fullmatch(file) for form in WEIGHT_FORMS)
+    return any(re.fullmatch(form, file) for form in WEIGHT_FORMS)
 
 
 def _cached(name: str) -> Path:
@@ -219,7 +201,7 @@ def _cached(name: str) -> Path:
     return cache / f"models--{name.replace('/', '--')}"
 
 
-def _elsewhere(name: str, to: str | os.PathLike[str] | None = None, revision: str = "main") -> str:
+def _elsewhere(name: str, to: StrPath | None = None, revision: str = "main") -> str:
     """How to bring a model to a machine without a network."""
     which = name if revision == "main" else f"{name} --revision {revision}"
     return (

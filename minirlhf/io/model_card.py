@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minirlhf.io.files import atomic_write
+from minirlhf.common.printing import markdown, markdown_table
+from minirlhf.io.files import StrPath, atomic_write
 from minirlhf.version import __version__
 
 OURS = "<!-- Written by minirlhf and replaced by its next save. Without this line it is yours, and stays as it is. -->"
@@ -58,7 +58,7 @@ class Origin:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, source: str | os.PathLike[str], config: Mapping[str, Any]) -> Origin:
+    def of(cls, source: StrPath, config: Mapping[str, Any]) -> Origin:
         """source: what was handed to `from_pretrained`."""
         name = os.path.basename(os.path.abspath(source)) if os.path.isdir(source) else os.fspath(source)
         return cls(name, dict(config))
@@ -94,12 +94,12 @@ class ModelCard:
         """The card in Markdown, with the front matter that the hub reads."""
         what, task, transformers_class = CLASSES[self.model_class]
         base = self.origin.name if self.origin else ""
-        what += f", made from {escape(base)}" if base else ""
+        what += f", made from {markdown(base)}" if base else ""
         base = f"base_model: {json.dumps(base)}\n" if "/" in base else ""
         text = CARD.format(task=task, base=base, what=what, ours=self.model_class, theirs=transformers_class)
         if self.summary:
-            rows = [f"| {escape(str(name))} | {escape(_shown(value))} |\n" for name, value in self.summary.items()]
-            text += "\n## Training\n\n| | |\n|---|---|\n" + "".join(rows)
+            rows = [(str(name), _shown(value)) for name, value in self.summary.items()]
+            text += "\n## Training\n\n" + markdown_table(("", ""), rows)
         return text
 
 
@@ -108,16 +108,6 @@ def write_card(folder: Path, card: ModelCard) -> None:
     path = folder / "README.md"
     if not path.exists() or OURS.encode() in path.read_bytes():
         atomic_write(path, card.text().encode("utf-8"))
-
-
-def escape(text: str) -> str:
-    """A text as one line of Markdown that readers show literally, also in a table cell.
-
-    Markdown's characters become entities, which are always text (CommonMark, section 2.5); line ends, control and
-    direction characters become spaces.
-    """
-    line = "".join(char if char.isprintable() else " " for char in text)
-    return re.sub(r"[&<>|`*\[\]\\~$!]", lambda found: f"&#{ord(found[0])};", line)
 
 
 def _shown(value: Any) -> str:

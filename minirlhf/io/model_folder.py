@@ -8,7 +8,6 @@ Left out: writing in shards.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,7 +20,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minirlhf.io.conversion import read_pickle, untied
-from minirlhf.io.files import atomic_write, check_content, field, read_json, replaced_folder, sha256, write_json
+from minirlhf.io.files import (
+    StrPath,
+    atomic_write,
+    check_content,
+    field,
+    read_json,
+    replaced_folder,
+    sha256,
+    write_json,
+)
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard, Origin, write_card
 from minirlhf.io.shards import read_index, read_shards
@@ -44,7 +52,7 @@ INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 OUTER_WRAPPERS = re.compile(r"^(?:(?:module|model|pretrained_model)\.)+")
 
 
-def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config of a model folder and its tensors by name, as stored: safetensors, whole or sharded, or a pickle.
 
     folder: or the name of a model that was downloaded (see `hub`).
@@ -69,7 +77,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return read_shards(weights, read_tensors) if weights.name == INDEX_FILE else read_tensors(weights)
 
 
-def convert(folder: str | os.PathLike[str]) -> Path:
+def convert(folder: StrPath) -> Path:
     """The safetensors file of a model folder, or its index; converts a pickle first that is alone or newer.
 
     Tensors that share memory in the pickle (a head tied to the embedding) are stored once. The metadata names the
@@ -148,7 +156,7 @@ def _from_pickle(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {**aliases, "format": "pt", "converted_from": sources[0].name, "sources": json.dumps(recorded)}
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(path: StrPath) -> dict[str, Tensor]:
     """Read a safetensors file. Raises FileNotFoundError, or ValueError with the path for a damaged file."""
     check_content(path)
     try:
@@ -157,7 +165,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_metadata(path: StrPath) -> dict[str, str]:
     """The text metadata of a safetensors file. Raises as `read_tensors`."""
     check_content(path)
     try:
@@ -167,9 +175,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def check_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], origin: str | os.PathLike[str]
-) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], origin: StrPath) -> None:
     """Raise one ValueError that lists missing and unexpected names, wrong shapes, types and values not finite in fp32.
 
     tensors: name -> tensor, names already in the model's own form. expected: name -> shape.
@@ -191,9 +197,7 @@ def check_tensors(
         raise ValueError(f"the weights in {origin} do not fit the model: {shown}")
 
 
-def renamed(
-    tensors: Mapping[str, Tensor], own_name: Callable[[str], str | None], origin: str | os.PathLike[str]
-) -> dict[str, Tensor]:
+def renamed(tensors: Mapping[str, Tensor], own_name: Callable[[str], str | None], origin: StrPath) -> dict[str, Tensor]:
     """Tensors under a model's own names. Raises ValueError if two tensors get one name.
 
     own_name: from a published name, without the prefixes of training wrappers and with LayerNorm's gamma and beta as
@@ -210,7 +214,7 @@ def renamed(
     return named
 
 
-def check_supported(content: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+def check_supported(content: Mapping[str, Any], folder: StrPath) -> None:
     """Raise ValueError, with the field and what to do, for weights that are quantised, of experts, or of images."""
     for name, value in content.items():
         where = f"{folder}: {CONFIG_FILE} has {name}={value!r:.80}"
@@ -226,10 +230,7 @@ def check_supported(content: Mapping[str, Any], folder: str | os.PathLike[str]) 
 
 
 def check_published(
-    content: Mapping[str, Any],
-    folder: str | os.PathLike[str],
-    model_type: str | tuple[str, ...],
-    fixed: Mapping[str, tuple[Any, ...]],
+    content: Mapping[str, Any], folder: StrPath, model_type: str | tuple[str, ...], fixed: Mapping[str, tuple[Any, ...]]
 ) -> None:
     """Raise ValueError if a published config is of another model, or asks for a variant that is not supported.
 
@@ -265,7 +266,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def write_folder(
-    folder: str | os.PathLike[str],
+    folder: StrPath,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     card: ModelCard | None = None,
@@ -294,9 +295,7 @@ def write_folder(
             write_card(staged, card)
 
 
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, atomically; equal content gives equal bytes."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # transformers refuses a file whose metadata lacks "format".

@@ -6,12 +6,13 @@ A trainer's `state_dict()` returns a `State` and its `load_state_dict` takes one
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+from minirlhf.common.validation import is_finite
 
 Check = Callable[[Any], bool]
 
@@ -82,14 +83,9 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_number(value: Any) -> bool:
-    """A finite number."""
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
 def is_amount(value: Any) -> bool:
     """A finite number of at least 0."""
-    return is_number(value) and value >= 0
+    return is_finite(value) and value >= 0
 
 
 def is_text(value: Any) -> bool:
@@ -117,3 +113,10 @@ def module_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def require_same_reference(began: str, given: str) -> None:
+    """Raise ValueError unless the reference given has the `module_hash` of the one that the run began with."""
+    if given != began:
+        found = f"its tensors had the SHA-256 {began[:12]}..., those given have {given[:12]}..."
+        raise ValueError(f"the run began with another reference: {found}")

@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, C width, nh heads, hs = C / nh head size, L labels.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf.common import validation
-from minirlhf.io.files import naming
+from minirlhf.io.files import StrPath, naming
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import (
     cast,
@@ -220,7 +219,7 @@ class BertClassifier(nn.Module):
         return F.linear(hidden, self.bert.embeddings.word_embeddings.weight)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> BertClassifier:
+    def from_pretrained(cls, folder: StrPath) -> BertClassifier:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
         Names may have the prefixes of training wrappers and `bert.` or not; LayerNorm's parameters are weight and bias
@@ -243,7 +242,7 @@ class BertClassifier(nn.Module):
         return model.eval()
 
     @classmethod
-    def from_trunk(cls, folder: str | os.PathLike[str], id2label: Mapping[int, str], seed: int = 0) -> BertClassifier:
+    def from_trunk(cls, folder: StrPath, id2label: Mapping[int, str], seed: int = 0) -> BertClassifier:
         """The encoder of any BERT folder with a new classification head, in eval mode.
 
         id2label: the labels of the new head. seed: of the generator that draws the head, and a pooler if the folder
@@ -267,12 +266,13 @@ class BertClassifier(nn.Module):
         return model.eval()
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
+        self, folder: StrPath, dtype: torch.dtype = torch.float32, summary: Mapping[str, Any] | None = None
     ) -> None:
         """Write a folder in the published layout; arguments and errors as of `Decoder.save_pretrained`."""
+        write_folder(folder, *self.published(dtype), ModelCard("BertClassifier", self.origin, summary))
+
+    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`config.json` and tensors in the published layout, as of `Decoder.published`."""
         content = {
             "architectures": ["BertForSequenceClassification"],
             "model_type": "bert",
@@ -280,11 +280,10 @@ class BertClassifier(nn.Module):
             "label2id": {label: i for i, label in enumerate(self.config.labels)},
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        config, tensors = published_config(content, self.origin), cast(self.state_dict(), dtype)
-        write_folder(folder, config, tensors, ModelCard("BertClassifier", self.origin, summary))
+        return published_config(content, self.origin), cast(self.state_dict(), dtype)
 
 
-def _read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_published(folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A BERT folder's `config.json`, and all its tensors by their names here; raises as `from_pretrained`."""
     content, tensors = read_folder(folder)
     check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS)

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens of this call, S tokens in the cache and this call toge
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.io.files import naming
+from minirlhf.io.files import StrPath, naming
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import cast, write_folder
 from minirlhf.models.cache import KVCache, StaticKVCache
@@ -93,7 +92,7 @@ class Decoder(nn.Module):
 
     @classmethod
     @abstractmethod
-    def read_published(cls, folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read_published(cls, folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A folder's `config.json`, and all its tensors by their names here; raises as `from_pretrained`."""
 
     @classmethod
@@ -188,7 +187,7 @@ class Decoder(nn.Module):
         return KVCache(*sizes, like=weight.new_empty(0, dtype=dtype))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+    def from_pretrained(cls, folder: StrPath) -> Self:
         """Load a folder in the published layout, in fp32 and in eval mode.
 
         Names may have the prefixes of training wrappers and `prefix` or not; `lm_head.weight` may be stored, tied or
@@ -198,21 +197,21 @@ class Decoder(nn.Module):
         return cls.with_value_head(folder)[0]
 
     @classmethod
-    def with_value_head(cls, folder: str | os.PathLike[str]) -> tuple[Self, dict[str, Tensor]]:
+    def with_value_head(cls, folder: StrPath) -> tuple[Self, dict[str, Tensor]]:
         """The model of `from_pretrained`, and the tensors of TRL's value head, `v_head.*`, if the folder has one."""
         content, named = cls.read_published(folder)
         head = {n.removeprefix("v_head."): named.pop(n) for n in list(named) if n.startswith("v_head.")}
         return cls.from_tensors(folder, content, named), head
 
     @classmethod
-    def from_trunk(cls, folder: str | os.PathLike[str]) -> Self:
+    def from_trunk(cls, folder: StrPath) -> Self:
         """Load the transformer of any folder of this family, without its heads; raises as `from_pretrained`."""
         content, named = cls.read_published(folder)
         trunk = {name: tensor for name, tensor in named.items() if name.split(".")[0] in cls.trunk}
         return cls.from_tensors(folder, {**content, "tie_word_embeddings": True}, trunk)
 
     @classmethod
-    def from_tensors(cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]) -> Self:
+    def from_tensors(cls, folder: StrPath, content: Mapping[str, Any], named: dict[str, Tensor]) -> Self:
         """The model of what `read_published` gave for a folder; raises as `from_pretrained`."""
         with naming(folder), shapes_only():
             model = cls(cls.read_config(content, len(named)))
@@ -236,10 +235,7 @@ class Decoder(nn.Module):
         return self.described("lm", dtype), cast(tensors, dtype)
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
+        self, folder: StrPath, dtype: torch.dtype = torch.float32, summary: Mapping[str, Any] | None = None
     ) -> None:
         """Write `config.json`, `model.safetensors` and `README.md` in the published layout, all at one moment.
 

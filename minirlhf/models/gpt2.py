@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.common import validation
+from minirlhf.io.files import StrPath
 from minirlhf.io.model_folder import check_published, published_config, read_folder, renamed
 from minirlhf.models.decoder import BlockInputs, Decoder
 from minirlhf.models.layers import ACTIVATIONS, Conv1D, attention, config_from_json, global_rng_kept, normal_init
@@ -163,7 +163,7 @@ class GPT2(Decoder):
         return self.drop(self.wte(ids) + self.wpe(positions))
 
     @classmethod
-    def read_published(cls, folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read_published(cls, folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Decoder.read_published`.
 
         Where attention is scaled by the inverse of the layer's number, too, the query weights become smaller instead.

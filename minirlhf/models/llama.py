@@ -14,7 +14,6 @@ Left out: sliding windows, mixtures of experts.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf.common import validation
+from minirlhf.io.files import StrPath
 from minirlhf.io.model_folder import CONFIG_FILE, check_published, published_config, read_folder, renamed
 from minirlhf.models.decoder import BlockInputs, Decoder
 from minirlhf.models.layers import ACTIVATIONS, attention, config_from_json, global_rng_kept, normal_init
@@ -213,7 +213,7 @@ class Llama(Decoder):
         return rotary(positions, self._frequencies, self._rotary_scale)
 
     @classmethod
-    def read_published(cls, folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read_published(cls, folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Decoder.read_published`."""
         content, tensors = read_folder(folder)
         check_published(content, folder, model_type=tuple(FAMILIES), fixed={})

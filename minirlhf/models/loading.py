@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from minirlhf.io.files import field, read_json
+from minirlhf.io.files import StrPath, field, read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE, check_supported
 from minirlhf.models.decoder import Decoder
@@ -15,7 +13,7 @@ from minirlhf.models.llama import Llama
 DECODERS: dict[str, type[Decoder]] = {"gpt2": GPT2, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
 
 
-def decoder_class(folder: str | os.PathLike[str]) -> type[Decoder]:
+def decoder_class(folder: StrPath) -> type[Decoder]:
     """The class of a decoder's folder, by the `model_type` of its config.json.
 
     Raises FileNotFoundError for a missing folder or file, ValueError for an architecture that DECODERS does not have.
@@ -29,6 +27,6 @@ def decoder_class(folder: str | os.PathLike[str]) -> type[Decoder]:
     return DECODERS[kind]
 
 
-def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
+def load_decoder(folder: StrPath) -> Decoder:
     """Load a decoder's folder, in fp32 and in eval mode. Raises as `decoder_class` and its `from_pretrained`."""
     return decoder_class(folder).from_pretrained(folder)

@@ -2,5 +2,5 @@
 
 Training of classifiers and reward models is in `supervised`. In reading order: `base` (what a reward is), `sentiment`
 with `labels`, `reward_model`, `ngrams`, `composed`, `judge` with `judge_answer`, `judge_endpoint` and `score_cache`,
-`human` with `keyboard`; `scorers` loads any of the first kinds from a folder.
+`human`; `scorers` loads any of the first kinds from a folder.
 """

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minirlhf.device.processes import agreed, processes
+
 RewardFunction = Callable[..., Any]  # from B texts, or prompts and responses, to B finite scores; see `call_reward`
 
 
@@ -78,6 +80,61 @@ def within(seconds: float | None, function: Callable[..., Tensor], *arguments: A
     if not outcome.done():
         raise TimeoutError(f"the reward function took longer than reward_timeout={seconds:g} seconds")
     return outcome.result()
+
+
+def score_rows(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None,
+    count: int,
+    seconds: float | None = None,
+) -> Tensor:
+    """`reward_by_token` within `seconds`, for the rows of this process, of `count` in all (see `Processes.share`).
+
+    A reward whose attribute `scope` is "batch" (a person, a paid judge, a state) is asked by the first process only,
+    for the rows of all. Raises as `reward_by_token` and `within`; an error of one process is raised by all.
+    """
+    group, arguments = processes(), (prompts, responses, *(() if tokens is None else (tokens,)))
+    if not group.on or scope_of(reward) == "rows":
+        with agreed("the reward"):
+            return within(seconds, reward_by_token, reward, *arguments)
+    parts = group.gather("texts", arguments)
+    with agreed("the reward"):
+        whole = [[x for part in column for x in part][:count] for column in zip(*parts, strict=True)]
+        scores = within(seconds, reward_by_token, reward, *whole) if group.first else None
+    scored: Tensor = group.broadcast("scores", scores)  # type: ignore[assignment]
+    before = 0 if len(prompts) == count else sum(len(part[0]) for part in parts[: group.rank])
+    return scored[before : before + len(prompts)]
+
+
+def score_all(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None = None,
+) -> Tensor:
+    """`call_reward`, of which each process computes some rows, and all get the result.
+
+    Raises as `call_reward`.
+    """
+    group = processes()
+    mine = group.share(len(prompts))
+    scores = score_rows(reward, prompts[mine], responses[mine], None if tokens is None else tokens[mine], len(prompts))
+    with agreed("the sums of token scores"):
+        scores = scores if scores.ndim == 1 else checked_scores(scores.sum(-1), len(scores))
+    return group.gather_rows(len(prompts), scores)[0]
+
+
+def scope_of(*rewards: RewardFunction) -> str:
+    """ "batch" if one of the rewards must see the rows of all processes in one call, by its attribute `scope`; "rows".
+
+    Raises ValueError for another scope.
+    """
+    scopes = {getattr(reward, "scope", "rows") for reward in rewards}
+    if not scopes <= {"rows", "batch"}:
+        raise ValueError(f"the scope of a reward must be 'rows' or 'batch', got {min(scopes - {'rows', 'batch'})!r}")
+    return "batch" if "batch" in scopes else "rows"
 
 
 def checked_scores(scores: Any, count: int) -> Tensor:

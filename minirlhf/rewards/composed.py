@@ -1,4 +1,4 @@
-"""Rewards made of rewards: weighted sums, a penalty on repetition, rewards of single tokens, and sentiment on command.
+"""Rewards made of rewards: weighted sums, a penalty on repetition, and rewards of single tokens.
 
 All take prompts and responses, and are built from rewards of any form. Those with a third parameter, `tokens`, return
 one score per token if they get tokens (PPO passes them), and one per response if they do not.
@@ -7,16 +7,14 @@ one score per token if they get tokens (PPO passes them), and one per response i
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minirlhf.common.validation import require_bools, require_positive_ints
-from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.common.validation import is_finite, require_bools, require_positive_ints
+from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token, scope_of
 
 
 class WeightedSum:
@@ -34,12 +32,12 @@ class WeightedSum:
         for name, (weight, reward) in parts.items():
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f"the names of parts must be texts that are not blank, got {name!r}")
-            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not (is_number and math.isfinite(weight)):
+            if not is_finite(weight):
                 raise ValueError(f"the weight of part {name!r} must be a finite number, got {weight!r}")
             if not callable(reward):
                 raise ValueError(f"part {name!r} must be a reward, got {reward!r} of type {type(reward).__name__}")
         self.parts = dict(parts)
+        self.scope = scope_of(*(reward for _, reward in parts.values()))
         self._totals: dict[str, tuple[float, int]] = {}  # sum and number of each part's unweighted scores
 
     def __call__(
@@ -127,7 +125,7 @@ class Increments:
     def __init__(self, reward: RewardFunction):
         if not callable(reward):
             raise ValueError(f"Increments must be of a reward, got {reward!r} of type {type(reward).__name__}")
-        self.reward = reward
+        self.reward, self.scope = reward, scope_of(reward)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
@@ -144,69 +142,6 @@ class Increments:
         table = torch.zeros(len(tokens), max(map(len, tokens), default=0), dtype=torch.float64)
         table[rows, columns] = scores - before
         return table
-
-
-@dataclass(frozen=True)
-class Target:
-    """A sentiment that a prompt can ask for: its tag, its name in metrics, and the reward of P(positive)."""
-
-    tag: str
-    name: str
-    reward: Callable[[Tensor], Tensor]
-
-
-TARGETS = (
-    Target("[正向]", "positive", lambda p: p),
-    Target("[中性]", "neutral", lambda p: 1 - (2 * p - 1).abs()),
-    Target("[负向]", "negative", lambda p: 1 - p),
-)
-
-
-class ControlledSentiment:
-    """Sentiment on command, after TRL's gpt2-sentiment-control notebook (von Werra 2020), which rewards logits.
-
-    A prompt begins with one tag, [正向] (positive), [中性] (neutral) or [负向] (negative). `sentiment` scores the rest
-    of the prompt with the response, P = P(positive), and the reward is P, 1 - |2P - 1|, or 1 - P.
-
-    sentiment: a reward of texts or of prompts and responses with scores in [0, 1], such as SentimentReward.
-    """
-
-    def __init__(self, sentiment: RewardFunction):
-        self.sentiment = sentiment
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Rewards (B,) in [0, 1], fp64.
-
-        Raises ValueError for a prompt that does not begin with exactly one tag, before anything is scored, and for a
-        sentiment outside [0, 1].
-        """
-        targets, untagged = zip(*map(_split_tag, prompts), strict=True) if prompts else ((), ())
-        p = call_reward(self.sentiment, untagged, responses)
-        bad = ((p < 0) | (p > 1)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"sentiment must be in [0, 1], got {p[bad[0]].item()} for text {bad[0]}")
-        rewards = torch.empty_like(p)
-        for target in TARGETS:
-            rows = [i for i, asked in enumerate(targets) if asked is target]
-            rewards[rows] = target.reward(p[rows])
-        return rewards
-
-
-def check_tags(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if this vocabulary cannot spell a tag."""
-    for target in TARGETS:
-        if tokenizer.decode(tokenizer.encode_prompt(target.tag)) != target.tag:
-            raise ValueError(f"the vocabulary cannot spell the tag {target.tag}: a character of it has no token")
-
-
-def _split_tag(prompt: str) -> tuple[Target, str]:
-    """The target that a prompt begins with, and the rest."""
-    for target in TARGETS:
-        rest = prompt.removeprefix(target.tag)
-        if rest != prompt and not rest.startswith(tuple(other.tag for other in TARGETS)):
-            return target, rest
-    tags = ", ".join(target.tag for target in TARGETS)
-    raise ValueError(f"a prompt must begin with exactly one of {tags}, got {prompt[:40]!r}")
 
 
 def _at_last_token(scores: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -22,12 +22,13 @@ import torch
 from minirlhf.common.text import json_line, printable
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io.files import flush_folder, lock_descriptor, open_for_writing, read_jsonl
+from minirlhf.io.files import StrPath, flush_folder, lock_descriptor, open_for_writing, read_jsonl
 from minirlhf.models.decoder import Decoder
-from minirlhf.rewards.keyboard import BACKSPACE, END
 from minirlhf.text.tokenizer import Tokenizer
 
 MOST = 4  # answers per question
+BACKSPACE = ("\x7f", "\b")
+END = ("", "\x04")  # of the input: closed, or Ctrl-D
 SCORES = range(1, 6)
 BEGINNING = b'{"round": '  # of every line
 TRIES = 8  # batches of samples that are searched for different answers
@@ -50,7 +51,7 @@ class FeedbackFile:
     OSError if the file cannot be written or is a symbolic link.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: StrPath):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -113,8 +114,15 @@ class FeedbackFile:
             os.write(self._fd, b"\n")
 
 
-class FeedbackSession:
-    """Asks a person one question after another, until all rounds are done or the person quits.
+def ask_rounds(
+    file: FeedbackFile,
+    question_of: Callable[[int], Question],
+    rounds: int,
+    read: Callable[[], str],
+    write: Callable[[str], object],
+    scores: bool = False,
+) -> bool:
+    """Ask a person one question after another until the file has `rounds` rounds. Returns False if they quit before.
 
     Keys: the numbers of the answers, best first (the last one follows from the others), or a score from 1 to 5 for
     each answer in turn. Backspace removes a number, `u` removes the last answer (also of an earlier session) and goes
@@ -122,52 +130,32 @@ class FeedbackSession:
 
     question_of: maps the number of a round (0, 1, ...) to its question. A round with fewer than two answers to rank,
         or none to score, is skipped.
-    read: returns the next key, such as `Keyboard.read`. write: shows text. scores: ask for scores, not for a ranking.
+    read: returns the next key, "" at the end of the input, as `Keyboard.read` in examples/human_feedback.py does.
+    write: shows text. scores: ask for scores, not for a ranking.
+    Raises OSError if an answer cannot be written, KeyboardInterrupt on Ctrl-C; earlier answers stay in the file.
     """
-
-    def __init__(
-        self,
-        file: FeedbackFile,
-        question_of: Callable[[int], Question],
-        read: Callable[[], str],
-        write: Callable[[str], object],
-        scores: bool = False,
-    ):
-        self.file, self._question_of, self._scores = file, question_of, scores
-        self._read, self._write = read, write
-        self.answered = self.skipped = 0  # in this session
-
-    def run(self, rounds: int) -> bool:
-        """Ask until all sessions together have done `rounds` rounds. Returns False if the person quits before.
-
-        Raises OSError if an answer cannot be written, KeyboardInterrupt on Ctrl-C; earlier answers stay in the file.
-        """
-        number = self.file.records[-1]["round"] + 1 if self.file.records else 0
-        again: Question | None = None
-        while number < rounds:
-            question, again = again or self._question_of(number), None
-            if len(question.answers) < (1 if self._scores else 2):
-                self._write(f"[{number + 1}/{rounds}] {printable(question.prompt)}: too few different answers\n")
-                number += 1
-                continue
-            title = f"[{number + 1}/{rounds}]"
-            values = _ask(question, title, not self._scores, self._read, self._write)
-            if values == "quit":
-                return False
-            if values == "undo" and self.file.records:
-                record = self.file.undo()
+    number = file.records[-1]["round"] + 1 if file.records else 0
+    again: Question | None = None
+    while number < rounds:
+        question, again = again or question_of(number), None
+        if len(question.answers) < (1 if scores else 2):
+            write(f"[{number + 1}/{rounds}] {printable(question.prompt)}: too few different answers\n")
+            number += 1
+            continue
+        values = _ask(question, f"[{number + 1}/{rounds}]", not scores, read, write)
+        if values == "quit":
+            return False
+        if values == "undo":
+            if file.records:
+                record = file.undo()
                 number, again = record["round"], _question(record)
-                self.answered = max(0, self.answered - 1)
-            elif values == "undo":
-                self._write("nothing to undo\n")
-            elif values == "skip":
-                self.skipped += 1
-                number += 1
             else:
-                self.file.append(_record(number, question, values, ranked=not self._scores))
-                self.answered += 1
-                number += 1
-        return True
+                write("nothing to undo\n")
+            continue
+        if values != "skip":
+            file.append(_record(number, question, values, ranked=not scores))
+        number += 1
+    return True
 
 
 class HumanReward:
@@ -177,8 +165,10 @@ class HumanReward:
     score of this batch. `q` raises KeyboardInterrupt: the scores stay in the file, and a resumed run draws the same
     samples again.
 
-    file: receives the scores. read, write: see `FeedbackSession`.
+    file: receives the scores. read, write: see `ask_rounds`.
     """
+
+    scope = "batch"  # one person
 
     def __init__(self, file: FeedbackFile, read: Callable[[], str], write: Callable[[str], object]):
         self.file, self._read, self._write = file, read, write

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 import re
 import threading
 import warnings
@@ -31,6 +30,7 @@ from minirlhf.common.validation import (
     require_positive_ints,
     require_unit_interval,
 )
+from minirlhf.io.files import StrPath
 from minirlhf.rewards.judge_answer import parse_score, text_of
 from minirlhf.rewards.judge_endpoint import ChatError as ChatError
 from minirlhf.rewards.judge_endpoint import Endpoint, check_url, import_openai, key_of
@@ -74,7 +74,7 @@ class ChatJudgeConfig:
     fallback: float | None = None  # the score of a text without one after that; None: the middle of the range
     max_unusable: float = 0.5  # share of a batch without a score above which the batch is an error
     concurrency: int = 8  # requests at a time
-    cache: str | os.PathLike[str] | None = None  # a file; None: every text is asked about in every call
+    cache: StrPath | None = None  # a file; None: every text is asked about in every call
     prompt_price: float = 0.0  # of a million tokens, in any currency
     completion_price: float = 0.0
 
@@ -116,6 +116,8 @@ class ChatJudge:
     Raises ValueError if neither is given, or for a key that a header cannot carry, ImportError without the client, and
     OSError for a cache that cannot be written.
     """
+
+    scope = "batch"  # one limit of requests at a time, one bill
 
     def __init__(self, config: ChatJudgeConfig, complete: Complete | None = None):
         if complete is None:

@@ -82,9 +82,9 @@ def label_order(labels: Sequence[str]) -> list[float] | None:
     return [float(steps[x]) for x in degrees]
 
 
-def described(labels: Sequence[str], values: Sequence[float]) -> str:
+def described(labels: Sequence[str], values: Sequence[float], symbol: str = "P") -> str:
     """A weighted sum of probabilities as a formula, such as 0.5 P('neutral') + P('positive')."""
-    parts = [f"{'' if x == 1 else f'{x:g} '}P({label!r})" for label, x in zip(labels, values, strict=True) if x]
+    parts = [f"{'' if x == 1 else f'{x:g} '}{symbol}({label!r})" for label, x in zip(labels, values, strict=True) if x]
     return " + ".join(parts)
 
 

@@ -8,13 +8,12 @@ regression on n-grams weighted by naive Bayes (Wang & Manning 2012).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from minirlhf.io.files import atomic_write, naming, replaced_folder
+from minirlhf.io.files import StrPath, atomic_write, naming, replaced_folder
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import check_published, check_tensors, read_folder, write_folder
 
@@ -59,7 +58,7 @@ class NGramScorer:
         return self.bias + sum(self.weights[ngram] for ngram in sorted(known)) / math.sqrt(max(1, len(known)))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> NGramScorer:
+    def from_pretrained(cls, folder: StrPath) -> NGramScorer:
         """Load a folder that `save_pretrained` wrote.
 
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name it.
@@ -77,7 +76,7 @@ class NGramScorer:
         with naming(folder):
             return cls(dict(zip(ngrams, tensors["weight"].tolist(), strict=True)), tensors["bias"].item())
 
-    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(self, folder: StrPath, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, model.safetensors and ngrams.txt, all at one moment.
 
         dtype: of the stored weights. Raises OSError if writing fails, ValueError for a weight that `dtype` cannot hold.

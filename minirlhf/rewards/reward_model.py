@@ -8,8 +8,6 @@ label; the normalisation is a key of `config.json` that other tools ignore. Shap
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minirlhf.common.validation import is_finite
 from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import full_precision
 from minirlhf.device.random import eval_mode
-from minirlhf.io.files import naming, read_json, replaced_folder, write_json
+from minirlhf.io.files import StrPath, naming, read_json, replaced_folder
 from minirlhf.io.hub import locate
-from minirlhf.io.model_card import ModelCard, Origin, write_card
+from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import CONFIG_FILE, cast, write_folder
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.decoder import Decoder
@@ -64,7 +64,7 @@ class DecoderScorer(nn.Module):
         return self.score(hidden[torch.arange(len(ids), device=ids.device), last])
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> DecoderScorer:
+    def from_pretrained(cls, folder: StrPath) -> DecoderScorer:
         """Load a folder in the published layout, in fp32 and eval mode. Raises as `load_decoder`."""
         kind = decoder_class(folder)
         content, tensors = kind.read_published(folder)
@@ -76,16 +76,11 @@ class DecoderScorer(nn.Module):
         model.origin = Origin.of(folder, content)
         return model.eval()
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write a folder in the published layout. Arguments and errors: see `Decoder.save_pretrained`."""
+    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`config.json` and tensors in the published layout, as of `Decoder.published`."""
         content = {**self.decoder.described("score", dtype), "id2label": {0: LABEL}, "label2id": {LABEL: 0}}
         tensors = {name.replace("decoder.", self.decoder.prefix, 1): x for name, x in self.state_dict().items()}
-        write_folder(folder, content, cast(tensors, dtype), ModelCard("RewardModel", self.origin, summary))
+        return content, cast(tensors, dtype)
 
 
 class RewardModel(nn.Module):
@@ -118,7 +113,7 @@ class RewardModel(nn.Module):
         self.eval().to(resolve_device(device))
 
     @classmethod
-    def from_trunk(cls, folder: str | os.PathLike[str], seed: int = 0, **options: Any) -> RewardModel:
+    def from_trunk(cls, folder: StrPath, seed: int = 0, **options: Any) -> RewardModel:
         """A new scalar head, drawn with `seed`, on the decoder or BERT of a folder, whose own heads are dropped if any.
 
         options: of the constructor. Raises as `Decoder.from_trunk` and `BertClassifier.from_trunk`.
@@ -131,7 +126,7 @@ class RewardModel(nn.Module):
         return cls(network, Tokenizer.from_pretrained(folder), **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> RewardModel:
+    def from_pretrained(cls, folder: StrPath, **options: Any) -> RewardModel:
         """Load a reward model, saved by `save_pretrained` or by transformers, with its normalisation if it has one.
 
         options: of the constructor.
@@ -143,23 +138,19 @@ class RewardModel(nn.Module):
         return model
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
-        summary: Mapping[str, Any] | None = None,
+        self, folder: StrPath, dtype: torch.dtype = torch.float32, summary: Mapping[str, Any] | None = None
     ) -> None:
         """Write weights, config, normalisation and tokenizer into a folder, all at one moment.
 
         transformers loads it as `AutoModelForSequenceClassification`, whose logit is the score before normalisation.
         Arguments and errors: see `Decoder.save_pretrained`.
         """
+        config, tensors = self.network.published(dtype)
+        config["pad_token_id"] = self.tokenizer.pad_id  # by which transformers finds the last token of a row
+        config[NORMALISATION] = {"mean": self.mean, "std": self.std}
         with replaced_folder(folder) as staged:
-            self.network.save_pretrained(staged, dtype, summary)
+            write_folder(staged, config, tensors, ModelCard("RewardModel", self.network.origin, summary))
             self.tokenizer.save_pretrained(staged, self.max_length)
-            # With a padding id transformers finds the last real token of a decoder's row.
-            own = {"pad_token_id": self.tokenizer.pad_id, NORMALISATION: {"mean": self.mean, "std": self.std}}
-            write_json(staged / CONFIG_FILE, {**read_json(staged / CONFIG_FILE), **own})
-            write_card(staged, ModelCard("RewardModel", self.network.origin, summary))
 
     @property
     def max_length(self) -> int:
@@ -180,7 +171,7 @@ class RewardModel(nn.Module):
         ids, mask = right_pad(sequences, self.tokenizer.pad_id)
         device = next(self.parameters()).device
         padded = None if bool(mask.all()) else to_device(mask, device)
-        return self.network(to_device(ids, device), padded).squeeze(-1).float()
+        return full_precision(self.network(to_device(ids, device), padded).squeeze(-1))
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str]) -> Tensor:
@@ -194,7 +185,7 @@ class RewardModel(nn.Module):
         scores = torch.empty(len(texts))
         with eval_mode(self):
             for batch in length_sorted_batches([len(s) for s in sequences], self.batch_size):
-                scores[batch] = self.score([sequences[i] for i in batch]).cpu()
+                scores[batch] = self.score([sequences[i] for i in batch]).float().cpu()
         return scores
 
     def normalise(self, texts: Sequence[str]) -> None:
@@ -212,9 +203,11 @@ class RewardModel(nn.Module):
         self.mean, self.std = scores.mean().item(), std
 
 
-def _model_type(folder: str | os.PathLike[str]) -> str:
+def _model_type(folder: StrPath) -> str:
     kind = read_json(locate(folder) / CONFIG_FILE).get("model_type")
     kinds = ("bert", *DECODERS)
+    if kind is None:
+        raise ValueError(f"{folder}: {CONFIG_FILE} lacks model_type, which says what the trunk is: {', '.join(kinds)}")
     if kind not in kinds:
         raise ValueError(f"{folder} holds a {kind!r} model; the trunk of a reward model is one of {', '.join(kinds)}")
     return kind
@@ -224,6 +217,6 @@ def _normalisation(path: Path) -> tuple[float, float]:
     """Mean and std in `config.json`; 0 and 1 if it has none."""
     content = read_json(path).get(NORMALISATION, {"mean": 0.0, "std": 1.0})
     values: list[Any] = [content.get(name) if isinstance(content, Mapping) else None for name in ("mean", "std")]
-    if not (all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values) and values[1] > 0):
+    if not (all(map(is_finite, values)) and values[1] > 0):
         raise ValueError(f"{path}: {NORMALISATION} must have a finite mean and a std above 0, got {content!r:.80}")
     return float(values[0]), float(values[1])

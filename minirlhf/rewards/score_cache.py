@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from minirlhf.io.files import open_for_writing
+from minirlhf.io.files import StrPath, open_for_writing
 
 
 class ScoreCache:
@@ -20,7 +20,7 @@ class ScoreCache:
     Raises OSError if the file cannot be written, or is a symbolic link or no regular file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: StrPath):
         self._path = Path(path)
         self.scores: dict[str, float] = {}
         self._read = 0  # bytes of the file that are in `scores`

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
-from minirlhf.io.files import read_json
+from minirlhf.io.files import StrPath, read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
 from minirlhf.models.loading import DECODERS
@@ -16,9 +15,7 @@ from minirlhf.rewards.reward_model import NORMALISATION, RewardModel
 from minirlhf.rewards.sentiment import SentimentReward
 
 
-def load_scorer(
-    folder: str | os.PathLike[str], device: str = "auto", positive_label: PositiveLabel | None = None
-) -> RewardFunction:
+def load_scorer(folder: StrPath, device: str = "auto", positive_label: PositiveLabel | None = None) -> RewardFunction:
     """Load the reward in a folder: a sentiment classifier, a reward model or an n-gram scorer.
 
     positive_label: of a sentiment classifier; see SentimentReward. Raises as the `from_pretrained` of the kind.

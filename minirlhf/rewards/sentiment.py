@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.random import eval_mode
-from minirlhf.io.files import naming
+from minirlhf.io.files import StrPath, naming
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.probes import classifier_probe
 from minirlhf.rewards.labels import PositiveLabel, described, label_order, label_values
@@ -45,9 +44,13 @@ class SentimentReward:
     batch_size: texts in one forward pass.
     precision: of the forward passes (see `device.precision`), or "auto"; in fp32 scores do not depend on the machine.
 
+    A classifier that was trained for several labels a text gives each a probability of its own; one that was trained
+    by regression gives numbers, which count as they are and need a `positive_label` with a number for each.
+
     values: (L,) fp64, the number of each label. positive: index of the best label. meaning: the score as a formula.
-    Raises ValueError if the classifier has one label, the order of the labels cannot be told, the classifier was
-    trained by regression, or the vocabulary does not fit the model.
+    canaries: texts whose scores must fall in this order. untested: why there are none, "" if another language says it.
+    Raises ValueError if the classifier has one label, the order of the labels cannot be told, or the vocabulary does
+    not fit the model.
     """
 
     def __init__(
@@ -69,16 +72,19 @@ class SentimentReward:
                 f"a classifier with the only label {labels[0]!r} gives it to every text; a reward model of one score "
                 "loads with RewardModel.from_pretrained"
             )
-        if trained_as == "regression":
-            raise ValueError(f"the model was trained by regression: its outputs for {labels} are no probabilities")
-        self._independent = trained_as == "multi_label_classification"
-        if self._independent and positive_label is None and len(labels) > 2:
+        if trained_as == "regression" and not isinstance(positive_label, Mapping):
+            raise ValueError(
+                f"the model was trained by regression: its outputs for {labels} are no probabilities; pass "
+                "positive_label= with a number for each, by which they are weighted"
+            )
+        self._trained_as = trained_as
+        if trained_as == "multi_label_classification" and positive_label is None and len(labels) > 2:
             raise ValueError(f"the model gives a text several of {labels}, which is no scale; pass positive_label=")
         values = label_values(labels, positive_label)
         self.values = torch.tensor(values, dtype=torch.float64)
         self.positive = values.index(max(values))
-        self.meaning = described(labels, values)
-        self.canaries = _canaries(tokenizer, labels, values)
+        self.meaning = described(labels, values, "output" if trained_as == "regression" else "P")
+        self.canaries, self.untested = _canaries(tokenizer, labels, values)
         self.model = model.eval().to(resolve_device(device))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -86,8 +92,9 @@ class SentimentReward:
         self.precision = Precision(self.precision_choice.name, next(model.parameters()).device, model)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> SentimentReward:
-        """Load a classifier folder. Warns if plain sentences in its language, good ones and bad ones, are out of order.
+    def from_pretrained(cls, folder: StrPath, **options: Any) -> SentimentReward:
+        """Load a classifier folder. Warns if plain sentences in its language, good ones and bad ones, are out of order,
+        or could not be tried.
 
         options: of the constructor. Raises as `BertClassifier.from_pretrained` and the constructor.
         """
@@ -100,26 +107,34 @@ class SentimentReward:
                 told = f"{folder} scores {better!r}, {x:.2f}, no higher than {worse!r}, {y:.2f}, by {reward.meaning}"
                 warnings.warn(f"{told}: are its labels in the right order?", stacklevel=2)
                 break
+        if reward.untested:
+            warnings.warn(f"{folder}: the order of its labels was not tested: {reward.untested}", stacklevel=2)
         return reward
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Scores (B,) of the texts, in the order given. An empty text is scored as [CLS] [SEP]."""
         scores = (self.probabilities(texts).double() * self.values).sum(-1)
-        if not self._independent:  # rounding of the softmax must not lead out of the range
+        if self._trained_as not in (
+            "multi_label_classification",
+            "regression",
+        ):  # rounding of the softmax must not lead out of the range
             scores = scores.clamp(self.values.min().item(), self.values.max().item())
         return scores.float()
 
     def probabilities(self, texts: Sequence[str]) -> Tensor:
         """Probabilities (B, L) of all labels, fp32 on the CPU, computed in batches of similar length.
 
-        They sum to 1, unless the model was trained for several labels a text ("multi_label_classification").
+        They sum to 1, unless the model was trained for several labels a text ("multi_label_classification"). Of one
+        that was trained by regression these are its outputs.
         """
         if isinstance(texts, str):
             raise ValueError("texts must be a list of texts, got a single one")
         limit = self.model.config.max_position_embeddings
         with self.precision.autocast():
             logits = predict(self.model, self.tokenizer, texts, limit, self.batch_size)
-        return logits.sigmoid() if self._independent else logits.softmax(-1)
+        if self._trained_as == "regression":
+            return logits
+        return logits.sigmoid() if self._trained_as == "multi_label_classification" else logits.softmax(-1)
 
 
 @torch.no_grad()
@@ -138,8 +153,9 @@ def predict(
     return logits
 
 
-def _canaries(tokenizer: Tokenizer, labels: Sequence[str], values: Sequence[float]) -> tuple[str, ...]:
-    """Texts whose scores must fall in this order; () if the vocabulary is of neither Chinese nor English.
+def _canaries(tokenizer: Tokenizer, labels: Sequence[str], values: Sequence[float]) -> tuple[tuple[str, ...], str]:
+    """Texts whose scores must fall in this order, () if the vocabulary is of neither Chinese nor English; and why not,
+    if it has the letters of one of them.
 
     Also () if `values` go against the order of the labels' names: then the caller wants another score.
     """
@@ -147,16 +163,18 @@ def _canaries(tokenizer: Tokenizer, labels: Sequence[str], values: Sequence[floa
     if order is not None:
         in_order = [x for _, x in sorted(zip(order, values, strict=True))]
         if in_order != sorted(in_order):
-            return ()
+            return (), ""
     words = [token for i, token in enumerate(tokenizer.vocab) if i not in tokenizer.special_ids]
     letters = [token for token in words if any(map(str.isalpha, token)) and not token.startswith("[unused")]
     chinese = sum(any("\u4e00" <= char <= "\u9fff" for char in token) for token in letters)
     english = sum(token.isascii() for token in letters)
     # BERT's vocabularies: Chinese 0.7 ideographs, English 0.95 ASCII, multilingual 0.1 and 0.75.
     if not (chinese > 0.3 * len(letters) or english > 0.9 * len(letters)):
-        return ()
+        return (), ""
     texts = CHINESE_CANARIES if chinese > 0.3 * len(letters) else ENGLISH_CANARIES
     tokens = [tokenizer.vocab[i] for text in texts for i in tokenizer.encode(text)]
-    if "[UNK]" in tokens or any(token.startswith("##") for token in tokens):  # a language that only shares its letters
-        return ()
-    return texts if len(set(values)) > 2 else (texts[0], texts[-1])
+    if "[UNK]" in tokens:
+        return (), ""
+    if any(token.startswith("##") for token in tokens):  # perhaps a language that only shares its letters
+        return (), "its vocabulary cuts the words of the test sentences into pieces"
+    return (texts if len(set(values)) > 2 else (texts[0], texts[-1])), ""

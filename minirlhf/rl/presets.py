@@ -133,8 +133,9 @@ PRESETS: dict[str, PPOOverrides] = {
         value_head="linear",
         value_head_init=0.036,
     ),
-    # The methods without a value head, with KL and clip range of their papers; docs/algorithms.md has the table.
-    # Williams 1992. One optimizer step a batch, so that the ratio is 1 and no clip binds.
+    # The methods without a value head, with KL and clip range of their papers; docs/algorithms.md has the table. The
+    # three papers after GRPO leave its KL out: their coefficient is 0.
+    # Williams 1992: one optimizer step a batch, so that the ratio is 1 and no clip binds.
     "reinforce": dict(
         advantages="reinforce",
         whiten_advantages=False,
@@ -177,6 +178,8 @@ PRESETS: dict[str, PPOOverrides] = {
         loss_averaging="gen_len",
         ppo_epochs=1,
         adaptive_kl=False,
+        kl_estimator="k3",
+        kl_placement="loss",
         init_kl_coef=0.0,
     ),
     # Yu et al. 2025, without the length penalty
@@ -189,6 +192,8 @@ PRESETS: dict[str, PPOOverrides] = {
         whiten_advantages=False,
         ppo_epochs=1,
         adaptive_kl=False,
+        kl_estimator="k3",
+        kl_placement="loss",
         init_kl_coef=0.0,
     ),
     # Zheng et al. 2025
@@ -203,6 +208,8 @@ PRESETS: dict[str, PPOOverrides] = {
         ppo_epochs=1,
         minibatch_size=32,
         adaptive_kl=False,
+        kl_estimator="k3",
+        kl_placement="loss",
         init_kl_coef=0.0,
     ),
     # Hu 2025, with one response a prompt

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from minirlhf.device.gpu import PhaseClock, to_device
 from minirlhf.device.placement import sizes_that_fit
+from minirlhf.device.processes import agreed, processes
 from minirlhf.generation.generate import generate
-from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, reward_by_token, within
+from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, score_rows
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
@@ -127,51 +128,43 @@ def collect_rollout(
     """Sample `config.group_size` responses to each prompt, and score them with reward function, policy and reference.
 
     models: in eval mode on one device. prompts: texts. reward_fn: of any form that `rewards.call_reward` takes.
+    Of several processes all get all prompts and the whole rollout, and each samples and scores its share of the rows.
     generator: on the models' device, the source of all randomness; None: PyTorch's global one.
     Raises ValueError for no prompts, an empty or too long one, and scores that are not B finite numbers; TimeoutError
     if the reward function takes longer than `reward_timeout`.
     """
     c, tokenizer = config, models.tokenizer
-    clock = PhaseClock(models.policy.decoder.device)
+    clock, group = PhaseClock(models.policy.decoder.device), processes()
     if len(prompts) == 0:
         raise ValueError("prompts is empty: there is nothing to continue")
+    group.same("prompts", prompts)
+    count = len(prompts) * c.group_size
+    mine = group.share(count, c.group_size)
     prompts = [prompt for prompt in prompts for _ in range(c.group_size)]
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    with models.precision.autocast():
+    with agreed("generation"), models.precision.autocast():
         sampled = generate(
-            models.policy.decoder,
-            prompt_ids,
-            c.gen_len,
-            c.sampling,
-            eos_token_id=c.eos_token_id,
-            pad_token_id=tokenizer.pad_id,
-            generator=generator,
-            keep_sampling_sets=not c.logprobs_full_softmax,
+            models.policy.decoder, prompt_ids, c.gen_len, c.sampling,
+            eos_token_id=c.eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, share=mine,
             # In fp32 states from the decode give the same log-probabilities to 1e-5 nats; in 16 bits they do not.
-            keep_states=models.precision.name == "fp32",
+            keep_states=models.precision.name == "fp32", keep_sampling_sets=not c.logprobs_full_softmax,
             graphed=models.graphed,
-        )
+        )  # fmt: skip
+    prompts, prompt_ids = prompts[mine], prompt_ids[mine]
     pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
     responses = ["".join(row) for row in pieces]
     clock.stop("generation")
-    scores = within(c.reward_timeout, reward_by_token, reward_fn, prompts, responses, pieces)
+    scores = score_rows(reward_fn, prompts, responses, pieces, count, c.reward_timeout)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
     clock.stop("scoring")
-    return Rollout(
-        sampled.tokens,
-        sampled.mask,
-        sampled.response_mask,
-        sampling_sets=sampled.sampling_sets,
-        sampler_logprobs=sampled.logprobs,
-        prompts=tuple(prompts),
-        responses=tuple(responses),
-        group_size=c.group_size,
-        seconds=clock.seconds,
-        **_score_fields(scores, found["logprobs"]),
-        **found,
-    )
+    rollout = Rollout(
+        sampled.tokens, sampled.mask, sampled.response_mask, sampling_sets=sampled.sampling_sets,
+        sampler_logprobs=sampled.logprobs, prompts=tuple(prompts), responses=tuple(responses),
+        group_size=c.group_size, seconds=clock.seconds, **_score_fields(scores, found["logprobs"]), **found,
+    )  # fmt: skip
+    return group.gather_record(count, rollout)
 
 
 def rollout_from_tokens(
@@ -201,13 +194,18 @@ def rollout_from_tokens(
     response_ids, response_mask = right_pad(responses, pad_id)
     tokens = to_device(torch.cat([query_ids, response_ids], 1), model.device)
     mask = to_device(torch.cat([query_mask, response_mask], 1), model.device)
-    found = logprobs_in_batches(models, tokens, mask, response_ids.size(1), config.logprobs_divisor)
+    group = processes()
+    group.same("queries, responses and scores", [*queries, *responses, checked])
+    mine = group.share(len(tokens))
+    found = logprobs_in_batches(models, tokens[mine], mask[mine], response_ids.size(1), config.logprobs_divisor)
+    found = dict(zip(found, group.gather_rows(len(tokens), *found.values()), strict=True))
     found |= _score_fields(checked, found["logprobs"])
     real = to_device(response_mask.bool(), model.device)
     return Rollout(tokens, mask, real, group_size=config.group_size, **found)
 
 
 @torch.no_grad()
+@agreed("scoring")
 def logprobs_in_batches(
     models: Models,
     tokens: Tensor,

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from minirlhf.io.training_state import State, frozen, load_generator, load_moments, module_hash, moments, require_fp32
+from minirlhf.io.training_state import (
+    State,
+    frozen,
+    load_generator,
+    load_moments,
+    module_hash,
+    moments,
+    require_fp32,
+    require_same_reference,
+)
 
 if TYPE_CHECKING:
     from minirlhf.rl.trainer import PPOTrainer
@@ -49,10 +58,7 @@ def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
     the trainer must not be used then.
     """
     tensors, c = state["tensors"], state["counters"]
-    began, given = c["reference"]["sha256"], trainer.reference_hash
-    if given != began:
-        found = f"its tensors had the SHA-256 {began[:12]}..., those given have {given[:12]}..."
-        raise ValueError(f"the run began with another reference: {found}")
+    require_same_reference(c["reference"]["sha256"], trainer.reference_hash)
     for name, generator in trainer.generators.items():
         load_generator(generator, f"generator.{name}", tensors)
     load_moments(trainer.optimizer, trainer.policy.named_parameters(), tensors)

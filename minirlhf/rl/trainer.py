@@ -3,7 +3,7 @@
 Dropout is off in rollouts and in updates: the ratio between a policy with one dropout mask and the same policy with
 another is not 1, and PPO would clip the difference as if it were progress.
 
-Left out: several GPUs, and a value model apart from the policy.
+Left out: a value model apart from the policy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.device.placement import sizes_that_fit
+from minirlhf.device.processes import processes
 from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
 from minirlhf.generation.models import prepare
@@ -71,7 +72,7 @@ class PPOTrainer:
         self.models, self.config, self.precision_choice, self.reference_source = prepared
         self.policy, self.reference, self.tokenizer = self.models.policy, self.models.reference, tokenizer
         self.precision, self.device = self.models.precision, self.policy.decoder.device
-        c = self.config
+        c, self.processes = self.config, processes()
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=c.lr, eps=c.adam_eps, weight_decay=0.0, fused=True)
         adaptive = AdaptiveKL(c.init_kl_coef, c.target, c.horizon)
@@ -136,17 +137,20 @@ class PPOTrainer:
             minibatch = with_advantages(minibatch, c)
         if c.loss_averaging != "micro_batches":  # similar lengths side by side, so that micro-batches have less padding
             minibatch = minibatch.rows(minibatch.lengths.sum(-1).argsort(descending=True, stable=True))
-        minibatch = minibatch.replace(weights=token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype))
+        mine, factor = self.processes.deal(len(minibatch))  # all rows, and 1.0, without other processes
+        weights = factor * token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
+        minibatch = minibatch.replace(weights=weights)
 
         for attempt in sizes_that_fit(self.micro_batch_size):
             with attempt, self.precision.autocast():  # one context for all micro-batches: weights are cast once
                 self.optimizer.zero_grad(set_to_none=True)
                 totals: TensorStats = {}
-                for rows in torch.arange(len(minibatch)).split(attempt.size):
+                for rows in mine.split(attempt.size):
                     loss, sums = self._loss(minibatch.rows(rows))
                     self.precision.backward(loss)
                     totals = {name: totals.get(name, 0.0) + value.detach() for name, value in sums.items()}
         self.micro_batch_size = attempt.size
+        self.processes.sum_([*(p.grad for p in self.parameters if p.grad is not None), *totals.values()])
 
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.lr_schedule, self._progress())
@@ -291,9 +295,10 @@ class PPOTrainer:
         return module_hash(self.reference)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write policy, value head and tokenizer as a model folder. Raises OSError if it cannot be written."""
-        self.policy.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write policy, value head and tokenizer as a model folder, once for all processes. Raises OSError."""
+        if self.processes.first:
+            self.policy.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:
         """See `state.trainer_state`."""

@@ -18,19 +18,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
-from minirlhf.io.files import naming, read_json, replaced_folder, sha256, write_json
+from minirlhf.io.files import StrPath, naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.io.training_state import Check, State, check_counters, is_amount, is_count, is_record, is_scaler, is_text
+from minirlhf.io.training_state import (
+    Check,
+    State,
+    check_counters,
+    is_amount,
+    is_count,
+    is_record,
+    is_scaler,
+    is_text,
+    module_hash,
+)
 from minirlhf.models.decoder import Decoder
-from minirlhf.models.heads import ActorCritic
+from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.log import is_marks, is_rewards
+from minirlhf.supervised.dpo import DPOTrainer
+from minirlhf.supervised.dpo_config import DPOConfig
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer
 from minirlhf.text.tokenizer import Tokenizer
@@ -42,6 +55,7 @@ FREE_FIELDS: dict[str, set[str]] = {
     "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
             "checkpoint_activations", "compile", "cuda_graphs"},
     "sft": {"save_freq", "device"}, "reward_model": {"save_freq", "device"},
+    "dpo": {"save_freq", "device", "reference_cache"},
 }  # fmt: skip
 
 
@@ -52,7 +66,7 @@ class DamagedCheckpoint(ValueError):
 class Trainable(Protocol):
     """What a trainer offers, so that a `Run` can save it and go on with it.
 
-    kind: "ppo", "sft" or "reward_model". interrupted: True inside a step, where the state is inconsistent.
+    kind: "ppo", "sft", "reward_model" or "dpo". interrupted: True inside a step, where the state is inconsistent.
     config: a dataclass with `save_freq`, the steps between two checkpoints.
     """
 
@@ -67,10 +81,10 @@ class Trainable(Protocol):
     def steps_total(self) -> int: ...
     def state_dict(self) -> State: ...
     def load_state_dict(self, state: State) -> None: ...
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None: ...
+    def save_pretrained(self, folder: StrPath) -> None: ...
 
 
-def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(trainer: Trainable, folder: StrPath, run: Mapping[str, Any] | None = None) -> None:
     """Write everything that the trainer's next step depends on, in place of an older checkpoint if there is one.
 
     run: what `Run` keeps with it, in training.json.
@@ -95,7 +109,7 @@ def save_checkpoint(trainer: Trainable, folder: str | os.PathLike[str], run: Map
         write_json(staged / MANIFEST_FILE, {"sha256": sums})
 
 
-def read_checkpoint(folder: str | os.PathLike[str]) -> State:
+def read_checkpoint(folder: StrPath) -> State:
     """Tensors and counters of a checkpoint, after a check of every byte in it, the model's files included.
 
     Raises FileNotFoundError if there is no such folder, DamagedCheckpoint if it is not as it was written, ValueError if
@@ -125,6 +139,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> State:
     with naming(folder / COUNTERS_FILE):
         check_counters(counters, {"kind": lambda value: isinstance(value, str) and value in FREE_FIELDS})
         check_counters(counters, COUNTERS | (PPO_COUNTERS if counters["kind"] == "ppo" else SUPERVISED_COUNTERS))
+        check_counters(counters, REFERENCE if counters["kind"] in WITH_REFERENCE else {})
     counters["config"] = {name: math.inf if x == "inf" else x for name, x in counters["config"].items()}
     return {"tensors": read_tensors(folder / STATE_TENSORS), "counters": counters}
 
@@ -143,24 +158,27 @@ PPO_COUNTERS: dict[str, Check] = {
     "bad_steps": is_count,
     "micro_batch_size": lambda value: is_count(value) and value > 0,
     "kl_coef": is_amount,
-    "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
 }
 SUPERVISED_COUNTERS: dict[str, Check] = {
     "steps": is_count,
     "data": lambda value: is_record(value, sha256=is_text, count=is_count),
 }
+WITH_REFERENCE = ("ppo", "dpo")
+REFERENCE: dict[str, Check] = {
+    "reference": lambda value: is_record(value, sha256=is_text, source=lambda x: x is None or is_text(x)),
+}
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str],
-    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None = None,
+    folder: StrPath,
+    ref_policy: ActorCritic | Decoder | StrPath | None = None,
     data: Sequence[Any] | None = None,
     **overrides: Any,
 ) -> Any:
     """The trainer that `save_checkpoint` wrote; on the CPU it goes on bit for bit as if it had not been interrupted.
 
-    ref_policy: for PPO, the reference or its folder; None: the folder that it was loaded from at first.
-    data: for supervised training, the demonstrations or rankings that it began with.
+    ref_policy: for PPO and DPO, the reference or its folder; None: the folder that it was loaded from at first.
+    data: for SFT and reward models, the demonstrations or rankings that it began with. DPO gets its pairs in `train`.
     overrides: of `save_freq`, `device` and other fields that do not change what is computed (`FREE_FIELDS`).
     Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint, another reference or other data
     than the run began with, or an override that is not allowed.
@@ -168,8 +186,8 @@ def load_checkpoint(
     folder = Path(folder)
     state = read_checkpoint(folder)
     kind, counters = state["counters"]["kind"], state["counters"]
-    if kind == "ppo":
-        return _load_ppo(folder, state, ref_policy, overrides)
+    if kind in WITH_REFERENCE:
+        return _load_with_reference(folder, state, ref_policy, overrides)
     if data is None:
         raise ValueError(f"{folder} is a checkpoint of kind {kind!r}; pass the demonstrations or rankings as data")
     config = _config(folder, SFTConfig if kind == "sft" else RewardTrainingConfig, counters, overrides)
@@ -188,18 +206,48 @@ def load_checkpoint(
     return trainer
 
 
-def _load_ppo(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> PPOTrainer:
+def restore_checkpoint(trainer: Trainable, folder: str | os.PathLike[str]) -> None:
+    """Put weights and state of a checkpoint into the trainer that it was saved of, made anew as at first.
+
+    Raises as `load_checkpoint`, and ValueError for a trainer of another kind.
+    """
+    folder, state = Path(folder), read_checkpoint(folder)
+    if trainer.kind != (kind := state["counters"]["kind"]):
+        raise ValueError(f"{folder} is a checkpoint of kind {kind!r}, the trainer is of kind {trainer.kind!r}")
+    network: Any = trained(trainer)
+    saved = type(network).from_pretrained(folder)
+    with torch.no_grad():
+        for p, value in zip(network.parameters(), saved.parameters(), strict=True):
+            p.copy_(value)
+    with naming(folder):
+        trainer.load_state_dict(state)
+
+
+def parameter_hash(trainer: Trainable) -> str:
+    """The SHA-256 of the trained weights."""
+    return module_hash(trained(trainer))
+
+
+def trained(trainer: Any) -> nn.Module:
+    """The module that a trainer trains."""
+    module: nn.Module = trainer.policy if trainer.kind == "ppo" else trainer.model
+    return module
+
+
+def _load_with_reference(folder: Path, state: State, ref_policy: Any, overrides: dict[str, Any]) -> Any:
     if overrides.get("precision") == "auto":  # what it was resolved to stays
         del overrides["precision"]
-    config = _config(folder, PPOConfig, state["counters"], overrides)
-    policy = ActorCritic.from_pretrained(folder)
-    _restore(folder, policy, policy.decoder, state["counters"])
-    source = state["counters"]["reference"]["source"] if ref_policy is None else ref_policy
-    if source is None:
+    counters, is_ppo = state["counters"], state["counters"]["kind"] == "ppo"
+    config: Any = _config(folder, PPOConfig if is_ppo else DPOConfig, counters, overrides)
+    policy: Any = ActorCritic.from_pretrained(folder) if is_ppo else load_decoder(folder)
+    _restore(folder, policy, language_model(policy), counters)
+    source = counters["reference"]["source"] if ref_policy is None else ref_policy
+    if source is None and counters["reference"]["sha256"]:  # else DPO had no reference
         raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
     try:
         with naming(folder):
-            trainer = PPOTrainer(policy, source, Tokenizer.from_pretrained(folder), config)
+            kind: Any = PPOTrainer if is_ppo else DPOTrainer
+            trainer = kind(policy, source, Tokenizer.from_pretrained(folder), config)
             trainer.load_state_dict(state)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; it is the reference of {folder}: pass ref_policy") from error

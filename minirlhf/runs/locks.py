@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import IO
 
-from minirlhf.io.files import lock_descriptor, open_for_writing
+from minirlhf.io.files import StrPath, lock_descriptor, open_for_writing
 
 LOCK_FILE = "lock"
 
@@ -26,7 +26,7 @@ class FolderLock:
     the lock file is a symbolic link.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: StrPath):
         self._path = Path(folder) / LOCK_FILE
         self._file = _acquire(self._path)
         self._file.truncate(0)
@@ -35,7 +35,7 @@ class FolderLock:
         self._file.flush()
 
     @staticmethod
-    def check(folder: str | os.PathLike[str]) -> None:
+    def check(folder: StrPath) -> None:
         """Raise BlockingIOError if the folder is locked; changes nothing."""
         path = Path(folder) / LOCK_FILE
         if path.is_file():

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.common.text import json_line
+from minirlhf.common.validation import is_finite
 from minirlhf.io.files import atomic_write, flush_folder, open_for_writing
-from minirlhf.io.training_state import is_count, is_number, is_record, is_text
+from minirlhf.io.training_state import is_count, is_record, is_text
 
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
 LOG_FILES = (METRICS_FILE, SAMPLES_FILE)
@@ -102,7 +103,7 @@ def is_marks(value: Any) -> bool:
 def is_rewards(value: Any) -> bool:
     """Whether a value is the mean reward, finite or None, of steps by their numbers as texts."""
     fits = isinstance(value, dict) and all(re.fullmatch("[0-9]{1,18}", step) for step in value)
-    return fits and all(reward is None or is_number(reward) for reward in value.values())
+    return fits and all(reward is None or is_finite(reward) for reward in value.values())
 
 
 def finite(value: float) -> float | None:

@@ -6,6 +6,8 @@
     RUN/checkpoints/best               for PPO, a link to the one whose batch had the highest mean reward of all saved
     RUN/lock                           while a process works in the folder (see `locks`)
 
+Of several processes the first one has the lock and writes, and all see the folder.
+
 The lines of a step are on the disk before its checkpoint takes its name, and the checkpoint records what the log was
 then. So whenever a process is killed, the newest checkpoint and the log cut back to that record are the run as it was
 after that step. The checkpoint also holds the mean rewards of all steps, so a damaged log changes no decision.
@@ -22,16 +24,25 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
+from minirlhf.device.processes import agreed, processes, restarted
 from minirlhf.io.files import PARTIAL, flush_folder, read_json, read_jsonl, remove_partial, write_json
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rl.rollout import Rollout
-from minirlhf.runs.checkpoint import COUNTERS_FILE, DamagedCheckpoint, Trainable, load_checkpoint, save_checkpoint
+from minirlhf.runs.checkpoint import (
+    COUNTERS_FILE,
+    DamagedCheckpoint,
+    Trainable,
+    load_checkpoint,
+    parameter_hash,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from minirlhf.runs.locks import LOCK_FILE, FolderLock
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, RunLog, finite
 
@@ -59,11 +70,12 @@ class RunFailed(RuntimeError):
 
 
 class Run(Generic[Trainer]):
-    """A run of PPO, SFT or reward-model training in a folder that no other process may use meanwhile.
+    """A run of PPO, SFT, reward-model training or DPO in a folder that no other process may use meanwhile.
 
         with Run.start("runs/mine", trainer, {"why": "a first try"}) as run:
             trainer.train(prompts, reward, run.record)      # PPO
-            trainer.train(run.record)                       # supervised
+            trainer.train(run.record)                       # SFT, reward model
+            trainer.train(pairs, run.record)                # DPO
 
     `start` or `resume` makes it. Inside the `with`, the first Ctrl-C or SIGTERM lets the step end, saves and raises
     `Stopped`; a second one ends the process at once. An error raises `RunFailed`, after the last complete step was
@@ -74,8 +86,8 @@ class Run(Generic[Trainer]):
         self,
         folder: Path,
         trainer: Trainer,
-        log: RunLog,
-        lock: FolderLock,
+        log: RunLog | None,
+        lock: FolderLock | None,
         rewards: dict[int, float | None],
         keep_last: int,
     ):
@@ -84,7 +96,9 @@ class Run(Generic[Trainer]):
         self._recorded = self._saved = trainer.steps_done  # steps whose lines are written; that are in a checkpoint
         self._saving = False
         self._stop = _StopRequest()
-        self._rotate()
+        self._processes = processes()
+        with agreed("the checkpoints"):
+            self._rotate()
 
     @classmethod
     def start(
@@ -94,30 +108,46 @@ class Run(Generic[Trainer]):
 
         folder: made here. config: written to config.json when all else is there. keep_last: newest checkpoints that
             stay, besides the best.
+        If torchrun started the processes again after one died, goes on with the run in the folder instead: the trainer
+        gets weights and state of the newest checkpoint.
         Raises FileExistsError for a folder that is not empty (a run is never overwritten), BlockingIOError if another
         process works in it, OSError if it cannot be written, and as the trainer's `state_dict`.
         """
         _check_keep_last(keep_last)
         trainer.state_dict()  # what cannot be saved is refused before anything is written
-        folder = Path(folder)
+        group, lock, log = processes(), None, None
+        folder = group.broadcast("folder", Path(folder))
+        if group.broadcast("whether to go on", restarted() and (folder / CONFIG_FILE).is_file()):
+
+            def restored(checkpoint: Path) -> Trainer:
+                restore_checkpoint(trainer, checkpoint)
+                return trainer
+
+            return cls._go_on(folder, restored, keep_last)
         taken = FileExistsError(f"{folder} exists and is not empty; choose another folder, or resume the run in it")
-        if folder.exists() and not _is_unused(folder):
-            FolderLock.check(folder)  # "in use" says better what is wrong
-            raise taken
-        folder.mkdir(parents=True, exist_ok=True)
-        flush_folder(folder.parent)
         with contextlib.ExitStack() as undo:
-            lock = FolderLock(folder)
-            undo.callback(lock.release)
-            if not _is_unused(folder):  # another process was quicker, and has ended since
-                raise taken
-            remove_partial(folder, folder / CHECKPOINTS)
-            log = RunLog(folder)
-            undo.callback(shutil.rmtree, folder / CHECKPOINTS, ignore_errors=True)
-            save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), {"log": log.flush(), "rewards": {}})
-            write_json(folder / CONFIG_FILE, config)
+            with agreed("the folder of the run"):
+                if group.first:
+                    if folder.exists() and not _is_unused(folder):
+                        FolderLock.check(folder)  # "in use" says better what is wrong
+                        raise taken
+                    folder.mkdir(parents=True, exist_ok=True)
+                    flush_folder(folder.parent)
+                    lock = FolderLock(folder)
+                    undo.callback(lock.release)
+                    if not _is_unused(folder):  # another process was quicker, and has ended since
+                        raise taken
+                    remove_partial(folder, folder / CHECKPOINTS)
+            _check_shared(folder)
+            with agreed("the first checkpoint"):
+                if group.first:
+                    log = RunLog(folder)
+                    undo.callback(shutil.rmtree, folder / CHECKPOINTS, ignore_errors=True)
+                    record = {"log": log.flush(), "rewards": {}}
+                    save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), record)
+                    write_json(folder / CONFIG_FILE, config)
             undo.pop_all()
-            return cls(folder, trainer, log, lock, {}, keep_last)
+        return cls(folder, trainer, log, lock, {}, keep_last)
 
     @classmethod
     def resume(
@@ -137,39 +167,54 @@ class Run(Generic[Trainer]):
         be written is a symbolic link, ValueError if no checkpoint can be read, or as `load_checkpoint`.
         """
         _check_keep_last(keep_last)
-        folder = Path(folder)
-        read_json(folder / CONFIG_FILE)
-        if (folder / "checkpoint").is_dir():
-            raise ValueError(f"{folder} is a run of supervised fine-tuning by minirlhf 0.1.0, which can resume it")
-        if (folder / CHECKPOINTS).is_symlink():
-            raise OSError(f"{folder / CHECKPOINTS} is a symbolic link, and checkpoints are not written through links")
-        lock = FolderLock(folder)
-        try:
-            remove_partial(folder, folder / CHECKPOINTS)
-            damaged = []
-            for step in reversed(_steps(folder)):
+        folder = processes().broadcast("folder", Path(folder))
+        return cls._go_on(folder, lambda path: load_checkpoint(path, ref_policy, data, **overrides), keep_last)
+
+    @classmethod
+    def _go_on(cls, folder: Path, load: Callable[[Path], Any], keep_last: int) -> Run[Any]:
+        """The run in a folder with the trainer that `load` makes of its newest checkpoint."""
+        group, log, damaged = processes(), None, []
+        with contextlib.ExitStack() as undo:
+            with agreed("the folder of the run"):
+                read_json(folder / CONFIG_FILE)
+                if (folder / "checkpoint").is_dir():
+                    raise ValueError(
+                        f"{folder} is a run of supervised fine-tuning by minirlhf 0.1.0, which can resume it"
+                    )
+                if (folder / CHECKPOINTS).is_symlink():
+                    raise OSError(
+                        f"{folder / CHECKPOINTS} is a symbolic link, and checkpoints are not written through links"
+                    )
+                lock = FolderLock(folder) if group.first else None
+                if lock is not None:
+                    undo.callback(lock.release)
+                    remove_partial(folder, folder / CHECKPOINTS)
+            _check_shared(folder)
+            for step in reversed(group.broadcast("checkpoints", _steps(folder))):
                 checkpoint = _checkpoint(folder, step)
                 try:
-                    trainer = load_checkpoint(checkpoint, ref_policy, data, **overrides)
+                    with agreed("a checkpoint"):
+                        trainer = load(checkpoint)
+                        record = read_json(checkpoint / COUNTERS_FILE).get("run")
                     break
                 except DamagedCheckpoint as error:
-                    warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+                    warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=3)
                     damaged.append(checkpoint)
             else:
                 raise ValueError(f"{folder} has no checkpoint that can be read")
-            record = read_json(checkpoint / COUNTERS_FILE).get("run")
             if record is None:
                 raise ValueError(f"{checkpoint} was saved by no run: it does not say what the log was")
             rewards = {int(number): reward for number, reward in record["rewards"].items()}
-            log = RunLog.resume(folder, record["log"], step, rewards)
-            for path in damaged:
-                aside = path.with_name(f"{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-            return cls(folder, trainer, log, lock, rewards, keep_last)
-        except BaseException:
-            lock.release()
-            raise
+            with agreed("the log"):
+                if group.first:
+                    log = RunLog.resume(folder, record["log"], step, rewards)
+                    for path in damaged:
+                        aside = path.with_name(f"{path.name}.damaged")
+                        shutil.rmtree(aside, ignore_errors=True)
+                        path.rename(aside)
+            run = cls(folder, trainer, log, lock, rewards, keep_last)
+            undo.pop_all()
+        return run
 
     @property
     def due(self) -> bool:
@@ -200,17 +245,20 @@ class Run(Generic[Trainer]):
         self._recorded = step
         if "reward/mean" in stats:
             self._rewards[step] = finite(stats["reward/mean"])
-        if self.due or self._stop.made:
+        stop = any(self._processes.gather("whether to stop", self._stop.made))
+        if self.due or stop:
             self._save()
-        if self._stop.made:
+        if stop:
             raise Stopped(self.folder, f"step {step} of {total}")
         return shown
 
     def log(self, stats: Mapping[str, float], samples: Sequence[tuple[str, float | None]] = ()) -> None:
         """Append statistics and samples of the present step to the log, such as figures measured before the first."""
-        self._log.metrics(self.trainer.steps_done, stats)
-        if samples:
-            self._log.samples(self.trainer.steps_done, samples)
+        with agreed("the log"):
+            if self._log is not None:
+                self._log.metrics(self.trainer.steps_done, stats)
+                if samples:
+                    self._log.samples(self.trainer.steps_done, samples)
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -225,11 +273,13 @@ class Run(Generic[Trainer]):
             if isinstance(error, Exception) and not isinstance(error, Stopped):
                 done, steps = self._recorded, self.trainer.steps_total
                 failed = f"step {done + 1} of {steps}" if done < steps else f"what comes after the last step, {steps},"
+                if steps == 0:  # DPO has had no pairs yet
+                    failed = "what comes before the first step"
                 if self._saving:
                     failed = f"saving step {done} of {steps}"
                 elif not self.trainer.interrupted and self.trainer.steps_done == done > self._saved:
                     with contextlib.suppress(Exception):  # the first error is the one to report
-                        self._save()
+                        self._write()  # without the other processes, which may have ended
                 raise RunFailed(
                     self.folder,
                     f"{failed} failed: {type(error).__name__}: {error}; the run is saved up to step {self._saved}, in "
@@ -237,18 +287,29 @@ class Run(Generic[Trainer]):
                 ) from error
         finally:
             self._stop.__exit__()
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
 
     def _save(self) -> None:
         self._saving = True
+        if self._processes.on:
+            self._processes.same("the weights at a save", parameter_hash(self.trainer))
+        with agreed("saving"):
+            self._write()
+        self._saving = False
+
+    def _write(self) -> None:
+        if self._log is None:
+            return
         record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
         save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
         self._saved = self._recorded
         self._rotate()
-        self._saving = False
 
     def _rotate(self) -> None:
         """Let `best` name the best checkpoint, and remove all but that and the newest ones."""
+        if not self._processes.first:
+            return
         steps = _steps(self.folder)
         kept = steps[-self._keep_last :]
         rated = {step: self._rewards[step] for step in steps if step in self._rewards}  # the first one has no reward
@@ -261,6 +322,13 @@ class Run(Generic[Trainer]):
             doomed = path.with_name(f".{path.name}{PARTIAL}")
             path.rename(doomed)  # its name goes at one moment, though not its bytes
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _check_shared(folder: Path) -> None:
+    """Raise ValueError unless all processes see the lock that the first one has made in the folder."""
+    with agreed("the folder of the run"):
+        if not (folder / LOCK_FILE).exists():
+            raise ValueError(f"{folder} of the first process is not seen here: all processes must share it")
 
 
 def _check_keep_last(keep_last: int) -> None:

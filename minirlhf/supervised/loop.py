@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ from minirlhf.common.validation import (
     require_unit_interval,
 )
 from minirlhf.device.precision import PRECISIONS, Precision
+from minirlhf.device.processes import agreed, processes
 from minirlhf.device.random import DropoutStream
 from minirlhf.device.schedules import SCHEDULES, lr_factor
 from minirlhf.io.model_card import Origin
 from minirlhf.io.training_state import State, frozen, load_moments, moments, require_fp32
+from minirlhf.version import __version__
 
-Batch = TypeVar("Batch")
+Batch = TypeVar("Batch", bound=Sequence[Any])
 Stats = dict[str, float]
 
 
@@ -69,15 +71,18 @@ class FitConfig:
 class SupervisedTrainer(Generic[Batch]):
     """Minimises a loss over epochs of batches; a subclass has `kind`, `loss` and `parts`.
 
-    model: trained in place; dropout is on in training, off afterwards.
+    model: trained in place; dropout is on in training, unless `with_dropout` is False, and off afterwards.
     epochs: the batches of each epoch, shuffled. They must depend on data and config only, so that a resumed run
         gets the same ones.
     data: every text or ranking as a string, to recognise them. origin: where the model came from.
     interrupted: True inside a step, where the state is inconsistent and must not be saved.
+    Of several processes all get the weights of the first one and the batches, and each computes a share of the rows.
     """
 
     kind: ClassVar[str]
+    with_dropout: ClassVar[bool] = True
 
+    @agreed("the training")
     def __init__(
         self,
         model: nn.Module,
@@ -87,11 +92,16 @@ class SupervisedTrainer(Generic[Batch]):
         origin: Origin | None = None,
     ):
         self.model, self.config, self.epochs, self.origin = model, config, epochs, origin
-        digest = hashlib.sha256("".join(f"{item}\n" for item in data).encode()).hexdigest()
-        self.data = {"sha256": digest, "count": len(data)}
+        self.data = data_record(data)
         self.device = next(model.parameters()).device
         self.precision = Precision(config.precision, self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.processes = processes()
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        versions = {"minirlhf": __version__, "torch": torch.__version__, "device": self.device.type}
+        settings = {**versions, **dataclasses.asdict(config), **self.data, **shapes}
+        self.processes.same("versions, settings, data and shapes", settings)
+        self.processes.copy_(list(model.parameters()))
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -110,8 +120,14 @@ class SupervisedTrainer(Generic[Batch]):
         raise NotImplementedError
 
     def parts(self, batch: Batch) -> Sequence[tuple[Batch, float]]:
-        """A batch in parts, each with its share in the loss of the whole: a step needs the memory of one part."""
-        return [(batch, 1.0)]
+        """A batch in parts, each with its share in the loss of the whole: a step needs the memory of one part.
+
+        Of several processes each has other rows, and one without a row has any, with the share 0. The batch must be a
+        sequence of which `loss` is a mean, or a subclass has parts of its own.
+        """
+        rows, factor = self.processes.deal(len(batch))
+        mine: Any = [batch[i] for i in rows]
+        return [(mine, factor * len(rows) / len(batch))]
 
     @property
     def steps_total(self) -> int:
@@ -150,16 +166,17 @@ class SupervisedTrainer(Generic[Batch]):
     def _step(self, batch: Batch, progress: float, where: str) -> float:
         """One optimizer step. Returns the loss before it."""
         c, self.interrupted = self.config, True
-        self.model.train()
+        self.model.train(self.with_dropout)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(c.schedule, progress, c.warmup, c.lr_floor)
         total = torch.zeros((), device=self.device)
-        with self.dropout.use():
+        with self.dropout.use(self.processes.rank, self.processes.size):
             for part, share in self.parts(batch):
                 with self.precision.autocast():
                     loss = self.loss(part) * share
                 self.precision.backward(loss)
                 total = total + loss.detach()
+        self.processes.sum_([*(p.grad for p in self.parameters if p.grad is not None), total])
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss became {total.item()} in {where}; lower the learning rate")
         norm = self.precision.step(self.optimizer, self.parameters, c.max_grad_norm, total).item()
@@ -198,11 +215,7 @@ class SupervisedTrainer(Generic[Batch]):
         used then.
         """
         tensors, c = state["tensors"], state["counters"]
-        if self.data != c["data"]:
-            raise ValueError(
-                f"the run began with other data: with {c['data']['count']} texts or rankings, {self.data['count']} are "
-                "given, and they are not the same tokens in the same order"
-            )
+        require_same_data(c["data"], self.data)
         streams = {name: tensors.get(f"generator.{name}") for name in self.dropout.states}
         for name, stream in streams.items():
             if stream is None or (stream.dtype, stream.shape) != (torch.uint8, self.dropout.states[name].shape):
@@ -212,6 +225,20 @@ class SupervisedTrainer(Generic[Batch]):
         if self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(c["scaler"])
         self.steps_done = c["steps"]
+
+
+def data_record(data: Sequence[str]) -> dict[str, Any]:
+    """Hash and number of these items, to recognise them."""
+    return {"sha256": hashlib.sha256("".join(f"{item}\n" for item in data).encode()).hexdigest(), "count": len(data)}
+
+
+def require_same_data(began: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the data given are those that the run began with, as `data_record` knows them."""
+    if began != given:
+        raise ValueError(
+            f"the run began with other data: with {began['count']} texts or rankings, {given['count']} are given, and "
+            "they are not the same tokens in the same order"
+        )
 
 
 def check_positions(longest: int, positions: int, max_length: int) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.device.placement import resolve_device
+from minirlhf.device.processes import agreed, processes
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches
@@ -95,8 +96,9 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
         return ranking_loss(scores, [len(self.encoded[i]) for i in batch], margins)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the reward model and its tokenizer as a model folder."""
-        self.model.save_pretrained(folder)
+        """Write the reward model and its tokenizer as a model folder, once for all processes."""
+        if self.processes.first:
+            self.model.save_pretrained(folder)
 
 
 def comparisons(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,10 +131,16 @@ def ranking_loss(scores: Tensor, sizes: Sequence[int], margins: Tensor | None = 
 
 
 def evaluate_rankings(model: RewardModel, rankings: Sequence[Ranking], bins: int = 10) -> RankingFigures:
-    """Accuracy and calibration on held-out rankings. Raises ValueError for an empty list."""
+    """Accuracy and calibration on held-out rankings; of several processes each scores a part, so all must call this.
+
+    Raises ValueError for an empty list.
+    """
     if len(rankings) == 0:
         raise ValueError("rankings is empty: there is nothing to measure on")
-    scores = model.scores([text for ranking in rankings for text in ranking.texts]).double()
+    texts, group = [text for ranking in rankings for text in ranking.texts], processes()
+    with agreed("rankings"):
+        scores = model.scores(texts[group.part(len(texts))])
+    scores = group.gather_rows(len(texts), scores.double())[0]
     sizes = [len(ranking.answers) for ranking in rankings]
     winners, losers, _ = comparisons(sizes)
     differences = scores[winners] - scores[losers]

@@ -3,7 +3,7 @@
 A demonstration is a text, or a prompt with a response; with a prompt the loss is on the response only. The same code
 trains a GPT-2 from random weights, as for the starter weights that ship.
 
-Left out: several GPUs, and windows over texts longer than the context (they are cut, with a warning).
+Left out: windows over texts longer than the context (they are cut, with a warning).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from minirlhf.common.validation import require_bools, require_positive_ints
 from minirlhf.device.placement import resolve_device
-from minirlhf.device.precision import PRECISION_SETTINGS
+from minirlhf.device.precision import PRECISION_SETTINGS, full_precision
 from minirlhf.device.precision_choice import choose_precision
+from minirlhf.device.processes import processes
 from minirlhf.device.random import eval_mode
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.probes import language_model_probe
@@ -96,7 +97,8 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         model.to(resolve_device(config.device))
         self.tokenizer = tokenizer
         self.width = min(config.max_length, model.n_positions)  # of a packed row
-        self.precision_choice = choose_precision(config.precision, model, language_model_probe(model))
+        choice = choose_precision(config.precision, model, language_model_probe(model))
+        self.precision_choice = processes().broadcast("precision", choice)
         config = dataclasses.replace(config, precision=self.precision_choice.name)  # so checkpoints have it
         data = [f"{s.first} {s.ids}" for s in self.sequences]
         super().__init__(model, config, self._epochs(config), data, model.origin)
@@ -118,10 +120,18 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         return epochs
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[tuple[Sequence[MicroBatch], float]]:
-        """The micro-batches of a step, with their shares of all tokens that are predicted in it."""
-        sequences = [[self.sequences[i] for row in micro for i in row] for micro in batch]
-        counts = [sum(len(s.ids) - s.first for s in part) for part in sequences]
-        return [([micro], count / sum(counts)) for micro, count in zip(batch, counts, strict=True)]
+        """This process's rows of each micro-batch, with their share of all tokens that the step predicts."""
+        parts = []
+        for micro in batch:
+            rows, factor = self.processes.deal(len(micro))
+            mine = [micro[i] for i in rows]
+            parts.append(([mine], factor * self._predicted(mine)))
+        total = sum(map(self._predicted, batch))
+        return [(part, count / total) for part, count in parts]
+
+    def _predicted(self, micro: MicroBatch) -> int:
+        """The tokens of a micro-batch that are predicted."""
+        return sum(len(self.sequences[i].ids) - self.sequences[i].first for row in micro for i in row)
 
     def loss(self, batch: Sequence[MicroBatch]) -> Tensor:
         """The mean negative log-likelihood over the tokens of a batch that are predicted, nats."""
@@ -130,9 +140,10 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         return nll.sum() / count
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write model and tokenizer as a model folder."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write model and tokenizer as a model folder, once for all processes."""
+        if self.processes.first:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
 
 def encode_demonstrations(tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | str]) -> list[LMSequence]:
@@ -165,7 +176,9 @@ def cut(sequences: Sequence[LMSequence], max_length: int) -> list[LMSequence]:
 def token_nll(
     model: Decoder, rows: Sequence[Sequence[LMSequence]], pad_id: int, width: int | None = None
 ) -> tuple[Tensor, int]:
-    """Negative log-likelihoods (N,) in nats, fp32, of all tokens that are predicted, row after row, and their number.
+    """Negative log-likelihoods (N,) in nats of all tokens that are predicted, row after row, and their number.
+
+    In fp32; in fp64 for a model in fp64.
 
     rows: the sequences that stand one after the other in each row; none attends to another, and each has positions
         from 0, so that it has the same likelihoods as in a row of its own.
@@ -184,7 +197,7 @@ def token_nll(
     ids, predicted = ids.to(model.device), predicted[:, 1:].to(model.device)
     packed = any(len(row) > 1 for row in rows)  # else causal attention never reads the padding on the right
     hidden = model.hidden_states(ids, segments=segments.to(model.device) if packed else None)
-    logits = model.lm_logits(hidden[:, :-1][predicted]).float()  # (N, V)
+    logits = full_precision(model.lm_logits(hidden[:, :-1][predicted]))  # (N, V)
     return F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none"), int(predicted.sum())
 
 
@@ -198,6 +211,7 @@ def perplexity(
 ) -> dict[str, float]:
     """Perplexity of texts, or of responses after their prompts, each cut to `max_length` tokens in all.
 
+    Of several processes each measures some of the batches, so all must call this.
     Returns {"token": ..., "character": ...}: exp of the total negative log-likelihood over the number of predicted
     tokens, and over the number of characters they spell (an end of text counts as one, white space as none).
     Raises ValueError for no texts, or none with anything to predict within `max_length`.
@@ -207,10 +221,14 @@ def perplexity(
     sequences = cut(encode_demonstrations(tokenizer, texts), max_length)
     if not sequences:
         raise ValueError(f"no response has a token within max_length={max_length}: there is nothing to measure")
-    total, tokens = 0.0, 0
+
+    def measured(batch: Sequence[int]) -> tuple[float, int]:
+        nll, count = token_nll(model, [[sequences[i]] for i in batch], tokenizer.pad_id)
+        return nll.double().sum().item(), count
+
     with eval_mode(model):
-        for batch in length_sorted_batches([len(s.ids) for s in sequences], batch_size):
-            nll, count = token_nll(model, [[sequences[i]] for i in batch], tokenizer.pad_id)
-            total, tokens = total + nll.double().sum().item(), tokens + count
+        batches = list(length_sorted_batches([len(s.ids) for s in sequences], batch_size))
+        found = processes().spread("perplexity", measured, batches)
+    total, tokens = sum(nll for nll, _ in found), sum(count for _, count in found)
     characters = sum(tokenizer.width(i) for s in sequences for i in s.ids[s.first :])
     return {"token": math.exp(total / tokens), "character": math.exp(total / characters)}

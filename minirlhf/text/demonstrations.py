@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirlhf.io.files import StrPath
 from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
 
 
@@ -34,7 +34,7 @@ class Demonstration:
             raise ValueError("the response is empty" if self.prompt else "the text is empty")
 
 
-def read_demonstrations(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Demonstration]:
+def read_demonstrations(path: StrPath, encoding: str = "utf-8") -> list[Demonstration]:
     """Read a file of texts (`.txt`, `.jsonl`) or pairs (`.jsonl`); empty lines are skipped.
 
     encoding: of the file; a byte-order mark and both kinds of line ends are accepted.

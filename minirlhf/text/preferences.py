@@ -4,7 +4,7 @@
   ignored. Or a list a line: `{"prompt": ..., "answers": [...]}`, best first, or with as many `"scores"`; answers with
   equal scores are not compared.
 - `.tsv`, a list a line, the best answer first, columns separated by tabs, without quotes or escapes. The first column
-  is the prompt if the first line is a header that begins with "prompt", or if the caller says so.
+  is the prompt if the first line is a header that begins with "prompt".
 
 Left out: ties.
 """
@@ -12,14 +12,13 @@ Left out: ties.
 from __future__ import annotations
 
 import itertools
-import os
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minirlhf.common.validation import is_finite
+from minirlhf.io.files import StrPath
 from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
 
 MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
@@ -57,8 +56,7 @@ class Ranking:
                 raise ValueError(f"answer {place} is empty")
             if places.setdefault(answer.strip(), place) != place:
                 raise ValueError(f"answers {places[answer.strip()]} and {place} are equal: {answer.strip()[:20]!r}")
-        fine = isinstance(self.margin, (int, float)) and not isinstance(self.margin, bool)
-        if not (fine and 0 <= self.margin <= sys.float_info.max):  # an int may be larger
+        if not (is_finite(self.margin) and self.margin >= 0):
             raise ValueError(f"margin must be a finite number of at least 0, got {self.margin!r:.20}")
 
     @property
@@ -67,42 +65,36 @@ class Ranking:
         return [self.prompt + answer for answer in self.answers]
 
 
-def read_rankings(
-    path: str | os.PathLike[str], encoding: str = "utf-8", prompt_column: bool | None = None
-) -> list[Ranking]:
+def read_rankings(path: StrPath, encoding: str = "utf-8") -> list[Ranking]:
     """Read a file of pairs or lists (`.jsonl`), or of lists (`.tsv`); empty lines are skipped.
 
     encoding: of the file; a byte-order mark and both kinds of line ends are accepted.
-    prompt_column: whether the first column of a `.tsv` file is the prompt; None: if a header says so.
-    Warns with a count if the file ranks pairs in both orders.
     Raises FileNotFoundError, or ValueError that names file, line and problem.
     """
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in (".jsonl", ".tsv"):
         raise ValueError(f"{path} must be named .jsonl (pairs) or .tsv (lists)")
-    if kind == ".jsonl" and prompt_column is not None:
-        raise ValueError(f"prompt_column is for .tsv files; the lines of {path} name their prompt")
     lines = numbered_lines(path, encoding)
-    first = lines[0][1].split("\t")[0].strip().lower() if kind == ".tsv" and lines else ""
-    header = prompt_column is not False and first == "prompt"
+    header = kind == ".tsv" and bool(lines) and lines[0][1].split("\t")[0].strip().lower() == "prompt"
     rankings: list[Ranking] = []
-    numbers: list[int] = []
     for number, line in lines[1:] if header else lines:
         try:
-            found = _json_rankings(line) if kind == ".jsonl" else [_list(line, header or bool(prompt_column))]
+            rankings += _json_rankings(line) if kind == ".jsonl" else [_list(line, header)]
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        rankings += found
-        numbers += [number] * len(found)
     if not rankings:
         raise ValueError(f"{path} holds no rankings")
-    disputed = contradictions(rankings)
-    if disputed:
-        lines_of_first = " and ".join(str(numbers[i]) for i in disputed[0])
-        problem = f"{len(disputed)} pairs of answers are ranked in both orders, the first in lines {lines_of_first}"
-        warnings.warn(f"{path}: {problem}", stacklevel=2)
     return rankings
+
+
+def pair_ranking(content: Mapping[str, Any]) -> Ranking:
+    """The ranking of a pair with the fields prompt, chosen, rejected, and perhaps margin; ValueError for a bad one."""
+    missing = [key for key in PAIR_KEYS if key not in content]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; a pair has {', '.join(PAIR_KEYS)} and perhaps margin")
+    prompt, chosen, rejected = (text_of(content, key) for key in PAIR_KEYS)
+    return Ranking(prompt, (chosen, rejected), content.get("margin", 0.0))
 
 
 def rankings_of_scores(
@@ -121,26 +113,13 @@ def rankings_of_scores(
     if len(answers) != len(scores) or len(answers) == 0:
         raise ValueError(f"there are {len(answers)} answers, but {len(scores)} scores")
     for score in scores:
-        if not (isinstance(score, (int, float)) and not isinstance(score, bool) and abs(score) <= sys.float_info.max):
+        if not is_finite(score):
             raise ValueError(f"a score must be a finite number, got {score!r:.20}")
     order = sorted(range(len(answers)), key=lambda i: -scores[i])
     if 2 <= len(set(scores)) == len(scores) <= MAX_ANSWERS:
         return [Ranking(prompt, tuple(answers[i] for i in order), margin)]
     pairs = itertools.combinations(order, 2)
     return [Ranking(prompt, (answers[i], answers[j]), margin) for i, j in pairs if scores[i] > scores[j]]
-
-
-def contradictions(rankings: Sequence[Ranking]) -> list[tuple[int, int]]:
-    """Where rankings disagree: for each pair of answers in both orders, the first ranking with each order."""
-    first: dict[tuple[str, str, str], int] = {}
-    found: dict[tuple[str, str, str], tuple[int, int]] = {}
-    for i, ranking in enumerate(rankings):
-        for better, worse in itertools.combinations([answer.strip() for answer in ranking.answers], 2):
-            first.setdefault((ranking.prompt, better, worse), i)
-            opposite = first.get((ranking.prompt, worse, better))
-            if opposite is not None:
-                found.setdefault((ranking.prompt, min(better, worse), max(better, worse)), (opposite, i))
-    return list(found.values())
 
 
 def split_rankings(
@@ -167,20 +146,12 @@ def _json_rankings(line: str) -> list[Ranking]:
     """The rankings of one line of a `.jsonl` file: a pair, answers best first, or answers with scores."""
     content = json_object(line)
     if "answers" not in content:
-        return [_pair(content)]
+        return [pair_ranking(content)]
     prompt = text_of({"prompt": "", **content}, "prompt")
     margin = content.get("margin", 0.0)
     if content.get("scores") is None:
         return [Ranking(prompt, content["answers"], margin)]
     return rankings_of_scores(prompt, content["answers"], content["scores"], margin)
-
-
-def _pair(content: Mapping[str, Any]) -> Ranking:
-    missing = [key for key in PAIR_KEYS if key not in content]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing; a pair has {', '.join(PAIR_KEYS)} and perhaps margin")
-    prompt, chosen, rejected = (text_of(content, key) for key in PAIR_KEYS)
-    return Ranking(prompt, (chosen, rejected), content.get("margin", 0.0))
 
 
 def _list(line: str, with_prompt: bool) -> Ranking:

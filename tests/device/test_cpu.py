@@ -13,7 +13,7 @@ from minirlhf.device import cpu
 from minirlhf.device.gpu import tf32_matmul
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from minirlhf.device.cpu import keep_freed_memory
 
 def faults():
@@ -21,9 +21,9 @@ def faults():
     torch.ones(16 << 20)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-if sys.argv[1] == "kept":
-    assert keep_freed_memory()
-print(min(faults() for _ in range(5)))  # a small block may come to lie in the gap of one
+given_back = min(faults() for _ in range(5))
+assert keep_freed_memory()
+print(given_back, min(faults() for _ in range(5)))  # a small block may come to lie in the gap of one
 """
 
 
@@ -78,86 +78,48 @@ def test_the_library_is_the_one_that_was_faster(monkeypatch, onednn, expected):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_memory_that_was_freed_comes_back_without_page_faults():
-    def run(mode):
-        return int(
-            subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, check=True, text=True).stdout
-        )
-
-    assert run("kept") < run("given back") / 2  # 64 MiB are 16,384 pages, or 32 huge ones
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True, text=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 2  # 64 MiB are 16,384 pages, or 32 huge ones
 
 
 def test_a_setting_by_the_newer_interface_is_left_alone():
-    code = (
-        "import torch\nfrom minirlhf.device.cpu import matmul_precision\n"
-        "if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):\n"
-        "    torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "    with matmul_precision('medium'):\n        pass\n"
-        "    assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    products = torch.backends.cuda.matmul
+    if not hasattr(products, "fp32_precision"):
+        pytest.skip("this PyTorch has the older interface only")
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        with cpu.matmul_precision("medium"):
+            pass
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+    torch.get_float32_matmul_precision()  # as before, this is told again
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
-def plant(monkeypatch, folder, own, files):
-    """Control groups as files below a folder; own: the lines of /proc/self/cgroup."""
-    for name, text in files.items():
-        (folder / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "cgroup" / name).write_text(text)
-    (folder / "own").write_text(own)
-    monkeypatch.setattr(cpu, "CGROUPS", folder / "cgroup")
-    monkeypatch.setattr(cpu, "OWN_CGROUP", folder / "own")
-
-
-@pytest.mark.parametrize(("own", "files", "expected"), [
-    ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
-    ("0::/\n", {"cpu.max": "max 100000\n"}, None),
-    ("0::/\n", {}, None),
-    ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n", "cpu.max": "800000 100000\n"}, 3),
-    ("0::/a/b\n", {"a/c/cpu.max": "100000 100000\n"}, None),  # of another group
-    ("0::/../../outside\n", {"cpu.max": "50000 100000\n"}, 0.5),
-    ("4:cpu,cpuacct:/box\n", {}, None),  # version 1
-    ("0::/\n", {"cpu.max": "nonsense"}, None), ("0::/\n", {"cpu.max": "100000 0\n"}, None),
+@pytest.mark.parametrize(("cores", "threads", "quota", "environment", "chosen"), [
+    (64, 64, "400000 100000\n", (), [4]), (64, 32, "400000 100000\n", (), [4]),  # one of two threads a core
+    (8, 8, "250000 100000\n", (), [3]), (8, 8, "20000 100000\n", (), [1]),
+    (64, 64, "max 100000\n", (), []), (64, 64, "nonsense", (), []), (64, 64, "100000 0\n", (), []),
+    (64, 64, None, (), []), (2, 2, "200000 100000\n", (), []), (2, 2, "1600000 100000\n", (), []),  # never raised
+    (64, 8, "400000 100000\n", (), []), (64, 1, "50000 100000\n", (), []),  # by torch.set_num_threads
+    (64, 64, "400000 100000\n", ("OMP_NUM_THREADS",), []), (64, 32, "400000 100000\n", ("MKL_NUM_THREADS",), []),
 ])  # fmt: skip
-def test_the_smallest_quota_of_the_groups_is_read(monkeypatch, tmp_path, own, files, expected):
-    plant(monkeypatch, tmp_path, own, files)
-    assert cpu.cpu_quota() == expected
-
-
-def test_a_system_without_control_groups_has_no_quota(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "OWN_CGROUP", tmp_path / "missing")
-    assert cpu.cpu_quota() is None
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """A Linux of so many cores, with so many threads and such a quota -> what was set."""
-
-    def make(cores, threads, quota, **environment):
-        chosen = []
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(cpu.sys, "platform", "linux")
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-        monkeypatch.setattr(cpu, "cpu_quota", lambda: quota)
-        assert [cpu.limit_threads.__wrapped__()] == (chosen or [None])
-        return chosen
-
-    return make
-
-
-def test_threads_are_lowered_to_the_quota(machine):
-    assert machine(64, 64, 4.0) == [4]
-    assert machine(64, 32, 4.0) == [4]  # PyTorch takes one of two threads a core
-    assert machine(8, 8, 2.5) == [3] and machine(8, 8, 0.2) == [1]
-
-
-def test_threads_are_never_raised_and_a_number_that_was_set_stays(machine):
-    assert machine(64, 64, None) == machine(2, 2, 2.0) == machine(2, 2, 16.0) == []
-    assert machine(64, 8, 4.0) == machine(64, 1, 0.5) == []  # by torch.set_num_threads
-    assert machine(64, 64, 4.0, OMP_NUM_THREADS="64") == machine(64, 32, 4.0, MKL_NUM_THREADS="32") == []
+def test_threads_are_lowered_to_the_quota(monkeypatch, tmp_path, cores, threads, quota, environment, chosen):
+    """On a machine of so many cores, with so many threads."""
+    found = []
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in environment:
+        monkeypatch.setenv(name, str(threads))
+    monkeypatch.setattr(cpu, "CPU_MAX", tmp_path / "cpu.max")
+    if quota is not None:
+        cpu.CPU_MAX.write_text(quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    assert [cpu.limit_threads.__wrapped__()] == (chosen or [None]) and found == chosen

@@ -13,7 +13,7 @@ import torch
 
 import minirlhf
 from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf import GPT2, DPOTrainer, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.commands.main import build_parser
 from minirlhf.commands.table import COMMANDS
 from minirlhf.rl import advantages
@@ -30,7 +30,7 @@ PAGES = [
     "weights/README.md",
     *DOCS,
 ]
-KEY = r"(?:ppo|objective|reward|tokens|time)/[\w/]+"
+KEY = r"(?:ppo|objective|reward|tokens|time|dpo|rewards|logps)/[\w/]+"
 
 
 def read(name):
@@ -277,13 +277,35 @@ def test_the_glossary_has_every_key_of_a_step_and_no_other():
         make_gpt2(0, **sizes), make_gpt2(1, **sizes), Tokenizer(VOCAB), batch_size=4, steps=8, gen_len=4, device="cpu"
     )
     stats = trainer.step(trainer.collect(["酒店"] * 4, lambda texts: [len(set(text)) for text in texts]))
-    rows = re.findall(r"^\| (`.*?) \|", read("docs/metrics.md"), re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", read("docs/metrics.md").split("\n## DPO\n")[0], re.MULTILINE)
     explained = [name for row in rows for name in re.findall(rf"`({KEY})`", row)]
     assert len(explained) == len(set(explained))
     assert {"not in the glossary": stats.keys() - set(explained), "not logged": set(explained) - stats.keys()} == {
         "not in the glossary": set(),
         "not logged": set(),
     }
+
+
+def test_the_glossary_has_every_key_of_a_step_of_dpo():
+    sizes, seen = dict(n_embd=16, n_layer=1, n_head=2), []
+    trainer = DPOTrainer(make_gpt2(0, **sizes), make_gpt2(1, **sizes), Tokenizer(VOCAB), device="cpu")
+    trainer.train([{"prompt": "酒店", "chosen": "好", "rejected": "差"}], lambda _, stats: seen.extend(stats))
+    rows = re.findall(r"^\| (`.*?) \|", read("docs/metrics.md").split("\n## DPO\n")[1], re.MULTILINE)
+    assert sorted(seen) == sorted(name for row in rows for name in re.findall(rf"`({KEY})`", row))
+
+
+def test_the_dpo_of_the_guide_runs_as_it_stands(tmp_path, monkeypatch):
+    make_gpt2(0, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "tiny")
+    Tokenizer(VOCAB).save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in blocks(read("docs/guide.md"), "python") if "DPOTrainer" in block)
+    names = {}
+    exec(compile(substitute(code, '"weights/gpt2-chinese-reviews-small"', '"tiny"'), "guide.md", "exec"), names)
+    (resume,) = re.findall(r"Run\.resume\(.*?\)", code)
+    with eval(resume, names) as run:
+        run.trainer.train(names["pairs"], run.record)
+        assert run.trainer.steps_done == run.trainer.steps_total == 1
+    assert GPT2.from_pretrained("runs/dpo/policy").config.n_embd == 16
 
 
 def test_the_defaults_that_it_lists_are_those_of_the_config():

@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -46,16 +45,6 @@ def models(tiny):
     return ["--policy", str(tiny / "policy"), "--reward", str(tiny / "reward")]
 
 
-def start(*command):
-    """Run Python in a process of its own, in the repository."""
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error:::minirlhf"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=REPO, env=environment, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def lines(path, whole=False):
     """Of a JSON-lines file; with `whole` those that end in a line feed, of a file that need not be there."""
     text = path.read_text(encoding="utf-8") if path.exists() or not whole else ""
@@ -69,30 +58,22 @@ def figures(run):
 
 @pytest.fixture(scope="session")
 def runs(tiny, tmp_path_factory):
-    """name -> a run folder, each made once; `runs.output` has what it printed."""
+    """name -> a run folder, each made once, by a process; `runs.printed` and `runs.exitcode` by name."""
     pytest.importorskip("tqdm")
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("runs")
-    made = {}
+    killed = {"plain": ("", 0), "killed": ("metrics.jsonl", 11)}  # before the line of step 4
 
     def get(name):
-        run = folder / name
-        if name not in made:
-            made[name] = None
-            arguments = [*models(tiny), "--output", run]
-            if name == "plain":
-                made[name] = start(SCRIPT, *arguments, *SMALL, "--seed", "3")
-            elif name == "killed":  # before the line of step 4
-                made[name] = process(script, folder / "output", run, "metrics.jsonl", 11, SCRIPT, *arguments, *SMALL,
-                                     "--seed", "3")  # fmt: skip
-                made[name].join()
-            elif name == "original":
-                made[name] = start(SCRIPT, *arguments, "--recipe", "original", "--steps", "1", "--batch-size", "16")
-            else:
-                raise KeyError(name)
+        run, output = folder / name, folder / f"{name}.txt"
+        if name not in get.exitcode:
+            arguments = [*models(tiny), *SMALL, "--seed", "3", "--output", run]
+            made = process(script, output, run, *killed[name], SCRIPT, *arguments)
+            made.join()
+            get.exitcode[name], get.printed[name] = made.exitcode, output.read_text(encoding="utf-8")
         return run
 
-    get.output = made
+    get.exitcode, get.printed = {}, {}
     return get
 
 
@@ -142,7 +123,7 @@ def test_summary_table_and_picture(runs):
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
     names = {"metrics.jsonl", "samples.jsonl", "config.json", "summary.json", "before_after.md", "reward_curve.png"}
     assert {path.name for path in run.iterdir()} == names | {"checkpoints", "policy", "reference"}
-    shown = runs.output["plain"].stdout
+    shown = runs.printed["plain"]
     assert str(run) in shown and "policy/reward" in shown and table[2] in shown and said in shown
     assert "precision auto: fp32 (the model has fewer than 33.6 million parameters)\n" in shown
 
@@ -172,7 +153,7 @@ def test_the_same_seed_repeats_the_run_and_another_does_not(runs, tiny, tmp_path
 def test_a_killed_run_resumes_to_the_same_end(runs, tmp_path):
     """Killed by SIGKILL in step 4 with the last save at 2, and with half a line in metrics.jsonl."""
     run, plain = runs("killed"), runs("plain")
-    assert runs.output["killed"].exitcode == -signal.SIGKILL
+    assert runs.exitcode["killed"] == -signal.SIGKILL
     assert not (run / "summary.json").exists() and not (run / "policy").exists()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "rewa')
@@ -250,15 +231,17 @@ def test_a_long_prompt_is_a_prompt():
     assert prompt_pool(["很好" * 50]) == ["很好" * 50]
 
 
-def test_the_original_recipe_is_the_chapter_s(runs):
-    config = json.loads((runs("original") / "config.json").read_text(encoding="utf-8"))["ppo"]
+def test_the_original_recipe_is_the_chapter_s(tiny, tmp_path, call):
+    arguments = ["--recipe", "original", "--steps", "1", "--batch-size", "4", "--output", tmp_path / "run"]
+    assert call(SCRIPT, *models(tiny), *arguments)[0] is None
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["ppo"]
     assert config["steps"] == 1
-    assert {name: config[name] for name in CHAPTER} == {**CHAPTER, "batch_size": 16}
+    assert {name: config[name] for name in CHAPTER} == {**CHAPTER, "batch_size": 4}
     assert PPOConfig.preset("original").batch_size == CHAPTER["batch_size"]
     assert config["max_grad_norm"] is None and config["logprobs_full_softmax"] is True
     assert config["top_p"] == 0.95 and config["temperature"] == 1
-    (line,) = lines(runs("original") / "metrics.jsonl")
-    assert line["ppo/updates"] == 4 * 16
+    (line,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["ppo/updates"] == 4 * 4
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

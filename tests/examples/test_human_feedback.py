@@ -1,7 +1,6 @@
 """examples/human_feedback.py, used as a person uses it: by keys, in a terminal."""
 
 import contextlib
-import json
 import os
 import pty
 import runpy
@@ -15,8 +14,9 @@ import pytest
 from lives import on_terminal, process
 
 from conftest import VOCAB, make_gpt2
+from human_feedback import Keyboard
 from minirlhf import ActorCritic, Tokenizer
-from minirlhf.rewards.keyboard import Keyboard
+from minirlhf.io.files import read_jsonl
 from minirlhf.text.preferences import read_rankings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "human_feedback.py"
@@ -60,10 +60,6 @@ class Terminal:
         return self.program.exitcode
 
 
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_a_session_at_a_terminal(policy, tmp_path):
     output = tmp_path / "f.jsonl"
     arguments = ("--policy", policy, "--prompts", "酒店", "房间", "--rounds", "3", "--gen-len", "4", "--output", output)
@@ -75,16 +71,16 @@ def test_a_session_at_a_terminal(policy, tmp_path):
     terminal.press("\x1b[A9")  # an arrow, and no answer of that number
     terminal.press("3")
     assert "[2/3] 房间" in terminal.see(ECHOED)
-    assert lines(output)[0]["order"] == [2, 3, 1]  # on the disk before the next question
+    assert read_jsonl(output)[0]["order"] == [2, 3, 1]  # on the disk before the next question
     terminal.press("u")
     assert "[1/3] 酒店" in terminal.see(ECHOED)
-    assert lines(output) == []
+    assert read_jsonl(output) == []
     terminal.press("１３")  # an input method that is on
     terminal.see(ECHOED)
     terminal.press("\x03")  # Ctrl-C
     assert "saved" in terminal.see("goes on from there")
     assert terminal.close() == 1
-    first = lines(output)
+    first = read_jsonl(output)
     assert [line["order"] for line in first] == [[1, 3, 2]]
 
     terminal = Terminal(*arguments)
@@ -93,9 +89,9 @@ def test_a_session_at_a_terminal(policy, tmp_path):
     assert "[3/3] 酒店" in terminal.see(ECHOED)
     terminal.press("21")
     shown = terminal.see("--rankings")
-    assert "1 answered, 1 skipped; " in shown and "has 2 in all" in shown
+    assert "has 2 answers in all" in shown
     assert terminal.close() == 0
-    assert lines(output)[:1] == first and [line["round"] for line in lines(output)] == [0, 2]
+    assert read_jsonl(output)[:1] == first and [line["round"] for line in read_jsonl(output)] == [0, 2]
     assert [ranking.prompt for ranking in read_rankings(output)] == ["酒店", "酒店"]
 
 
@@ -114,14 +110,14 @@ def test_a_person_is_the_reward_of_ppo_and_comes_back_later(policy, tmp_path):
     terminal.press("q")
     terminal.see("goes on from there")
     assert terminal.close() == 1
-    assert [line["scores"] for line in lines(run / "scores.jsonl")] == [[5], [1], [4]]
+    assert [line["scores"] for line in read_jsonl(run / "scores.jsonl")] == [[5], [1], [4]]
 
     terminal = Terminal(*arguments, "--train", run)
     assert "[1/1]" in terminal.see(ECHOED)  # the one that is left of the batch
     terminal.press("2")
     assert "step 2 of 2: mean reward 0.00" in terminal.see("saved in")
     assert terminal.close() == 0
-    metrics = lines(run / "metrics.jsonl")
+    metrics = read_jsonl(run / "metrics.jsonl")
     assert [(line["step"], line["reward/mean"]) for line in metrics] == [(1, 0.0), (2, 0.0)]
     assert ActorCritic.from_pretrained(run / "policy").decoder.config.n_positions == 32
 

@@ -9,6 +9,7 @@ import pytest
 
 from conftest import VOCAB
 from minirlhf import GPT2, Tokenizer
+from minirlhf.io.files import read_jsonl
 from minirlhf.runs.run import Run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sft_reviews.py"
@@ -33,18 +34,14 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def check_run(run, shown: str) -> None:
     assert {path.name for path in run.iterdir()} == RUN_FILES
-    metrics = lines(run / "metrics.jsonl")
+    metrics = read_jsonl(run / "metrics.jsonl")
     steps = [line for line in metrics if "sft/loss" in line]
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)) and steps[-1]["sft/progress"] == 1
     measured = [line for line in metrics if "perplexity/token" in line]
     assert [m["step"] for m in measured] == sorted({*range(0, len(steps), 3), len(steps)})
-    samples = lines(run / "samples.jsonl")
+    samples = read_jsonl(run / "samples.jsonl")
     assert [line["step"] for line in samples] == [m["step"] for m in measured]
     assert [text[:2] for text, score in samples[0]["samples"]] == ["酒店", "周围", "位置", "前台"]
     summary = json.loads((run / "summary.json").read_text())["perplexity a character"]
@@ -89,7 +86,7 @@ def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(given, data, tmp_path,
         patched.setattr(Run, "record", interrupted)
         error, shown = call(SCRIPT, *given, "--texts", data, "--output", run)
     assert error is None and "stopped after step 3 of " in shown and f"--resume {run}" in shown
-    assert lines(run / "metrics.jsonl")[-1]["step"] == 3 and not (run / "lock").exists()
+    assert read_jsonl(run / "metrics.jsonl")[-1]["step"] == 3 and not (run / "lock").exists()
     error, shown = call(SCRIPT, "--resume", run)
     assert error is None and "step 0:" not in shown
     assert call(SCRIPT, *given, "--texts", data, "--output", output)[0] is None

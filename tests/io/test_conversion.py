@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.torch_version import TorchVersion
 
+from conftest import names
 from minirlhf.io import conversion
 from minirlhf.io.conversion import untied
 from minirlhf.io.model_folder import convert, read_weights
@@ -39,10 +40,6 @@ def state_dict() -> dict[str, torch.Tensor]:
     }
 
 
-def names(folder) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
 def metadata(path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return file.metadata()
@@ -66,15 +63,6 @@ def test_a_pickle_is_converted_to_the_same_tensors(tmp_path, zipped):
     assert content == {
         "format": "pt", "converted_from": "pytorch_model.bin", "lm_head.weight": "transformer.wte.weight",
     }  # fmt: skip
-
-
-def test_a_sharded_pickle_becomes_one_file(tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
-    torch.save({"b": torch.zeros(2)}, tmp_path / "pytorch_model-00002-of-00002.bin")
-    weight_map = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    stored = load_file(convert(tmp_path))
-    assert stored["a"].tolist() == [1, 1] and stored["b"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])

@@ -16,11 +16,11 @@ NUMBERS = ["1e400", "NaN", "9" * 5000]  # that JSON can hold and no config may
 
 def fields(content, path=()):
     """The paths of all fields of a JSON object, objects within it too; of lists and vocabularies the first entries."""
-    for name in list(content)[:40]:
+    for name in list(content)[: 2 if len(content) > 40 else None]:
         yield (*path, name)
         below = content[name]
         if isinstance(below, dict):
-            yield from fields(dict(list(below.items())[:2]) if len(below) > 40 else below, (*path, name))
+            yield from fields(below, (*path, name))
         elif isinstance(below, list) and below and isinstance(below[0], dict):
             yield from ((*path, name, 0, *rest) for rest in fields(below[0]))
 
@@ -37,7 +37,8 @@ def with_value(content, path, value):
 
 
 def make_gpt2_folder(folder):
-    ActorCritic(make_gpt2()).save_pretrained(folder)
+    ActorCritic(make_gpt2(n_layer=1)).save_pretrained(folder)
+    (folder / "model.safetensors.index.json").unlink()  # for other tools: not read beside whole weights
     # Fields that our own folders do not have and others do.
     more = {"n_ctx": 64, "hidden_size": 32, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False, "tie_word_embeddings": True}  # fmt: skip
@@ -46,7 +47,7 @@ def make_gpt2_folder(folder):
 
 
 def make_bert_folder(folder):
-    make_bert().save_pretrained(folder)
+    make_bert(num_hidden_layers=1).save_pretrained(folder)
     path = folder / "config.json"
     more = {"num_labels": 2, "position_embedding_type": "absolute", "is_decoder": False, "problem_type": None}
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
@@ -117,4 +118,4 @@ def test_every_field_is_checked(tmp_path, kind):
                 except Exception as error:
                     raise AssertionError(f"{path.name}, {where}: {text[:300]}") from error
         path.write_text(raw, encoding="utf-8")
-    assert tried > 100 and 0.2 < refused / tried < 1
+    assert tried > 50 and 0.2 < refused / tried < 1

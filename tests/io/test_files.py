@@ -10,23 +10,11 @@ import sys
 
 import pytest
 
+from conftest import names
 from minirlhf.io import files
 from minirlhf.io.conversion import read_pickle
-from minirlhf.io.files import (
-    atomic_write,
-    field,
-    open_for_writing,
-    read_json,
-    read_text,
-    replaced_folder,
-    write_json,
-)
+from minirlhf.io.files import atomic_write, field, open_for_writing, read_json, read_text, replaced_folder, write_json
 from minirlhf.io.model_folder import read_metadata, read_tensors
-
-
-def names(folder) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
 
 # ---- files that are read ---------------------------------------------------------------------------------------------
 
@@ -200,18 +188,6 @@ def test_a_folder_is_replaced_and_keeps_its_other_files(tmp_path):
         assert (folder / "b").read_bytes() == b"1"
     assert {name: (folder / name).read_bytes() for name in names(folder)} == {"a": b"1", "b": b"2"}
     assert names(folder.parent) == ["model"]
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_folder_whose_writing_fails_is_as_it_was(tmp_path, error):
-    folder = tmp_path / "model"
-    with replaced_folder(folder) as staged:
-        atomic_write(staged / "a", b"1")
-    with pytest.raises(type(error)), replaced_folder(folder) as staged:
-        atomic_write(staged / "a", b"2")
-        raise error
-    assert (folder / "a").read_bytes() == b"1"
-    assert names(tmp_path) == ["model"]
 
 
 def save_twice(folder):

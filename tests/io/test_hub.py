@@ -23,11 +23,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB, make_gpt2, names
 from minirlhf import GPT2, ActorCritic, Tokenizer
 from minirlhf.__main__ import main
 from minirlhf.io import hub
-from minirlhf.io.hub import download, is_name, locate, needed_files
+from minirlhf.io.hub import NAME, download, locate, needed_files
 
 REPO = Path(__file__).resolve().parents[2]
 COMMIT, NEXT_COMMIT = "c0ffee" + "0" * 34, "c0ffee" + "1" * 34
@@ -182,10 +182,6 @@ def published(tmp_path_factory):
     return {**files, "pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes(), **extra}
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 NEEDED = ["config.json", "model.safetensors", "vocab.txt"]
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -196,7 +192,6 @@ NEEDED = ["config.json", "model.safetensors", "vocab.txt"]
     "a\n", "a--b", "a..b", "-a", "a.git", "酒店", "a/b?c", "a/%2e", "a" * 97, "a\0",
 ])  # fmt: skip
 def test_what_is_no_name_is_refused_before_any_work(name, tmp_path, monkeypatch):
-    assert not is_name(name)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is not the name of a model on the hub"):
         download(name, "weights")
@@ -209,9 +204,9 @@ def test_names_follow_the_hub_s_own_rules(name):
     try:
         validate_repo_id(name)
     except HFValidationError:
-        assert not is_name(name)
+        assert not NAME.fullmatch(name)
     else:
-        assert is_name(name)
+        assert NAME.fullmatch(name)
 
 
 @pytest.mark.parametrize("revision", ["", "..", "../x", "a/../b", "/a", "a/", "a//b", "a b", "-x", "a\n", "~"])
@@ -429,14 +424,6 @@ def test_an_etag_that_would_be_a_path_is_refused(client, published, etag):
     client.etags["model.safetensors"] = etag
     with pytest.raises(ValueError, match="which cannot name a file"):
         download("owner/model", "weights")
-
-
-@pytest.mark.parametrize("commit", ["../../escaped", "c0ffee", "", "C0FFEE" + "0" * 34])
-def test_a_commit_that_is_none_is_refused(client, published, commit):
-    client.models["owner/model"], client.commit = published, commit
-    with pytest.raises(ValueError, match=r"gives owner/model the commit .*, which is not a commit"):
-        download("owner/model")
-    assert client.transfers() == [] and not list(Path().parent.rglob("escaped"))
 
 
 @pytest.mark.parametrize("cached", [False, True])  # from the cache huggingface_hub copies

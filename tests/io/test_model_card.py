@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from minirlhf import __version__
-from minirlhf.io.model_card import CLASSES, OURS, ModelCard, Origin, escape, write_card
+from minirlhf.common.printing import markdown
+from minirlhf.common.text import printable
+from minirlhf.io.model_card import CLASSES, OURS, ModelCard, Origin, write_card
 
 HOSTILE = [
     "a | b", "a || b\\", "\\|", "\\\\|", "`code | more`", "``", "line\nnext", "a\r\nb", "a\u2028b\x0b\x0c\x85c",
@@ -48,17 +50,10 @@ def body(text: str) -> str:
     return text.split(OURS)[1]
 
 
-def as_shown(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text).strip()
-
-
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
-@pytest.mark.parametrize("place", ["name", "value"])
-def test_no_text_breaks_out_of_the_table(text, place):
-    summary = {"first": 1, **({text: "x"} if place == "name" else {"x": text}), "last": 2}
-    row = [as_shown(text), "x"] if place == "name" else ["x", as_shown(text)]
-    lines = body(ModelCard("GPT2", None, summary).text()).splitlines()
-    assert [line.count("|") for line in lines[-5:]] == [3, 3, 3, 3, 3] and lines[-6] == ""
+def test_no_text_breaks_out_of_the_table(text):
+    summary = {"first": 1, text: text + "x", "last": 2}
+    row = [printable(text).strip(), printable(text + "x").strip()]
     assert table(body(ModelCard("GPT2", None, summary).text())) == [["first", "1"], row, ["last", "2"]]
 
 
@@ -89,7 +84,7 @@ def test_the_base_model_is_named_and_linked_if_it_is_on_the_hub(name, known):
     text = ModelCard("GPT2", Origin(name, {})).text()
     assert front_matter(text).get("base_model") == (name if known else None)
     assert len(front_matter(text)) == 3 + known
-    assert f"made from {escape(name)}, saved by minirlhf" in text
+    assert f"made from {markdown(name)}, saved by minirlhf" in text
 
 
 def test_metadata_are_texts_that_give_the_summary_back():

@@ -41,21 +41,28 @@ def quick_backend(monkeypatch):
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_compiled_blocks_give_the_same_states_and_gradients():
-    model = make_gpt2()
+    model = make_gpt2(n_layer=1)
     names = list(model.state_dict())
     expected, plain = gradients(model, *ragged())
     compile_blocks(model)
     assert list(model.state_dict()) == names
-    torch._dynamo.utils.counters.clear()
     found, compiled = gradients(model, *ragged())
     assert not torch.equal(found, expected)  # fused kernels round otherwise: it was compiled at all
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(compiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    torch.compiler.reset()
+
+
+def test_blocks_are_compiled_whole_with_padding_and_without(quick_backend):
+    model = make_gpt2()
+    compile_blocks(model)
+    torch._dynamo.utils.counters.clear()
+    gradients(model, *ragged())
     with torch.no_grad():
         model.hidden_states(ragged()[0])
-    assert not torch._dynamo.utils.counters["graph_break"]  # whole blocks, with padding and without
-    torch.compiler.reset()
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] > 0 and not counted["graph_break"]
 
 
 def test_blocks_of_policy_and_reference_are_compiled_only_if_asked_for(quick_backend):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from conftest import make_gpt2
+from human_feedback import Keyboard
 from minirlhf import PPOTrainer, SamplingConfig
-from minirlhf.rewards.human import FeedbackFile, FeedbackSession, HumanReward, Question, draw_answers
-from minirlhf.rewards.keyboard import Keyboard
+from minirlhf.rewards.human import FeedbackFile, HumanReward, Question, ask_rounds, draw_answers
 from minirlhf.text.preferences import Ranking, read_rankings
 
 SIZES = dict(n_embd=16, n_layer=1, n_head=2, n_positions=32)
@@ -38,9 +38,7 @@ class Person:
 def session(path, keys: str, rounds: int = 3, scores: bool = False, questions=question_of):
     person = Person(keys)
     with FeedbackFile(path) as file:
-        held = FeedbackSession(file, questions, person.read, person.write, scores)
-        done = held.run(rounds)
-    return held, done, person
+        return ask_rounds(file, questions, rounds, person.read, person.write, scores), person
 
 
 def lines(path) -> list[dict]:
@@ -52,8 +50,8 @@ def lines(path) -> list[dict]:
 
 def test_a_ranking_is_the_order_of_the_keys(tmp_path):
     path = tmp_path / "new" / "f.jsonl"
-    held, done, person = session(path, "213112")
-    assert done and held.answered == 3
+    done, person = session(path, "213112")
+    assert done and len(lines(path)) == 3
     assert [line["answers"] for line in lines(path)] == [["b0", "a0", "c0"], ["c1", "a1", "b1"], ["a2", "b2", "c2"]]
     assert lines(path)[0] == {"round": 0, "prompt": "问0", "answers": ["b0", "a0", "c0"], "order": [2, 1, 3]}
     assert read_rankings(path) == [Ranking("问0", ("b0", "a0", "c0")), Ranking("问1", ("c1", "a1", "b1")),
@@ -64,8 +62,7 @@ def test_a_ranking_is_the_order_of_the_keys(tmp_path):
 
 def test_scores_are_in_the_order_shown_and_equal_ones_say_nothing(tmp_path):
     path = tmp_path / "f.jsonl"
-    held, done, _ = session(path, "315242444", scores=True)
-    assert done and held.answered == 3
+    assert session(path, "315242444", scores=True)[0]
     assert lines(path)[0] == {"round": 0, "prompt": "问0", "answers": ["a0", "b0", "c0"], "scores": [3, 1, 5]}
     assert read_rankings(path) == [
         Ranking("问0", ("c0", "a0", "b0")), Ranking("问1", ("b1", "a1")), Ranking("问1", ("b1", "c1")),
@@ -81,28 +78,26 @@ def test_other_keys_and_answers_named_twice_change_nothing(tmp_path):
 
 
 def test_a_round_that_is_skipped_is_not_written(tmp_path):
-    held, done, _ = session(tmp_path / "f.jsonl", "s12s")
-    assert done and (held.answered, held.skipped) == (1, 2)
+    assert session(tmp_path / "f.jsonl", "s12s")[0]
     assert [line["round"] for line in lines(tmp_path / "f.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("key", ["q", "", "\x04"])
 def test_quit_and_resume(tmp_path, key):
     path = tmp_path / "f.jsonl"
-    held, done, _ = session(path, "123" + key)
-    assert not done and held.answered == 1 and [line["round"] for line in lines(path)] == [0]
-    held, done, person = session(path, "3112")
-    assert done and held.answered == 2 and "问0" not in person.shown
+    assert not session(path, "123" + key)[0] and [line["round"] for line in lines(path)] == [0]
+    done, person = session(path, "3112")
+    assert done and "问0" not in person.shown
     assert [line["round"] for line in lines(path)] == [0, 1, 2]
     before = path.read_bytes()
-    assert session(path, "")[1] and path.read_bytes() == before  # nothing is left to ask
+    assert session(path, "")[0] and path.read_bytes() == before  # nothing is left to ask
 
 
 def test_undo_takes_back_an_answer_and_asks_again(tmp_path):
     path = tmp_path / "f.jsonl"
-    held, _, person = session(path, "12u32uu21su1312s")  # 12 is taken back, then 32; after s, u goes back to 21
+    _, person = session(path, "12u32uu21su1312s")  # 12 is taken back, then 32; after s, u goes back to 21
     assert [line["order"] for line in lines(path)] == [[1, 3, 2], [1, 2, 3]]
-    assert person.shown.count("nothing to undo") == 1 and (held.answered, held.skipped) == (2, 2)
+    assert person.shown.count("nothing to undo") == 1
 
 
 def test_undo_reaches_into_an_earlier_session_and_shows_what_was_shown(tmp_path):
@@ -112,7 +107,7 @@ def test_undo_reaches_into_an_earlier_session_and_shows_what_was_shown(tmp_path)
     def others(number: int) -> Question:  # of another policy
         return Question("另", (f"x{number}", f"y{number}"))
 
-    _, _, person = session(path, "uu2311", questions=others)
+    _, person = session(path, "uu2311", questions=others)
     assert [line["answers"] for line in lines(path)] == [["b0", "c0", "a0"], ["x1", "y1"], ["x2", "y2"]]
     assert "  1  a1\n  2  b1\n  3  c1" in person.shown and "  1  a0\n  2  b0\n  3  c0" in person.shown
 
@@ -121,15 +116,14 @@ def test_a_round_without_two_answers_is_passed_over(tmp_path):
     def few(number: int) -> Question:
         return Question("问", ("a",)) if number == 1 else question_of(number)
 
-    held, done, person = session(tmp_path / "f.jsonl", "12u1212", questions=few)
+    done, person = session(tmp_path / "f.jsonl", "12u1212", questions=few)
     assert done and "too few different answers" in person.shown
     assert [line["round"] for line in lines(tmp_path / "f.jsonl")] == [0, 2]
-    assert held.answered == 2 and held.skipped == 0
 
 
 def test_a_hostile_text_neither_steers_the_terminal_nor_breaks_a_line(tmp_path):
     evil = "好\x1b[2J\r\n\u202e\u2028差"
-    _, _, person = session(tmp_path / "f.jsonl", "2", rounds=1, questions=lambda _: Question(evil, (evil, "一般")))
+    _, person = session(tmp_path / "f.jsonl", "2", rounds=1, questions=lambda _: Question(evil, (evil, "一般")))
     assert not set(person.shown) & set("\x1b\r\u202e\u2028")
     assert lines(tmp_path / "f.jsonl")[0]["answers"] == ["一般", evil]
     assert read_rankings(tmp_path / "f.jsonl") == [Ranking(evil, ("一般", evil))]
@@ -206,8 +200,8 @@ def test_without_posix_modules_keys_come_with_enter_and_files_are_locked_by_the_
             raise OSError(errno.EACCES, "locked")
 
     monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-    held, done, _ = session(tmp_path / "f.jsonl", "12", rounds=1)
-    assert done and held.answered == 1 and calls == [(2**30, 2, 1)]
+    done, _ = session(tmp_path / "f.jsonl", "12", rounds=1)
+    assert done and len(lines(tmp_path / "f.jsonl")) == 1 and calls == [(2**30, 2, 1)]
     with pytest.raises(BlockingIOError, match="in use by another process"):
         FeedbackFile(tmp_path / "f.jsonl")
     reading, writing = os.pipe()

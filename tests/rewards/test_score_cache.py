@@ -31,13 +31,6 @@ def test_what_is_put_is_got_at_once_and_after_reading_the_file_again(tmp_path):
     assert damaged == 0 and again.scores == scores
 
 
-def test_a_later_entry_of_a_key_wins(tmp_path):
-    cache = ScoreCache(tmp_path / "cache")
-    cache.put("a", 1.0)
-    cache.put("a", 2.0)
-    assert cache.scores == load(tmp_path / "cache")[0].scores == {"a": 2.0}
-
-
 def test_two_caches_on_one_file_see_each_other_after_a_refresh(tmp_path):
     one, two = ScoreCache(tmp_path / "cache"), ScoreCache(tmp_path / "cache")
     one.put("a", 1.0)

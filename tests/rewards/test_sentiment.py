@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import pipeline
 
-from conftest import VOCAB, make_bert
+from conftest import VOCAB, make_bert, rewrite_config
 from minirlhf import BertClassifier, BertConfig, SentimentReward, Tokenizer
 from minirlhf.rewards.labels import label_order, label_values
 from minirlhf.rewards.sentiment import CANARIES, CHINESE_CANARIES, ENGLISH_CANARIES
@@ -237,6 +237,15 @@ def test_another_language_is_not_tested(tmp_path, vocab):
     assert warnings_of_loading(tmp_path) == [] and SentimentReward.from_pretrained(tmp_path).canaries == ()
 
 
+def test_where_words_of_the_test_sentences_are_cut_loading_says_that_nothing_was_tested(tmp_path):
+    pieces = [*(chr(i) for i in range(97, 123)), *(f"##{chr(i)}" for i in range(97, 123))]
+    vocab = [*(word for word in ENGLISH if word not in ("terrible", "a")), *pieces]
+    save_scorer(tmp_path, vocab, LABELS, "the room was dirty", "the room was clean")  # the wrong way round
+    (message,) = warnings_of_loading(tmp_path)
+    assert message.startswith(f"{tmp_path}: the order of its labels was not tested: its vocabulary cuts the words")
+    assert warnings_of_loading(tmp_path, positive_label=LABELS[0]) == []  # the caller wants what the names deny
+
+
 def test_of_a_scale_better_is_more_in_the_middle_too():
     assert make_reward(SCALE).canaries == CHINESE_CANARIES
     assert make_reward().canaries == make_reward(SCALE, positive_label="positive").canaries == CANARIES
@@ -288,6 +297,25 @@ def test_labels_that_are_no_scale_by_their_training_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             SentimentReward.from_pretrained(tmp_path, device="cpu")
     warnings_of_loading(tmp_path, positive_label="positive")
+
+
+def test_outputs_of_a_regression_count_as_they_are_if_each_is_given_a_number(tmp_path):
+    make_reward(SCALE).model.save_pretrained(tmp_path)
+    Tokenizer(VOCAB).save_pretrained(tmp_path)
+    rewrite_config(tmp_path, problem_type="regression")
+    for label in ("positive", ["positive", "neutral"]):
+        with pytest.raises(ValueError, match="no probabilities; pass positive_label= with a number for each"):
+            SentimentReward.from_pretrained(tmp_path, positive_label=label, device="cpu")
+    model = BertClassifier.from_pretrained(tmp_path)
+    numbers = {"negative": -1.0, "neutral": 0.5, "positive": 3.0}
+    reward = SentimentReward(model, Tokenizer(VOCAB), numbers, device="cpu")
+    with torch.no_grad():
+        model.classifier.weight.mul_(10)
+        outputs = [model(torch.tensor(Tokenizer(VOCAB).encode_batch([text], 64)))[0].double() for text in TEXTS]
+    weights = torch.tensor([numbers[label] for label in model.config.labels], dtype=torch.float64)
+    assert reward(TEXTS).tolist() == pytest.approx([float(row @ weights) for row in outputs], rel=1e-5)
+    assert max(reward(TEXTS).abs()) > 3  # not held within the numbers, as an expected value is
+    assert reward.meaning == "-1 output('negative') + 0.5 output('neutral') + 3 output('positive')"
 
 
 def test_loading_passes_options_on_and_names_what_is_missing(tmp_path):

@@ -264,22 +264,6 @@ def test_a_model_folder_is_no_checkpoint_and_is_not_overwritten_by_one(tmp_path)
     assert snapshot(tmp_path) == before
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "state"
-    trainer = make_trainer()
-    save_checkpoint(trainer, path)
-    before = snapshot(tmp_path)
-    one_step(trainer)
-    for function in ("replace", "fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"os.{function}", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-            with pytest.raises(OSError, match="disk full"):
-                save_checkpoint(trainer, path)
-        assert snapshot(tmp_path) == before
-    save_checkpoint(trainer, path)
-    assert resume(path).iteration == 1
-
-
 def test_a_trainer_that_stopped_within_a_step_is_not_saved(tmp_path):
     """Some of its updates are made: it is in the state of no step."""
     trainer = make_trainer(max_bad_steps=1)

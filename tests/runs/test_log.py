@@ -146,7 +146,9 @@ def test_what_json_has_no_number_for_is_null(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "a": null, "b": null, "c": null, "d": 0.5}\n'
 
 
-@pytest.mark.parametrize("damage", [b"{oops", b'{"step": 2, "x": [["\xe9\x85'])
+@pytest.mark.parametrize(
+    "damage", [b"{oops", b'{"step": 2, "x": [["\xe9\x85', b"3", b"[1]", b"[" * 100_000, b"9" * 5000]
+)
 def test_reading_names_a_damaged_line_in_the_middle(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')

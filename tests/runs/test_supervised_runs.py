@@ -1,8 +1,9 @@
-"""Runs of supervised fine-tuning and of reward models: cut anywhere, they end as if undisturbed."""
+"""Runs of supervised fine-tuning, of reward models and of DPO: cut anywhere, they end as if undisturbed."""
 
-import dataclasses
+import itertools
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lives import process
 
 from conftest import VOCAB
 from folders import snapshot
-from minirlhf import GPT2, GPT2Config, RewardModel, Run, Tokenizer
+from minirlhf import GPT2, DPOTrainer, GPT2Config, RewardModel, Run, Tokenizer
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
@@ -23,14 +24,14 @@ DEMONSTRATIONS = [Demonstration("酒店", "很好，非常满意。"), Demonstra
                   "hello world，wifi太差", "很好很好", "差"]  # fmt: skip
 RANKINGS = [Ranking("酒店", ("很好", "一般", "太差")), Ranking("", ("满意", "失望"), 0.7),
             Ranking("早餐", ("推荐", "差")), Ranking("位置", ("好", "差评！", "脏太脏"))]  # fmt: skip
-DATA = {"sft": DEMONSTRATIONS, "reward_model": RANKINGS}
+DATA = {"sft": DEMONSTRATIONS, "reward_model": RANKINGS, "dpo": [replace(ranking, margin=0.0) for ranking in RANKINGS]}
 SETTINGS = dict(epochs=3, lr=1e-2, max_length=24, device="cpu", save_freq=2)
-KINDS = ["sft", "reward_model"]
+KINDS = ["sft", "reward_model", "dpo"]
 
 
-def gpt2() -> GPT2:
+def gpt2(seed=0) -> GPT2:
     sizes = dict(vocab_size=len(VOCAB), n_positions=24, n_embd=8, n_layer=1, n_head=2)
-    return GPT2(GPT2Config(**sizes, resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1), seed=0)
+    return GPT2(GPT2Config(**sizes, resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1), seed)
 
 
 def new(kind, data=None, **settings):
@@ -38,20 +39,35 @@ def new(kind, data=None, **settings):
     if kind == "sft":
         config = SFTConfig(**{**SETTINGS, "tokens_per_batch": 24, "accumulation": 2, **settings})
         return SFTTrainer(gpt2(), Tokenizer(VOCAB), data, config)
+    if kind == "dpo":
+        settings = {**SETTINGS, "tokens_per_batch": 30, "batch_size": 3, "loss": "ipo", **settings}
+        return DPOTrainer(gpt2(), gpt2(1), Tokenizer(VOCAB), **settings)
     model = RewardModel(DecoderScorer(gpt2()), Tokenizer(VOCAB), device="cpu")
     return RewardModelTrainer(model, data, RewardTrainingConfig(**{**SETTINGS, "tokens_per_batch": 30, **settings}))
+
+
+def given(kind, data=None) -> dict:
+    """What a resumed run needs besides its folder."""
+    return {"ref_policy": gpt2(1)} if kind == "dpo" else {"data": DATA[kind] if data is None else data}
+
+
+def train(trainer, *on_step, data=None):
+    """Train on the data of its kind, which DPO gets now."""
+    trainer.train(*([DATA["dpo"] if data is None else data] if trainer.kind == "dpo" else []), *on_step)
 
 
 def measure(trainer) -> dict[str, float]:
     if trainer.kind == "sft":
         return {"perplexity": perplexity(trainer.model, trainer.tokenizer, ["房间干净"], 24)["token"]}
+    if trainer.kind == "dpo":
+        return {"held_out/loss": trainer.evaluate([Ranking("", ("满意", "脏"))])["loss"]}
     return {"held_out/loss": evaluate_rankings(trainer.model, [Ranking("", ("满意", "脏"))]).loss}
 
 
 def finish(folder, kind, on_step=lambda step: None):
     """Begin or resume a run and bring it to its end, with figures and a sample at every save."""
     started = (folder / "config.json").exists()
-    with Run.resume(folder, data=DATA[kind]) if started else Run.start(folder, new(kind), {"kind": kind}) as run:
+    with Run.resume(folder, **given(kind)) if started else Run.start(folder, new(kind), {"kind": kind}) as run:
         if run.trainer.steps_done == 0:
             run.log(measure(run.trainer), [("before", None)])
 
@@ -61,7 +77,7 @@ def finish(folder, kind, on_step=lambda step: None):
             assert shown == ([("text", None)] if due else [])
             on_step(run.trainer.steps_done)
 
-        run.trainer.train(record)
+        train(run.trainer, record)
     return run
 
 
@@ -80,7 +96,7 @@ def test_a_run_leaves_its_log_and_its_newest_checkpoints(undisturbed):
     assert [line["step"] for line in metrics] == list(range(total + 1)) and total >= 6
     assert [f"{kind}/loss" in line for line in metrics] == [False] + [True] * total
     assert metrics[-1][f"{kind}/progress"] == 1
-    figure = {"sft": "perplexity", "reward_model": "held_out/loss"}[kind]
+    figure = "perplexity" if kind == "sft" else "held_out/loss"
     due = sorted({*range(0, total, 2), total})
     assert [line["step"] for line in metrics if figure in line] == due
     samples = read_jsonl(folder / "samples.jsonl")
@@ -88,7 +104,7 @@ def test_a_run_leaves_its_log_and_its_newest_checkpoints(undisturbed):
     names = [path.name for path in sorted((folder / "checkpoints").iterdir())]
     assert names == [f"step-{step:06d}" for step in due[-2:]]  # and no best: nothing was rated
     checkpoint = folder / "checkpoints" / names[-1]
-    loaded = GPT2.from_pretrained(checkpoint) if kind == "sft" else RewardModel.from_pretrained(checkpoint)
+    loaded = RewardModel.from_pretrained(checkpoint) if kind == "reward_model" else GPT2.from_pretrained(checkpoint)
     assert sum(p.numel() for p in loaded.parameters()) > 1000
 
 
@@ -137,7 +153,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, undistur
     with pytest.raises(RunFailed, match=told), Run.start(folder, new(kind), {"kind": kind}) as run:
         loss, trainer = run.trainer.loss, run.trainer
         trainer.loss = lambda batch: loss(batch) * (float("nan") if trainer.steps_done == 3 else 1)
-        trainer.train(run.record)
+        train(trainer, run.record)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000000", "step-000002"]
 
 
@@ -147,9 +163,9 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, undistur
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
     """In every precision, and with settings that JSON has no number for."""
-    settings = {name: value for name, value in settings.items() if kind == "sft" or name != "packing"}
+    settings = {name: value for name, value in settings.items() if kind != "reward_model" or name != "packing"}
     whole, losses = new(kind, **settings), []
-    whole.train(lambda *step: losses.append(step))
+    train(whole, lambda *step: losses.append(step))
     save_checkpoint(whole, tmp_path / "whole")
     for done in (1, len(losses)):
         trainer, seen = new(kind, **settings), []
@@ -159,13 +175,13 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
                 raise Crash
 
         with pytest.raises(Crash):
-            trainer.train(leave)
+            train(trainer, leave)
         save_checkpoint(trainer, tmp_path / "cut")
-        again = load_checkpoint(tmp_path / "cut", data=DATA[kind])
+        again = load_checkpoint(tmp_path / "cut", **given(kind))
         assert (again.steps_done, again.config) == (done, whole.config)
         save_checkpoint(again, tmp_path / "again")
         assert snapshot(tmp_path / "again") == snapshot(tmp_path / "cut")
-        again.train(lambda *step, seen=seen: seen.append(step))
+        train(again, lambda *step, seen=seen: seen.append(step))
         assert seen == losses[done:]
         save_checkpoint(again, tmp_path / "end")
         assert snapshot(tmp_path / "end") == snapshot(tmp_path / "whole")
@@ -176,25 +192,53 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_data_and_other_settings_are_refused(tmp_path, kind):
-    save_checkpoint(new(kind), tmp_path / "state")
+    trainer = new(kind)
+    if kind == "dpo":  # before that it has no data
+        trainer.train(DATA[kind])
+    save_checkpoint(trainer, tmp_path / "state")
     data = DATA[kind]
     others = [data[:3], data[::-1]]
     if kind == "sft":
         others.append([Demonstration("", "很好，非常满意。"), *data[1:]])
-    else:
-        others.append([dataclasses.replace(data[0], margin=0.5), *data[1:]])
+    elif kind == "reward_model":
+        others.append([replace(data[0], margin=0.5), *data[1:]])
     for other in others:
-        with pytest.raises(ValueError, match="state: the run began with other data"):
-            load_checkpoint(tmp_path / "state", data=other)
-    with pytest.raises(ValueError, match=f"kind '{kind}'; pass the demonstrations or rankings as data"):
+        with pytest.raises(ValueError, match="the run began with other data"):
+            train(load_checkpoint(tmp_path / "state", **given(kind, other)), data=other)
+    missing = (
+        "pass it as ref_policy" if kind == "dpo" else f"kind '{kind}'; pass the demonstrations or rankings as data"
+    )
+    with pytest.raises(ValueError, match=missing):
         load_checkpoint(tmp_path / "state")
-    trainer = load_checkpoint(tmp_path / "state", data=DATA[kind], save_freq=7, device="cpu")
+    trainer = load_checkpoint(tmp_path / "state", **given(kind), save_freq=7, device="cpu")
     assert trainer.config.save_freq == 7
     for changed in (dict(lr=1.0), dict(epochs=4), dict(seed=1)):
-        with pytest.raises(ValueError, match=f"Config.{next(iter(changed))} was .* may change device, save_freq"):
-            load_checkpoint(tmp_path / "state", data=DATA[kind], **changed)
+        with pytest.raises(ValueError, match=rf"Config.{next(iter(changed))} was .* may change device, .*save_freq"):
+            load_checkpoint(tmp_path / "state", **given(kind), **changed)
     with pytest.raises(ValueError, match=r"has no field 'epoch'; it has .*epochs"):
-        load_checkpoint(tmp_path / "state", data=DATA[kind], epoch=1)
+        load_checkpoint(tmp_path / "state", **given(kind), epoch=1)
+
+
+def test_dpo_goes_on_with_its_own_reference_only(tmp_path):
+    """From its folder if it came from one; a reference-free run needs none."""
+    gpt2(1).save_pretrained(tmp_path / "reference")
+    settings = {**SETTINGS, "tokens_per_batch": 30}
+    save_checkpoint(DPOTrainer(gpt2(), tmp_path / "reference", Tokenizer(VOCAB), **settings), tmp_path / "state")
+    assert load_checkpoint(tmp_path / "state").reference_source == str(tmp_path / "reference")
+    with pytest.raises(ValueError, match="state: the run began with another reference"):
+        load_checkpoint(tmp_path / "state", gpt2(2))
+    (tmp_path / "reference").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"it is the reference of .*state: pass ref_policy"):
+        load_checkpoint(tmp_path / "state")
+    free = DPOTrainer(gpt2(), None, Tokenizer(VOCAB), **settings, reference_free=True)
+    save_checkpoint(free, tmp_path / "free")
+    assert load_checkpoint(tmp_path / "free").reference is None
+
+
+def test_bad_pairs_end_a_run_before_its_first_step(tmp_path):
+    told = "what comes before the first step failed: ValueError: pairs is empty"
+    with pytest.raises(RunFailed, match=told), Run.start(tmp_path / "run", new("dpo"), {}) as run:
+        run.trainer.train([], run.record)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,8 +250,10 @@ def test_weights_that_a_checkpoint_would_round_start_no_run(tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["kind", "steps", "scaler", "data", "config", "origin", "frozen", "run"])
+COUNTERS = ["kind", "steps", "scaler", "data", "config", "origin", "frozen", "run"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [*itertools.product(KINDS, COUNTERS), ("dpo", "reference")])
 def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, name, monkeypatch):
     """Its sums are right, what it says is not."""
     save_checkpoint(new(kind), tmp_path / "state")
@@ -220,4 +266,4 @@ def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, n
     for content in bad[:1] + bad[2:] if name in ("origin", "run") else bad:  # these two may be None
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=rf"state.*({name}|field)"):
-            load_checkpoint(tmp_path / "state", data=DATA[kind])
+            load_checkpoint(tmp_path / "state", **given(kind))

@@ -1,4 +1,4 @@
-"""Reading ranked answers: both formats, every kind of bad line by file and number, contradictions and the split."""
+"""Reading ranked answers: both formats, every kind of bad line by file and number, and the split."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.text.preferences import Ranking, contradictions, rankings_of_scores, read_rankings, split_rankings
+from minirlhf.text.preferences import Ranking, rankings_of_scores, read_rankings, split_rankings
 
 GOOD, MIDDLING, BAD = "服务很好", "一般", "太差"
 PAIR = {"prompt": "酒店", "chosen": GOOD, "rejected": BAD}
@@ -39,18 +39,15 @@ def test_lists_by_hand(tmp_path):
 
 
 HEADED = "prompt\tbest\t\t\n酒店\ta\tb\n\tc\td\te\n"  # what the header calls the other columns does not matter
-PLAIN = "酒店\ta\tb\n"
 
 
-@pytest.mark.parametrize(("content", "prompt_column", "expected"), [
-    (HEADED, None, [Ranking("酒店", ("a", "b")), Ranking("", ("c", "d", "e"))]),
-    (HEADED, True, [Ranking("酒店", ("a", "b")), Ranking("", ("c", "d", "e"))]),
-    (HEADED.replace("prompt", " Prompt "), None, [Ranking("酒店", ("a", "b")), Ranking("", ("c", "d", "e"))]),
-    (PLAIN, None, [Ranking("", ("酒店", "a", "b"))]), (PLAIN, False, [Ranking("", ("酒店", "a", "b"))]),
-    (PLAIN, True, [Ranking("酒店", ("a", "b"))]), ("prompt\ta\n", False, [Ranking("", ("prompt", "a"))]),
+@pytest.mark.parametrize(("content", "expected"), [
+    (HEADED, [Ranking("酒店", ("a", "b")), Ranking("", ("c", "d", "e"))]),
+    (HEADED.replace("prompt", " Prompt "), [Ranking("酒店", ("a", "b")), Ranking("", ("c", "d", "e"))]),
+    ("酒店\ta\tb\n", [Ranking("", ("酒店", "a", "b"))]),
 ])  # fmt: skip
-def test_the_first_column_is_a_prompt_if_a_header_or_the_caller_says_so(tmp_path, content, prompt_column, expected):
-    assert read_rankings(write(tmp_path, content, "lists.tsv"), prompt_column=prompt_column) == expected
+def test_the_first_column_is_a_prompt_if_a_header_says_so(tmp_path, content, expected):
+    assert read_rankings(write(tmp_path, content, "lists.tsv")) == expected
 
 
 def test_a_text_is_the_prompt_with_the_answer_behind_it():
@@ -177,35 +174,6 @@ def test_another_kind_of_file_is_refused(tmp_path, name):
 def test_a_ranking_is_checked_wherever_it_comes_from(fields, message):
     with pytest.raises(ValueError, match=message):
         Ranking(*fields)
-
-
-# ---- contradictions -------------------------------------------------------------------------------------------------
-
-
-def test_contradictions_by_hand():
-    rankings = [
-        Ranking("p", ("a", "b", "c")), Ranking("p", ("a", "b")), Ranking("q", ("b", "a")), Ranking("p", ("c", "a")),
-        Ranking("p", ("d", "c", " b")), Ranking("p", ("c", "a")), Ranking("q", ("b ", "a")),
-    ]  # fmt: skip
-    # a before c in 0 and after it in 3 and 5; b before c in 0 and after it in 4; another prompt is another matter.
-    assert contradictions(rankings) == [(0, 3), (0, 4)]
-
-
-def test_both_orders_are_counted_and_reported_not_refused(tmp_path):
-    turned = {**PAIR, "chosen": BAD, "rejected": GOOD}
-    path = jsonl(tmp_path, PAIR, {**PAIR, "prompt": "x"}, turned, PAIR, turned)
-    with pytest.warns(UserWarning, match=r"1 pairs of answers are ranked in both orders, the first in lines 1 and 3$"):
-        rankings = read_rankings(path)
-    assert len(rankings) == 5 and rankings[2].answers == (BAD, GOOD)
-
-
-@settings(max_examples=50, derandomize=True, deadline=None)
-@given(st.lists(st.permutations("abcd").map(lambda p: Ranking("", tuple(p[:3]))), max_size=6))
-def test_contradictions_are_the_pairs_in_both_orders(rankings):
-    orders = {(a, b) for r in rankings for i, a in enumerate(r.answers) for b in r.answers[i + 1 :]}
-    found = contradictions(rankings)
-    assert len(found) == sum((b, a) in orders for a, b in orders) / 2
-    assert all(i < j for i, j in found)
 
 
 # ---- the split ------------------------------------------------------------------------------------------------------

@@ -16,14 +16,13 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.evaluation.doctor import model_checks, run_checks
 from minirlhf.evaluation.doctor.memory import available_memory
 from minirlhf.evaluation.doctor.setup import FAIL, OK, SKIP, Model, Result, Setup, Skipped
+from minirlhf.io.files import StrPath
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.config import PPOConfig
 from minirlhf.text.tokenizer import Tokenizer
-
-Folder = str | os.PathLike[str]
 
 # Name, why it matters, and the check, in the order in which they are made.
 CHECKS: tuple[tuple[str, str, Callable[[Setup], Result]], ...] = (
@@ -61,10 +60,10 @@ class Finding:
 
 
 def doctor(
-    policy: Model | Folder,
-    reference: Model | Folder | None = None,
-    tokenizer: Tokenizer | Folder | None = None,
-    reward: RewardFunction | Folder | None = None,
+    policy: Model | StrPath,
+    reference: Model | StrPath | None = None,
+    tokenizer: Tokenizer | StrPath | None = None,
+    reward: RewardFunction | StrPath | None = None,
     config: PPOConfig | None = None,
     prompts: Sequence[str] | None = None,
     *,
@@ -117,7 +116,7 @@ def doctor(
     return findings
 
 
-def _loaded(given: Any, loader: Callable[[Folder], Any]) -> Any:
+def _loaded(given: Any, loader: Callable[[StrPath], Any]) -> Any:
     return loader(given) if isinstance(given, (str, os.PathLike)) else given
 
 

@@ -106,7 +106,7 @@ def weights(setup: Setup) -> Result:
     heads = {"policy": untied_error(trainer.policy), "reference": untied_error(reference)}
     moved = distance(trainer.policy.decoder, untouched.policy.decoder)
 
-    tie = "let lm_logits use the token embedding itself, or a head of its own with tie_word_embeddings=False in the config"
+    tie = "let lm_logits use the token embedding itself, or a head of its own by tie_word_embeddings=False"
     problems = {
         f"the LM head of the {name} is not the one of its config after a step": tie
         for name, x in heads.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,13 +76,8 @@ class Setup:
 
 def words(tokenizer: Tokenizer) -> list[str]:
     """Prompts of the first words of a vocabulary that it reads back as they are."""
-    found: list[str] = []
-    for i in range(len(tokenizer)):
-        word = tokenizer.decode([i]).strip()
-        if word.isalpha() and tokenizer.decode(tokenizer.encode_prompt(word)).strip() == word:
-            found.append(word)
-        if len(found) == sum(PROMPT_LENGTHS):
-            break
-    found = found or [next(token for token in tokenizer.vocab if token.strip())]
-    repeated = iter(found * sum(PROMPT_LENGTHS))
-    return ["".join(next(repeated) for _ in range(length)) for length in PROMPT_LENGTHS]
+    every = (tokenizer.decode([i]).strip() for i in range(len(tokenizer)))
+    read_back = (w for w in every if w.isalpha() and tokenizer.decode(tokenizer.encode_prompt(w)).strip() == w)
+    found = list(itertools.islice(read_back, sum(PROMPT_LENGTHS))) or [next(t for t in tokenizer.vocab if t.strip())]
+    repeated = itertools.cycle(found)
+    return ["".join(itertools.islice(repeated, length)) for length in PROMPT_LENGTHS]

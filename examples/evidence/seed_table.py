@@ -1,6 +1,6 @@
 """Run `positive_reviews.py` with several seeds: a table in Markdown, and a picture of the mean with its spread.
 
-python examples/seed_table.py --seeds 0 1 2 3 4 --output runs/seeds [-- OPTIONS OF positive_reviews.py]
+python examples/evidence/seed_table.py --seeds 0 1 2 3 4 --output runs/seeds [-- OPTIONS OF positive_reviews.py]
 """
 
 import statistics
@@ -11,11 +11,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from minirlhf.common.printing import show
-from minirlhf.io.files import read_json, read_jsonl
-from shared import command_line, run_script
+EXAMPLES = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(EXAMPLES))
 
-SCRIPT = Path(__file__).with_name("positive_reviews.py")
+from minirlhf.common.printing import show  # noqa: E402
+from minirlhf.io.files import read_json, read_jsonl  # noqa: E402
+from shared import command_line, run_script  # noqa: E402
+
+SCRIPT = EXAMPLES / "positive_reviews.py"
 
 
 def main() -> None:

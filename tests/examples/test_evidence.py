@@ -1,0 +1,63 @@
+"""examples/evidence/, run as a user runs it, on models of a few kilobytes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from measure import area, spread
+
+EVIDENCE = Path(__file__).resolve().parents[2] / "examples" / "evidence"
+METHODS = ["ppo", "rloo"]
+
+
+def options(tiny, output):
+    return ["--policy", tiny / "policy", "--reward", tiny / "reward", "--second-scorer", tiny / "second",
+            "--threads", 1, "--iterations", 1, "--samples", 16, "--reference-samples", 128,
+            "--kl-coefs", 0.1, "--output", output]  # fmt: skip
+
+
+def runs(folder):
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_methods_are_measured_and_a_finished_run_is_not_run_again(call, tiny, tmp_path):
+    given, folder = options(tiny, tmp_path / "out"), tmp_path / "out"
+    code, out = call(EVIDENCE / "methods.py", *given, "--seeds", 0, "--methods", *METHODS)
+    assert code is None, code
+    assert [run["method"] for run in runs(folder)] == METHODS
+    code, out = call(EVIDENCE / "methods.py", *given, "--seeds", 0, 1, "--methods", "rloo")
+    assert code is None, code
+    assert [(run["method"], run["seed"]) for run in runs(folder)[2:]] == [("rloo", 1)]
+    for run in runs(folder):
+        for name in ("sampled", "full"):
+            assert 0 < run[name]["reward"] < 1 and run[name]["kl"] > -1e-6
+        assert len(run["history"]) == 1 and run["cpu_seconds"] > 0
+    found = json.loads((folder / "methods.json").read_text())["methods"]
+    assert list(found) == METHODS
+    rloo = found["rloo"]["points"]["0.1"]["sampled/reward"]
+    values = [run["sampled"]["reward"] for run in runs(folder) if run["method"] == "rloo"]
+    assert rloo["count"] == 2 and rloo["mean"] == pytest.approx(sum(values) / 2)
+    assert rloo["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    table = (folder / "methods.md").read_text(encoding="utf-8")
+    assert table in out and all(f"| {name} | 0.1 |" in table for name in METHODS) and "n = 2:" in table
+    assert (folder / "methods.png").read_bytes()[:4] == b"\x89PNG"
+    code, _ = call(EVIDENCE / "methods.py", *given, "--iterations", 2)
+    assert re.fullmatch(r"error: .*begun with other settings \(iterations\).*", code)
+
+
+def test_a_method_that_is_not_there_is_named(call, tiny, tmp_path):
+    code, _ = call(EVIDENCE / "methods.py", *options(tiny, tmp_path / "out"), "--methods", "trpo")
+    assert re.fullmatch("error: --methods must be of ppo, .*, got trpo", code) and not (tmp_path / "out").exists()
+
+
+def test_areas_and_intervals_worked_by_hand():
+    # From (0, .5) to (1, 1) it is a triangle of 1/4 above .5; from there to 2 a rectangle of 1/2.
+    assert area([1.0], [1.0], 0.5, 2.0) == pytest.approx(0.75, rel=1e-3)
+    assert area([1.0], [0.5], 0.5, 2.0) == 0.0
+    # 1, 2, 3: standard deviation 1, and the 97.5% point of Student's t with 2 degrees of freedom is 4.303.
+    found = spread([1.0, None, 2.0, 3.0])
+    assert (found.mean, found.std, found.count) == (2.0, 1.0, 3) and str(found) == "2.000 ± 1.000"
+    assert found.interval == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert spread([1.0]).std is None and spread([None]) is None

@@ -1,0 +1,304 @@
+"""Processes that train together, forked as in `lives`, and the cases that one and several of them must agree on."""
+
+import errno
+import os
+import pickle
+import signal
+import socket
+import traceback
+
+import lives
+import torch
+from lives import context, process
+
+from conftest import VOCAB, make_gpt2
+from minirlhf import (
+    ActorCritic,
+    DPOTrainer,
+    EvaluationConfig,
+    PPOTrainer,
+    RewardModel,
+    SamplingConfig,
+    Tokenizer,
+    best_of_n,
+    evaluate,
+)
+from minirlhf.device.processes import processes
+from minirlhf.rewards.reward_model import DecoderScorer
+from minirlhf.runs import run as run_module
+from minirlhf.runs.checkpoint import save_checkpoint
+from minirlhf.runs.run import Run
+from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
+from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
+from minirlhf.text.demonstrations import Demonstration
+from minirlhf.text.preferences import Ranking
+
+PROMPTS = ["酒店很好", "w", "房间干净", "早餐", "wifi太差"]
+EOS = VOCAB.index("##a")
+SIZES = dict(n_embd=16, n_layer=1, n_head=2)
+PPO = dict(steps=24, batch_size=8, minibatch_size=4, forward_batch_size=2, gen_len=5, ppo_epochs=2, lr=1e-3,
+           device="cpu", adam_eps=1e-5, top_p=0.9, eos_token_id=EOS)  # fmt: skip
+
+# ---- launching ------------------------------------------------------------------------------------------------------
+
+
+def start(size, target, *arguments, **environment):
+    """`target(*arguments)` in each of `size` processes, as torchrun would start them; (process, pipe) of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(size):
+        here, there = context.Pipe(duplex=False)
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}  # fmt: skip
+        started.append((process(_of_rank, names, there, target, arguments), here))
+        there.close()
+    return started
+
+
+def outcomes(started, seconds=60):
+    """What each process returned; of one that raised, the error's type and text; None of one that was killed."""
+    found = []
+    for each, pipe in started:
+        try:
+            found.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(seconds) else "still running")
+        except EOFError:
+            found.append(None)
+        each.join(seconds)
+    return found
+
+
+def together(size, target, *arguments, **environment):
+    """The outcome of each of `size` processes."""
+    return outcomes(start(size, target, *arguments, **environment))
+
+
+def _of_rank(environment, pipe, target, arguments):
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        pipe.send_bytes(pickle.dumps(target(*arguments)))  # tensors as bytes: the process may end at once
+    except BaseException as error:
+        if os.environ.get("SHOW_ERRORS"):
+            traceback.print_exc()
+        pipe.send_bytes(pickle.dumps((type(error).__name__, str(error))))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# ---- what they compute ----------------------------------------------------------------------------------------------
+
+
+def reward(texts):
+    return [len(set(text)) / 8 for text in texts]
+
+
+def coarse(texts):
+    """Mostly equal in a group, so that few groups are drawn again, fewer than there are processes."""
+    return [float(len(set(text)) > 5) for text in texts]
+
+
+def by_token(prompts, responses, tokens):
+    return [[len(piece) / 4 for piece in row] for row in tokens]
+
+
+def models(dtype=torch.float64):
+    policy = ActorCritic(make_gpt2(0, scale=4.0, **SIZES))
+    with torch.no_grad():
+        policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return policy.to(dtype), make_gpt2(1, scale=4.0, **SIZES).to(dtype), Tokenizer(VOCAB)
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def ppo(reward=reward, dtype=torch.float64, **settings):
+    """Three steps: weights, tokens, texts and statistics."""
+    trainer, steps = PPOTrainer(*models(dtype), **{**PPO, **settings}), []
+    trainer.train(PROMPTS, reward, lambda rollout, stats: steps.append((rollout.tokens, rollout.texts, stats)))
+    tokens, texts, stats = zip(*steps, strict=True)
+    return dict(weights=weights(trainer.policy), tokens=tokens, texts=texts, stats=stats)
+
+
+def own_tokens():
+    """Steps on queries and responses that were sampled elsewhere."""
+    policy, reference, tokenizer = models()
+    trainer, generator = PPOTrainer(policy, reference, tokenizer, **PPO), torch.Generator().manual_seed(0)
+    lengths = [(3, 4), (1, 1), (6, 2), (2, 7), (4, 5)]
+    pairs = [[torch.randint(5, len(VOCAB), (n,), generator=generator) for n in pair] for pair in lengths]
+    queries, responses = zip(*pairs, strict=True)
+    stats = [trainer.step(queries, responses, [0.5, -1.0, 2.0, 0.0, 1.0])]
+    return dict(weights=weights(trainer.policy), stats=stats)
+
+
+TEXTS = ["酒店很好", "房间干净，服务很好。", Demonstration("早餐", "一般"), "wifi太差，非常失望", "前台满意",
+         "hello world", "位置很好，推荐", "脏"]  # fmt: skip
+
+
+def sft(**settings):
+    model, losses = make_gpt2(2, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES).double(), []
+    limits = dict(epochs=2, max_length=12, tokens_per_batch=36, device="cpu")
+    trainer = SFTTrainer(model, Tokenizer(VOCAB), TEXTS, SFTConfig(**{**limits, **settings}))
+    trainer.train(lambda batch, stats: losses.append(stats))
+    return dict(weights=weights(model), stats=losses, figures=perplexity(model, Tokenizer(VOCAB), TEXTS, batch_size=3))
+
+
+def reward_model():
+    gpt2 = make_gpt2(3, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES)
+    model, stats = RewardModel(DecoderScorer(gpt2), Tokenizer(VOCAB), device="cpu").double(), []
+    words = ["酒店很好", "房间干净", "早餐", "脏", "差", "失望", "满意"]
+    rankings = [Ranking("位置", tuple(words[i : i + 2 + i % 2])) for i in range(5)]
+    config = RewardTrainingConfig(max_length=12, tokens_per_batch=60, device="cpu")
+    RewardModelTrainer(model, rankings, config).train(lambda batch, told: stats.append(told))
+    figures = evaluate_rankings(model, rankings)
+    return dict(weights=weights(model), stats=stats, figures=dict(loss=figures.loss, accuracy=figures.accuracy))
+
+
+def dpo(**settings):
+    trained, reference, tokenizer = models()
+    pairs = [dict(prompt=PROMPTS[i % 5], chosen="好" * (1 + i % 3), rejected="脏" * (1 + i % 2)) for i in range(6)]
+    limits = dict(epochs=2, batch_size=4, tokens_per_batch=40, max_length=20, lr=1e-3, device="cpu")
+    trainer, stats = DPOTrainer(trained.decoder, reference, tokenizer, **{**limits, **settings}), []
+    trainer.train(pairs, lambda batch, told: stats.append(told))
+    return dict(weights=weights(trainer.model), stats=stats, figures=trainer.evaluate(pairs))
+
+
+def measured():
+    """Best-of-n whose last batch has fewer rows than there are processes, and an evaluation."""
+    policy, reference, tokenizer = models()
+    drawn = best_of_n(policy, PROMPTS[:3], by_token, 3, tokenizer=tokenizer, gen_len=4, eos_token_id=EOS, batch_size=8,
+                      generator=torch.Generator().manual_seed(0))  # fmt: skip
+    config = EvaluationConfig(samples=10, gen_len=4, sampling=SamplingConfig(top_p=0.9), best_of=(2,), max_n=2,
+                              best_of_prompts=4, resamples=20)  # fmt: skip
+    found = evaluate(policy, reference, tokenizer, PROMPTS, reward, second_scorer=by_token, config=config)
+    return dict(tokens=[drawn.candidate_scores], texts=[drawn.responses], figures=found.given.summary())
+
+
+class Counter:
+    """A reward with a state, which must be asked once for the whole batch."""
+
+    scope = "batch"
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, texts):
+        self.rows.append(len(texts))
+        return [value + len(self.rows) for value in reward(texts)]
+
+
+def counted():
+    count = Counter()
+    found = ppo(count, steps=16, ppo_epochs=1)
+    assert count.rows == ([8] * 2 if processes().first else [])
+    return found
+
+
+CASES = {
+    "PPO": ppo,
+    "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
+    "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
+    "uneven": lambda: ppo(batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
+    "exact KL": lambda: ppo(whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
+    "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
+    "a reward that counts": counted,
+    "RLOO": lambda: ppo(advantages="rloo", group_size=2, steps=16, ppo_epochs=1),
+    "flat groups drawn again": lambda: ppo(
+        coarse, advantages="grpo", group_size=2, drop_flat_groups=2, steps=16, ppo_epochs=1
+    ),
+    "own tokens": own_tokens,
+    "SFT": sft,
+    "SFT, packed": lambda: sft(packing=True, accumulation=2, epochs=1),
+    "reward model": reward_model,
+    "DPO": dpo,
+    "DPO, packed": lambda: dpo(packing=True, batch_size=1, epochs=1),
+    "measured": measured,
+}
+OF_FOUR = ("PPO", "minibatches smaller than W", "flat groups drawn again", "own tokens", "SFT", "measured")
+
+
+def compute(names):
+    return {name: CASES[name]() for name in names}
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def told(function, *arguments, **named):
+    """The type and the text of the error that a call raises."""
+    try:
+        function(*arguments, **named)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "no error", ""
+
+
+def trainer(**settings):
+    return PPOTrainer(*models(torch.float32), **{**PPO, **settings})
+
+
+def faults(folder):
+    """Errors by name, as this process meets them; each of them on one process only."""
+    rank, found = processes().rank, {}
+    here = trainer(max_bad_steps=2)
+    before = here.generators["sampling"].get_state()
+
+    def raises(texts):
+        raise KeyError("no score") if rank else AssertionError("the other one fails")
+
+    found["reward"] = told(here.collect, PROMPTS, lambda texts: raises(texts) if rank else reward(texts))
+    found["scores"] = told(here.collect, PROMPTS, lambda texts: reward(texts)[rank:])
+    found["prompts"] = told(here.collect, [PROMPTS[0], "wx"[rank], PROMPTS[2]], reward)
+    found["number of prompts"] = told(here.collect, PROMPTS[rank:], reward)
+    assert torch.equal(before, here.generators["sampling"].get_state())
+    found["queries"] = told(here.step, [[6, 7], [8]], [[9], [9, 10 + rank]], [0.0, 1.0])
+    found["too few rows"] = told(trainer, batch_size=2, minibatch_size=2, group_size=2)
+    found["config"] = told(trainer, lr=1e-3 * (1 + rank))
+    found["scope"] = told(here.collect, PROMPTS, type("Odd", (Counter,), {"scope": "rank"})())
+    found["out of step"] = told(processes().gather, f"part {rank}", None)
+
+    other = make_gpt2(5 + rank, scale=4.0, **SIZES)  # other weights on each: those of the first one count
+    policy = PPOTrainer(other, *models(torch.float32)[1:], **PPO).policy
+    found["weights"] = torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+    loss = here._loss
+    here._loss = lambda batch: (loss(batch)[0] * (float("nan") if rank else 1.0), loss(batch)[1])
+    weights_before = weights(here.policy)
+    found["NaN"] = told(here.step, here.collect(PROMPTS[:4], reward))
+    assert all(torch.equal(p, weights_before[name]) for name, p in here.policy.named_parameters())
+
+    os.chdir(folder / str(rank))
+    found["not shared"] = told(Run.start, "run", lives.new_trainer(), {})
+    assert not rank or not os.path.exists("run")
+    os.chdir(folder)
+    found["full disk"] = told(run_with_a_full_disk, folder / "full", rank)
+    return found
+
+
+def run_with_a_full_disk(folder, rank):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Run.start(folder, lives.new_trainer(), {}) as run:
+        if not rank:
+            run_module.save_checkpoint = full
+        try:
+            run.trainer.train(lives.PROMPTS, reward, run.record)
+        finally:
+            run_module.save_checkpoint = save_checkpoint
+
+
+def live(folder, kill=None, stop=None):
+    """Begin or resume the run of `lives` and bring it to its end; (rank, step): where to kill or stop a process."""
+    with lives.go_on(folder) as run:
+        here = run.trainer
+
+        def scored(texts):
+            for number, place in ((signal.SIGKILL, kill), (signal.SIGTERM, stop)):
+                if place == (processes().rank, here.iteration + 1):
+                    os.kill(os.getpid(), number)
+            return reward(texts)
+
+        here.train(lives.PROMPTS, scored, run.record)
+    return here.iteration
