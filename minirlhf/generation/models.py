@@ -86,7 +86,8 @@ def prepare(
         check_pair(actor.decoder, reference, len(tokenizer))
     positions = actor.decoder.n_positions
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
-    validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id or 0,)
+    validation.require(config, "eos_token_id", max(ends) < len(tokenizer), f"in [0, {len(tokenizer)})")
     config = dataclasses.replace(config, lora=add_lora(actor.decoder, config.lora, config.seed))
     if reference is None or config.adapters_off:
         reference = adapters_off(actor.decoder)

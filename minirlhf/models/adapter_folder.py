@@ -25,7 +25,7 @@ from minirlhf.io.model_folder import (
     write_tensors,
 )
 from minirlhf.io.training_state import module_hash
-from minirlhf.models.layers import sizes
+from minirlhf.models.layers import features
 from minirlhf.models.lora import LoRALayer, attach, matrices, targeted
 from minirlhf.models.lora_config import LoRAConfig
 
@@ -106,7 +106,7 @@ def read_adapter(decoder: Decoder, folder: Path) -> None:
     places: dict[str, tuple[str, str]] = {}
     expected: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
-        n_in, n_out = sizes(layer)
+        n_in, n_out = features(layer)
         for part, shape in (("lora_A", (rank, n_in)), ("lora_B", (n_out, rank))):
             published = published_name(decoder, name, part)
             places[published], expected[published] = (name, part), shape

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minirlhf.device.precision import full_precision
 from minirlhf.io.training_state import module_hash
-from minirlhf.models.layers import Conv1D, Widened, sizes
+from minirlhf.models.layers import Conv1D, Widened, features
 from minirlhf.models.lora_config import LoRAConfig
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def attach(decoder: Decoder, config: LoRAConfig, seed: int = 0) -> None:
     chosen, generator = targeted(decoder, targets), torch.Generator().manual_seed(seed)
     decoder.base_hash = decoder.base_hash or module_hash(decoder)
     for name, plain in chosen.items():
-        (n_in, n_out), layer = sizes(plain), _adaptable(decoder, name)
+        (n_in, n_out), layer = features(plain), _adaptable(decoder, name)
         A = torch.empty(config.rank, n_in).uniform_(-1, 1, generator=generator) / math.sqrt(n_in)
         like = full_precision(layer.weight[:0])
         layer.lora_A, layer.lora_B = nn.Parameter(A.to(like)), nn.Parameter(like.new_zeros(n_out, config.rank))

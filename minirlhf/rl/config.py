@@ -76,7 +76,7 @@ class PPOConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.95
-    eos_token_id: int | None = None  # None: every response has gen_len tokens
+    eos_token_id: int | tuple[int, ...] | None = None  # one or several; None: every response has gen_len tokens
     # What was sampled is what log-probabilities refer to, unless turned off:
     logprobs_temperature: bool = True  # False: logits are not divided by the temperature
     logprobs_full_softmax: bool = False  # True: the full softmax for truncated samples, as in the original recipe
@@ -114,8 +114,7 @@ class PPOConfig:
                 validation.require_above(self, 0, name)
         if self.max_grad_norm is not None:
             validation.require_positive(self, "max_grad_norm")
-        if self.eos_token_id is not None:
-            validation.require_counts(self, "eos_token_id")
+        validation.require_token_ids(self, "eos_token_id")
         validation.require(self, "whiten_ddof", type(self.whiten_ddof) is int and self.whiten_ddof in (0, 1), "0 or 1")
         validation.require_one_of(self, "precision", PRECISION_SETTINGS)
         validation.require_one_of(self, "advantages", ADVANTAGES)

@@ -64,7 +64,7 @@ class PPOOverrides(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
-    eos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None
     logprobs_temperature: bool
     logprobs_full_softmax: bool
     value_head: Literal["linear", "tanh"] | None

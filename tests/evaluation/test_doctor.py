@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import VOCAB, add_outlier, make_bert, make_gpt2, rewrite_config
+from conftest import VOCAB, add_outlier, make_bert, make_gpt2, make_llama, rewrite_config
 from minirlhf import (
     GPT2,
     ActorCritic,
@@ -34,7 +34,7 @@ from minirlhf.evaluation.doctor.doctor import CHECKS
 from minirlhf.evaluation.doctor.memory import total
 from minirlhf.evaluation.doctor.setup import PROMPT_LENGTHS, Setup, words
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.rl.config import PRESETS
 
@@ -108,6 +108,12 @@ def test_a_healthy_run_passes(settings):
     status, findings = examine(**settings)
     assert set(status.values()) == {"ok"}
     assert all(finding.remedy == "" and finding.why for finding in findings.values())
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(model_type="llama", tie_word_embeddings=False)])
+def test_a_healthy_llama_passes(sizes):
+    policy, reference = (make_llama(0, scale=2.0, **SMALL, **sizes) for _ in range(2))
+    assert others(examine(ActorCritic(policy).eval(), reference)[0]) == {"ok"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -356,7 +362,7 @@ def test_an_lm_head_of_its_own_is_found(who):
     status, findings = examine(**models)
     assert (
         status["weights"] == "fail"
-        and f"LM head of the {who} is not its embedding after a step" in findings["weights"].detail
+        and f"LM head of the {who} is not the one of its config after a step" in findings["weights"].detail
     )
 
 
@@ -560,7 +566,7 @@ def test_swapped_labels_in_a_folder_are_a_finding_and_no_python_warning(folders,
 
 
 @pytest.mark.parametrize(("network", "normalised"), [
-    (lambda: GPT2Scorer(gpt2()), True), (lambda: make_bert(id2label={0: "reward"}), False),
+    (lambda: DecoderScorer(gpt2()), True), (lambda: make_bert(id2label={0: "reward"}), False),
 ])  # fmt: skip
 def test_a_reward_model_in_a_folder_is_examined_by_canaries(folders, network, normalised):
     """One that we saved, or one with a single score of another tool."""

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from minirlhf import GPT2, GPT2Config, PPOTrainer
+from minirlhf import GPT2, GPT2Config, Llama, LlamaConfig, PPOTrainer
 from minirlhf.evaluation.doctor import memory
 from minirlhf.evaluation.doctor.memory import available_memory, estimate, total
 from minirlhf.generation.generate import generate
@@ -37,10 +37,16 @@ class AnyText:
         return [""] * len(ids)
 
 
-def make_trainer(V, C, L=1, nh=2, n_positions=64, **settings):
-    config = GPT2Config(vocab_size=V, n_embd=C, n_layer=L, n_head=nh, n_positions=n_positions)
-    reference = None if "lora" in settings else GPT2(config).eval()
-    return PPOTrainer(GPT2(config).eval(), reference, AnyText(V), **{"device": "cpu", **settings})
+def make_trainer(V, C, L=1, nh=2, n_positions=64, kind="gpt2", **settings):
+    def model():
+        if kind == "gpt2":
+            return GPT2(GPT2Config(vocab_size=V, n_embd=C, n_layer=L, n_head=nh, n_positions=n_positions)).eval()
+        return Llama(LlamaConfig(
+            kind, V, C, 3 * C, L, nh, max(nh // 4, 1), max_position_embeddings=n_positions, tie_word_embeddings=True,
+        )).eval()  # fmt: skip
+
+    reference = None if "lora" in settings else model()
+    return PPOTrainer(model(), reference, AnyText(V), **{"device": "cpu", **settings})
 
 
 # ---- the formula ----------------------------------------------------------------------------------------------------
@@ -118,6 +124,10 @@ def peak_of(work):
     (3000, 32, 2, 8, 3, 6, dict(top_p=1.0)), (200, 64, 4, 8, 40, 8, dict(checkpoint_activations=True)),
     (200, 64, 2, 4, 40, 8, dict(lora={})), (200, 64, 2, 4, 40, 8, dict(lora=dict(base_dtype="bf16"), precision="bf16")),
     (200, 64, 2, 4, 40, 8, dict(lora=dict(targets=["c_attn"], base_dtype="bf16"))),
+    (200, 64, 2, 4, 40, 8, dict(kind="qwen3", lora={})),
+    (200, 64, 2, 4, 40, 8, dict(kind="qwen3")), (2000, 32, 2, 8, 3, 6, dict(kind="llama")),
+    (100, 64, 2, 2, 135, 8, dict(kind="llama")),
+    (200, 64, 4, 8, 40, 8, dict(kind="qwen2", checkpoint_activations=True)),
 ])  # fmt: skip
 def test_measurements_are_near_the_formula(V, C, L, rows, P, R, settings):
     trainer = make_trainer(V, C, L, 4, 160, gen_len=R, batch_size=rows, **settings)
