@@ -248,6 +248,8 @@ def read_arguments() -> argparse.Namespace:
     args.repeats = args.repeats or (1 if args.quick else 3)
     if unknown := [name for name in args.tables if name not in TABLES]:
         raise ValueError(f"tables are {', '.join(TABLES)}, got {unknown[0]!r}")
+    if "model_type" in SIZES[args.size][0] and not args.json_lines and args.tables != ["lora"]:
+        raise ValueError(f"the size {args.size} is for the table lora: the others count the work of a GPT-2")
     if args.against and args.peer_command:
         raise ValueError("--against shares a process and --peer-command does not: run one after the other")
     return args

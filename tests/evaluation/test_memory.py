@@ -124,7 +124,7 @@ def peak_of(work):
     (3000, 32, 2, 8, 3, 6, dict(top_p=1.0)), (200, 64, 4, 8, 40, 8, dict(checkpoint_activations=True)),
     (200, 64, 2, 4, 40, 8, dict(lora={})), (200, 64, 2, 4, 40, 8, dict(lora=dict(base_dtype="bf16"), precision="bf16")),
     (200, 64, 2, 4, 40, 8, dict(lora=dict(targets=["c_attn"], base_dtype="bf16"))),
-    (200, 64, 2, 4, 40, 8, dict(kind="qwen3", lora={})),
+    (200, 64, 4, 4, 40, 8, dict(kind="qwen3", lora={})),
     (200, 64, 2, 4, 40, 8, dict(kind="qwen3")), (2000, 32, 2, 8, 3, 6, dict(kind="llama")),
     (100, 64, 2, 2, 135, 8, dict(kind="llama")),
     (200, 64, 4, 8, 40, 8, dict(kind="qwen2", checkpoint_activations=True)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import VOCAB, assert_relatively_close, make_gpt2
+from conftest import VOCAB, assert_relatively_close, make_gpt2, make_llama
 from minirlhf import GPT2, ActorCritic, LoRAConfig, load_decoder
 from minirlhf.models.lora import adapters_off, add_lora
 
@@ -81,6 +81,28 @@ def test_we_read_what_peft_writes(base, tmp_path, targets):
     ours.save_adapter(tmp_path / "ours")  # and back
     again = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "ours").eval()
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_the_adapters_of_llama_and_its_relatives_are_peft_s(tmp_path, kind):
+    """q, k, v, o, gate, up and down by default, in both directions; a merged export is a plain model."""
+    make_llama(0, scale=2.0, model_type=kind).save_pretrained(tmp_path / "base")
+    model = load_decoder(tmp_path / "base")
+    plain = model(IDS)
+    config = add_lora(model, LoRAConfig(rank=2, alpha=4))
+    assert config.targets == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert torch.equal(model(IDS), plain)
+    expected = moved(model)(IDS)
+    assert torch.equal(adapters_off(model)(IDS), plain) and not torch.allclose(expected, plain, rtol=1e-3)
+    model.save_adapter(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "merged")
+    read = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "ours").eval()
+    for logits in (read(IDS).logits, theirs(tmp_path / "merged")(IDS).logits):
+        assert_relatively_close(logits, expected, 2e-6)
+    made = peft.get_peft_model(theirs(tmp_path / "base"), peft.LoraConfig(r=3, task_type="CAUSAL_LM"))
+    moved(made).save_pretrained(tmp_path / "theirs")
+    assert_relatively_close(load_decoder(tmp_path / "theirs")(IDS), made(IDS).logits, 2e-6)
 
 
 def test_a_value_head_is_kept_beside_adapters(base, tmp_path):
