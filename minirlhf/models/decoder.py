@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     @property
     @abstractmethod
-    def embeddings(self) -> list[nn.Module]:
+    def embeddings(self) -> list[nn.Embedding]:
         """The modules that make the first block's input of token ids, that of the tokens first."""
 
     @property

@@ -147,7 +147,7 @@ class GPT2(Decoder):
                 nn.init.normal_(parameter, 0.0, residual, generator=generator)
 
     @property
-    def embeddings(self) -> list[nn.Module]:
+    def embeddings(self) -> list[nn.Embedding]:
         return [self.wte, self.wpe]
 
     @property

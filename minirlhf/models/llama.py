@@ -191,7 +191,7 @@ class Llama(Decoder):
         self._frequencies, self._rotary_scale = frequencies(config.rope_parameters, self.head_size, self.n_positions)
 
     @property
-    def embeddings(self) -> list[nn.Module]:
+    def embeddings(self) -> list[nn.Embedding]:
         return [self.embed_tokens]
 
     @property
