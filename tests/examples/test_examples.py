@@ -34,11 +34,12 @@ CHAPTER = dict(
 )  # fmt: skip
 PROMISED_KEYS = {
     "reward/mean", "reward/std", "objective/kl", "objective/kl_coef", "objective/entropy", "ppo/loss/policy",
-    "ppo/loss/value", "ppo/policy/clipfrac", "ppo/policy/approxkl", "ppo/val/var_explained", "time/generation",
-    "time/scoring", "time/update", "time/tokens_per_second",
+    "reward/flat_groups", "ppo/policy/clipfrac", "ppo/policy/approxkl", "time/generation", "time/scoring",
+    "time/update", "time/tokens_per_second",
 }  # fmt: skip
 ITERATIONS, BATCH = 5, 4
-SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--gen-len", "5", "--save-freq", "2"]
+SMALL = ["--steps", str(ITERATIONS * BATCH), "--batch-size", str(BATCH), "--group-size", "2", "--gen-len", "5",
+         "--save-freq", "2"]  # fmt: skip
 
 
 def models(tiny):
@@ -103,7 +104,7 @@ def test_samples_are_logged_where_it_saves(runs):
 def test_config_has_arguments_and_every_setting(runs, tiny):
     config = json.loads((runs("plain") / "config.json").read_text(encoding="utf-8"))
     assert config["arguments"]["policy"] == str(tiny / "policy")
-    expected = dict(steps=20, batch_size=4, gen_len=5, save_freq=2, seed=3, lr=2e-4, minibatch_size=32)
+    expected = dict(steps=20, batch_size=4, gen_len=5, save_freq=2, seed=3, lr=1.2e-4, minibatch_size=32)
     assert config["ppo"].items() >= expected.items()
     PPOConfig(**config["ppo"])  # all names are known
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import socket
+import time
 import traceback
 
 import lives
@@ -57,7 +58,7 @@ def start(size, target, *arguments, **environment):
     return started
 
 
-def outcomes(started, seconds=60):
+def outcomes(started, seconds=200):
     """What each process returned; of one that raised, the error's type and text; None of one that was killed."""
     found = []
     for each, pipe in started:
@@ -289,15 +290,19 @@ def run_with_a_full_disk(folder, rank):
             run_module.save_checkpoint = save_checkpoint
 
 
-def live(folder, kill=None, stop=None):
-    """Begin or resume the run of `lives` and bring it to its end; (rank, step): where to kill or stop a process."""
+def live(folder, kill=None, stop=None, torchrun=None):
+    """Begin or resume the run of `lives` and bring it to its end; (rank, step): where to kill or stop a process.
+
+    torchrun: its number, which is stopped in the place of the process.
+    """
     with lives.go_on(folder) as run:
         here = run.trainer
 
         def scored(texts):
             for number, place in ((signal.SIGKILL, kill), (signal.SIGTERM, stop)):
                 if place == (processes().rank, here.iteration + 1):
-                    os.kill(os.getpid(), number)
+                    os.kill(os.getpid() if number == signal.SIGKILL else torchrun or os.getpid(), number)
+                    time.sleep(2.0 if torchrun else 0.0)  # until torchrun has told all
             return reward(texts)
 
         here.train(lives.PROMPTS, scored, run.record)
