@@ -18,7 +18,7 @@ STARTER = ["minirlhf-starter>=1"]  # made from weights/, which is too large for 
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.25"]
 TENSORBOARD = ["tensorboard>=2.15"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
-         "scikit-learn>=1.4", *TENSORBOARD]  # fmt: skip
+         "scikit-learn>=1.4", "peft>=0.13", *TENSORBOARD]  # fmt: skip
 
 setup(
     name="minirlhf",

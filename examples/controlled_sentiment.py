@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf import PPOConfig, PPOTrainer, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
@@ -122,7 +122,7 @@ def main() -> None:
     else:
         given = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "init_kl_coef", "entropy_coef")}
         config = PPOConfig(**{**STARTER, **given}, target=8.0, ppo_epochs=2, vf_coef=0.5, seed=args.seed)
-        trainer = PPOTrainer(GPT2.from_pretrained(args.policy), args.policy, tokenizer, config)
+        trainer = PPOTrainer(load_decoder(args.policy), args.policy, tokenizer, config)
         run = Run.start(
             args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
         )

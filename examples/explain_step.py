@@ -3,7 +3,7 @@
 python examples/explain_step.py [--policy FOLDER --reward FOLDER --prompt 酒店 --seed 0]
 """
 
-from minirlhf import GPT2, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf import PPOTrainer, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.evaluation.explanation import explain
 from shared import POLICY, REWARD, command_line, run_script
@@ -20,7 +20,7 @@ def main() -> None:
         seed=(0, "of everything"),
         picture=(str, "draw the best sample's tokens into this PNG"),
     ).parse_args()
-    policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+    policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
     reward, n = SentimentReward.from_pretrained(args.reward), args.batch_size
     trainer = PPOTrainer(policy, args.policy, tokenizer, lr=args.lr, seed=args.seed, batch_size=n, steps=2 * n)
     # After the first step the policy has left the reference, so that the second has a KL to show.

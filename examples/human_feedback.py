@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minirlhf import GPT2, PPOConfig, PPOTrainer, SamplingConfig, Tokenizer
+from minirlhf import PPOConfig, PPOTrainer, SamplingConfig, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.rewards.human import FeedbackFile, HumanReward, ask_rounds, draw_answers
 from minirlhf.runs.run import Run
@@ -59,7 +59,7 @@ def write(text: str) -> None:
 
 def collect(args: argparse.Namespace) -> None:
     """Ask for rankings or scores of the policy's samples: the data of a reward model."""
-    model, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+    model, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
     sampling = SamplingConfig(top_p=args.top_p)
 
     def question_of(number: int):
@@ -90,7 +90,7 @@ def train(args: argparse.Namespace) -> None:
     if (Path(args.train) / "config.json").exists():
         run = Run.resume(args.train, **settings)
     else:
-        policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+        policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, PPOConfig(**settings))
         trainer.check_prompts(args.prompts)
         run = Run.start(args.train, trainer, {"arguments": vars(args)}, loggers=args.loggers)

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import random
 
-from minirlhf import GPT2, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf import PPOConfig, PPOTrainer, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.run import Run
@@ -37,7 +37,7 @@ def main() -> None:
     else:
         config = PPOConfig(**STARTER, steps=args.steps, batch_size=args.batch_size, gen_len=args.gen_len,
                            entropy_coef=0.01, score_scale=0.1, save_freq=1, seed=args.seed)  # fmt: skip
-        policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+        policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)
         settings = {"arguments": vars(args), "ppo": dataclasses.asdict(config)}  # the key is not in there
         run = Run.start(args.output, trainer, settings, loggers=args.loggers)

@@ -21,7 +21,7 @@ try:
 except ImportError:
     sys.exit("the examples need tqdm and matplotlib: pip install -e '.[examples]'")
 
-from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf import PPOConfig, PPOTrainer, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.evaluation.results import save_results
@@ -39,7 +39,7 @@ def main() -> None:
     if args.resume:
         run = Run.resume(args.resume)
     else:
-        policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+        policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
         trainer.check_prompts(args.prompts)  # before the folder is made
         run = Run.start(
@@ -72,7 +72,7 @@ def main() -> None:
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
     parser = command_line(
         __doc__,
-        policy=(POLICY, "GPT-2 folder"),
+        policy=(POLICY, "folder of a decoder: GPT-2, Llama, Qwen"),
         reward=(REWARD, "BERT folder"),
         prompts=(PROMPTS, "texts, or one file, .txt or .jsonl"),
         **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},

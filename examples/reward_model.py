@@ -12,7 +12,7 @@ before_after.md.
 import argparse
 from pathlib import Path
 
-from minirlhf import GPT2, PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer
+from minirlhf import PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.device.processes import agreed, restarted
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
@@ -139,7 +139,7 @@ def train_reward_model(run: Run[RewardModelTrainer], held_out: list[Ranking]) ->
 def ppo_trainer(args: argparse.Namespace) -> PPOTrainer:
     config = PPOConfig.with_overrides(**STARTER, entropy_coef=0.01, steps=args.steps, batch_size=args.batch_size,
                                       device=args.device, seed=args.seed)  # fmt: skip
-    policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
+    policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
     trainer = PPOTrainer(policy, args.policy, tokenizer, config)
     trainer.check_prompts(args.prompts)
     return trainer

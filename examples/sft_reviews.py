@@ -18,7 +18,7 @@ except ImportError:
 
 import torch
 
-from minirlhf import GPT2, SamplingConfig, Tokenizer, generate
+from minirlhf import SamplingConfig, Tokenizer, generate, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.device.random import eval_mode
@@ -46,7 +46,7 @@ def main() -> None:
     if args.resume:
         run = Run.resume(args.resume, data=train)
     else:
-        model, tokenizer = GPT2.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
+        model, tokenizer = load_decoder(args.model), Tokenizer.from_pretrained(args.model)
         trainer = SFTTrainer(model, tokenizer, train, SFTConfig(**{name: getattr(args, name) for name in FIELDS}))
         samples(trainer, args.prompts, args.gen_len)  # a bad prompt is found before anything is written
         run = Run.start(args.output, trainer, {"arguments": vars(args)}, loggers=args.loggers)
@@ -90,7 +90,7 @@ def samples(trainer: SFTTrainer, prompts: list[str], gen_len: int) -> list[str]:
     """A continuation of each prompt, by the same random numbers each time."""
     model, tokenizer, seed = trainer.model, trainer.tokenizer, trainer.config.seed
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    ends = dict(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_id)
     generator = torch.Generator(model.device).manual_seed(seed)
     with eval_mode(model):
         drawn = generate(model, ids, gen_len, SamplingConfig(top_p=0.95), **ends, generator=generator)

@@ -12,7 +12,9 @@ from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
+from minirlhf.models.llama import Llama, LlamaConfig
 from minirlhf.models.loading import load_decoder
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.models.prepared import Models
 from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rewards.ngrams import NGramScorer
@@ -44,6 +46,9 @@ __all__ = [
     "GPT2Config",
     "Generation",
     "GraphedDecoder",
+    "Llama",
+    "LlamaConfig",
+    "LoRAConfig",
     "Models",
     "NGramScorer",
     "Optimum",

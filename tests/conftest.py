@@ -11,7 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, NGramScorer, SentimentReward, Tokenizer
+from minirlhf import (
+    GPT2,
+    BertClassifier,
+    BertConfig,
+    Decoder,
+    GPT2Config,
+    Llama,
+    LlamaConfig,
+    NGramScorer,
+    SentimentReward,
+    Tokenizer,
+)
 from minirlhf.evaluation import evaluate
 from minirlhf.rewards.sentiment import CANARIES
 
@@ -35,6 +46,33 @@ def make_gpt2(seed: int = 0, scale: float = 6.0, **overrides) -> GPT2:
     model = GPT2(GPT2Config(**{**sizes, **overrides}), seed=seed).eval()
     _scale(model, scale, seed)
     return model
+
+
+# GPT-2's name of a size -> Llama's.
+LLAMA_NAMES = {"n_positions": "max_position_embeddings", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
+               "n_head": "num_attention_heads", "attn_pdrop": "attention_dropout", "resid_pdrop": None,
+               "embd_pdrop": None}  # fmt: skip
+
+
+def make_llama(seed: int = 0, scale: float = 6.0, **overrides) -> Llama:
+    """A random Qwen3, whose keys serve two heads each, as `make_gpt2`; sizes may have GPT-2's names."""
+    sizes = dict(vocab_size=len(VOCAB), n_positions=64, n_embd=32, n_layer=2, n_head=4, intermediate_size=48,
+                 model_type="qwen3", num_key_value_heads=overrides.get("n_head", 4) // 2, head_dim=6,
+                 tie_word_embeddings=True)  # fmt: skip
+    sizes = {LLAMA_NAMES.get(name, name): value for name, value in {**sizes, **overrides}.items()}
+    sizes.pop(None, None)  # dropout that there is none of
+    model = Llama(LlamaConfig(**sizes), seed=seed).eval()
+    _scale(model, scale, seed)
+    return model
+
+
+MAKERS = {"gpt2": make_gpt2, "llama": make_llama}
+
+
+@pytest.fixture(params=MAKERS)
+def make_decoder(request) -> Callable[..., Decoder]:
+    """`make_gpt2` or `make_llama`: what is proven of one decoder holds of the other."""
+    return MAKERS[request.param]
 
 
 def make_bert(seed: int = 0, scale: float = 6.0, **overrides) -> BertClassifier:

@@ -4,6 +4,7 @@
     python examples/benchmark --precision fp32 bf16 --against transformers
     python examples/benchmark --peer-command "python x.py"      # in turns with a command, see peer_trl.py
     python examples/benchmark scaling ragged overhead          # the other tables
+    python examples/benchmark lora --size gpt2-medium --batch 32    # all weights trained, or adapters
     python examples/benchmark --size tiny --quick              # a check that it runs; seconds
 
 The work: a GPT-2 base and a BERT base with random weights (or --policy and --reward), 128 prompts of 3 tokens, 16 new
@@ -37,7 +38,16 @@ from minirlhf.device.precision import Precision
 from minirlhf.io.files import atomic_write, write_json
 from shared import run_script
 
-TABLES = ("iteration", "scaling", "ragged", "overhead")
+TABLES = ("iteration", "scaling", "ragged", "overhead", "lora")
+ADAPTERS = {"rank": 8, "alpha": 16}
+# What the table `lora` compares: settings of PPOConfig by the name of a row.
+WAYS: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "all weights, checkpointed": {"checkpoint_activations": True},
+    "LoRA": {"lora": ADAPTERS},
+    "LoRA, base in bf16": {"lora": {**ADAPTERS, "base_dtype": "bf16"}},
+    "LoRA, checkpointed": {"lora": ADAPTERS, "checkpoint_activations": True},
+}
 
 
 def main() -> None:
@@ -74,7 +84,35 @@ def main() -> None:
     if "overhead" in args.tables:
         few = dict(iterations=1, batch_size=4, minibatch_size=4) if quick else {}
         result["overhead"] = studies.overhead(args.repeats, device=args.device, **few)
+    if "lora" in args.tables:
+        result["lora"] = time_ways(work, args)
     write(result, args.output)
+
+
+def time_ways(work: Work, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each of WAYS: median seconds by phase and peak memory, also over those of the first; in turns."""
+
+    def side(name: str, config: dict[str, Any]) -> tuple[str, Any]:
+        command = own_command(dataclasses.replace(work, config={**work.config, **config}), args)
+        return name, lambda: [dataclasses.replace(sample, peer=name) for sample in run_command(command)]
+
+    turns, _ = in_turns([side(*way) for way in WAYS.items()], args.repeats, tell)
+    rows: dict[str, dict[str, Any]] = {}
+    for found in report.summarise([sample for turn in turns for sample in turn.samples]):
+        row = rows.setdefault(found["peer"], {"way": found["peer"]})
+        row[f"{found['phase']} s"] = found["median s"]
+        row["peak MB"] = max(row.pop("peak MB", 0.0), found["peak MB"])  # the last column
+    first = next(iter(rows.values()))
+    for row in rows.values():
+        row |= {"time over the first": row["iteration s"] / first["iteration s"],
+                "memory over the first": row["peak MB"] / first["peak MB"]}  # fmt: skip
+    return list(rows.values())
+
+
+def tell(number: int, turn: Turn) -> None:
+    """A line on standard error about a turn that is done."""
+    shown = ", ".join(f"{s.phase} {s.seconds:.2f} s" for s in turn.samples)
+    show(f"turn {number + 1}: {turn.name}: {shown}; {turn.load}", sys.stderr)
 
 
 def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str, Any]:
@@ -100,10 +138,6 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
     def measured() -> list[Rates]:
         width, duration = (128, 0.0) if args.quick else (768, 1.0)
         return [measure_rates(device, work.precision, duration, width) for work in works]
-
-    def tell(number: int, turn: Turn) -> None:
-        shown = ", ".join(f"{s.phase} {s.seconds:.2f} s" for s in turn.samples)
-        show(f"turn {number + 1}: {turn.name}: {shown}; {turn.load}", sys.stderr)
 
     before = measured()
     turns, dropped = in_turns(sides, args.repeats, tell)
@@ -214,6 +248,8 @@ def read_arguments() -> argparse.Namespace:
     args.repeats = args.repeats or (1 if args.quick else 3)
     if unknown := [name for name in args.tables if name not in TABLES]:
         raise ValueError(f"tables are {', '.join(TABLES)}, got {unknown[0]!r}")
+    if "model_type" in SIZES[args.size][0] and not args.json_lines and args.tables != ["lora"]:
+        raise ValueError(f"the size {args.size} is for the table lora: the others count the work of a GPT-2")
     if args.against and args.peer_command:
         raise ValueError("--against shares a process and --peer-command does not: run one after the other")
     return args

@@ -154,6 +154,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "exponents": "Exponents of the cost (1 is linear):",
         "ragged": "Ragged batches (one epoch of update):",
         "overhead": "Overhead of the default example with the starter weights:",
+        "lora": "All weights trained, or adapters of LoRA:",
     }
     for name, title in titles.items():
         if result.get(name):

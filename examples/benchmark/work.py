@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,43 @@ from typing import Any
 import torch
 
 from benchmark.floor import Batch, now
-from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf import (
+    GPT2,
+    BertClassifier,
+    BertConfig,
+    Decoder,
+    GPT2Config,
+    Llama,
+    LlamaConfig,
+    PPOConfig,
+    PPOTrainer,
+    SentimentReward,
+    Tokenizer,
+)
 from minirlhf.device.precision import Precision
+from minirlhf.models.rope import RopeConfig
 from shared import PROMPTS  # 3 tokens each, with [CLS]
 
-SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+TINY_BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
-    "tiny": (
-        dict(n_embd=32, n_layer=2, n_head=2, n_positions=640),
-        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+    "tiny": (dict(n_embd=32, n_layer=2, n_head=2, n_positions=640), TINY_BERT),
+    "gpt2-medium": (dict(vocab_size=50257, n_embd=1024, n_layer=24, n_head=16), TINY_BERT),
+    "qwen3-0.6b": (
+        dict(
+            model_type="qwen3",
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            tie_word_embeddings=True,
+            rope_parameters=RopeConfig(rope_theta=1e6),
+        ),
+        TINY_BERT,
     ),
 }
 
@@ -75,6 +104,13 @@ class Work:
             return GPT2.from_pretrained(self.policy)
         return GPT2(GPT2Config(**SIZES[self.size][0])).eval()
 
+    def decoder(self) -> Decoder:
+        """A new copy of the policy, of whichever family."""
+        sizes = SIZES[self.size][0]
+        if self.policy is None and "model_type" in sizes:
+            return Llama(LlamaConfig(**sizes)).eval()
+        return self.gpt2()
+
     def bert(self) -> BertClassifier:
         if self.reward is not None:
             return BertClassifier.from_pretrained(self.reward)
@@ -82,14 +118,18 @@ class Work:
 
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
         """The tokenizers of policy and classifier; for random models a vocabulary of characters."""
-        made = Tokenizer(characters(GPT2Config().vocab_size))
+        counts = SIZES[self.size][0].get("vocab_size", GPT2Config().vocab_size), BertConfig().vocab_size
+        folders = self.policy, self.reward
         return tuple(
-            made if folder is None else Tokenizer.from_pretrained(folder) for folder in (self.policy, self.reward)
+            Tokenizer(characters(count)) if folder is None else Tokenizer.from_pretrained(folder)
+            for count, folder in zip(counts, folders, strict=True)
         )
 
     def trainer(self, **changes: Any) -> PPOTrainer:
         """A trainer of new models; changes: of the fields of PPOConfig."""
-        return PPOTrainer(self.gpt2(), self.gpt2(), self.tokenizers()[0], self.ppo(**changes))
+        config = self.ppo(**changes)
+        reference = None if config.adapters_off else self.decoder()
+        return PPOTrainer(self.decoder(), reference, self.tokenizers()[0], config)
 
     def reward_function(self) -> SentimentReward:
         """The classifier, in the precision of the work."""
@@ -113,7 +153,8 @@ def characters(count: int) -> list[str]:
     """A vocabulary of BERT's special tokens, printable ASCII and Chinese characters, one token a character."""
     head = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     head += [chr(c) for c in range(33, 127)]
-    return head + [chr(0x4E00 + i) for i in range(count - len(head))]
+    common, rare = range(0x4E00, 0xA000), range(0x20000, 0x40000)
+    return head + [chr(c) for c in itertools.islice(itertools.chain(common, rare), count - len(head))]
 
 
 def iteration(trainer: PPOTrainer, prompts: Sequence[str], reward: Any, name: str) -> list[Sample]:

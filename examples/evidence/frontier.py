@@ -19,7 +19,7 @@ try:
 except ImportError:
     sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
 
-from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SamplingConfig, SentimentReward, Tokenizer
+from minirlhf import NGramScorer, PPOConfig, PPOTrainer, SamplingConfig, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import Comparison
@@ -45,7 +45,7 @@ def main() -> None:
     reward = SentimentReward.from_pretrained(args.reward)
     second = NGramScorer.from_pretrained(args.second_scorer)
     tokenizer = Tokenizer.from_pretrained(args.policy)
-    reference = GPT2.from_pretrained(args.policy)
+    reference = load_decoder(args.policy)
     configs = {coefficient: ppo_config(args, coefficient) for coefficient in sorted(set(args.kl_coefs))}
     sampling = SamplingConfig(top_p=args.top_p)
     settings = EvaluationConfig(args.samples, sampling=sampling, best_of_prompts=max(1, args.samples // 8))
@@ -55,7 +55,7 @@ def main() -> None:
     # 1. A PPO run for each coefficient, then its evaluation. The same seed everywhere: the runs differ in nothing else.
     found: dict[float, Comparison] = {}
     for coefficient, config in configs.items():
-        trainer = PPOTrainer(GPT2.from_pretrained(args.policy), reference, tokenizer, config)
+        trainer = PPOTrainer(load_decoder(args.policy), reference, tokenizer, config)
         trainer.train(PROMPTS, reward)
         evaluation = evaluate(
             trainer.policy, trainer.reference, tokenizer, PROMPTS, reward, second_scorer=second, config=settings

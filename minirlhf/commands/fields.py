@@ -162,8 +162,8 @@ def _flag(name: str, kind: Any, said: str, field: dataclasses.Field[Any]) -> Arg
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(kind) is tuple:
         options |= {"nargs": len(get_args(kind)), "type": get_args(kind)[0], "metavar": "X"}
-    elif isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping):
-        options |= {"type": _json, "metavar": "JSON"}
+    elif dataclasses.is_dataclass(kind) or get_origin(kind) in (dict, Mapping):
+        options |= {"type": _or_none(_json) if optional else _json, "metavar": "JSON"}
     else:
         base = kind if kind in (int, float) else str
         options |= {"type": _or_none(base) if optional else base, "metavar": {int: "N", float: "X", str: "TEXT"}[base]}

@@ -108,7 +108,7 @@ def generate(args: argparse.Namespace) -> None:
         for done in range(0, args.n, BATCH):
             sampled = generation.generate(
                 model, [ids] * min(BATCH, args.n - done), args.gen_len, sampling,
-                eos_token_id=tokenizer.eos_id if args.eos else None, pad_token_id=tokenizer.pad_id,
+                eos_token_id=tokenizer.eos_token_id if args.eos else None, pad_token_id=tokenizer.pad_id,
                 generator=generator,
             )  # fmt: skip
             for row in sampled.responses:

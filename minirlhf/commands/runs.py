@@ -104,7 +104,8 @@ def evaluate(args: argparse.Namespace) -> None:
     prompts, *held_out = [as_prompts(pool, tokenizer) for pool in pools]
     warn_of_language(prompts, args.policy, args.reward, args.second_scorer)
     if args.eos:
-        drawn["eos_token_id"] = tokenizer.eos_id
+        ends = tokenizer.eos_token_id
+        drawn["eos_token_id"] = ends if isinstance(ends, int) else list(ends)  # as in a run's JSON
     config = EvaluationConfig(
         args.samples, drawn["gen_len"], sampling, drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
         kl_coef=history[-1].get("objective/kl_coef") if history else None,

@@ -110,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
 
     reward = _reward(arguments, config.device)
     policy, tokenizer = load_decoder(arguments["policy"]), Tokenizer.from_pretrained(arguments["policy"])
-    trainer = PPOTrainer(policy, arguments["policy"], tokenizer, config)
+    trainer = PPOTrainer(policy, None if config.adapters_off else arguments["policy"], tokenizer, config)
     arguments["prompts"] = [p.messages if isinstance(p, ChatPrompt) else p for p in trainer.check_prompts(pool)]
     started = {COMMAND: "train", ARGUMENTS: arguments, "ppo": dataclasses.asdict(config)}
     _go_on_with_ppo(Run.start(output, trainer, started, loggers=_loggers(given)), arguments, reward)
@@ -303,7 +303,8 @@ def dpo(args: argparse.Namespace) -> None:
     config, output, data = DPOConfig(**DPO_SETTINGS[0].of(given)), _new_output(given, "dpo"), _rankings(arguments)
     warn_of_language([text for ranking in data[0] for text in ranking.texts], arguments["policy"])
     policy, tokenizer = load_decoder(arguments["policy"]), Tokenizer.from_pretrained(arguments["policy"])
-    trainer = DPOTrainer(policy, None if config.reference_free else arguments["policy"], tokenizer, config)
+    alone = config.reference_free or config.adapters_off
+    trainer = DPOTrainer(policy, None if alone else arguments["policy"], tokenizer, config)
     for pairs in data:
         trainer.check_pairs(pairs)
     started = {COMMAND: "dpo", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}

@@ -60,6 +60,7 @@ _NAMES: dict[tuple[str | None, str], str] = {
     ("precision", '"bf16", "fp16" or another'): "bf16 fp16 dtype torch_dtype mixed_precision",
     ("checkpoint_activations", ""): "gradient_checkpointing",
     ("compile", ""): "torch_compile",
+    ("lora", "a LoRAConfig"): "peft_config lora_config lora_r lora_rank lora_alpha lora_dropout lora_target_modules",
     ("device", '"cpu"'): "use_cpu",
     ("seed", ""): "random_seed",
     (None, "models are handed to PPOTrainer"): "model_name model_name_or_path",

@@ -21,6 +21,16 @@ def plain_numbers(config: object) -> None:
             object.__setattr__(config, name, value.item())
 
 
+def require_token_ids(config: object, name: str) -> None:
+    """The named field is None, a token id or several; a list of ids becomes a tuple."""
+    value = getattr(config, name)
+    if isinstance(value, list):
+        object.__setattr__(config, name, tuple(value))
+    several = isinstance(value, (list, tuple)) and len(value) > 0
+    fine = all(type(i) is int and i >= 0 for i in (value if several else [value]))
+    require(config, name, value is None or fine, "an id of at least 0, or a tuple of ids")
+
+
 def require_one_of(config: object, name: str, choices: Collection[str]) -> None:
     """The named field is one of the choices."""
     value = getattr(config, name)

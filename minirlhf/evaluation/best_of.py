@@ -51,7 +51,7 @@ def best_of_n(
     tokenizer: Tokenizer | None = None,
     gen_len: int = 16,
     sampling: SamplingConfig | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = 128,
 ) -> BestOfN:
@@ -60,7 +60,7 @@ def best_of_n(
     Of several processes all get the result, and each samples and scores some of the prompts.
     policy: a model in eval mode, or its folder, which holds the tokenizer too; a model needs `tokenizer`.
     prompts: B texts. reward: of any form that `rewards.call_reward` takes; it gets all B n responses in one call.
-    gen_len, eos_token_id: response tokens, and the token that ends one earlier.
+    gen_len, eos_token_id: response tokens, and the token or tokens that end one earlier.
     sampling: None: the model's own distribution. generator: on the model's device; None: PyTorch's global one.
     batch_size: responses that are sampled at once; it changes memory, speed, and which responses are drawn.
     Raises ValueError for no prompts, an empty or too long one, an n or batch_size below 1, a model without a tokenizer
@@ -179,7 +179,7 @@ def loaded(policy: object, tokenizer: Tokenizer | None) -> tuple[Decoder, Tokeni
     elif isinstance(policy, (Decoder, ActorCritic)):
         model = language_model(policy)
     else:
-        raise ValueError(f"policy must be a GPT2, an ActorCritic or a folder, got a {type(policy).__name__}")
+        raise ValueError(f"policy must be a Decoder, an ActorCritic or a folder, got a {type(policy).__name__}")
     if tokenizer is None:
         raise ValueError("a policy that is a model needs tokenizer=")
     model.fit_vocabulary(len(tokenizer))

@@ -11,7 +11,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from minirlhf.common.validation import require, require_counts, require_non_negative, require_positive_ints
+from minirlhf.common.validation import (
+    require,
+    require_non_negative,
+    require_positive_ints,
+    require_token_ids,
+)
 from minirlhf.device.precision import Precision
 from minirlhf.device.processes import processes
 from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, encode_prompts, expected_best_of_n, n_of_kl
@@ -42,7 +47,7 @@ class EvaluationConfig:
     samples: int = 512  # of each model on each list of prompts, the prompts in turn; at least 2
     gen_len: int = 16  # new tokens a prompt
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    eos_token_id: int | None = None  # None: every response has gen_len tokens
+    eos_token_id: int | tuple[int, ...] | None = None  # one or several; None: every response has gen_len tokens
     best_of: tuple[int, ...] = (2, 4, 8, 16)  # each at most max_n
     max_n: int = MAX_N  # how far best-of-n is followed to the policy's KL; at most MAX_N
     best_of_prompts: int = 64  # for which candidates are drawn, the prompts in turn
@@ -54,8 +59,7 @@ class EvaluationConfig:
         require_positive_ints(self, "samples", "gen_len", "max_n", "best_of_prompts")
         require(self, "max_n", self.max_n <= MAX_N, f"at most {MAX_N}")
         require(self, "samples", self.samples >= 2, "at least 2")
-        if self.eos_token_id is not None:
-            require_counts(self, "eos_token_id")
+        require_token_ids(self, "eos_token_id")
         if self.kl_coef is not None:
             require_non_negative(self, "kl_coef")
         fine = isinstance(self.best_of, (tuple, list)) and len(self.best_of) > 0

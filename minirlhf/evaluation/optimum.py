@@ -282,7 +282,7 @@ def optimum(
     tokenizer: Tokenizer | None = None,
     gen_len: int = 16,
     sampling: SamplingConfig | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     samples: int = 4096,
     seed: int = 0,
     batch_size: int = 128,

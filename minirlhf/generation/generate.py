@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minirlhf.device.gpu import to_device
 from minirlhf.device.precision import full_precision
-from minirlhf.generation.sampling import SamplingConfig, draw_uniforms, pack_set, sample
+from minirlhf.generation.sampling import SamplingConfig, draw_uniforms, is_end, pack_set, sample
 from minirlhf.text.batching import Ids, left_pad
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def generate(
     max_new_tokens: int,
     sampling: SamplingConfig | None = None,
     *,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
     share: slice | None = None,
@@ -76,7 +76,8 @@ def generate(
 
     model: a decoder or an actor-critic in eval mode: dropout would sample from another policy than the scored one.
     prompts: token ids of each prompt, 1-D, of any lengths of at least 1.
-    max_new_tokens: R; without `eos_token_id`, after which a row stops, every response has exactly this length.
+    max_new_tokens: R; without `eos_token_id`, one or several after any of which a row stops, every response has exactly
+        this length.
     generator: on the model's device; R * B uniform numbers are drawn from it at once. None: PyTorch's global one.
     share: of the prompts, those that are continued here, while padding and random numbers are those of all; None: all.
     keep_sampling_sets, keep_states: whether the result has them.
@@ -150,7 +151,7 @@ def _decode(
         if t + 1 == max_new_tokens:
             break
         if eos_token_id is not None:
-            running = running & (new != eos_token_id)
+            running = running & ~is_end(new, eos_token_id)
             if (step is None or (t + 1) % CHECK_EVERY == 0) and not running.any():
                 break
             if step is None and not running.all():

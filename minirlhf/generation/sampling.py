@@ -7,6 +7,7 @@ Shapes: B rows, V vocabulary. A sampling set is the bool (B, V) of the tokens th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,15 @@ class SamplingConfig:
     def truncates(self) -> bool:
         """Whether some tokens can never be drawn."""
         return self.top_k > 0 or self.top_p < 1
+
+
+def is_end(tokens: Tensor, eos_token_id: int | Sequence[int] | None) -> Tensor:
+    """Bool, of the shape of tokens: which are the end of a text, one id or any of several; None: none is."""
+    ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    for i in ids:  # compared with numbers: a tensor of them would have to be copied to a GPU
+        ended = ended | (tokens == i)
+    return ended
 
 
 def top_k_set(logits: Tensor, k: int) -> Tensor:

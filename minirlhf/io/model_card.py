@@ -20,7 +20,8 @@ CLASSIFIER = ("text-classification", "AutoModelForSequenceClassification")
 # Our class -> what it is, the task in the hub's terms, the class of transformers that reads the same folder.
 CLASSES = {
     "GPT2": ("A GPT-2 language model", *DECODER),
-    "ActorCritic": ("A GPT-2 language model with the value head of PPO, in a file that only minirlhf reads", *DECODER),
+    "Llama": ("A language model of the Llama family", *DECODER),
+    "ActorCritic": ("A language model with the value head of PPO, in a file that only minirlhf reads", *DECODER),
     "RewardModel": ("A reward model with a scalar head", *CLASSIFIER),
     "BertClassifier": ("A BERT text classifier", *CLASSIFIER),
 }

@@ -39,7 +39,12 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # of peft
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Keys that say that the weights are not those of a dense language model in a floating-point type.
+QUANTISED = ("quantization_config", "compression_config")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+MULTIMODAL = ("vision_config", "text_config", "audio_config")
 # Keys of a loaded config.json that do not hold of what is saved: how it was stored, by whom, and code beside it.
 NOT_KEPT = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels", "_num_labels", "auto_map"}
 # What training wrappers put into a tensor's name: torch.compile, fully sharded and checkpointed modules anywhere, then
@@ -55,6 +60,8 @@ def read_folder(folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one; both name the file.
     """
     folder = locate(folder)
+    if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds LoRA adapters; minirlhf.load_decoder({str(folder)!r}) loads their base too")
     return read_json(folder / CONFIG_FILE), read_weights(folder)
 
 
@@ -210,20 +217,38 @@ def renamed(tensors: Mapping[str, Tensor], own_name: Callable[[str], str | None]
     return named
 
 
+def check_supported(content: Mapping[str, Any], folder: StrPath) -> None:
+    """Raise ValueError, with the field and what to do, for weights that are quantised, of experts, or of images."""
+    for name, value in content.items():
+        where = f"{folder}: {CONFIG_FILE} has {name}={value!r:.80}"
+        if name in QUANTISED and value is not None:
+            method = value.get("quant_method", "unknown") if isinstance(value, Mapping) else "unknown"
+            raise ValueError(f"{where}: weights quantised by {method!s:.40} are not supported; use the folder of the "
+                             "same model in bf16, fp16 or fp32")  # fmt: skip
+        experts = name in EXPERTS and value not in (None, 0, 1)
+        if experts or (name == "model_type" and isinstance(value, str) and (value == "mixtral" or "moe" in value)):
+            raise ValueError(f"{where}: a mixture of experts is not supported; use a dense model")
+        if name in MULTIMODAL and value is not None:
+            raise ValueError(f"{where}: a multimodal model is not supported; use the text-only model of the family")
+
+
 def check_published(
-    content: Mapping[str, Any], folder: StrPath, model_type: str, fixed: Mapping[str, tuple[Any, ...]]
+    content: Mapping[str, Any], folder: StrPath, model_type: str | tuple[str, ...], fixed: Mapping[str, tuple[Any, ...]]
 ) -> None:
     """Raise ValueError if a published config is of another model, or asks for a variant that is not supported.
 
+    model_type: or the supported ones, of which the first is what a missing one means.
     fixed: field -> the supported values, of which the first is what a missing field means.
     """
-    found = field(content, "model_type", str, f"{folder}: {CONFIG_FILE}", model_type)
-    if found != model_type:
-        raise ValueError(f"{folder} holds a {found!r} model, expected {model_type!r}")
+    check_supported(content, folder)
+    supported = (model_type,) if isinstance(model_type, str) else model_type
+    found = field(content, "model_type", str, f"{folder}: {CONFIG_FILE}", supported[0])
+    if found not in supported:
+        raise ValueError(f"{folder} holds a {found!r} model, expected {' or '.join(map(repr, supported))}")
     for name, values in fixed.items():
         if content.get(name, values[0]) not in values:
-            supported = " or ".join(repr(value) for value in values)
-            raise ValueError(f"{folder}: {CONFIG_FILE} has {name}={content[name]!r:.80}; only {supported} is supported")
+            allowed = " or ".join(repr(value) for value in values)
+            raise ValueError(f"{folder}: {CONFIG_FILE} has {name}={content[name]!r:.80}; only {allowed} is supported")
 
 
 def published_config(content: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]:
@@ -254,11 +279,12 @@ def write_folder(
 
     tensors: tied ones must be given once. card: also the metadata of the weights; None: no card.
     beside: further safetensors files, name -> (tensors, metadata).
-    Other files of the folder stay, also a README.md that is not ours; but shards of an older model are removed, since
-    other tools would read them. Raises OSError if the folder cannot be written; it is unchanged then.
+    Other files of the folder stay, also a README.md that is not ours; but shards of an older model, and adapters, are
+    removed, since other tools would read them. Raises OSError if the folder cannot be written; it is unchanged then.
     """
     with replaced_folder(folder) as staged:
-        for old in [*staged.glob("model-*-of-*.safetensors"), staged / INDEX_FILE]:
+        names = (INDEX_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE)
+        for old in [*staged.glob("model-*-of-*.safetensors"), *(staged / name for name in names)]:
             old.unlink(missing_ok=True)
         write_tensors(staged / WEIGHTS_FILE, tensors, card.metadata() if card else None)
         for name, (further, metadata) in (beside or {}).items():

@@ -65,8 +65,10 @@ def frozen(model: nn.Module) -> list[str]:
 
 
 def require_fp32(model: nn.Module) -> None:
-    """Raise ValueError for weights that a checkpoint, which holds fp32, would round."""
-    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+    """Raise ValueError for weights that a checkpoint, which holds fp32, would round; beside adapters, none is saved."""
+    named = list(model.named_parameters())
+    adapted = any(name.endswith(".lora_A") for name, _ in named)
+    if any(p.dtype != torch.float32 for _, p in named if p.requires_grad or not adapted):
         raise ValueError("a checkpoint holds fp32 weights, but the model has others; call float() on it first")
 
 

@@ -12,34 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minirlhf.common import validation
-from minirlhf.io.files import naming
-from minirlhf.io.model_folder import cast, check_published, published_config, read_folder, renamed
-from minirlhf.models.cache import KVCache, StaticKVCache
-from minirlhf.models.decoder import Decoder
-from minirlhf.models.layers import (
-    ACTIVATIONS,
-    Conv1D,
-    attention,
-    check_vocabulary,
-    config_from_json,
-    fill,
-    global_rng_kept,
-    normal_init,
-    shapes_only,
-)
-from minirlhf.models.packing import Packing
+from minirlhf.io.files import StrPath
+from minirlhf.io.model_folder import check_published, published_config, read_folder, renamed
+from minirlhf.models.decoder import BlockInputs, Decoder
+from minirlhf.models.layers import ACTIVATIONS, Conv1D, attention, config_from_json, global_rng_kept, normal_init
 
 # Variants of the computation that published configs can ask for and this model does not have.
 FIXED_FIELDS = {
@@ -47,7 +32,6 @@ FIXED_FIELDS = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-TRUNK = ("wte", "wpe", "h", "ln_f")  # what every head stands on
 LAYER_TENSORS = 12  # of one block
 TRANSFORMERS_EOS = 50256  # the token that transformers' GPT-2 config ends texts with unless told otherwise
 
@@ -80,18 +64,6 @@ class GPT2Config:
         if self.n_inner is not None:
             validation.require_positive_ints(self, "n_inner")
         validation.require(self, "n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}")
-
-
-class BlockInputs(NamedTuple):
-    """Inputs shared by every block of one forward pass.
-
-    allowed: bool (B or 1, 1, T, S), which keys each token may attend to; None: all that are not after it.
-    cache: to read from and to extend. packing: of the tokens that go through; None: they are (B, T, C).
-    """
-
-    allowed: Tensor | None
-    cache: KVCache | None = None
-    packing: Packing | None = None
 
 
 class Attention(nn.Module):
@@ -150,10 +122,15 @@ class GPT2(Decoder):
     seed: of the generator that draws the initial weights.
     """
 
+    prefix, trunk = "transformer.", ("wte", "wpe", "h", "ln_f")
+    config: GPT2Config
+
     def __init__(self, config: GPT2Config, seed: int = 0):
         super().__init__()
         self.config, self.vocab_size, self.n_positions = config, config.vocab_size, config.n_positions
-        self.width, self.n_heads = config.n_embd, config.n_head
+        self.width, self.n_heads, self.kv_heads = config.n_embd, config.n_head, config.n_head
+        self.head_size = config.n_embd // config.n_head
+        self.block_width, self.pass_width = 16 * config.n_embd, 12 * config.n_embd
         with global_rng_kept():
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -169,149 +146,59 @@ class GPT2(Decoder):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, 0.0, residual, generator=generator)
 
-    def fit_vocabulary(self, n_tokens: int, name: str = "model") -> None:
-        """See `Decoder.fit_vocabulary`."""
-        check_vocabulary(self.config.vocab_size, n_tokens, name)
-        self.vocab_size = n_tokens
-
     @property
-    def embeddings(self) -> list[nn.Module]:
+    def embeddings(self) -> list[nn.Embedding]:
         return [self.wte, self.wpe]
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self.h
 
-    def hidden_states(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        segments: Tensor | None = None,
-    ) -> Tensor:
-        """See `Decoder.hidden_states`."""
-        T, past = ids.size(1), 0 if cache is None else cache.length
-        shape = (len(ids), past + T)
-        if attention_mask is not None and attention_mask.shape != shape:
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {shape}")
-        packing, allowed = None, None  # type: Packing | None, Tensor | None
-        if isinstance(cache, StaticKVCache):
-            positions, allowed = cache.positions, cache.allowed
-        elif segments is not None:
-            positions, allowed = segment_positions(segments), segment_mask(segments)
-        else:
-            positions = token_positions(attention_mask, past, past + T, ids.device)
-            allowed = causal_mask(attention_mask, past, T, ids.device)
-            # Rows in a cache have different pasts, and dropout makes equal rows differ: only then nothing is shared.
-            alike = past == 0 and not any(module.training for module in self.modules())
-            packing = Packing.of(ids, None if attention_mask is None else attention_mask[:, past:], share=alike)
-        if past + T > self.n_positions and (longest := int(positions.max()) + 1) > self.n_positions:
-            raise ValueError(f"a sequence of {longest} tokens is longer than the model's {self.n_positions} positions")
-        inputs = BlockInputs(allowed, cache, packing)
-        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
-        x = x if packing is None else packing.pack(x)  # (N, C)
-        for layer, block in enumerate(self.h):
-            if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, inputs, layer, use_reentrant=False)
-            elif cache is None:
-                x = block(x, inputs, layer)
-            else:  # not what `torch.compile` made of it: see `compile_blocks`
-                x = block.forward(x, inputs, layer)
-        if cache is not None:
-            cache.advance(T)
-        x = self.ln_f(x)
-        return x if packing is None else packing.unpack(x)  # (B, T, C)
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.ln_f
 
-    def lm_logits(self, hidden: Tensor) -> Tensor:
-        """See `Decoder.lm_logits`."""
-        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight  # (V, C), tied or not
-        return F.linear(hidden, weight if self.vocab_size == len(weight) else weight[: self.vocab_size])
-
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """See `Decoder.new_cache`."""
-        weight, c = self.wte.weight, self.config
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        sizes = (c.n_layer, batch_size, c.n_head, max_length, c.n_embd // c.n_head)
-        return KVCache(*sizes, like=weight.new_empty(0, dtype=dtype))
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """See `Decoder.embed`."""
+        return self.drop(self.wte(ids) + self.wpe(positions))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GPT2:
-        """Load a folder in the published layout, in fp32 and in eval mode.
+    def read_published(cls, folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Decoder.read_published`.
 
-        Names may have the prefixes of training wrappers and `transformer.` or not; `lm_head.weight` may be stored,
-        tied or untied. Causal masks and a value head are dropped.
-        Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
+        Where attention is scaled by the inverse of the layer's number, too, the query weights become smaller instead.
         """
-        return cls.with_value_head(folder)[0]
+        content, tensors = read_folder(folder)
+        by_layer = content.get("scale_attn_by_inverse_layer_idx") is True
+        if by_layer:
+            content["scale_attn_by_inverse_layer_idx"] = False
+        check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+        named = renamed(tensors, own_name, folder)
+        for name, tensor in named.items() if by_layer else ():
+            layer = re.fullmatch(r"h\.([0-9]{1,9})\.attn\.c_attn\.(weight|bias)", name)
+            if layer and tensor.ndim and tensor.is_floating_point():
+                named[name] = tensor.float()
+                named[name][..., : tensor.size(-1) // 3] *= 1 / (int(layer[1]) + 1)
+        return content, named
 
     @classmethod
-    def with_value_head(cls, folder: str | os.PathLike[str]) -> tuple[GPT2, dict[str, Tensor]]:
-        """The model of `from_pretrained`, and the tensors of TRL's value head, `v_head.*`, if the folder has one."""
-        content, named = read_published(folder)
-        head = {n.removeprefix("v_head."): named.pop(n) for n in list(named) if n.startswith("v_head.")}
-        return cls._from_tensors(folder, content, named), head
+    def read_config(cls, content: Mapping[str, Any], stored: int) -> GPT2Config:
+        """See `Decoder.read_config`."""
+        return config_from_json(GPT2Config, content, "n_layer", stored // LAYER_TENSORS)
 
-    @classmethod
-    def from_trunk(cls, folder: str | os.PathLike[str]) -> GPT2:
-        """Load the transformer of any GPT-2 folder, without its heads; raises as `from_pretrained`."""
-        content, named = read_published(folder)
-        trunk = {name: tensor for name, tensor in named.items() if name.split(".")[0] in TRUNK}
-        return cls._from_tensors(folder, {**content, "tie_word_embeddings": True}, trunk)
-
-    @classmethod
-    def _from_tensors(
-        cls, folder: str | os.PathLike[str], content: Mapping[str, Any], named: dict[str, Tensor]
-    ) -> GPT2:
-        with naming(folder), shapes_only():
-            model = cls(read_config(content, len(named)))
-        head = named.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-        if head is not None:
-            named.setdefault("wte.weight", head)
-        fill(model, named, folder)
-        if head is not None and not torch.equal(model.wte.weight, head.float()):
-            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight, but tie_word_embeddings is not false")
-        model.loaded_from(folder, content)
-        return model.eval()
-
-    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `Decoder.published`."""
+    def described(self, head: Literal["lm", "score"], dtype: torch.dtype) -> dict[str, Any]:
+        """See `Decoder.described`."""
         content = {
-            "architectures": ["GPT2LMHeadModel"],
+            "architectures": ["GPT2LMHeadModel" if head == "lm" else "GPT2ForSequenceClassification"],
             "model_type": "gpt2",
             **dataclasses.asdict(self.config),
             "n_ctx": self.config.n_positions,  # what llama.cpp's converter reads
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        tensors = {n if n.startswith("lm_head.") else f"transformer.{n}": t for n, t in self.state_dict().items()}
         config = published_config(content, self.origin)
         if self.config.vocab_size <= TRANSFORMERS_EOS:  # no token of this vocabulary
             config = {"bos_token_id": None, "eos_token_id": None, **config}
-        return config, cast(tensors, dtype)
-
-
-def read_published(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A GPT-2 folder's `config.json`, and all its tensors by their names here; raises as `GPT2.from_pretrained`.
-
-    Where attention is scaled by the inverse of the layer's number, too, the query weights become smaller instead.
-    """
-    content, tensors = read_folder(folder)
-    by_layer = content.get("scale_attn_by_inverse_layer_idx") is True
-    if by_layer:
-        content["scale_attn_by_inverse_layer_idx"] = False
-    check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
-    named = renamed(tensors, own_name, folder)
-    for name, tensor in named.items() if by_layer else ():
-        layer = re.fullmatch(r"h\.([0-9]{1,9})\.attn\.c_attn\.(weight|bias)", name)
-        if layer and tensor.ndim and tensor.is_floating_point():
-            named[name] = tensor.float()
-            named[name][..., : tensor.size(-1) // 3] *= 1 / (int(layer[1]) + 1)
-    return content, named
-
-
-def read_config(content: Mapping[str, Any], stored: int) -> GPT2Config:
-    """The GPT2Config of a published `config.json`, for a file of `stored` tensors; see `config_from_json`."""
-    return config_from_json(GPT2Config, content, "n_layer", stored // LAYER_TENSORS)
+        return config
 
 
 def own_name(published: str) -> str | None:
@@ -319,36 +206,3 @@ def own_name(published: str) -> str | None:
     if published.endswith((".attn.bias", ".attn.masked_bias")):
         return None
     return published.removeprefix("transformer.")
-
-
-def token_positions(attention_mask: Tensor | None, past: int, total: int, device: torch.device) -> Tensor:
-    """Positions (B, T) or (T,) of the new tokens: real tokens are numbered 0, 1, 2, ... in every row."""
-    if attention_mask is None:
-        return torch.arange(past, total, device=device)
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
-
-
-def causal_mask(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
-    """Bool (B or 1, 1, T, S), which keys each new token may attend to; None stands for all that are not after it."""
-    if attention_mask is None and (past == 0 or new == 1):
-        return None
-    causal = torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)[None, None]  # (1, 1, T, S)
-    if attention_mask is None:
-        return causal
-    # A padding token may attend to itself: a softmax over nothing would be NaN.
-    itself = torch.ones_like(causal).triu(past)  # with `causal`: the diagonal
-    return causal & (attention_mask.bool()[:, None, None, :] | itself)
-
-
-def segment_positions(segments: Tensor) -> Tensor:
-    """Positions (B, T) that begin at 0 in every segment of contiguous equal numbers in segments (B, T)."""
-    places = torch.arange(segments.size(1), device=segments.device).expand_as(segments)
-    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    return places - torch.where(begins, places, 0).cummax(-1).values
-
-
-def segment_mask(segments: Tensor) -> Tensor:
-    """Bool (B, 1, T, T), causal and block-diagonal (Krell et al. 2021, "Efficient Sequence Packing")."""
-    T = segments.size(1)
-    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
-    return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]

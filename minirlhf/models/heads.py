@@ -18,9 +18,11 @@ from minirlhf.io.files import naming
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard
 from minirlhf.io.model_folder import cast, check_tensors, read_metadata, read_tensors, write_folder
+from minirlhf.models.adapter_folder import write_adapter
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import global_rng_kept
-from minirlhf.models.loading import decoder_class
+from minirlhf.models.loading import load_with_value_head
+from minirlhf.models.lora import merged
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_KINDS = ("linear", "tanh")
@@ -78,13 +80,18 @@ class ActorCritic(TextGenerator, nn.Module):
         return self.decoder.lm_logits(hidden), None if self.value_head is None else self.value_head(hidden)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], value_head: str | None = None) -> ActorCritic:
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        value_head: str | None = None,
+        base: Decoder | str | os.PathLike[str] | None = None,
+    ) -> ActorCritic:
         """Load a decoder's folder with its value head, `value_head.safetensors` or TRL's `v_head.*`, in eval mode.
 
-        value_head: the kind of head; None: the one in the folder, or a linear one.
+        value_head: the kind of head; None: the one in the folder, or a linear one. base: as in `load_decoder`.
         Raises as `load_decoder`, and ValueError for a head that does not fit.
         """
-        decoder, tensors = decoder_class(folder).with_value_head(folder)
+        decoder, tensors = load_with_value_head(folder, base)
         path, stored = locate(folder) / VALUE_HEAD_FILE, "linear"  # as TRL's is
         if path.is_file():
             if tensors:
@@ -108,15 +115,20 @@ class ActorCritic(TextGenerator, nn.Module):
     ) -> None:
         """Write the decoder in the published layout and the value head beside it, where other tools ignore it.
 
-        dtype, summary and errors as of `Decoder.save_pretrained`; everything is written at one moment.
+        Adapters are merged; dtype, summary and errors as of `Decoder.save_pretrained`; all is written at one moment.
         """
-        config, tensors = self.decoder.published(dtype)
+        config, tensors = merged(self.decoder).published(dtype)
         card = ModelCard("ActorCritic", self.decoder.origin, summary)
-        beside = {}
-        if self.value_head is not None:
-            kind = {"kind": self.value_head.kind}
-            beside[VALUE_HEAD_FILE] = cast(self.value_head.state_dict(), torch.float32), kind
-        write_folder(folder, config, tensors, card, beside=beside)
+        write_folder(folder, config, tensors, card, beside=self._beside())
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the decoder's adapters and the value head; layout and errors as of `Decoder.save_adapter`."""
+        write_adapter(self.decoder, folder, self._beside())
+
+    def _beside(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        if self.value_head is None:
+            return {}
+        return {VALUE_HEAD_FILE: (cast(self.value_head.state_dict(), torch.float32), {"kind": self.value_head.kind})}
 
 
 def with_value_head(

@@ -20,6 +20,7 @@ from minirlhf.generation.generate import language_model
 from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
 from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.models.loading import load_decoder
+from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.probes import language_model_probe
 from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.text.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class Models:
 @agreed("the models")
 def prepare(
     policy: ActorCritic | Decoder,
-    ref_policy: ActorCritic | Decoder | str | os.PathLike[str],
+    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None,
     tokenizer: Tokenizer,
     config: PPOConfig,
     with_values: bool,
@@ -65,6 +66,7 @@ def prepare(
     """
     require_tokenizer(tokenizer)
     reference, source = load_reference(ref_policy)
+    config = dataclasses.replace(config, lora=config.lora or language_model(policy).lora)
     if with_values and isinstance(policy, ActorCritic) and policy.value_head is None:
         advice = "pass the plain decoder, policy.decoder, to get a new one, or choose advantages without values"
         raise ValueError(f"advantages={config.advantages!r} needs a value head, and the policy has none: {advice}")
@@ -74,11 +76,23 @@ def prepare(
         own = actor.value_head.kind
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
-    check_pair(actor.decoder, reference, len(tokenizer))
+    if config.adapters_off:
+        validation.require(config, "reference", config.lora is not None, "own or shared for a policy without LoRA")
+        actor.decoder.fit_vocabulary(len(tokenizer), "policy")
+        own_source = require_base(actor.decoder, reference)
+        source = source or own_source
+    elif reference is None:
+        raise ValueError("ref_policy is None: only with lora and reference='adapters off' is it the policy's own base")
+    else:
+        check_pair(actor.decoder, reference, len(tokenizer))
     actor.decoder.tokenizer = tokenizer  # for `policy.generate`
     positions = actor.decoder.n_positions
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
-    validation.require(config, "eos_token_id", (config.eos_token_id or 0) < len(tokenizer), f"in [0, {len(tokenizer)})")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id or 0,)
+    validation.require(config, "eos_token_id", max(ends) < len(tokenizer), f"in [0, {len(tokenizer)})")
+    config = dataclasses.replace(config, lora=add_lora(actor.decoder, config.lora, config.seed))
+    if reference is None or config.adapters_off:
+        reference = adapters_off(actor.decoder)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -121,12 +135,18 @@ def require_tokenizer(tokenizer: object) -> None:
         raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
 
 
-def load_reference(ref_policy: ActorCritic | Decoder | str | os.PathLike[str]) -> tuple[Decoder, str | None]:
+def load_reference(
+    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None,
+) -> tuple[Decoder | None, str | None]:
     """The decoder of a reference, and the folder or name that it was loaded from; None for a model that was given."""
     if not isinstance(ref_policy, (str, os.PathLike)):
-        return language_model(ref_policy), None
-    source = os.path.abspath(ref_policy) if Path(ref_policy).is_dir() else os.fspath(ref_policy)
-    return load_decoder(ref_policy), source
+        return None if ref_policy is None else language_model(ref_policy), None
+    return load_decoder(ref_policy), absolute(ref_policy)
+
+
+def absolute(source: str | os.PathLike[str]) -> str:
+    """The path of a folder, whatever the current one is; a name on the hub as it is."""
+    return os.path.abspath(source) if Path(source).is_dir() else os.fspath(source)
 
 
 def check_pair(policy: Decoder, reference: Decoder, n_tokens: int) -> None:
@@ -138,3 +158,19 @@ def check_pair(policy: Decoder, reference: Decoder, n_tokens: int) -> None:
     if reference.n_positions < policy.n_positions:
         positions = f"{reference.n_positions} positions, fewer than the policy's {policy.n_positions}"
         raise ValueError(f"the reference has {positions}")
+
+
+def require_base(policy: Decoder, reference: Decoder | None) -> str | None:
+    """Raise ValueError for a reference, unless None, that is not what the policy is without its adapters.
+
+    Returns the folder or name that the policy was loaded from.
+    """
+    others = {} if reference is None else dict(reference.named_parameters())
+    for name, p in policy.named_parameters() if reference is not None else ():
+        same = name in others and others[name].shape == p.shape and torch.equal(p, others[name].to(p))
+        if not same and not name.endswith((".lora_A", ".lora_B")):
+            raise ValueError(
+                f"with LoRA the reference is the policy with its adapters off, but ref_policy has another {name}: pass "
+                "None for ref_policy, or, to PPO, reference='own' to hold it as a second model"
+            )
+    return None if policy.source is None else absolute(policy.source)

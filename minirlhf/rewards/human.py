@@ -23,7 +23,7 @@ from minirlhf.common.text import json_line, printable
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import StrPath, flush_folder, lock_descriptor, open_for_writing, read_jsonl
-from minirlhf.models.gpt2 import GPT2
+from minirlhf.models.decoder import Decoder
 from minirlhf.text.tokenizer import Tokenizer
 
 MOST = 4  # answers per question
@@ -201,7 +201,7 @@ class HumanReward:
 
 
 def draw_answers(
-    model: GPT2,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     count: int,
@@ -220,7 +220,7 @@ def draw_answers(
     for _ in range(TRIES):
         drawn = generate(
             model, [ids] * count, gen_len, sampling,
-            eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, generator=generator,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator,
         )  # fmt: skip
         for row in drawn.responses:
             answer = "".join(tokenizer.decode_response(ids, row))

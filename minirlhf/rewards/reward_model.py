@@ -1,13 +1,12 @@
-"""The reward model of RLHF: a GPT-2 or BERT trunk with a scalar head, which is itself a reward function.
+"""The reward model of RLHF: a decoder or BERT trunk with a scalar head, which is itself a reward function.
 
-The score is a linear function of one state: GPT-2's at the last real token (Ouyang et al. 2022), or BERT's at [CLS].
-Folders are those of `GPT2ForSequenceClassification` and `BertForSequenceClassification` with one label; the
-normalisation is a key of `config.json` that other tools ignore. Shapes: B texts, T tokens, C width.
+The score is a linear function of one state: a decoder's at the last real token (Ouyang et al. 2022), or BERT's at
+[CLS]. Folders are those of `GPT2ForSequenceClassification`, `LlamaForSequenceClassification` and their like with one
+label; the normalisation is a key of `config.json` that other tools ignore. Shapes: B texts, T tokens, C width.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,11 @@ from minirlhf.device.random import eval_mode
 from minirlhf.io.files import StrPath, naming, read_json, replaced_folder
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard, Origin
-from minirlhf.io.model_folder import CONFIG_FILE, cast, published_config, write_folder
-from minirlhf.models.bert import BertClassifier, BertConfig
-from minirlhf.models.gpt2 import GPT2, read_config, read_published
+from minirlhf.io.model_folder import CONFIG_FILE, cast, write_folder
+from minirlhf.models.bert import BertClassifier
+from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import check_vocabulary, fill, global_rng_kept, shapes_only
+from minirlhf.models.loading import DECODERS, decoder_class
 from minirlhf.text.batching import length_sorted_batches, right_pad
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -35,21 +35,21 @@ LABEL = "reward"  # the name of the only label, for other tools
 NORMALISATION = "reward_normalisation"  # key of config.json
 
 
-class GPT2Scorer(nn.Module):
-    """GPT-2 with a linear head on the state of each row's last real token: `model(ids, mask) -> (B, 1)`.
+class DecoderScorer(nn.Module):
+    """A decoder with a linear head on the state of each row's last real token: `model(ids, mask) -> (B, 1)`.
 
-    gpt2: the trunk. seed: of the generator that draws the head from N(0, 1 / (C + 1)) (Stiennon et al. 2020).
+    decoder: the trunk. seed: of the generator that draws the head from N(0, 1 / (C + 1)) (Stiennon et al. 2020).
     """
 
-    def __init__(self, gpt2: GPT2, seed: int = 0):
+    def __init__(self, decoder: Decoder, seed: int = 0):
         super().__init__()
-        self.config = gpt2.config
-        self.origin = gpt2.origin
-        self.transformer = gpt2
+        self.config = decoder.config
+        self.origin = decoder.origin
+        self.decoder = decoder
         with global_rng_kept():
-            self.score = nn.Linear(gpt2.config.n_embd, 1, bias=False)
+            self.score = nn.Linear(decoder.width, 1, bias=False)
         generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.score.weight, 0.0, (gpt2.config.n_embd + 1) ** -0.5, generator=generator)
+        nn.init.normal_(self.score.weight, 0.0, (decoder.width + 1) ** -0.5, generator=generator)
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Scores (B, 1).
@@ -57,35 +57,30 @@ class GPT2Scorer(nn.Module):
         ids: (B, T) int64, padded on the right; attention_mask: (B, T), 1 at real tokens, None: no padding.
         Raises ValueError for texts longer than `n_positions`.
         """
-        hidden = self.transformer.hidden_states(ids)  # right padding: causal attention never reads it
+        hidden = self.decoder.hidden_states(ids)  # right padding: causal attention never reads it
         if attention_mask is None:
             return self.score(hidden[:, -1])
         last = attention_mask.sum(-1) - 1  # (B,)
         return self.score(hidden[torch.arange(len(ids), device=ids.device), last])
 
     @classmethod
-    def from_pretrained(cls, folder: StrPath) -> GPT2Scorer:
-        """Load a folder in the published layout, in fp32 and eval mode. Raises as `GPT2.from_pretrained`."""
-        content, tensors = read_published(folder)
+    def from_pretrained(cls, folder: StrPath) -> DecoderScorer:
+        """Load a folder in the published layout, in fp32 and eval mode. Raises as `load_decoder`."""
+        kind = decoder_class(folder)
+        content, tensors = kind.read_published(folder)
         content["tie_word_embeddings"] = True  # there is no LM head to be untied
-        named = {name if name.startswith("score.") else f"transformer.{name}": x for name, x in tensors.items()}
+        named = {name if name.startswith("score.") else f"decoder.{name}": x for name, x in tensors.items()}
         with naming(folder), shapes_only():
-            model = cls(GPT2(read_config(content, len(tensors))))
+            model = cls(kind(kind.read_config(content, len(tensors))))
         fill(model, named, folder)
         model.origin = Origin.of(folder, content)
         return model.eval()
 
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """`config.json` and tensors in the published layout, as of `Decoder.published`."""
-        content = {
-            "architectures": ["GPT2ForSequenceClassification"],
-            "model_type": "gpt2",
-            **dataclasses.asdict(self.config),
-            "id2label": {0: LABEL},
-            "label2id": {LABEL: 0},
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
-        return published_config(content, self.origin), cast(self.state_dict(), dtype)
+        content = {**self.decoder.described("score", dtype), "id2label": {0: LABEL}, "label2id": {LABEL: 0}}
+        tensors = {name.replace("decoder.", self.decoder.prefix, 1): x for name, x in self.state_dict().items()}
+        return content, cast(tensors, dtype)
 
 
 class RewardModel(nn.Module):
@@ -94,13 +89,13 @@ class RewardModel(nn.Module):
     The rewards are `(scores(texts) - mean) / std`; `normalise` sets mean and std, which are 0 and 1 at first. Texts
     longer than the network's positions are cut at the end.
 
-    network: scores token ids, a GPT2Scorer or a BertClassifier with one label. batch_size: texts in one forward pass.
+    network: scores token ids, a DecoderScorer or a BertClassifier with one label. batch_size: texts in a forward pass.
     Raises ValueError for a classifier of several labels, a vocabulary that does not fit, or a bad batch size.
     """
 
     def __init__(
         self,
-        network: GPT2Scorer | BertClassifier,
+        network: DecoderScorer | BertClassifier,
         tokenizer: Tokenizer,
         batch_size: int = 64,
         device: str | torch.device = "auto",
@@ -119,13 +114,15 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_trunk(cls, folder: StrPath, seed: int = 0, **options: Any) -> RewardModel:
-        """A new scalar head, drawn with `seed`, on the GPT-2 or BERT of a folder, whose own heads are dropped if any.
+        """A new scalar head, drawn with `seed`, on the decoder or BERT of a folder, whose own heads are dropped if any.
 
-        options: of the constructor. Raises as `GPT2.from_trunk` and `BertClassifier.from_trunk`.
+        options: of the constructor. Raises as `Decoder.from_trunk` and `BertClassifier.from_trunk`.
         """
-        if _model_type(folder) == "gpt2":
-            return cls(GPT2Scorer(GPT2.from_trunk(folder), seed), Tokenizer.from_pretrained(folder), **options)
-        network = BertClassifier.from_trunk(folder, {0: LABEL}, seed)
+        network: DecoderScorer | BertClassifier
+        if _model_type(folder) == "bert":
+            network = BertClassifier.from_trunk(folder, {0: LABEL}, seed)
+        else:
+            network = DecoderScorer(decoder_class(folder).from_trunk(folder), seed)
         return cls(network, Tokenizer.from_pretrained(folder), **options)
 
     @classmethod
@@ -135,7 +132,7 @@ class RewardModel(nn.Module):
         options: of the constructor.
         Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one, naming file and tensor.
         """
-        kind = GPT2Scorer if _model_type(folder) == "gpt2" else BertClassifier
+        kind = BertClassifier if _model_type(folder) == "bert" else DecoderScorer
         model = cls(kind.from_pretrained(folder), Tokenizer.from_pretrained(folder), **options)
         model.mean, model.std = _normalisation(locate(folder) / CONFIG_FILE)
         return model
@@ -146,10 +143,10 @@ class RewardModel(nn.Module):
         """Write weights, config, normalisation and tokenizer into a folder, all at one moment.
 
         transformers loads it as `AutoModelForSequenceClassification`, whose logit is the score before normalisation.
-        Arguments and errors: see `GPT2.save_pretrained`.
+        Arguments and errors: see `Decoder.save_pretrained`.
         """
         config, tensors = self.network.published(dtype)
-        config["pad_token_id"] = self.tokenizer.pad_id  # by which transformers finds the last token of a GPT-2's row
+        config["pad_token_id"] = self.tokenizer.pad_id  # by which transformers finds the last token of a row
         config[NORMALISATION] = {"mean": self.mean, "std": self.std}
         with replaced_folder(folder) as staged:
             write_folder(staged, config, tensors, ModelCard("RewardModel", self.network.origin, summary))
@@ -158,8 +155,12 @@ class RewardModel(nn.Module):
     @property
     def max_length(self) -> int:
         """Number of tokens of the longest text, [CLS] and [SEP] included."""
-        config = self.network.config
-        return config.max_position_embeddings if isinstance(config, BertConfig) else config.n_positions
+        network = self.network
+        return (
+            network.decoder.n_positions
+            if isinstance(network, DecoderScorer)
+            else network.config.max_position_embeddings
+        )
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Rewards (B,) of texts, in the order given: normalised scores, without a gradient."""
@@ -204,10 +205,11 @@ class RewardModel(nn.Module):
 
 def _model_type(folder: StrPath) -> str:
     kind = read_json(locate(folder) / CONFIG_FILE).get("model_type")
+    kinds = ("bert", *DECODERS)
     if kind is None:
-        raise ValueError(f"{folder}: {CONFIG_FILE} lacks model_type, which says whether the trunk is 'gpt2' or 'bert'")
-    if kind not in ("gpt2", "bert"):
-        raise ValueError(f"{folder} holds a {kind!r} model; the trunk of a reward model is 'gpt2' or 'bert'")
+        raise ValueError(f"{folder}: {CONFIG_FILE} lacks model_type, which says what the trunk is: {', '.join(kinds)}")
+    if kind not in kinds:
+        raise ValueError(f"{folder} holds a {kind!r} model; the trunk of a reward model is one of {', '.join(kinds)}")
     return kind
 
 

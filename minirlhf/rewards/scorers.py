@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from minirlhf.io.files import StrPath, read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
+from minirlhf.models.loading import DECODERS
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.imported import imported_reward, is_import
 from minirlhf.rewards.labels import PositiveLabel
@@ -29,10 +30,13 @@ def load_scorer(folder: StrPath, device: str = "auto", positive_label: PositiveL
         return NGramScorer.from_pretrained(folder)
     id2label = config.get("id2label")
     has_one_label = config.get("num_labels") == 1 or (isinstance(id2label, Mapping) and len(id2label) == 1)
-    if kind == "gpt2":
-        has_one_label = config.get("architectures") == ["GPT2ForSequenceClassification"]
+    if kind in DECODERS:
+        names = config.get("architectures")
+        has_one_label = isinstance(names, list) and all(
+            str(name).endswith("ForSequenceClassification") for name in names
+        )
     if NORMALISATION in config or has_one_label:
         return RewardModel.from_pretrained(folder, device=device)
-    if kind == "gpt2":
-        raise ValueError(f"{folder} holds a 'gpt2' model without a reward head, expected a reward")
+    if kind in DECODERS:
+        raise ValueError(f"{folder} holds a {kind!r} model without a reward head, expected a reward")
     return SentimentReward.from_pretrained(folder, positive_label=positive_label, device=device)

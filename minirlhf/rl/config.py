@@ -11,7 +11,7 @@ from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.common.suggestions import suggest
 from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.models.heads import VALUE_HEAD_KINDS
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rl.advantages import ADVANTAGES
 from minirlhf.rl.presets import PRESETS, PPOOverrides, require_combinations, require_method
 
@@ -76,20 +76,22 @@ class PPOConfig:
     temperature: float = 1.0  # divides the logits
     top_k: int = 0  # most probable tokens; 0: all
     top_p: float = 0.95  # nucleus; 1: all
-    eos_token_id: int | None = None  # None: every response has gen_len tokens
+    eos_token_id: int | tuple[int, ...] | None = None  # one or several; None: every response has gen_len tokens
     # What was sampled is what log-probabilities refer to, unless turned off:
     logprobs_temperature: bool = True  # False: logits are not divided by the temperature
     logprobs_full_softmax: bool = False  # True: the full softmax for truncated samples, as in the original recipe
     # The value head, made for a policy that is a plain decoder
     value_head: Literal["linear", "tanh"] | None = None  # None: linear
     value_head_init: float = 0.0  # weights of that head start uniform in +- this
+    lora: LoRAConfig | None = None  # adapters that are trained in the place of the policy's weights
     # The machine
     device: str = "auto"  # auto, cpu or cuda[:index]
     precision: str = "auto"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: see `precision_choice`
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     compile: bool = False  # torch.compile of the blocks of policy and reference, which needs a C++ compiler or a GPU
     cuda_graphs: bool = False  # on a GPU, decode by replaying a CUDA graph
-    reference: Literal["own", "shared"] = "own"  # shared: the reference uses the memory of the policy's frozen layers
+    # shared: it uses the memory of the policy's frozen layers; None: own, or with LoRA the policy with adapters off
+    reference: Literal["own", "shared", "adapters off"] | None = None
     seed: int = 0  # of all random numbers
     reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
     # Optimizer steps in a row that may be skipped because their loss or gradient is not finite. More than the 16
@@ -98,6 +100,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         validation.plain_numbers(self)
+        object.__setattr__(self, "lora", LoRAConfig.of(self.lora))
         counts = ("steps", "batch_size", "forward_batch_size", "gen_len", "save_freq", "ppo_epochs", "minibatch_size")
         validation.require_positive_ints(self, *counts, "group_size", "max_bad_steps")
         validation.require_above(self, 0, "lr", "target", "horizon", "cliprange", "cliprange_value", "adam_eps")
@@ -111,18 +114,16 @@ class PPOConfig:
                 validation.require_above(self, 0, name)
         if self.max_grad_norm is not None:
             validation.require_positive(self, "max_grad_norm")
-        if self.eos_token_id is not None:
-            validation.require_counts(self, "eos_token_id")
+        validation.require_token_ids(self, "eos_token_id")
         validation.require(self, "whiten_ddof", type(self.whiten_ddof) is int and self.whiten_ddof in (0, 1), "0 or 1")
         validation.require_one_of(self, "precision", PRECISION_SETTINGS)
         validation.require_one_of(self, "advantages", ADVANTAGES)
         for name, kind in get_type_hints(PPOConfig).items():
             if kind is bool:
                 validation.require_bools(self, name)
-            elif get_origin(kind) is Literal:
-                validation.require_one_of(self, name, get_args(kind))
-        if self.value_head is not None:
-            validation.require_one_of(self, "value_head", VALUE_HEAD_KINDS)
+            for choices in [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]:
+                if choices is kind or getattr(self, name) is not None:
+                    validation.require_one_of(self, name, get_args(choices))
         fine = self.missing_eos == "keep" or self.eos_token_id is not None
         validation.require(self, "missing_eos", fine, "keep unless eos_token_id is set")
         require_combinations(self)
@@ -132,6 +133,11 @@ class PPOConfig:
     def sampling(self) -> SamplingConfig:
         """How tokens are drawn."""
         return SamplingConfig(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def adapters_off(self) -> bool:
+        """Whether the reference is the policy without its adapters."""
+        return self.reference == "adapters off" or (self.reference is None and self.lora is not None)
 
     @property
     def iterations(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from minirlhf.common import validation
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rl.advantages import COMPARES_GROUPS
 
 if TYPE_CHECKING:
@@ -63,17 +64,18 @@ class PPOOverrides(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
-    eos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None
     logprobs_temperature: bool
     logprobs_full_softmax: bool
     value_head: Literal["linear", "tanh"] | None
     value_head_init: float
+    lora: LoRAConfig | None
     device: str
     precision: str
     checkpoint_activations: bool
     compile: bool
     cuda_graphs: bool
-    reference: Literal["own", "shared"]
+    reference: Literal["own", "shared", "adapters off"] | None
     seed: int
     reward_timeout: float | None
     max_bad_steps: int

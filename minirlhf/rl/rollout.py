@@ -158,8 +158,9 @@ def collect_rollout(
         sampled = generate(
             models.policy.decoder, prompt_ids, c.gen_len, c.sampling,
             eos_token_id=c.eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, share=mine,
-            # In fp32 states from the decode give the same log-probabilities to 1e-5 nats; in 16 bits they do not.
-            keep_states=models.precision.name == "fp32", keep_sampling_sets=not c.logprobs_full_softmax,
+            # In fp32 they give the same log-probabilities to 1e-5 nats. With LoRA the KL of step 0 is 0 to the bit.
+            keep_states=models.precision.name == "fp32" and not c.adapters_off,
+            keep_sampling_sets=not c.logprobs_full_softmax,
             graphed=models.graphed,
         )  # fmt: skip
     prompts, prompt_ids = prompts[mine], prompt_ids[mine]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.common.masked import last_token
+from minirlhf.generation.sampling import is_end
 from minirlhf.rl.kl import kl_estimate
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ def shaped_scores(rollout: Rollout, config: PPOConfig) -> Tensor:
 
 
 def penalise_missing_eos(rollout: Rollout, config: PPOConfig) -> Tensor:
-    """Scores (B,) in which responses that do not end in `eos_token_id` get a fixed score, or lose that much."""
+    """Scores (B,) in which responses that do not end in an `eos_token_id` get a fixed score, or lose that much."""
     c, mask = config, rollout.response_mask
-    ended = (last_token(mask) & (rollout.tokens[:, -mask.size(1) :] == c.eos_token_id)).any(-1)
+    ended = (last_token(mask) & is_end(rollout.tokens[:, -mask.size(1) :], c.eos_token_id)).any(-1)
     lost = rollout.scores - c.missing_eos_score
     return torch.where(ended, rollout.scores, lost if c.missing_eos == "subtract" else c.missing_eos_score)
 

@@ -29,7 +29,8 @@ def trainer_state(trainer: PPOTrainer) -> State:
     if trainer.interrupted:
         where = f"the trainer stopped within step {trainer.iteration + 1}"
         raise RuntimeError(f"{where}, so its state is inconsistent; go back to its last checkpoint")
-    if trainer.config.reference == "shared" and module_hash(trainer.reference) != trainer.reference_hash:
+    shared = trainer.config.reference == "shared" or trainer.config.adapters_off
+    if shared and module_hash(trainer.reference) != trainer.reference_hash:
         raise RuntimeError("the reference is not what it was: layers that it shares with the policy were changed")
     require_fp32(trainer.policy)
     tensors = {f"generator.{name}": generator.get_state() for name, generator in trainer.generators.items()}

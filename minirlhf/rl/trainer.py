@@ -52,7 +52,8 @@ class PPOTrainer:
     """Proximal policy optimisation of a language model against a reward, held near a reference by a KL penalty.
 
     policy: trained in place; a plain decoder gets a new value head, as the config says.
-    ref_policy: the frozen reference, usually a second copy of the same checkpoint; or the folder to load it from.
+    ref_policy: the frozen reference, usually a second copy of the same checkpoint; or the folder to load it from;
+        None with LoRA, where it is the policy with its adapters off.
     tokenizer: of both.
     config: **overrides replace its fields by name, so the whole dict of the original recipe may be given. In the
         trainer's own config precision "auto" has become a name; `precision_choice` says why that one.
@@ -63,7 +64,7 @@ class PPOTrainer:
     def __init__(
         self,
         policy: ActorCritic | Decoder,
-        ref_policy: ActorCritic | Decoder | str | os.PathLike[str],
+        ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None,
         tokenizer: Tokenizer,
         config: PPOConfig | None = None,
         **overrides: Unpack[PPOOverrides],
@@ -312,7 +313,7 @@ class PPOTrainer:
         return module_hash(self.reference)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write policy, value head and tokenizer as a model folder, once for all processes. Raises OSError."""
+        """Write policy, adapters merged, value head and tokenizer as a model folder, once for all processes."""
         if self.processes.first:
             self.policy.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

@@ -1,11 +1,12 @@
 """A checkpoint: a model folder like any other, with the state of its training beside the model. No pickle.
 
-    config.json, model.safetensors, ...    model and tokenizer, as `save_pretrained` writes them
+    config.json, model.safetensors, ...    model and tokenizer, as `save_pretrained` writes them; with LoRA only the
+                                           adapters, as `save_adapter` writes them
     training.safetensors, training.json    the trainer's `state_dict`, and the run's own record
     manifest.json                          SHA-256 of every other file
 
-The folder is replaced as one, so a checkpoint is complete or absent. Of the reference model or the training data, which
-never change, it holds only the hash.
+The folder is replaced as one, so a checkpoint is complete or absent. Of the reference model, the base of adapters, and
+the training data, which never change, it holds only the hash.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from minirlhf.io.training_state import (
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
+from minirlhf.models.lora import adapters_off
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.trainer import PPOTrainer
@@ -104,9 +106,19 @@ def save_checkpoint(trainer: Trainable, folder: StrPath, run: Mapping[str, Any] 
         # Before the model, whose index then says that this file is not part of it.
         write_tensors(staged / STATE_TENSORS, state["tensors"])
         write_json(staged / COUNTERS_FILE, counters)
-        trainer.save_pretrained(staged)
+        _save_model(trainer, staged)
         sums = {name: sha256(staged / name) for name in _file_names(staged) if name != MANIFEST_FILE}
         write_json(staged / MANIFEST_FILE, {"sha256": sums})
+
+
+def _save_model(trainer: Any, folder: Path) -> None:
+    """The model as it is trained: merged adapters could not be told from their base again."""
+    model = trained(trainer)
+    if isinstance(model, (ActorCritic, Decoder)) and language_model(model).lora is not None:
+        model.save_adapter(folder)
+        trainer.tokenizer.save_pretrained(folder)
+    else:
+        trainer.save_pretrained(folder)
 
 
 def read_checkpoint(folder: StrPath) -> State:
@@ -177,7 +189,8 @@ def load_checkpoint(
 ) -> Any:
     """The trainer that `save_checkpoint` wrote; on the CPU it goes on bit for bit as if it had not been interrupted.
 
-    ref_policy: for PPO and DPO, the reference or its folder; None: the folder that it was loaded from at first.
+    ref_policy: for PPO and DPO, the reference or its folder; None: the folder that it was loaded from at first. It is
+        also the base of adapters, in SFT as well, unless a run of PPO has a reference of its own.
     data: for SFT and reward models, the demonstrations or rankings that it began with. DPO gets its pairs in `train`.
     overrides: of `save_freq`, `device` and other fields that do not change what is computed (`FREE_FIELDS`).
     Raises FileNotFoundError for a missing folder, ValueError for a damaged checkpoint, another reference or other data
@@ -195,7 +208,7 @@ def load_checkpoint(
     with naming(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the beginning of the run warned about its data
         if isinstance(config, SFTConfig):
-            model = load_decoder(folder)
+            model = load_decoder(folder, None if config.lora is None else _base(ref_policy))
             _restore(folder, model, model, counters)
             trainer = SFTTrainer(model, Tokenizer.from_pretrained(folder), data, config)
         else:
@@ -215,7 +228,11 @@ def restore_checkpoint(trainer: Trainable, folder: str | os.PathLike[str]) -> No
     if trainer.kind != (kind := state["counters"]["kind"]):
         raise ValueError(f"{folder} is a checkpoint of kind {kind!r}, the trainer is of kind {trainer.kind!r}")
     network: Any = trained(trainer)
-    saved = type(network).from_pretrained(folder)
+    if isinstance(network, (ActorCritic, Decoder)) and language_model(network).lora is not None:
+        load: Any = ActorCritic.from_pretrained if isinstance(network, ActorCritic) else load_decoder
+        saved = load(folder, base=_base(network))
+    else:
+        saved = type(network).from_pretrained(folder)
     with torch.no_grad():
         for p, value in zip(network.parameters(), saved.parameters(), strict=True):
             p.copy_(value)
@@ -239,12 +256,14 @@ def _load_with_reference(folder: Path, state: State, ref_policy: Any, overrides:
         del overrides["precision"]
     counters, is_ppo = state["counters"], state["counters"]["kind"] == "ppo"
     config: Any = _config(folder, PPOConfig if is_ppo else DPOConfig, counters, overrides)
-    policy: Any = ActorCritic.from_pretrained(folder) if is_ppo else load_decoder(folder)
-    _restore(folder, policy, language_model(policy), counters)
     source = counters["reference"]["source"] if ref_policy is None else ref_policy
     if source is None and counters["reference"]["sha256"]:  # else DPO had no reference
         raise ValueError(f"{folder} was saved with a reference that came from no folder; pass it as ref_policy")
     try:
+        base = _base(source) if config.adapters_off else None
+        policy: Any = ActorCritic.from_pretrained(folder, base=base) if is_ppo else load_decoder(folder, base)
+        _restore(folder, policy, language_model(policy), counters)
+        source = None if config.adapters_off else source
         with naming(folder):
             kind: Any = PPOTrainer if is_ppo else DPOTrainer
             trainer = kind(policy, source, Tokenizer.from_pretrained(folder), config)
@@ -252,6 +271,11 @@ def _load_with_reference(folder: Path, state: State, ref_policy: Any, overrides:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; it is the reference of {folder}: pass ref_policy") from error
     return trainer
+
+
+def _base(model: Any) -> Any:
+    """A base for adapters; of a model in memory, the one of the caller stays as it is."""
+    return adapters_off(language_model(model)) if isinstance(model, (ActorCritic, Decoder)) else model
 
 
 def _config(folder: Path, kind: type[Any], counters: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:

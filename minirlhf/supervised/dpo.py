@@ -27,7 +27,8 @@ from minirlhf.io.model_folder import read_tensors, write_tensors
 from minirlhf.io.training_state import State, module_hash, require_same_reference
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
-from minirlhf.models.prepared import check_pair, load_reference, require_tokenizer
+from minirlhf.models.lora import adapters_off, add_lora
+from minirlhf.models.prepared import check_pair, load_reference, require_base, require_tokenizer
 from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.dpo_config import DPOConfig, DPOOverrides
 from minirlhf.supervised.loop import Stats, SupervisedTrainer, check_positions, data_record, require_same_data
@@ -44,7 +45,8 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
     """Direct preference optimisation of a language model in place; `runs.Run` saves it and goes on with it.
 
     policy: only parameters with requires_grad are trained, and no value head.
-    ref_policy: a second copy of the checkpoint that the policy begins as, or its folder; None with `reference_free`.
+    ref_policy: a second copy of the checkpoint that the policy begins as, or its folder; None with `reference_free`, or
+        with LoRA, where it is the policy with its adapters off.
     tokenizer: of both. config: **overrides replace its fields by name.
     Raises ValueError for an unknown or bad field, models or tokenizer that do not fit each other, no reference, or one
     that shares its parameters with the policy.
@@ -68,16 +70,21 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         model, self.tokenizer = language_model(policy), tokenizer
         model.fit_vocabulary(len(tokenizer), "policy")
         device = resolve_device(config.device)
-        self.reference: Decoder | None = None
-        self.reference_source: str | None = None
-        self.reference_hash = ""
+        reference, self.reference_source = None, None  # type: Decoder | None, str | None
+        config = dataclasses.replace(config, lora=config.lora or model.lora)
         if not config.reference_free:
-            if ref_policy is None:
-                raise ValueError("ref_policy is None, which needs reference_free=True: DPO has a reference")
-            self.reference, self.reference_source = load_reference(ref_policy)
-            check_pair(model, self.reference, len(tokenizer))
-            self.reference = self.reference.to(device).eval().requires_grad_(False)
-            self.reference_hash = module_hash(self.reference)
+            reference, self.reference_source = load_reference(ref_policy)
+            if config.adapters_off:
+                own_source = require_base(model, reference)
+                self.reference_source = self.reference_source or own_source
+            elif reference is None:
+                raise ValueError("ref_policy is None, which needs reference_free=True or lora: DPO has a reference")
+            else:
+                check_pair(model, reference, len(tokenizer))
+        config = dataclasses.replace(config, lora=add_lora(model, config.lora, config.seed))
+        reference = adapters_off(model) if config.adapters_off else reference
+        self.reference = None if reference is None else reference.to(device).eval().requires_grad_(False)
+        self.reference_hash = "" if self.reference is None else module_hash(self.reference)
         processes().same("the reference", self.reference_hash)
         choice = choose_precision(config.precision, model.to(device), language_model_probe(model))
         self.precision_choice = processes().broadcast("precision", choice)

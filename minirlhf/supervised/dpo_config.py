@@ -17,6 +17,7 @@ from minirlhf.common.validation import (
     require_unit_interval,
 )
 from minirlhf.device.precision import PRECISION_SETTINGS
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.supervised.loop import FitConfig
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class DPOConfig(FitConfig):
     label_smoothing: float = 0.0  # of "sigmoid": the probability that a label is wrong
     reference_free: bool = False  # the reference is uniform: every response has the same log-probability
     packing: bool = False  # several pairs a row; no response attends to another
+    lora: LoRAConfig | None = None  # adapters that are trained; the reference is the policy without them
     reference_cache: str | None = None  # folder of the reference's log-probabilities, by hash; None: in memory only
 
     def __post_init__(self) -> None:
@@ -62,10 +64,16 @@ class DPOConfig(FitConfig):
         fine = self.loss == "sigmoid" or self.label_smoothing == 0
         require(self, "label_smoothing", fine, f"0 with loss={self.loss!r}: it is defined for 'sigmoid'")
         require_bools(self, "reference_free", "packing")
+        object.__setattr__(self, "lora", LoRAConfig.of(self.lora))
         fine = self.reference_cache is None or isinstance(self.reference_cache, (str, os.PathLike))
         require(self, "reference_cache", fine, "a folder or None")
         if self.reference_cache is not None:
             object.__setattr__(self, "reference_cache", os.fspath(self.reference_cache))
+
+    @property
+    def adapters_off(self) -> bool:
+        """Whether the reference is the policy without its adapters."""
+        return self.lora is not None and not self.reference_free
 
     @classmethod
     def with_overrides(cls, base: DPOConfig | None = None, **overrides: Unpack[DPOOverrides]) -> DPOConfig:
@@ -103,6 +111,7 @@ class DPOOverrides(TypedDict, total=False):
     label_smoothing: float
     reference_free: bool
     packing: bool
+    lora: LoRAConfig | None
     reference_cache: str | None
 
 
@@ -122,6 +131,7 @@ _NAMES: dict[tuple[str | None, str], str] = {
     ("beta", ""): "tau kl_coef",
     ("loss", '"sigmoid" or "ipo"'): "loss_type ipo",
     ("precision", '"bf16", "fp16" or another'): "bf16 fp16 dtype torch_dtype mixed_precision",
+    ("lora", "a LoRAConfig"): "peft_config lora_config lora_r lora_rank lora_alpha lora_dropout lora_target_modules",
     ("packing", ""): "padding_free packing_samples",
     ("save_freq", "in optimizer steps"): "save_steps save_interval",
     ("device", '"cpu"'): "use_cpu",

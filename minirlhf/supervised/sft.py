@@ -27,6 +27,8 @@ from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import processes
 from minirlhf.device.random import eval_mode
 from minirlhf.models.decoder import Decoder
+from minirlhf.models.lora import add_lora
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches, length_sorted_batches, packed_rows, right_pad
@@ -49,11 +51,13 @@ class SFTConfig(FitConfig):
     precision: str = "auto"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: see `precision_choice`
     accumulation: int = 1  # forward passes an optimizer step
     packing: bool = False  # several sequences a row, none of which attends to another; rows have max_length tokens
+    lora: LoRAConfig | None = None  # adapters that are trained in the place of the weights
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_ints(self, "accumulation")
         require_bools(self, "packing")
+        object.__setattr__(self, "lora", LoRAConfig.of(self.lora))
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         if not self.sequences:
             raise ValueError(f"no response has a token within max_length={config.max_length}: nothing to learn")
         check_positions(max(len(s.ids) for s in self.sequences), model.n_positions, config.max_length)
+        config = dataclasses.replace(config, lora=add_lora(model, config.lora, config.seed))
         model.to(resolve_device(config.device))
         self.tokenizer = tokenizer
         self.width = min(config.max_length, model.n_positions)  # of a packed row
@@ -152,7 +157,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         return nll.sum() / count
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write model and tokenizer as a model folder, once for all processes."""
+        """Write model, its adapters merged, and tokenizer as a model folder, once for all processes."""
         if self.processes.first:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

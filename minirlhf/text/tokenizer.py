@@ -1,6 +1,9 @@
 """Text to token ids and back: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's byte-level BPE.
 
-Built on the `tokenizers` package. `tokenizer_models` has both kinds; `tokenizer_folder` reads either from files.
+Any other BPE of a `tokenizer.json`, as Llama and Qwen have one, is what the file says.
+
+Built on the `tokenizers` package. `tokenizer_models` and `tokenizer_json` have the kinds; `tokenizer_folder` reads any
+from files.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ __all__ = ["Tokenizer", "build_vocab"]
 
 
 class Tokenizer:
-    """A tokenizer of either kind, with the ids that transformers' class for the same folder gives.
+    """A tokenizer of any kind, with the ids that transformers' class for the same folder gives.
 
-    model: a WordPiece or a ByteBPE; a list of tokens, in the order of their ids, is BERT's WordPiece.
+    model: a WordPiece, a ByteBPE or a JSONTokenizer; a list of tokens, in the order of their ids, is BERT's WordPiece.
     vocab: the tokens in the order of their ids, as the vocabulary file writes them.
     special_ids: ids of the special tokens, which are found literally in a text ("[SEP]") and left out of decoded text.
-    eos_id: ends a text: [SEP], or <|endoftext|>. pad_id: fills batches; it may equal eos_id, because a mask marks the
-        padding.
+    eos_id: ends a text: [SEP], or <|endoftext|>, or the eos_token of the folder. eos_ids: all ids that end a sampled
+        text: that one, then those of the folder's `generation_config.json`. pad_id: fills batches; it may equal
+        eos_id, because a mask marks the padding.
     Raises ValueError for a bad vocabulary (see the models).
     """
 
@@ -34,6 +38,7 @@ class Tokenizer:
         self.vocab = self.model.vocab
         self.special_ids = self.model.special_ids
         self.pad_id, self.eos_id = self.model.pad_id, self.model.eos_id
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *self.model.stop_ids]))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -168,7 +173,9 @@ class Tokenizer:
         context = begin = 0  # in `spoken`: the last tokens that gave a piece, and the first that gave none yet
         for end, place in enumerate(spoken, 1):
             text = self.decode(ids[i] for i in spoken[context:end])
-            if end == len(spoken) or not text.endswith("\ufffd"):  # else a character is not complete
+            byte_ids = self.model.byte_ids
+            within = end < len(spoken) and {ids[place], ids[spoken[end]]} <= byte_ids  # a row of tokens of one byte
+            if end == len(spoken) or not (within or text.endswith("\ufffd")):  # else a character is not complete
                 pieces[place] = text[len(self.decode(ids[i] for i in spoken[context:begin])) :]
                 context, begin = begin, end
         return pieces
@@ -176,6 +183,11 @@ class Tokenizer:
     def width(self, token_id: int) -> int:
         """How many characters of text a token stands for, white space left out; a special token counts as one."""
         return 1 if token_id in self.special_ids else self.model.width(token_id)
+
+    @property
+    def eos_token_id(self) -> int | tuple[int, ...]:
+        """`eos_ids` as `generate` and the configs take them: the id, or several."""
+        return self.eos_id if len(self.eos_ids) == 1 else self.eos_ids
 
     @property
     def cls_id(self) -> int:

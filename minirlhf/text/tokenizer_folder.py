@@ -3,7 +3,9 @@
 A setting under which a text would get other ids than ours is an error. Settings that change no id are ignored; those
 of KEPT are saved again.
 
-Left out: Unigram and SentencePiece, other ways to split a text, and added tokens that are not special.
+A BPE in `tokenizer.json` with other rules than GPT-2's is a JSONTokenizer, which follows the file.
+
+Left out: Unigram, and vocabularies of SentencePiece and tiktoken without a `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from minirlhf.io.files import naming, read_json, read_text
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
+from minirlhf.text.tokenizer_json import JSONTokenizer, read_backend
 from minirlhf.text.tokenizer_models import (
     BPE_FILE,
     END_OF_TEXT,
+    GENERATION_FILE,
     MAX_CHARS_PER_WORD,
     MERGES_FILE,
     PREFIX,
@@ -109,6 +111,8 @@ BYTE_BPE = Kind(
     pre_tokenizer={"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
     added_token=ADDED_TOKEN,
 )
+# Of a JSONTokenizer the file decides; left are settings that change ids in spite of it.
+JSON_BPE = Kind(settings=COMMON, model={"dropout": (None, 0.0)}, normalizer={}, pre_tokenizer={}, added_token={})
 KINDS = {"WordPiece": WORDPIECE, "BPE": BYTE_BPE}  # by their names in tokenizer.json
 
 
@@ -120,6 +124,7 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerModel:
     """
     folder = locate(folder)
     model = _read(folder)
+    _read_stop_ids(folder, model)
     settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
     model.kept = {name: settings[name] for name in KEPT if settings.get(name) is not None}
     for name, value in model.kept.items():
@@ -177,28 +182,85 @@ def _from_tokenizer_json(folder: Path) -> TokenizerModel:
     kind = KINDS[name]
     with naming(path):
         rules, frame = _rules(content)
-        for part in ("model", "normalizer", "pre_tokenizer"):
-            check(rules[part] or {"type": None}, getattr(kind, part), part)
-        for token in rules["added_tokens"]:
-            check(token, kind.added_token, f"the added token {token['content']!r}")
+    if kind is BYTE_BPE and not _is_gpt2(folder, rules, frame):
+        kind = JSON_BPE
+    with naming(path):
+        _check_rules(rules, kind)
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-        vocab = _in_order(_joined(content["model"].get("vocab"), added), gaps=kind is WORDPIECE)
-        merges = _pairs(content["model"].get("merges")) if kind is BYTE_BPE else []
+        vocab = _in_order(_joined(content["model"].get("vocab"), added), gaps=kind is not BYTE_BPE)
+        merges = _pairs(content["model"].get("merges")) if kind is not WORDPIECE else []
     settings, special = read_settings(folder, kind)
     with naming(path):
+        if kind is JSON_BPE:
+            return _json_tokenizer(folder, content, rules, settings, special)
         if kind is BYTE_BPE:
-            model: TokenizerModel = ByteBPE(vocab, merges, settings.get("pad_token"), [*added, *special])
-        else:
-            if not _is_bert(folder, settings):
-                found = rules["normalizer"]
-                settings = {"do_lower_case": found["lowercase"], "strip_accents": found["strip_accents"],
-                            "tokenize_chinese_chars": found["handle_chinese_chars"]}  # fmt: skip
-            model = _wordpiece(vocab, settings, [*added, *special])
+            return ByteBPE(vocab, merges, settings.get("pad_token"), [*added, *special])
+        if not _is_bert(folder, settings):
+            found = rules["normalizer"]
+            settings = {"do_lower_case": found["lowercase"], "strip_accents": found["strip_accents"],
+                        "tokenize_chinese_chars": found["handle_chinese_chars"]}  # fmt: skip
+        model = _wordpiece(vocab, settings, [*added, *special])
         expected = [*model.opening, *model.closing]
-        brings_its_own = kind is WORDPIECE and rules["post_processor"] is None  # BertTokenizer's is always the same
+        brings_its_own = rules["post_processor"] is None  # BertTokenizer's is always the same
         if frame != expected and not brings_its_own:
             raise ValueError(f"post_processor puts the ids {frame} around a text; only {expected} is supported")
     return model
+
+
+def _check_rules(rules: Mapping[str, Any], kind: Kind) -> None:
+    for part in ("model", "normalizer", "pre_tokenizer"):
+        check(rules[part] or {"type": None}, getattr(kind, part), part)
+    for token in rules["added_tokens"]:
+        check(token, kind.added_token, f"the added token {token['content']!r}")
+
+
+def _is_gpt2(folder: Path, rules: Mapping[str, Any], frame: Sequence[int]) -> bool:
+    """Whether a BPE is GPT-2's: its rules, nothing around a text, and <|endoftext|> in every role."""
+    try:
+        _check_rules(rules, BYTE_BPE)
+        read_settings(folder, BYTE_BPE)
+    except ValueError:
+        return False
+    return not frame
+
+
+def _json_tokenizer(
+    folder: Path, content: Mapping[str, Any], rules: Mapping[str, Any], settings: Mapping[str, Any], special: list[str]
+) -> JSONTokenizer:
+    """Roles come from tokenizer_config.json, or as ids from generation_config.json, or config.json.
+
+    What stands around a text is in tokenizer.json: beside it, transformers ignores add_bos_token and add_eos_token.
+    """
+    if settings.get("tokenizer_class") in BERT_CLASSES:
+        raise ValueError(f"{SETTINGS_FILE} has tokenizer_class={settings['tokenizer_class']!r}, but this is a BPE")
+    if settings.get("add_prefix_space") is True and '"add_prefix_space": false' in json.dumps(rules["pre_tokenizer"]):
+        raise ValueError(f"{SETTINGS_FILE} has add_prefix_space=True, which {TOKENIZER_FILE} contradicts")
+    roles = {name: value for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)}
+    tokens = {i: token for token, i in content["model"]["vocab"].items()}
+    tokens |= {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
+    for role in ("eos_token", "pad_token"):
+        for name in (GENERATION_FILE, CONFIG_FILE):
+            ids = [i for i in _ids_in(folder / name, f"{role}_id") if i in tokens]
+            if role not in roles and ids:
+                roles[role] = tokens[ids[0]]
+    return JSONTokenizer(content, roles, special)
+
+
+def _read_stop_ids(folder: Path, model: TokenizerModel) -> None:
+    """Note the content of generation_config.json, and its ids that end a text; ids of no token are ignored."""
+    path = folder / GENERATION_FILE
+    if path.is_file():
+        model.generation = read_json(path)
+        model.stop_ids = tuple(i for i in _ids_in(path, "eos_token_id") if i < len(model.vocab))
+
+
+def _ids_in(path: Path, name: str) -> list[int]:
+    """The ids that a config file has under a name, one or a list; none if it has not. Raises ValueError for others."""
+    found = read_json(path).get(name) if path.is_file() else None
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"{path}: {name} must be an id or a list of ids, got {found!r:.80}")
+    return ids
 
 
 def _wordpiece(vocab: Sequence[str], settings: Mapping[str, Any], special: Sequence[str]) -> WordPiece:
@@ -220,14 +282,8 @@ def _rules(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     model = {**content["model"], "vocab": {}}
     if "merges" in model:
         model["merges"] = []
-    bare = {**content, "model": model, "padding": None, "truncation": None}
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(bare))
-        return json.loads(backend.to_str()), backend.encode("").ids
-    except BaseException as error:  # the package raises nothing more precise, and a panic of Rust is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise ValueError(f"not a readable tokenizer: {error}") from error
+    backend = read_backend({**content, "model": model, "padding": None, "truncation": None})
+    return json.loads(backend.to_str()), backend.encode("").ids
 
 
 def _is_bert(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -300,6 +356,8 @@ def read_settings(folder: Path, kind: Kind) -> tuple[dict[str, Any], list[str]]:
             if not isinstance(listed, (list, dict)):
                 raise ValueError(f"{path}: {name} must be a list or an object, got {listed!r:.80}")
             for token in listed.values() if isinstance(listed, dict) else listed:
+                if kind is JSON_BPE and name == "added_tokens_decoder":  # tokenizer.json has them, with their flags
+                    continue
                 special.append(_token_text(token, kind, f"{path}: {name}"))
         for name, value in content.items():
             if name.endswith("_token") and value is not None and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The two kinds of tokenizers: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's byte-level BPE."""
+"""The tokenizers with rules of ours: BERT's WordPiece, which Chinese GPT-2 models use as well, and GPT-2's BPE."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
 WORDPIECE_FILE = "vocab.txt"
 BPE_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
@@ -37,6 +38,9 @@ class TokenizerModel(abc.ABC):
     closing: tuple[int, ...]
     eos_id: int  # ends a document
     pad_id: int  # fills batches; a mask says what is padding
+    byte_ids: frozenset[int] = frozenset()  # tokens of one byte whose text is that of the whole row of such tokens
+    stop_ids: tuple[int, ...] = ()  # more ids that end a sampled text, of generation_config.json
+    generation: Mapping[str, Any] | None = None  # that file's content
     backend: tokenizers.Tokenizer  # encodes; `tokenizer.json` is its text
     kept: Mapping[str, Any] = {}  # settings of the folder that change no id, written again for other tools
 
@@ -80,6 +84,7 @@ class TokenizerModel(abc.ABC):
             TOKENIZER_FILE: self.backend.to_str(),
             SETTINGS_FILE: {"tokenizer_class": self.class_name, **self.settings(), **self.roles, **extra, **kept},
             SPECIAL_TOKENS_FILE: self.roles,
+            **({} if self.generation is None else {GENERATION_FILE: dict(self.generation)}),
         }
 
 

@@ -13,7 +13,7 @@ from folders import snapshot
 from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentReward, Tokenizer
 from minirlhf.commands.main import main
 from minirlhf.io.files import read_json, write_json
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rewards.sentiment import CANARIES
 
@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
             bert.classifier.weight.neg_()
     bert.save_pretrained(folder / "sentiment")
     tokenizer.save_pretrained(folder / "sentiment")
-    RewardModel(GPT2Scorer(make_gpt2(0, **sizes)), tokenizer, device="cpu").save_pretrained(folder / "gpt2 reward")
+    RewardModel(DecoderScorer(make_gpt2(0, **sizes)), tokenizer, device="cpu").save_pretrained(folder / "gpt2 reward")
     one_label = make_bert(0, id2label={0: "score"})
     RewardModel(one_label, tokenizer, device="cpu").save_pretrained(folder / "bert reward")
     NGramScorer({"好": 2.0, "差": -2.0}, 0.0).save_pretrained(folder / "ngrams")
@@ -164,7 +164,7 @@ def test_a_file_of_prompts(run, folders, tmp_path, raw, encoding):
 
 
 @pytest.mark.parametrize(("name", "kind", "network"), [
-    ("sentiment", SentimentReward, None), ("gpt2 reward", RewardModel, GPT2Scorer),
+    ("sentiment", SentimentReward, None), ("gpt2 reward", RewardModel, DecoderScorer),
     ("bert reward", RewardModel, BertClassifier), ("ngrams", NGramScorer, None),
 ])  # fmt: skip
 def test_every_kind_of_reward_is_told_from_its_folder(folders, name, kind, network):

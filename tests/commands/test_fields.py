@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from minirlhf import PPOConfig
+from minirlhf import LoRAConfig, PPOConfig
 from minirlhf.commands.fields import CONFIG, Settings, descriptions, flags, settings_of
 from minirlhf.commands.table import COMMANDS, argument
 from minirlhf.commands.training import DPOConfig, RewardTrainingConfig, SFTConfig
@@ -90,6 +90,15 @@ def test_only_what_is_given_is_there():
     assert found == {**own, "other_count": 7, "name": "n", "texts": ["t", "u"]}
     assert SETTINGS[0].of(found) == own and SETTINGS[1].of(found) == {"count": 7}
     assert parse("--no-on", "--kind", "none") == {"on": False, "kind": None}
+
+
+@pytest.mark.parametrize("config", [PPOConfig, SFTConfig, DPOConfig])
+def test_a_config_in_a_config_is_json(config):
+    parser = argparse.ArgumentParser()
+    for names, options in flags([Settings(config)]):
+        parser.add_argument(*names, **options)
+    assert config(**vars(parser.parse_args(["--lora", '{"rank": 2}']))).lora == LoRAConfig(2)
+    assert config(**vars(parser.parse_args(["--lora", "none"]))).lora is None
 
 
 @pytest.mark.parametrize("name", ["s.yaml", "s.yml", "s.json"])

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from small_trainer import DEFAULTS, batch, reward, weights
-from test_generation import GREEDY, PROMPTS, TRUNCATED, varied_gpt2
+from test_generation import GREEDY, PROMPTS, TRUNCATED, varied
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import VOCAB, make_gpt2
@@ -45,7 +45,7 @@ def without_waiting():
 
 
 def cuda_model(scale=6.0):
-    return varied_gpt2(scale).cuda()
+    return varied(scale=scale).cuda()
 
 
 def seeded(seed=0):
@@ -134,7 +134,7 @@ def test_a_graph_decodes_what_the_plain_way_does(prompts, sampling):
     assert torch.equal(plain.tokens, graphed.tokens) and torch.equal(plain.mask, graphed.mask)
     torch.testing.assert_close(plain.logprobs, graphed.logprobs, atol=1e-3, rtol=0)
     if sampling == GREEDY:
-        on_cpu = generate(varied_gpt2(), prompts, 20, sampling)
+        on_cpu = generate(varied(), prompts, 20, sampling)
         assert torch.equal(on_cpu.tokens, graphed.tokens.cpu())
 
 
@@ -142,7 +142,7 @@ def test_a_graph_decodes_what_the_plain_way_does(prompts, sampling):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_replay_uses_the_weights_of_the_moment(autocast):
     """Each generation under autocast of its own, whose cache of casts is gone when the next one begins."""
-    model, decoder = varied_gpt2(3.0).cuda(), GraphedDecoder()
+    model, decoder = varied(scale=3.0).cuda(), GraphedDecoder()
     kept = []
     for factor in (1.0, -0.7, 1.3):
         with torch.no_grad():
@@ -191,7 +191,7 @@ sys.path[:0] = sys.argv[1:]
 import torch
 from minirlhf import generate
 from minirlhf.models.static_decode import DecodeStep, GraphedDecoder
-from test_generation import GREEDY, PROMPTS, varied_gpt2
+from test_generation import GREEDY, PROMPTS, varied
 
 inner = DecodeStep._forward
 def waits(self):
@@ -200,7 +200,7 @@ def waits(self):
     return inner(self)
 
 DecodeStep._forward = waits
-model, decoder = varied_gpt2().cuda(), GraphedDecoder()
+model, decoder = varied().cuda(), GraphedDecoder()
 before = torch.cuda.current_stream()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -191,7 +191,7 @@ def test_it_leaves_the_global_random_state_alone(model, tokenizer):
     ({"prompts": ["酒店", ""]}, "empty"), ({"prompts": [3]}, "a prompt must be a text, got 3"),
     ({"prompts": ["酒店", "好" * 100]}, "has 101 tokens; with gen_len=4 there is room for 60"),
     ({"tokenizer": None}, "needs tokenizer="), ({"tokenizer": Tokenizer([*VOCAB, "新"])}, "the vocabulary has"),
-    ({"policy": 3}, "policy must be a GPT2, an ActorCritic or a folder, got a int"),
+    ({"policy": 3}, "policy must be a Decoder, an ActorCritic or a folder, got a int"),
     ({"reward": lambda texts: [math.nan] * len(texts)}, "nan"), ({"reward": lambda texts: [1.0]}, "score"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_error(model, tokenizer, options, message):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import VOCAB, add_outlier, make_bert, make_gpt2, rewrite_config
+from conftest import VOCAB, add_outlier, make_bert, make_gpt2, make_llama, rewrite_config
 from minirlhf import (
     GPT2,
     ActorCritic,
@@ -35,7 +35,7 @@ from minirlhf.evaluation.doctor.doctor import CHECKS
 from minirlhf.evaluation.doctor.memory import total
 from minirlhf.evaluation.doctor.setup import PROMPT_LENGTHS, Setup, words
 from minirlhf.io.model_folder import read_tensors, write_tensors
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.rl.config import PRESETS
 
@@ -109,6 +109,12 @@ def test_a_healthy_run_passes(settings):
     status, findings = examine(**settings)
     assert set(status.values()) == {"ok"}
     assert all(finding.remedy == "" and finding.why for finding in findings.values())
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(model_type="llama", tie_word_embeddings=False)])
+def test_a_healthy_llama_passes(sizes):
+    policy, reference = (make_llama(0, scale=2.0, **SMALL, **sizes) for _ in range(2))
+    assert others(examine(ActorCritic(policy).eval(), reference)[0]) == {"ok"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -357,7 +363,7 @@ def test_an_lm_head_of_its_own_is_found(who):
     status, findings = examine(**models)
     assert (
         status["weights"] == "fail"
-        and f"LM head of the {who} is not its embedding after a step" in findings["weights"].detail
+        and f"LM head of the {who} is not the one of its config after a step" in findings["weights"].detail
     )
 
 
@@ -445,6 +451,18 @@ def test_what_auto_has_chosen_is_said(monkeypatch):
     status, findings = examine(sharp(), sharp())  # what the doctor would find in bf16 is why it is not taken
     assert "; precision auto: fp32 (bf16 rounds too much: " in findings["precision"].detail
     assert others(status, "precision") == {"ok"} and status["precision"] == "warn"
+
+
+def test_what_a_base_in_bf16_costs_is_told():
+    status, findings = examine(lora=dict(rank=2))
+    assert set(status.values()) <= {"ok", "skip"} and "base" not in findings["precision"].detail
+    found = only("precision", lora=dict(rank=2, base_dtype="bf16"))
+    assert found.status == "ok"
+    figures = re.findall(r"base held in bf16: .* is (\S+) on average and (\S+) at", found.detail)[0]
+    mean, worst = map(float, figures)
+    assert 1e-5 < mean < worst < 0.05  # matrices with 8 binary digits
+    status, findings = examine(lora=dict(rank=2, base_dtype="bf16"), cliprange=1e-5)
+    assert status["precision"] == "warn" and "hold the base in fp32 (base_dtype)" in findings["precision"].remedy
 
 
 def test_words_of_the_vocabulary_stand_for_prompts_that_are_not_given():
@@ -550,7 +568,7 @@ def test_swapped_labels_in_a_folder_are_a_finding_and_no_python_warning(folders,
 
 
 @pytest.mark.parametrize(("network", "normalised"), [
-    (lambda: GPT2Scorer(gpt2()), True), (lambda: make_bert(id2label={0: "reward"}), False),
+    (lambda: DecoderScorer(gpt2()), True), (lambda: make_bert(id2label={0: "reward"}), False),
 ])  # fmt: skip
 def test_a_reward_model_in_a_folder_is_examined_by_canaries(folders, network, normalised):
     """One that we saved, or one with a single score of another tool."""

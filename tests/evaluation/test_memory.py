@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from minirlhf import GPT2, GPT2Config, PPOTrainer
+from minirlhf import GPT2, GPT2Config, Llama, LlamaConfig, PPOTrainer
 from minirlhf.evaluation.doctor import memory
 from minirlhf.evaluation.doctor.memory import available_memory, estimate, total
 from minirlhf.generation.generate import generate
@@ -37,9 +37,16 @@ class AnyText:
         return [""] * len(ids)
 
 
-def make_trainer(V, C, L=1, nh=2, n_positions=64, **settings):
-    config = GPT2Config(vocab_size=V, n_embd=C, n_layer=L, n_head=nh, n_positions=n_positions)
-    return PPOTrainer(GPT2(config).eval(), GPT2(config).eval(), AnyText(V), **{"device": "cpu", **settings})
+def make_trainer(V, C, L=1, nh=2, n_positions=64, kind="gpt2", **settings):
+    def model():
+        if kind == "gpt2":
+            return GPT2(GPT2Config(vocab_size=V, n_embd=C, n_layer=L, n_head=nh, n_positions=n_positions)).eval()
+        return Llama(LlamaConfig(
+            kind, V, C, 3 * C, L, nh, max(nh // 4, 1), max_position_embeddings=n_positions, tie_word_embeddings=True,
+        )).eval()  # fmt: skip
+
+    reference = None if "lora" in settings else model()
+    return PPOTrainer(model(), reference, AnyText(V), **{"device": "cpu", **settings})
 
 
 # ---- the formula ----------------------------------------------------------------------------------------------------
@@ -57,6 +64,22 @@ def test_the_formula_by_hand():
     assert need["update"] == 5 * 10 * 4 * (16 * 8 + 2 * 2 * 10) * 4 + 14 * 5 * 6 * 80 + 4 * 8 * 80
     assert need["scoring"] > need["update"] > need["generation"]
     assert total(need) == need["weights"] + need["rollout"] + need["scoring"]
+
+
+@pytest.mark.parametrize("base_dtype", ["fp32", "bf16"])
+def test_adapters_by_hand(base_dtype):
+    """One copy of the base, of which a block's 12 C^2 numbers may take 2 bytes; gradients and moments of adapters."""
+    lora = dict(rank=2, targets=["c_attn", "c_fc"], base_dtype=base_dtype)
+    trainer = make_trainer(V=80, C=8, L=3, nh=2, lora=lora)
+    need = estimate(trainer, batch_size=10, prompt_length=4, gen_len=6, micro_batch=5)
+    whole = estimate(make_trainer(V=80, C=8, L=3, nh=2), 10, 4, 6, 5)
+    base, matrices, head = 640 + 512 + 3 * 872 + 16, 3 * 12 * 8 * 8, 9
+    adapters = 3 * 2 * ((8 + 24) + (8 + 32))
+    held, copy = (2, 4 * 32 * 8) if base_dtype == "bf16" else (4, 0)  # the largest matrix, widened
+    assert need["weights"] == 4 * (base - matrices) + held * matrices + 16 * (adapters + head)
+    assert need["rollout"] == whole["rollout"] and need["scoring"] == whole["scoring"] + copy
+    block = 16 * 8 - (8 + 32) + 2 * 2 + 2 * 2 * 10  # no inputs of both c_proj, but the two adapters' middles
+    assert need["update"] == 5 * 10 * 4 * block * 4 + 14 * 5 * 6 * 80 + copy  # and no gradient of the embedding
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -99,6 +122,12 @@ def peak_of(work):
     (200, 64, 2, 4, 40, 8, {}), (2000, 32, 2, 8, 3, 6, {}), (3000, 32, 2, 4, 3, 6, dict(precision="bf16")),
     (215, 64, 3, 4, 30, 8, dict(precision="bf16")), (100, 64, 2, 2, 135, 8, {}),
     (3000, 32, 2, 8, 3, 6, dict(top_p=1.0)), (200, 64, 4, 8, 40, 8, dict(checkpoint_activations=True)),
+    (200, 64, 2, 4, 40, 8, dict(lora={})), (200, 64, 2, 4, 40, 8, dict(lora=dict(base_dtype="bf16"), precision="bf16")),
+    (200, 64, 2, 4, 40, 8, dict(lora=dict(targets=["c_attn"], base_dtype="bf16"))),
+    (200, 64, 4, 4, 40, 8, dict(kind="qwen3", lora={})),
+    (200, 64, 2, 4, 40, 8, dict(kind="qwen3")), (2000, 32, 2, 8, 3, 6, dict(kind="llama")),
+    (100, 64, 2, 2, 135, 8, dict(kind="llama")),
+    (200, 64, 4, 8, 40, 8, dict(kind="qwen2", checkpoint_activations=True)),
 ])  # fmt: skip
 def test_measurements_are_near_the_formula(V, C, L, rows, P, R, settings):
     trainer = make_trainer(V, C, L, 4, 160, gen_len=R, batch_size=rows, **settings)

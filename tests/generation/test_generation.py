@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import make_gpt2
+from conftest import MAKERS, make_gpt2, make_llama
 from minirlhf import SamplingConfig, generate
 from minirlhf.generation.sampling import draw_uniforms, unpack_set
 from minirlhf.models.heads import ActorCritic
@@ -14,17 +14,24 @@ GREEDY = SamplingConfig(top_k=1)
 TRUNCATED = SamplingConfig(0.8, 20, 0.7)
 
 
-def varied_gpt2(scale=6.0):
-    """A model whose greedy text does not repeat one token: the positions count for more."""
+def varied(kind="gpt2", scale=6.0):
+    """A model whose greedy text does not repeat one token: positions count for more, or the head is another matrix."""
+    if kind == "llama":
+        return make_llama(scale=scale, tie_word_embeddings=False)
     model = make_gpt2(scale=scale)
     with torch.no_grad():
         model.wpe.weight.mul_(10)
     return model
 
 
+@pytest.fixture(scope="module", params=MAKERS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model():
-    return varied_gpt2()
+def model(kind):
+    return varied(kind)
 
 
 def seeded(seed=0):
@@ -118,8 +125,8 @@ def test_an_end_of_text_at_the_first_position(model):
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.7), TRUNCATED, SamplingConfig(1.0, 0, 0.9)])
-def test_logprobs_are_those_of_scoring(sampling):
-    model = varied_gpt2(scale=3.0)
+def test_logprobs_are_those_of_scoring(kind, sampling):
+    model = varied(kind, scale=3.0)
     eos = eos_of(model, 3)
     result = generate(model, PROMPTS, 8, sampling, generator=seeded(1), eos_token_id=eos, keep_sampling_sets=True)
     with torch.no_grad():
@@ -186,7 +193,7 @@ def test_prompts_are_not_changed(model):
 
 
 def test_a_response_may_fill_the_whole_context(model):
-    room = model.config.n_positions
+    room = model.n_positions
     result = generate(model, [[5]], room - 1, generator=seeded())
     assert result.tokens.shape == (1, room)
     with pytest.raises(ValueError, match=str(room)):
@@ -208,9 +215,9 @@ def test_a_model_in_training_mode_is_refused():
         generate(model, PROMPTS, 2)
 
 
-def test_a_row_depends_on_no_other_row_and_not_on_who_has_ended():
-    model = varied_gpt2(scale=3.0)
-    eos = eos_of(model, 3)
+def test_a_row_depends_on_no_other_row_and_not_on_who_has_ended(kind):
+    model = varied(kind, scale=3.0)
+    eos = eos_of(model, 3) if kind == "gpt2" else tuple(range(0, 200, 8))
     free = generate(model, PROMPTS, 12, TRUNCATED, generator=seeded(6))
     stopped = generate(model, PROMPTS, 12, TRUNCATED, generator=seeded(6), eos_token_id=eos)
     assert 0 < int((stopped.response_mask.sum(-1) < 12).sum()) < len(PROMPTS)
@@ -227,8 +234,8 @@ def test_the_stream_is_one_uniform_a_row_and_token(model):
     assert torch.equal(torch.cat(one_by_one, 1).T, draw_uniforms(3, len(PROMPTS), torch.device("cpu"), seeded(8)))
 
 
-def test_a_padded_batch_may_be_wider_than_the_context():
-    model = make_gpt2(n_positions=8)
+def test_a_padded_batch_may_be_wider_than_the_context(make_decoder):
+    model = make_decoder(n_positions=8)
     prompts = [[5, 6, 7, 8], [9]]
     alone = [generate(model, [prompt], 4, GREEDY).responses[0].tolist() for prompt in prompts]
     assert [row.tolist() for row in generate(model, prompts, 4, GREEDY).responses] == alone

@@ -12,7 +12,7 @@ from transformers import GPT2Config as TheirConfig
 from conftest import assert_relatively_close, make_gpt2, rewrite_config, rewrite_tensors
 from minirlhf import GPT2, GPT2Config, SamplingConfig, generate
 from minirlhf.models.decoder import share_frozen_parameters
-from minirlhf.models.gpt2 import segment_positions
+from minirlhf.models.masks import segment_positions
 from minirlhf.text.batching import left_pad, right_pad
 
 SIZES = dict(vocab_size=50, n_positions=24, n_embd=16, n_layer=2, n_head=2)

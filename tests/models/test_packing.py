@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conftest import make_bert, make_gpt2
-from minirlhf import GPT2
+from conftest import make_bert, make_gpt2, make_llama
+from minirlhf import Decoder
 from minirlhf.models.packing import WORTH, Packing, first_alike
 
 
@@ -48,11 +48,11 @@ def test_real_tokens_come_back_as_they_were(seed):
     assert torch.equal(back, ids * mask)
 
 
-@pytest.mark.parametrize("build", [make_gpt2, make_bert])
+@pytest.mark.parametrize("build", [make_gpt2, make_llama, make_bert])
 @pytest.mark.parametrize("padding", [1, 9])
 def test_a_row_that_is_not_finite_stays_alone_and_what_stands_at_padding_is_not_read(build, padding):
     model = build()
-    word = model.wte if isinstance(model, GPT2) else model.bert.embeddings.word_embeddings
+    word = model.embeddings[0] if isinstance(model, Decoder) else model.bert.embeddings.word_embeddings
     ids = torch.randint(8, 100, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1:, 12 - padding :] = 0

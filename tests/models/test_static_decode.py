@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from test_generation import GREEDY, PROMPTS, TRUNCATED, eos_of, seeded, varied_gpt2
+from test_generation import GREEDY, PROMPTS, TRUNCATED, eos_of, seeded, varied
 
-from conftest import make_gpt2
+from conftest import MAKERS, make_gpt2
 from minirlhf import SamplingConfig, generate
 from minirlhf.generation.generate import CHECK_EVERY
 from minirlhf.models.static_decode import COLUMNS, DecodeStep, GraphedDecoder
@@ -17,9 +17,14 @@ EVEN = [[5, 6, 7], [9, 120, 4], [5, 6, 7]]
 SAMPLINGS = [GREEDY, SamplingConfig(), TRUNCATED, SamplingConfig(1.0, 0, 0.6)]
 
 
+@pytest.fixture(scope="module", params=MAKERS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model():
-    return varied_gpt2()
+def model(kind):
+    return varied(kind)
 
 
 def both(model, prompts, length, sampling, autocast=contextlib.nullcontext, **options):
@@ -49,8 +54,8 @@ def test_the_same_tokens_as_the_plain_way(model, prompts, sampling):
     assert len(set(plain.tokens[:, -12:].flatten().tolist())) > 5  # no text of one token
 
 
-def test_after_rows_have_ended_both_ways_draw_the_same_tokens():
-    model = varied_gpt2(scale=3.0)
+def test_after_rows_have_ended_both_ways_draw_the_same_tokens(kind):
+    model = varied(kind, scale=3.0)
     prompts = PROMPTS * 4
     eos = eos_of(model, 3)
     plain, static = both(model, prompts, 12, TRUNCATED, eos_token_id=eos)
@@ -66,7 +71,7 @@ def test_after_rows_have_ended_both_ways_draw_the_same_tokens():
 def test_the_states_are_kept_as_in_the_plain_way(model, stops):
     eos = eos_of(model, 4) if stops else None
     plain, static = both(model, PROMPTS, 8, GREEDY, eos_token_id=eos, keep_states=True)
-    assert static.states.shape == (*static.logprobs.shape, model.config.n_embd)
+    assert static.states.shape == (*static.logprobs.shape, model.width)
     real = static.response_mask
     torch.testing.assert_close(static.states[real], plain.states[real], atol=1e-5, rtol=1e-5)
 
@@ -113,8 +118,8 @@ def test_under_autocast_it_is_the_plain_way_in_that_type(model):
 
 
 @pytest.mark.parametrize("autocast", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_a_step_is_kept_and_sees_weights_that_changed_in_place(autocast):
-    model, decoder = varied_gpt2(), GraphedDecoder()
+def test_a_step_is_kept_and_sees_weights_that_changed_in_place(kind, autocast):
+    model, decoder = varied(kind), GraphedDecoder()
     with autocast():
         kept = decoder.step_for(model, 5, 10)
         before = generate(model, PROMPTS, 8, GREEDY, graphed=decoder)

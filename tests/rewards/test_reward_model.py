@@ -1,4 +1,4 @@
-"""The reward model: what it reads, against transformers on both trunks, its folder, its normalisation."""
+"""The reward model: what it reads, against transformers on all trunks, its folder, its normalisation."""
 
 import warnings
 
@@ -6,26 +6,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification as TheirModel
-from transformers import AutoTokenizer, BertForSequenceClassification, GPT2ForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 from transformers import BertConfig as TheirBertConfig
 from transformers import GPT2Config as TheirGPT2Config
 
-from conftest import VOCAB, assert_relatively_close, make_bert, make_gpt2, rewrite_config
+from conftest import MAKERS, VOCAB, assert_relatively_close, make_bert, make_gpt2, rewrite_config
 from minirlhf import BertClassifier, RewardModel, SentimentReward, Tokenizer
 from minirlhf.io import model_folder
 from minirlhf.rewards.base import call_reward
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.scorers import load_scorer
 
-TRUNKS = ["gpt2", "bert"]
+TRUNKS = ["gpt2", "llama", "bert"]
 TEXTS = ["很好", "", "酒店位置很好，服务非常满意！推荐", "房间太脏", "hello world wifi", "差" * 30, "早餐一般。",
          "好" * 200, "😀", "a[PAD]b [SEP]"]  # fmt: skip
-LIMIT = 64  # positions of both trunks
+LIMIT = 64  # positions of all trunks
 
 
 def make_reward(trunk: str, seed: int = 0, **options) -> RewardModel:
-    if trunk == "gpt2":
-        network = GPT2Scorer(make_gpt2(seed), seed)
+    if trunk in MAKERS:
+        network = DecoderScorer(MAKERS[trunk](seed), seed)
     else:
         network = make_bert(seed, scale=10.0, id2label={0: "reward"})
     return RewardModel(network, Tokenizer(VOCAB), device="cpu", **options)
@@ -47,11 +53,12 @@ def trunk(request) -> str:
 # ---- what is read ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("trunk", MAKERS)
 @torch.no_grad()
-def test_a_gpt2_is_read_at_the_last_real_token():
-    model = make_reward("gpt2")
-    gpt2, head = model.network.transformer, model.network.score.weight[0]
-    expected = [(gpt2.hidden_states(torch.tensor([model.tokenizer.encode(t, LIMIT)]))[0, -1] @ head) for t in TEXTS]
+def test_a_decoder_is_read_at_the_last_real_token(trunk):
+    model = make_reward(trunk)
+    decoder, head = model.network.decoder, model.network.score.weight[0]
+    expected = [(decoder.hidden_states(torch.tensor([model.tokenizer.encode(t, LIMIT)]))[0, -1] @ head) for t in TEXTS]
     torch.testing.assert_close(model.scores(TEXTS), torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert model.scores(TEXTS).std() > 0.1
 
@@ -98,8 +105,9 @@ def test_a_longer_text_is_cut_at_its_end(trunk):
 
 
 def test_scores_and_rewards_are_without_dropout_and_gradient(trunk):
-    dropout = dict(resid_pdrop=0.5) if trunk == "gpt2" else dict(hidden_dropout_prob=0.5)
-    network = GPT2Scorer(make_gpt2(**dropout)) if trunk == "gpt2" else make_bert(id2label={0: "r"}, **dropout)
+    rates = {"gpt2": "resid_pdrop", "llama": "attention_dropout", "bert": "hidden_dropout_prob"}
+    dropout = {rates[trunk]: 0.5}
+    network = make_bert(id2label={0: "r"}, **dropout) if trunk == "bert" else DecoderScorer(MAKERS[trunk](**dropout))
     model = RewardModel(network.train(), Tokenizer(VOCAB), device="cpu")
     first = model(TEXTS)
     model.train()
@@ -147,7 +155,7 @@ def test_a_classifier_of_several_labels_is_refused():
 
 def test_a_vocabulary_of_another_size_is_refused():
     with pytest.raises(ValueError, match=f"vocabulary has {len(VOCAB) + 1} tokens.*made for {len(VOCAB)}"):
-        RewardModel(GPT2Scorer(make_gpt2()), Tokenizer([*VOCAB, "extra"]))
+        RewardModel(DecoderScorer(make_gpt2()), Tokenizer([*VOCAB, "extra"]))
 
 
 # ---- normalisation --------------------------------------------------------------------------------------------------
@@ -225,6 +233,9 @@ def test_what_transformers_wrote_is_loaded(trunk, tmp_path):
         config = TheirGPT2Config(n_positions=LIMIT, n_embd=16, n_layer=1, n_head=2, **small)
         theirs = GPT2ForSequenceClassification(config)
         assert not hasattr(theirs.score, "bias") or theirs.score.bias is None
+    elif trunk == "llama":
+        sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        theirs = LlamaForSequenceClassification(LlamaConfig(max_position_embeddings=LIMIT, **sizes, **small))
     else:
         sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         theirs = BertForSequenceClassification(TheirBertConfig(max_position_embeddings=LIMIT, **sizes, **small))
@@ -267,14 +278,14 @@ def test_a_failed_save_leaves_the_old_model_whole(trunk, tmp_path, monkeypatch, 
 
 
 def test_a_new_model_on_the_trunk_of_a_folder(trunk, tmp_path):
-    given = make_gpt2() if trunk == "gpt2" else make_bert()
+    given = make_bert() if trunk == "bert" else MAKERS[trunk]()
     given.save_pretrained(tmp_path)
     Tokenizer(VOCAB).save_pretrained(tmp_path)
     state = torch.get_rng_state()
     first, same, other = (RewardModel.from_trunk(tmp_path, seed, device="cpu") for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    kept = first.network.transformer if trunk == "gpt2" else first.network.bert
-    trunk_of = given if trunk == "gpt2" else given.bert
+    kept = first.network.bert if trunk == "bert" else first.network.decoder
+    trunk_of = given.bert if trunk == "bert" else given
     assert all(torch.equal(x, trunk_of.state_dict()[name]) for name, x in kept.state_dict().items())
     assert torch.equal(first(TEXTS), same(TEXTS)) and not torch.equal(first(TEXTS), other(TEXTS))
     assert not first.training and first(TEXTS).std() > 0
@@ -298,7 +309,7 @@ def test_a_gpt2_whose_lm_head_was_untied_is_a_reward_model(tmp_path):
 
 def test_the_new_head_of_a_gpt2_starts_with_scores_of_about_one():
     gpt2 = make_gpt2()
-    weights = torch.cat([GPT2Scorer(gpt2, seed).score.weight[0] for seed in range(300)])
+    weights = torch.cat([DecoderScorer(gpt2, seed).score.weight[0] for seed in range(300)])
     assert weights.std().item() == pytest.approx(33**-0.5, rel=0.03)
     assert weights.mean().item() == pytest.approx(0, abs=0.01)
 
@@ -319,16 +330,16 @@ def test_a_damaged_normalisation_is_named(trunk, tmp_path, normalisation):
 def test_other_folders_are_refused_by_name(tmp_path, load):
     with pytest.raises(FileNotFoundError, match=r"nowhere"):
         load(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="'llama' model; the trunk of a reward model is 'gpt2' or 'bert'"):
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    with pytest.raises(ValueError, match="'phi3' model; the trunk of a reward model is one of bert, gpt2, llama"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config.json lacks model_type, which says whether the trunk is 'gpt2' or"):
+    with pytest.raises(ValueError, match=r"config.json lacks model_type, which says what the trunk is: bert, gpt2"):
         load(tmp_path)
 
 
 def test_a_model_without_a_scalar_head_is_refused(trunk, tmp_path):
-    (make_gpt2() if trunk == "gpt2" else make_bert()).save_pretrained(tmp_path)
+    (make_bert() if trunk == "bert" else MAKERS[trunk]()).save_pretrained(tmp_path)
     Tokenizer(VOCAB).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"missing score.weight|one label"):
         RewardModel.from_pretrained(tmp_path)

@@ -1,5 +1,7 @@
 """Log-probabilities of response tokens against a naive implementation over all logits."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_gpt2
-from minirlhf import GPT2, ActorCritic, ValueHead
+from minirlhf import ActorCritic, Decoder, ValueHead
 from minirlhf.rl import logprobs
 from minirlhf.rl.logprobs import response_logprobs
 
@@ -17,16 +19,16 @@ PROMPTS, RESPONSES = [4, 1, 2, 5], [3, 6, 1, 2]  # ragged on both sides, with on
 R = max(RESPONSES)
 
 
-def make_actor_critic(seed: int = 0, kind: str = "linear") -> ActorCritic:
+def make_actor_critic(seed: int = 0, kind: str = "linear", make: Callable = make_gpt2) -> ActorCritic:
     head = ValueHead(SIZES["n_embd"], kind)
     with torch.no_grad():
         for p in head.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
-    return ActorCritic(make_gpt2(seed=seed, scale=12.0, **SIZES), head).double().eval()
+    return ActorCritic(make(seed=seed, scale=12.0, **SIZES), head).double().eval()
 
 
-def make_reference() -> GPT2:
-    return make_gpt2(seed=7, scale=12.0, **SIZES).double().eval()
+def make_reference(make: Callable = make_gpt2) -> Decoder:
+    return make(seed=7, scale=12.0, **SIZES).double().eval()
 
 
 def ragged_rollout(prompts=PROMPTS, responses=RESPONSES) -> tuple[Tensor, Tensor]:
@@ -77,8 +79,8 @@ def naive_score(model: ActorCritic, tokens, mask, temperature=1.0, keep=None, re
 @pytest.mark.parametrize("with_sets", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @torch.no_grad()
-def test_score_equals_the_naive_implementation(temperature, with_sets):
-    model, reference = make_actor_critic(), make_reference()
+def test_score_equals_the_naive_implementation(make_decoder, temperature, with_sets):
+    model, reference = make_actor_critic(make=make_decoder), make_reference(make_decoder)
     tokens, mask = ragged_rollout()
     keep, packed = random_sets(tokens) if with_sets else (None, None)
     scores = response_logprobs(model, tokens, mask, R, temperature, packed, reference)

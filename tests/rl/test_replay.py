@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, SamplingConfig, Tokenizer
 from minirlhf.generation.sampling import pack_set, truncate
 from minirlhf.rl.logprobs import response_logprobs
@@ -249,10 +249,10 @@ def test_the_negative_kl_of_examples_readme():
 # ---- in the trainer -------------------------------------------------------------------------------------------------
 
 
-def collect(logprobs_full_softmax):
+def collect(make, logprobs_full_softmax):
     """A trainer whose reference equals its policy, and a ragged truncated batch of it."""
     sizes = dict(n_embd=16, n_layer=1, n_head=2, scale=4.0)
-    policy, reference = ActorCritic(make_gpt2(0, **sizes)), make_gpt2(0, **sizes)
+    policy, reference = ActorCritic(make(0, **sizes)), make(0, **sizes)
     trainer = PPOTrainer(
         policy, reference, Tokenizer(VOCAB), steps=32, batch_size=32, minibatch_size=8, forward_batch_size=3, gen_len=6,
         ppo_epochs=1, lr=1e-3, temperature=1.3, top_k=30, top_p=0.8, seed=4, eos_token_id=EOS, device="cpu",
@@ -263,8 +263,8 @@ def collect(logprobs_full_softmax):
 
 
 @pytest.mark.parametrize("logprobs_full_softmax", [False, True])
-def test_at_the_first_minibatch_the_ratio_is_one_and_the_kl_to_oneself_zero(logprobs_full_softmax):
-    trainer, rollout = collect(logprobs_full_softmax)
+def test_at_the_first_minibatch_the_ratio_is_one_and_the_kl_to_oneself_zero(make_decoder, logprobs_full_softmax):
+    trainer, rollout = collect(make_decoder, logprobs_full_softmax)
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=0, atol=1e-6)
     stats = trainer.step(rollout)
     assert stats["ppo/policy/first_ratio_error"] < 1e-5

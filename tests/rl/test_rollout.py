@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from conftest import VOCAB, make_gpt2
+from conftest import MAKERS, VOCAB
 from minirlhf import ActorCritic, Models, PPOConfig, Tokenizer, collect_rollout, generate
 from minirlhf.rl import rollout as rollouts
 from minirlhf.rl.logprobs import response_logprobs
@@ -19,12 +19,13 @@ def lengths_of_text(texts):
     return [float(len(text)) for text in texts]
 
 
-@pytest.fixture(scope="module")
-def models():
-    policy = ActorCritic(make_gpt2(0, scale=4.0))
+@pytest.fixture(scope="module", params=MAKERS)
+def models(request):
+    make = MAKERS[request.param]
+    policy = ActorCritic(make(0, scale=4.0))
     with torch.no_grad():
         policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
-    return Models(policy.eval(), make_gpt2(1, scale=4.0), Tokenizer(VOCAB))
+    return Models(policy.eval(), make(1, scale=4.0), Tokenizer(VOCAB))
 
 
 def collect(models, prompts=PROMPTS, reward=lengths_of_text, length=6, seed=0, **settings):

@@ -59,6 +59,7 @@ def test_a_score_at_the_last_column_is_lost_for_shorter_rows():
         (dict(score_scale=0.5, score_clip=1.5), [1.0, -1.5, 0.5, 1.5, 0.0]),
         (dict(missing_eos="replace", missing_eos_score=-9.0, eos_token_id=EOS), [2.0, -9.0, -9.0, -9.0, 0.0]),
         (dict(missing_eos="subtract", missing_eos_score=1.0, eos_token_id=EOS), [2.0, -5.0, 0.0, 5.0, 0.0]),
+        (dict(missing_eos="replace", missing_eos_score=-9.0, eos_token_id=(EOS, 7)), [2.0, -9.0, 1.0, -9.0, 0.0]),
     ],
 )
 def test_scores_are_changed_as_the_settings_say(settings, expected):
@@ -66,7 +67,7 @@ def test_scores_are_changed_as_the_settings_say(settings, expected):
     queries, responses, _ = batch()
     scores = [2.0, -4.0, 1.0, 6.0, 0.0]
     responses[0][-1] = responses[4][-1] = EOS
-    responses[3][2] = EOS  # in the middle: does not end with it
+    responses[3][2], responses[2][-1] = EOS, 7  # in the middle: does not end with it
     one, other = make_trainer(**settings), make_trainer()
     one.step(queries, responses, scores)
     other.step(queries, responses, expected)

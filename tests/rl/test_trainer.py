@@ -23,13 +23,72 @@ from small_trainer import (
     same_figures,
     weights,
 )
+from transformers import AutoModelForCausalLM
 
+import oracle
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer
 from minirlhf.models import gpt2
 from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rl.logprobs import response_logprobs
 from minirlhf.rl.rollout import evaluation
+
+# ---- a second implementation -----------------------------------------------------------------------------------------
+
+
+def test_two_epochs_are_those_of_a_plain_loop_over_transformers(make_decoder, tmp_path):
+    """Row by row, without padding, with autograd of another model's code; the oracle does GPT-2 from its equations."""
+    settings = dict(batch_size=5, minibatch_size=5, forward_batch_size=2, top_p=1.0, cliprange=0.02, lr=5e-3)
+    decoder, other, lr = make_decoder(0, scale=4.0, **SMALL), make_decoder(1, scale=4.0, **SMALL), settings["lr"]
+    for model, name in ((decoder, "policy"), (other, "reference")):
+        model.save_pretrained(tmp_path / name)
+    theirs, reference = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).double() for name in ("policy", "reference")
+    )
+    policy = ActorCritic(decoder)
+    with torch.no_grad():
+        policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
+    head = copy.deepcopy(policy.value_head.summary).double()
+    trainer = PPOTrainer(policy.double(), other.double(), Tokenizer(VOCAB), **{**DEFAULTS, **settings})
+    rows, coef = list(zip(*batch(), strict=True)), trainer.config.init_kl_coef
+    stats = trainer.step(*batch())
+
+    def read(model, query, response):
+        output = model(torch.cat([query, response])[None], output_hidden_states=True)
+        before = slice(len(query) - 1, -1)
+        values = head(output.hidden_states[-1][0, before]).squeeze(-1)
+        return output.logits[0, before].log_softmax(-1).gather(-1, response[:, None]).squeeze(-1), values
+
+    old, targets = [], []
+    for query, response, score in rows:
+        with torch.no_grad():
+            (logp, values), (ref, _) = read(theirs, query, response), read(reference, query, response)
+        rewards = (-coef * (logp - ref)).tolist()
+        rewards[-1] += score
+        old.append((logp, values))
+        targets.append(oracle.gae_row(rewards, values.tolist(), 1.0, trainer.config.lam))
+    advantages = oracle.whiten_rows([advantage for advantage, _ in targets])
+    parameters = [*theirs.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, eps=trainer.config.adam_eps, weight_decay=0.0)
+    for _ in range(trainer.config.ppo_epochs):
+        losses = []
+        for (query, response, _), (logp, values), A, (_, returns) in zip(rows, old, advantages, targets, strict=True):
+            now, new = read(theirs, query, response)
+            A, returns, ratio = torch.tensor(A), torch.tensor(returns), (now - logp).exp()
+            clipped = values + (new - values).clamp(-0.2, 0.2)
+            value_loss = 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
+            losses.append(torch.maximum(-A * ratio, -A * ratio.clamp(0.98, 1.02)) + 0.1 * value_loss)
+        optimizer.zero_grad()
+        torch.cat(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    assert stats["ppo/policy/first_ratio_error"] < 1e-9 and stats["ppo/policy/clipfrac"] > 0
+    tolerance = 1e-8 if isinstance(decoder, GPT2) else 2e-6  # an RMSNorm rounds to fp32, in both
+    expected = {name.removeprefix(decoder.prefix): p for name, p in theirs.named_parameters()}
+    for name, p in trainer.policy.decoder.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=0, atol=tolerance, msg=name)
+    torch.testing.assert_close(trainer.policy.value_head.summary.weight, head.weight, rtol=0, atol=tolerance)
+
 
 # ---- at the start ----------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from minirlhf import (
     evaluate,
 )
 from minirlhf.device.processes import processes
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.runs import run as run_module
 from minirlhf.runs.checkpoint import save_checkpoint
 from minirlhf.runs.run import Run
@@ -152,7 +152,7 @@ def sft(**settings):
 
 def reward_model():
     gpt2 = make_gpt2(3, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES)
-    model, stats = RewardModel(GPT2Scorer(gpt2), Tokenizer(VOCAB), device="cpu").double(), []
+    model, stats = RewardModel(DecoderScorer(gpt2), Tokenizer(VOCAB), device="cpu").double(), []
     words = ["酒店很好", "房间干净", "早餐", "脏", "差", "失望", "满意"]
     rankings = [Ranking("位置", tuple(words[i : i + 2 + i % 2])) for i in range(5)]
     config = RewardTrainingConfig(max_length=12, tokens_per_batch=60, device="cpu")

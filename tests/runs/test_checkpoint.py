@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB, make_gpt2, make_llama
 from folders import snapshot
 from minirlhf import ActorCritic, PPOTrainer, Tokenizer
 from minirlhf.io.training_state import module_hash
@@ -27,16 +27,16 @@ def reward(texts):
     return [len(set(text)) / 8 for text in texts]
 
 
-def make_trainer(**settings):
+def make_trainer(make=make_gpt2, **settings):
     """A small policy with a value head away from zero, and a reference."""
-    policy = ActorCritic(make_gpt2(0, scale=4.0, **SMALL))
+    policy = ActorCritic(make(0, scale=4.0, **SMALL))
     with torch.no_grad():
         policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
-    return PPOTrainer(policy, make_reference(), Tokenizer(VOCAB), **{**DEFAULTS, **settings})
+    return PPOTrainer(policy, make_reference(make), Tokenizer(VOCAB), **{**DEFAULTS, **settings})
 
 
-def make_reference():
-    return make_gpt2(1, scale=4.0, **SMALL)
+def make_reference(make=make_gpt2):
+    return make(1, scale=4.0, **SMALL)
 
 
 def one_step(trainer):
@@ -57,18 +57,21 @@ RUN = dict(
 )  # fmt: skip
 
 
-def resume(folder, **overrides):
-    return load_checkpoint(folder, make_reference(), **overrides)
+def resume(folder, make=make_gpt2, **overrides):
+    return load_checkpoint(folder, make_reference(make), **overrides)
 
 
 @pytest.mark.parametrize("settings", [
     {}, dict(precision="bf16"), dict(precision="fp16", adaptive_kl=False, max_grad_norm=math.inf),
+    dict(make=make_llama, eos_token_id=(EOS, 7)), dict(make=make_llama, precision="bf16"),
 ], ids=str)  # fmt: skip
 def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
-    whole = make_trainer(**RUN, **settings)
+    make = settings.get("make", make_gpt2)
+    settings = {**RUN, **settings}
+    whole = make_trainer(**settings)
     expected = whole.train(PROMPTS, reward)
 
-    cut = make_trainer(**RUN, **settings)
+    cut = make_trainer(**settings)
 
     class Crash(Exception):
         pass
@@ -80,7 +83,7 @@ def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
 
     with pytest.raises(Crash):
         cut.train(PROMPTS, reward, crash_at_two)
-    resumed = resume(tmp_path / "cut")
+    resumed = resume(tmp_path / "cut", make)
     assert resumed.iteration == 2 and resumed.config == whole.config
     rest = resumed.train(PROMPTS, reward)
     assert [figures(stats) for stats in rest] == [figures(stats) for stats in expected[2:]]

@@ -13,7 +13,7 @@ from conftest import VOCAB
 from folders import snapshot
 from minirlhf import GPT2, DPOTrainer, GPT2Config, RewardModel, Run, Tokenizer
 from minirlhf.io.files import read_jsonl
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
@@ -42,7 +42,7 @@ def new(kind, data=None, **settings):
     if kind == "dpo":
         settings = {**SETTINGS, "tokens_per_batch": 30, "batch_size": 3, "loss": "ipo", **settings}
         return DPOTrainer(gpt2(), gpt2(1), Tokenizer(VOCAB), **settings)
-    model = RewardModel(GPT2Scorer(gpt2()), Tokenizer(VOCAB), device="cpu")
+    model = RewardModel(DecoderScorer(gpt2()), Tokenizer(VOCAB), device="cpu")
     return RewardModelTrainer(model, data, RewardTrainingConfig(**{**SETTINGS, "tokens_per_batch": 30, **settings}))
 
 

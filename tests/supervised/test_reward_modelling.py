@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import oracle
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, RewardModel, Tokenizer
-from minirlhf.rewards.reward_model import GPT2Scorer
+from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.supervised.reward_modelling import (
     RankingFigures,
     RewardModelTrainer,
@@ -37,7 +37,7 @@ RAGGED = [
 def fresh(trunk: str = "gpt2", dropout: float = 0.0) -> RewardModel:
     if trunk == "gpt2":
         rates = dict.fromkeys(NO_DROPOUT, dropout)
-        network = GPT2Scorer(GPT2(GPT2Config(**SIZES, **rates, initializer_range=0.1)))
+        network = DecoderScorer(GPT2(GPT2Config(**SIZES, **rates, initializer_range=0.1)))
     else:
         network = BertClassifier(BertConfig(
             vocab_size=len(VOCAB), max_position_embeddings=16, hidden_size=16, num_hidden_layers=1,
@@ -110,7 +110,7 @@ def test_all_pairs_of_each_list():
 def test_the_gradient_of_the_whole_model_is_the_oracle_s(tokenizer):
     """Text to loss in float64 through a second GPT-2 in numpy, along random directions in the space of all weights."""
     gpt2 = make_gpt2(scale=3.0, **SIZES, n_inner=24)
-    model = RewardModel(GPT2Scorer(gpt2), tokenizer, device="cpu").double()
+    model = RewardModel(DecoderScorer(gpt2), tokenizer, device="cpu").double()
     sequences = [tokenizer.encode(text) for ranking in RAGGED for text in ranking.texts]
     sizes, margins = [len(r.answers) for r in RAGGED], [r.margin for r in RAGGED]
     scored = model.network(*padded(sequences)).squeeze(-1)
@@ -312,7 +312,7 @@ class Fixed(RewardModel):
 
 
 def fixed() -> Fixed:
-    return Fixed(GPT2Scorer(make_gpt2()), Tokenizer(VOCAB), device="cpu")
+    return Fixed(DecoderScorer(make_gpt2()), Tokenizer(VOCAB), device="cpu")
 
 
 def logit(p: float) -> str:

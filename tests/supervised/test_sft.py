@@ -163,8 +163,8 @@ def response_nlls_by_transformers(folder, pairs) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_loss_is_on_the_response_only(tmp_path, tokenizer, packing):
-    model = make_gpt2(**SIZES, **NO_DROPOUT)
+def test_the_loss_is_on_the_response_only(make_decoder, tmp_path, tokenizer, packing):
+    model = make_decoder(**SIZES, **NO_DROPOUT)
     model.save_pretrained(tmp_path)
     total, tokens = response_nlls_by_transformers(tmp_path, PAIRS)
     assert tokens == (8 + 1) + (2 + 1) + (2 + 1) + (5 + 1)
@@ -174,8 +174,8 @@ def test_the_loss_is_on_the_response_only(tmp_path, tokenizer, packing):
     assert losses == [pytest.approx(total / tokens, rel=1e-5)]
 
 
-def test_perplexity_of_responses_equals_transformers(tmp_path, tokenizer):
-    model = make_gpt2(**SIZES)
+def test_perplexity_of_responses_equals_transformers(make_decoder, tmp_path, tokenizer):
+    model = make_decoder(**SIZES)
     model.save_pretrained(tmp_path)
     total, tokens = response_nlls_by_transformers(tmp_path, PAIRS)
     found = perplexity(model, tokenizer, PAIRS, 24)
@@ -194,9 +194,9 @@ def test_a_pair_begins_with_what_the_prompt_is_sampled_from(tokenizer):
 
 
 @pytest.mark.parametrize("width", [None, 24])
-def test_sequences_of_one_row_do_not_see_each_other(tokenizer, width):
+def test_sequences_of_one_row_do_not_see_each_other(make_decoder, tokenizer, width):
     """Each has the likelihoods that it has alone, whatever stands before it in its row."""
-    model = make_gpt2(**SIZES).double()
+    model = make_decoder(**SIZES).double()
     sequences = encode_demonstrations(tokenizer, [*PAIRS, "很好"])
     rows = [[sequences[1], sequences[4], sequences[2]], [sequences[0]], [sequences[3], sequences[1]]]
     nll, count = token_nll(model, rows, tokenizer.pad_id, width)
@@ -207,10 +207,10 @@ def test_sequences_of_one_row_do_not_see_each_other(tokenizer, width):
     torch.testing.assert_close(nll[len(alone[0]) + len(alone[1]) :][: len(without)], without)
 
 
-def test_packed_and_padded_steps_have_the_same_gradient(tokenizer):
+def test_packed_and_padded_steps_have_the_same_gradient(make_decoder, tokenizer):
     gradients = []
     for packing in (False, True):
-        model = make_gpt2(**SIZES, **NO_DROPOUT)
+        model = make_decoder(**SIZES, **NO_DROPOUT)
         trainer = SFTTrainer(model, tokenizer, PAIRS * 3, dataclasses.replace(CONFIG, packing=packing))
         batch = [micro for step in trainer.epochs[0] for micro in step]
         assert len(batch) > 1

@@ -1,7 +1,7 @@
 """The memory that PPO needs, by a formula, and what the device has.
 
 Shapes: B sequences an iteration, F a micro-batch, S a scoring pass, P longest prompt, R new tokens, T = P + R,
-L layers, C width, nh heads, V vocabulary.
+L layers, C width, nh heads, K width of the keys of a token, V vocabulary.
 
 Left out: the reward function's own memory, the CUDA context, and what an allocator loses between its blocks.
 """
@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minirlhf.device.precision import SIXTEEN_BITS
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
-from minirlhf.models.layers import SHORT_SEQUENCE
+from minirlhf.models.layers import SHORT_SEQUENCE, features
+from minirlhf.models.lora import LoRALayer, matrices
 from minirlhf.models.static_decode import COLUMNS
+from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.logprobs import LOGITS_IN_CACHE, LOGITS_PER_CHUNK
 from minirlhf.rl.trainer import PPOTrainer
 
@@ -29,55 +32,79 @@ MEMINFO = Path("/proc/meminfo")
 def estimate(
     trainer: PPOTrainer, batch_size: int, prompt_length: int, gen_len: int, micro_batch: int
 ) -> dict[str, int]:
-    """Bytes by part, for B = `batch_size`, P = `prompt_length`, R = `gen_len` and F = `micro_batch`.
+    """`planned` for the models and settings of a trainer."""
+    models = trainer.models
+    return planned(
+        trainer.policy, trainer.reference, trainer.config, (batch_size, prompt_length, gen_len, micro_batch),
+        trainer.device.type, trainer.precision.name, models.scoring_batch_size, models.graphed is not None,
+    )  # fmt: skip
 
-    weights: of policy and reference, with the policy's gradients and the two moments of Adam. rollout: the record of
+
+def planned(
+    policy: ActorCritic,
+    reference: Decoder,
+    config: PPOConfig,
+    sizes: tuple[int, int, int, int],
+    device: str,
+    precision: str,
+    scoring_batch_size: int = 128,
+    graphed: bool = False,
+) -> dict[str, int]:
+    """Bytes by part, for sizes (B, P, R, F). The models may be without memory, as `shapes_only` builds them.
+
+    weights: of policy and reference, with gradients and two moments of Adam for what is trained. rollout: the record of
     one batch. generation, scoring, update: what each phase has alive besides; they follow each other.
 
-    With e bytes an activation (4; 2 under autocast), W bytes of weights, n(rows) = min(rows R, 2^25 / V) tokens whose
-    logits are alive at once (2^22 in scoring on a CPU), s = 40 (14 without top-k and top-p), and a = 2 nh T where
+    With e bytes an activation (4; 2 under autocast), W bytes of weights (shared ones count once), n(rows) =
+    min(rows R, 2^25 / V) tokens whose logits are alive at once (2^22 in scoring on a CPU), s = 40 (14 without top-k and
+    top-p), b and p the decoder's `block_width` and `pass_width` (16 C and 12 C for GPT-2), and a = 2 nh T where
     attention keeps its weights (short sequences on a CPU), else T for its mask:
 
-        weights    = 4 W_policy + W_reference
+        weights    = 4 W_trained + W_frozen + W_reference
         rollout    = B (17 T + (26 + V / 8) R)
-        generation = B (2 L C T e + max(s V, P (12 C + 2 nh P) e))  key/value cache; sampling, or the prompt before it
-        scoring    = 13 S T C e + 30 n(S) V
-        update     = F T (L + 1) (16 C + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
+        generation = B (2 L K T e + max(s V, P (p + 2 nh P) e))  key/value cache; sampling, or the prompt before it
+        scoring    = S T (p + C) e + 30 n(S) V
+        update     = F T (L + 1) (b + a) e + 14 n(F) V + 4 C V   one layer more for its backward pass; d wte
 
-    Where a CUDA graph decodes, its cache stays: 2 B L C e for each of T columns, rounded up to a
+    Where matrices are frozen, as with LoRA, the backward pass needs no inputs of those without an adapter: their widths
+    come off b, and the rank of each adapter comes on; a frozen embedding has no gradient, which takes 4 C V off.
+    Where a CUDA graph decodes, its cache stays: 2 B L K e for each of T columns, rounded up to a
     multiple of 64, is added to the rollout.
-    With `checkpoint_activations`, F T (L C + 2 (16 C + a)) e of activations in the update.
-    Autocast adds a copy of the policy's weights in 2 bytes to each phase.
+    With `checkpoint_activations`, F T (L C + 2 (b + a)) e of activations in the update.
+    Autocast adds a copy of the policy's fp32 weights in 2 bytes to each phase. Without it a matrix that is held in bf16
+    has a copy in fp32 while it is used, of which the largest counts.
     The factors count the tensors of the code, for the worst case; measurements lie at 55% to 105% of the formula.
     """
-    model, T = trainer.policy.decoder, prompt_length + gen_len
-    heads, C, V = model.n_heads, model.width, model.vocab_size
-    L = len(model.blocks)
-    S, F = min(trainer.models.scoring_batch_size, batch_size), min(micro_batch, batch_size)
-    reduced = trainer.precision.name in SIXTEEN_BITS
+    model, (batch_size, prompt_length, gen_len, micro_batch) = policy.decoder, sizes
+    heads, C, V, T = model.n_heads, model.width, model.vocab_size, prompt_length + gen_len
+    L, K = len(model.blocks), model.kv_heads * model.head_size
+    S, F = min(scoring_batch_size, batch_size), min(micro_batch, batch_size)
+    reduced = precision in SIXTEEN_BITS
     e = 2 if reduced else FP32
-    plain = trainer.device.type == "cpu" and T <= SHORT_SEQUENCE
-    attention = 2 * heads * T if plain else T
-    block = 16 * C + attention
-    kept = L * C + 2 * block if trainer.config.checkpoint_activations else (L + 1) * block
-    scored_at_once = LOGITS_IN_CACHE if trainer.device.type == "cpu" else LOGITS_PER_CHUNK
-    sampling = 40 if trainer.config.sampling.truncates else 14
+    plain = device == "cpu" and T <= SHORT_SEQUENCE
+    block = model.block_width - untrained_inputs(model) + (2 * heads * T if plain else T)
+    kept = L * C + 2 * block if config.checkpoint_activations else (L + 1) * block
+    scored_at_once = LOGITS_IN_CACHE if device == "cpu" else LOGITS_PER_CHUNK
+    sampling = 40 if config.sampling.truncates else 14
 
     def logits(rows: int, chunk: int = LOGITS_PER_CHUNK) -> int:
         return min(rows * gen_len, max(1, chunk // V)) * V
 
-    graph = 0
-    if trainer.models.graphed is not None:
-        graph = batch_size * 2 * L * C * -(-(T - 1) // COLUMNS) * COLUMNS * e
-    prompt = prompt_length * (12 * C + plain * 2 * heads * prompt_length)
-    weights = weight_bytes(trainer.policy)
-    copies = reduced * weights // 2
+    graph = batch_size * 2 * L * K * -(-(T - 1) // COLUMNS) * COLUMNS * e if graphed else 0
+    prompt = prompt_length * (model.pass_width + plain * 2 * heads * prompt_length)
+    known = {_place(p) for p in policy.parameters()}
+    apart = sum(p.nbytes for p in reference.parameters() if _place(p) not in known)
+    if reduced:
+        copies = sum(p.nbytes // 2 for p in policy.parameters() if p.dtype == torch.float32)
+    else:
+        copies = max((FP32 * p.numel() for p in policy.parameters() if p.dtype == torch.bfloat16), default=0)
+    gradient = FP32 * C * V * next(model.embeddings[0].parameters()).requires_grad
     return {
-        "weights": 4 * weights + weight_bytes(trainer.reference),
+        "weights": 3 * weight_bytes(policy, trained=True) + weight_bytes(policy) + apart,
         "rollout": batch_size * (17 * T + (26 + V // 8) * gen_len) + graph,
-        "generation": batch_size * (2 * L * C * T * e + max(sampling * V, prompt * e)) + copies,
-        "scoring": 13 * S * T * C * e + 30 * logits(S, scored_at_once) + copies,
-        "update": F * T * kept * e + 14 * logits(F) + FP32 * C * V + copies,
+        "generation": batch_size * (2 * L * K * T * e + max(sampling * V, prompt * e)) + copies,
+        "scoring": (model.pass_width + C) * S * T * e + 30 * logits(S, scored_at_once) + copies,
+        "update": F * T * kept * e + 14 * logits(F) + gradient + copies,
     }
 
 
@@ -86,9 +113,25 @@ def total(need: Mapping[str, int]) -> int:
     return need["weights"] + need["rollout"] + max(need[phase] for phase in ("generation", "scoring", "update"))
 
 
-def weight_bytes(model: ActorCritic | Decoder) -> int:
-    """Bytes of a model's parameters."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def weight_bytes(model: ActorCritic | Decoder, trained: bool = False) -> int:
+    """Bytes of a model's parameters, or of those that are trained."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad or not trained)
+
+
+def _place(p: Tensor) -> int:
+    """What tells a tensor's memory from others; of one without memory, the tensor itself."""
+    return p.data_ptr() or id(p)
+
+
+def untrained_inputs(model: Decoder) -> int:
+    """Numbers a token by which a block with frozen matrices keeps less for its backward pass than one without."""
+    inside, less = {id(module) for module in model.blocks[0].modules()}, 0
+    for layer in [layer for layer in matrices(model).values() if id(layer) in inside]:
+        if isinstance(layer, LoRALayer) and layer.lora_A is not None:
+            less -= len(layer.lora_A)
+        elif not layer.weight.requires_grad:
+            less += features(layer)[0]
+    return less
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -59,7 +59,7 @@ def masks(setup: Setup) -> Result:
     }
     wrong = [f"{name}: {error:.2g}" for name, error in errors.items() if not error <= SAME_OUTPUT]
     if wrong:
-        remedy = "attend by attention_mask, and number positions by its running sum, as GPT2.hidden_states does"
+        remedy = "attend by attention_mask, and number positions by its running sum, as Decoder.hidden_states does"
         return Result(FAIL, f"padding changes the outputs, relative to the largest: {'; '.join(wrong)}", remedy)
     return Result(OK, f"padded and alone differ by {max(errors.values()):.2g} of the largest output at most")
 
@@ -108,9 +108,13 @@ def repetition_error(model: nn.Module) -> float:
 
 @torch.no_grad()
 def untied_error(model: ActorCritic | Decoder) -> float:
-    """The distance of the logits of random hidden states from their product with the token embedding."""
+    """The distance of the logits of random hidden states from their product with the head's weight.
+
+    That is the token embedding, unless the config says that the head has a weight of its own.
+    """
     decoder = language_model(model)
-    weight: Tensor = getattr(decoder.embeddings[0], "weight")[: decoder.vocab_size]  # noqa: B009  (for the type checker)
+    head = decoder.embeddings[0] if decoder.config.tie_word_embeddings else decoder.lm_head
+    weight: Tensor = getattr(head, "weight")[: decoder.vocab_size]  # noqa: B009  (for the type checker)
     hidden = torch.randn(3, decoder.width, generator=torch.Generator().manual_seed(0)).to(weight)
     return _difference(decoder.lm_logits(hidden), hidden @ weight.t())
 

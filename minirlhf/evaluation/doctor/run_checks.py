@@ -20,6 +20,7 @@ from minirlhf.evaluation.doctor.model_checks import SAME_OUTPUT, distance, untie
 from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped
 from minirlhf.evaluation.optimum import EqualRewards, OptimumPoint, TooFewSamples, optimum
 from minirlhf.models.decoder import Decoder
+from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.rollout import Rollout, logprobs_in_batches
@@ -110,9 +111,9 @@ def weights(setup: Setup) -> Result:
     heads = {"policy": untied_error(trainer.policy), "reference": untied_error(reference)}
     moved = distance(trainer.policy.decoder, untouched.policy.decoder)
 
-    tie = "let lm_logits use the token embedding itself; a checkpoint with an LM head of its own is not supported"
+    tie = "let lm_logits use the token embedding itself, or a head of its own by tie_word_embeddings=False"
     problems = {
-        f"the LM head of the {name} is not its embedding after a step": tie
+        f"the LM head of the {name} is not the one of its config after a step": tie
         for name, x in heads.items()
         if not x <= SAME_OUTPUT
     }
@@ -123,7 +124,7 @@ def weights(setup: Setup) -> Result:
     if problems:
         return Result(FAIL, "; ".join(problems), "; ".join(dict.fromkeys(problems.values())))
     step = f"{stats['ppo/updates']:.0f} updates moved the policy by up to {moved:.1g}, and not a bit of the reference"
-    return Result(OK, f"LM heads are tied; {step}")
+    return Result(OK, f"LM heads are those of the configs; {step}")
 
 
 def forecast(setup: Setup) -> Result:
@@ -189,7 +190,8 @@ def memory(setup: Setup) -> Result:
 def precision(setup: Setup) -> Result:
     """Log-probabilities in the chosen precision against fp32, by the limits of `Rounding`.
 
-    For a run in fp32 it is bf16 that is compared, as a word only. Says what "auto" has chosen, and why.
+    For a run in fp32 it is bf16 that is compared, as a word only. Says what "auto" has chosen, and why, and what LoRA's
+    base costs that is held in bf16.
     """
     c, (trainer, rollout) = setup.config, setup.experience()
     name = "bf16" if c.precision == "fp32" else c.precision
@@ -218,7 +220,25 @@ def precision(setup: Setup) -> Result:
     if setup.precision.reason:
         detail += f"; {setup.precision}"
     remedy = f"train in fp32{', or in bf16, whose range is that of fp32' if name == 'fp16' else ''}"
+    if c.lora is not None and c.lora.base_dtype == "bf16":
+        of_base = _rounding_of_base(setup)
+        detail += f"; the base held in bf16: {of_base}"
+        if not (of_base.mean_fits(c.cliprange) and of_base.worst_fits(c.cliprange)):
+            status = WARN if status == OK else status  # rollouts and updates share the rounded base
+            remedy = f"hold the base in fp32 (base_dtype); {remedy}"
     return Result(status, detail, "" if status == OK else remedy)
+
+
+def _rounding_of_base(setup: Setup) -> Rounding:
+    """Probabilities of the response tokens with the base held in bf16 against the policy as it was given, in fp32."""
+    trainer, rollout = setup.experience()
+    given = language_model(copy.deepcopy(setup.policy)).to(trainer.device).eval()
+    given.fit_vocabulary(len(trainer.tokenizer))
+    exact, R = ActorCritic(given, None), rollout.response_mask.size(1)
+    arguments = rollout.tokens, rollout.mask, R, trainer.config.logprobs_divisor, rollout.sampling_sets
+    with torch.no_grad():
+        logprobs, known = (response_logprobs(model, *arguments).logprobs for model in (trainer.policy, exact))
+    return Rounding.between(logprobs[rollout.response_mask], known[rollout.response_mask])
 
 
 def _with(trainer: PPOTrainer, **settings: Any) -> PPOTrainer:
