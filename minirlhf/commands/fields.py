@@ -177,7 +177,7 @@ def _flag(name: str, kind: Any, said: str, field: dataclasses.Field[Any]) -> Arg
     return argument(f"--{name.replace('_', '-')}", help=help.replace("%", "%%"), **options)
 
 
-def _or_none(kind: type[Any]) -> Callable[[str], Any]:
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         return None if text.lower() in ("none", "null") else kind(text)
 

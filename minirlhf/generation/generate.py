@@ -108,7 +108,7 @@ def _decode(
     prompts: Sequence[Ids],
     max_new_tokens: int,
     sampling: SamplingConfig,
-    eos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
     pad_token_id: int,
     generator: torch.Generator | None,
     keep_sampling_sets: bool = False,

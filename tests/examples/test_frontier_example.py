@@ -23,7 +23,8 @@ def test_the_frontier_has_a_row_for_each_coefficient_and_n(call, tiny, tmp_path)
     assert {path.name for path in written.iterdir()} == {"frontier.md", "frontier.png", "second_scorer.png"}
     table = (written / "frontier.md").read_text(encoding="utf-8")
     assert table in out
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in rows[2:]] == [
         "PPO, β = 0.1", "PPO, β = 0.5", "reference", "best of 2", "best of 4", "best of 8", "best of 16",
     ]  # fmt: skip
