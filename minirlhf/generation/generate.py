@@ -328,7 +328,7 @@ class _Request:
                     ends = [place for each in self.stop if (place := texts[i].find(each)) >= 0]
                     texts[i], stopped[i] = texts[i][: min(ends, default=None)], bool(ends)
 
-        ids = self.tokenizer.eos_id, self.tokenizer.pad_id
+        ids = self.tokenizer.eos_token_id, self.tokenizer.pad_id
         for samples in _decode(self.model, prompts, self.max_new_tokens, self.sampling, *ids, self.generator):
             if watched:
                 read(samples)
