@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 # What takes longest: whole programs, runs that are killed, hostile files, trainings to a known optimum.
 SLOW = tests/examples tests/robustness tests/runs tests/evaluation tests/docs tests/rl/test_optimum.py
 
-.PHONY: setup test fast lint lines bench gpu mutants
+.PHONY: setup test fast lint lines bench gpu mutants release
 
 setup: ## a virtual environment with everything that the tests need, and the checks before a commit
 	test -d .venv || python3 -m venv .venv
@@ -32,3 +32,6 @@ gpu: ## the tests that need a GPU, decoding with and without a CUDA graph, the b
 
 mutants: ## plants faults in a copy of the package, and says which ones no test notices; hours
 	$(PYTHON) tests/robustness/mutants.py
+
+release: ## builds wheels and sdist into dist/, and tries them in fresh environments; uploads nothing
+	.ci/release

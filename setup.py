@@ -12,8 +12,13 @@ ROOT = Path(__file__).parent
 
 EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
 JUDGE = ["openai>=1.60"]
+CHAT = ["jinja2>=3.1.6"]  # older ones have known ways out of the sandbox
+YAML = ["pyyaml>=6"]
+STARTER = ["minirlhf-starter>=1"]  # made from weights/, which is too large for this package
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.25"]
+TENSORBOARD = ["tensorboard>=2.15"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
-         "scikit-learn>=1.4"]  # fmt: skip
+         "scikit-learn>=1.4", *TENSORBOARD]  # fmt: skip
 
 setup(
     name="minirlhf",
@@ -41,6 +46,14 @@ setup(
     extras_require={
         "examples": EXAMPLES,
         "judge": JUDGE,
-        "dev": [*EXAMPLES, *JUDGE, *TESTS, "ruff", "mypy"],
+        "tensorboard": TENSORBOARD,
+        "wandb": ["wandb>=0.19"],
+        "swanlab": ["swanlab>=0.8"],
+        "trackio": ["trackio>=0.15"],
+        "chat": CHAT,
+        "yaml": YAML,
+        "starter": STARTER,
+        "docs": DOCS,
+        "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *TESTS, "ruff", "mypy"],
     },
 )

@@ -24,7 +24,7 @@ from minirlhf.io.files import atomic_write, write_json
 from minirlhf.rewards.base import RewardFunction, call_reward
 from minirlhf.rewards.composed import Increments, RepetitionPenalty, WeightedSum
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,7 @@ def main() -> None:
         samples=(256, "fresh samples a tag at the end"),
         seed=(0, "of everything"),
         output=(new_folder("controlled-"), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     args = parse(parser)
@@ -122,7 +123,9 @@ def main() -> None:
         given = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "init_kl_coef", "entropy_coef")}
         config = PPOConfig(**{**STARTER, **given}, target=8.0, ppo_epochs=2, vf_coef=0.5, seed=args.seed)
         trainer = PPOTrainer(load_decoder(args.policy), args.policy, tokenizer, config)
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+        run = Run.start(
+            args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
+        )
     with run:
         trainer, config = run.trainer, run.trainer.config
         for iteration in range(trainer.iteration, config.iterations):
@@ -131,10 +134,9 @@ def main() -> None:
             prompts = [TARGETS[i % len(TARGETS)].tag + draw.choice(PROMPTS) for i in range(config.batch_size)]
             rollout = trainer.collect(prompts, reward)
             stats = trainer.step(rollout)
-            parts = reward.metrics()  # the mean of each part
             by_tag = {t.name: rollout.scores[i :: len(TARGETS)].mean().item() for i, t in enumerate(TARGETS)}
             tagged = {f"reward/{name}": mean for name, mean in by_tag.items()}
-            samples = run.record(rollout, {**stats, **parts, **tagged})
+            samples = run.record(rollout, {**stats, **tagged})
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in by_tag.items())
             show(f"step {iteration + 1}: {means}, KL {stats['objective/kl']:.1f}")
             for text, score in samples:

@@ -18,6 +18,7 @@ def main() -> None:
         batch_size=(64, "samples of the step"),
         lr=(3e-4, "PPOConfig.lr"),
         seed=(0, "of everything"),
+        picture=(str, "draw the best sample's tokens into this PNG"),
     ).parse_args()
     policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
     reward, n = SentimentReward.from_pretrained(args.reward), args.batch_size
@@ -27,9 +28,12 @@ def main() -> None:
     rollout = trainer.collect([args.prompt] * n, reward)
     show(f"mean score of the batch {rollout.scores.mean():.4f}, KL coefficient {trainer.kl_controller.coef:.4f}")
     trainer.step(rollout)
-    for row in (int(rollout.scores.argmax()), int(rollout.scores.argmin())):
-        show()
-        explain(trainer, rollout, row)
+    show()
+    best = explain(trainer, rollout, int(rollout.scores.argmax()))
+    show()
+    explain(trainer, rollout, int(rollout.scores.argmin()))
+    if args.picture is not None:
+        best.draw(args.picture)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def markdown(found: dict[float, Comparison]) -> str:
         )
     before = first.reference
     lines.append(f"| reference | 0 | {before.reward} | {before.second} | | {before.distinct_2:.3f} |")
+    used = [f"- β = {coefficient:g}: {x.in_use}" for coefficient, x in found.items()]
     lines += [f"| best of {p.n:g} | {p.kl:.2f} | {p.reward} | {p.second} | | |" for p in first.best_of_n]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *used]) + "\n"
 
 
 if __name__ == "__main__":

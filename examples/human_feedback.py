@@ -25,7 +25,7 @@ from minirlhf import PPOConfig, PPOTrainer, SamplingConfig, Tokenizer, load_deco
 from minirlhf.common.printing import show
 from minirlhf.rewards.human import FeedbackFile, HumanReward, ask_rounds, draw_answers
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, command_line, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, command_line, prompt_pool, run_script
 
 
 def main() -> None:
@@ -42,10 +42,11 @@ def main() -> None:
         seed=(0, "of everything"),
         output=("runs/feedback.jsonl", "file of the answers"),
         train=(str, "folder of a PPO run whose reward you are"),
+        loggers=LOGGERS,
         batch_size=(4, "samples a step of PPO"),
         lr=(2e-4, "of PPO"),
     ).parse_args()
-    args.prompts = prompt_pool(args.prompts, args.encoding)
+    args.prompts = prompt_pool(args.prompts, args.policy, encoding=args.encoding)
     try:
         train(args) if args.train else collect(args)
     except KeyboardInterrupt:
@@ -92,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
         policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, PPOConfig(**settings))
         trainer.check_prompts(args.prompts)
-        run = Run.start(args.train, trainer, {"arguments": vars(args)})
+        run = Run.start(args.train, trainer, {"arguments": vars(args)}, loggers=args.loggers)
     with run, FeedbackFile(run.folder / "scores.jsonl") as file, Keyboard() as keyboard:
         trainer = run.trainer
 

@@ -16,7 +16,7 @@ from minirlhf import PPOConfig, PPOTrainer, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script
 
 # What a good text is. A judge answers more evenly if the rubric says what each number stands for.
 RUBRIC = """The text is the beginning of a hotel review in Chinese, cut off after a few words. How content is the guest?
@@ -40,7 +40,7 @@ def main() -> None:
         policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)
         settings = {"arguments": vars(args), "ppo": dataclasses.asdict(config)}  # the key is not in there
-        run = Run.start(args.output, trainer, settings)
+        run = Run.start(args.output, trainer, settings, loggers=args.loggers)
 
     # 3. The loop. A judge is a reward like any other: a callable from texts to numbers.
     with run:
@@ -50,13 +50,12 @@ def main() -> None:
             rollout = trainer.collect(prompts, judge)
             stats = trainer.step(rollout)
 
-            # 4. What the judge did and cost goes into the same line of metrics.jsonl as the statistics of PPO.
-            judged = judge.metrics()
-            spent += judged["judge/cost"]
-            samples = run.record(rollout, {**stats, **judged})
+            # 4. What the judge did and cost is among the statistics of PPO, in the same line of metrics.jsonl.
+            spent += stats["judge/cost"]
+            samples = run.record(rollout, stats)
             show(
                 f"step {iteration + 1}: score {stats['reward/mean']:.2f}, KL {stats['objective/kl']:.1f}, "
-                f"{judged['judge/requests']:.0f} requests, {judged['judge/unparsed']:.0f} texts without a score, "
+                f"{stats['judge/requests']:.0f} requests, {stats['judge/unparsed']:.0f} texts without a score, "
                 f"spent {spent:.4f}"
             )
             # 5. Read them: a policy that has found words which fool the judge has a fine reward too.
@@ -83,6 +82,7 @@ def read_arguments() -> argparse.Namespace:
         gen_len=(16, "tokens of a sample"),
         seed=(0, "of everything"),
         output=(new_folder("judge-"), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     args = parse(parser)

@@ -24,18 +24,13 @@ except ImportError:
 from minirlhf import PPOConfig, PPOTrainer, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
-from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
-from minirlhf.evaluation.findings import before_after_table
-from minirlhf.evaluation.plots import plot_run
-from minirlhf.io.files import atomic_write, write_json
-from minirlhf.rl.presets import METHODS, PRESETS
+from minirlhf.evaluation.results import save_results
+from minirlhf.rl.presets import DEFAULT_METHOD, METHODS, PRESETS, STARTER_RUN
 from minirlhf.runs.run import Run
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
-# A penalty that lets the reward reach .9, and a bonus that keeps the samples varied.
-DEFAULT = dict(**STARTER, steps=5120, init_kl_coef=0.15, entropy_coef=0.016)
-FIELDS = dict(steps=int, batch_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int, device=str,
-              precision=str, value_head=str)  # fmt: skip
+FIELDS = dict(steps=int, batch_size=int, group_size=int, gen_len=int, lr=float, top_p=float, seed=int, save_freq=int,
+              device=str, precision=str, value_head=str)  # fmt: skip
 
 
 def main() -> None:
@@ -46,17 +41,20 @@ def main() -> None:
     else:
         policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)  # the reference: the policy as it is in its folder
-        trainer.check_prompts(args.prompts)
-        run = Run.start(args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)})
+        trainer.check_prompts(args.prompts)  # before the folder is made
+        run = Run.start(
+            args.output, trainer, {"arguments": vars(args), "ppo": dataclasses.asdict(config)}, loggers=args.loggers
+        )
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
+        pool = trainer.check_prompts(args.prompts)
         show(trainer.precision_choice)
         show(f"reward: {reward.meaning}")
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:
             # 1. Draw prompts from the pool. The draw depends on seed and iteration alone, so a resumed run repeats it.
             count = config.batch_size // config.group_size
-            prompts = random.Random(f"{config.seed} {iteration}").choices(args.prompts, k=count)
+            prompts = random.Random(f"{config.seed} {iteration}").choices(pool, k=count)
             # 2. Sample a continuation of each, and score the whole text: reward = P(positive).
             rollout = trainer.collect(prompts, reward)
             # 3. PPO, or another method: several epochs over the batch, held near the reference by the KL penalty.
@@ -67,31 +65,8 @@ def main() -> None:
             if samples:
                 bar.write(f"step {iteration + 1}: mean reward {stats['reward/mean']:.3f}")
                 bar.write("\n".join(f"    {score:.2f}  {printable(text)}" for text, score in samples))
-        report(run, args, reward)
-
-
-def report(run: Run, args: argparse.Namespace, reward: SentimentReward) -> None:
-    trainer, config, output = run.trainer, run.trainer.config, run.folder
-    settings = EvaluationConfig(
-        gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
-        kl_coef=trainer.kl_controller.coef, seed=config.seed,
-    )  # fmt: skip
-    found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, args.prompts, reward, config=settings).given
-    if not trainer.processes.first:
-        return
-    plot_run(run.history(), output / "reward_curve.png", config.target, found.frontier)
-    summary = {**found.summary(), "optimum": found.optimum}
-    about = {"algorithm": args.algorithm.upper(), "episodes": config.steps, **summary}
-    trainer.policy.save_pretrained(output / "policy", summary=about)
-    trainer.reference.save_pretrained(output / "reference")
-    for name in ("policy", "reference"):
-        trainer.tokenizer.save_pretrained(output / name)
-    write_json(output / "summary.json", summary)
-    table = before_after_table(found.pairs)
-    atomic_write(output / "before_after.md", table.encode())
-    show(table)
-    show("\n".join(f"{name:28} {value:.3f}" for name, value in found.summary().items()))
-    show(f"{found.optimum}\nsaved in {output}")
+        # 5. Compare policy and reference, and leave models, summary, samples and curves in the folder.
+        show(save_results(run, pool, reward, config.advantages))
 
 
 def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
@@ -102,20 +77,21 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
         prompts=(PROMPTS, "texts, or one file, .txt or .jsonl"),
         **{name: (kind, f"PPOConfig.{name}") for name, kind in FIELDS.items()},
         output=(new_folder(), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     parser.add_argument("--recipe", choices=["starter", "original"], default="starter")
-    parser.add_argument("--algorithm", choices=["ppo", *METHODS], default="ppo", help="docs/algorithms.md has them")
+    parser.add_argument("--algorithm", choices=["ppo", *METHODS], help="default: rloo_to_go; see docs/algorithms.md")
     args = parse(parser)
     if not args.resume:
-        args.prompts = prompt_pool(args.prompts)
+        args.prompts = prompt_pool(args.prompts, args.policy, args.reward)
     given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
-    if args.recipe == "original" and args.algorithm != "ppo":
-        raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
     if args.recipe == "original":
+        if args.algorithm not in (None, "ppo"):
+            raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
         return args, PPOConfig.preset("original", **given)
-    method = {} if args.algorithm == "ppo" else PRESETS[args.algorithm]
-    return args, PPOConfig(**{**method, "ppo_epochs": 4, **DEFAULT, **given})  # as many updates as PPO has
+    method = PRESETS.get(args.algorithm or DEFAULT_METHOD, {})
+    return args, PPOConfig(**{**method, **STARTER_RUN, **given})
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from minirlhf.device.processes import agreed, restarted
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
+from minirlhf.io.starter import LANGUAGE_WORD, is_foreign, warn_of_language
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.text.preferences import Ranking, read_rankings, split_rankings
-from shared import POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, WEIGHTS, command_line, new_folder, parse, run_script
 
 
 def main() -> None:
@@ -36,7 +37,8 @@ def main() -> None:
 
     # 2. The reward model is the language model itself, with a scalar head in place of the vocabulary; or a BERT.
     common, output = dict(device=args.device, seed=args.seed), Path(args.output)
-    judge = SentimentReward.from_pretrained(args.judge, device=args.device)
+    check_language(args, train)
+    judge = None if args.judge == "none" else SentimentReward.from_pretrained(args.judge, device=args.device)
     trainer = ppo_trainer(args)
     with agreed("the output folder"):  # all processes have looked before the first one writes
         if not args.resume and not restarted() and output.exists() and any(output.iterdir()):
@@ -49,7 +51,8 @@ def main() -> None:
         reward = RewardModel.from_trunk(args.trunk or args.policy, **common)
         limits = dict(max_length=reward.max_length, tokens_per_batch=8 * reward.max_length)
         settings = RewardTrainingConfig(epochs=args.epochs, lr=args.lr, **limits, **common)
-        run = Run.start(output / "stage2", RewardModelTrainer(reward, train, settings), {"arguments": vars(args)})
+        of_reward = RewardModelTrainer(reward, train, settings)
+        run = Run.start(output / "stage2", of_reward, {"arguments": vars(args)}, loggers=args.loggers)
     show(f"{output}: {len(train)} rankings, {len(held_out)} held out")
     with run:
         history = train_reward_model(run, held_out)
@@ -66,7 +69,7 @@ def main() -> None:
     if (output / "stage3" / "config.json").exists():
         run = Run.resume(output / "stage3")
     else:
-        run = Run.start(output / "stage3", trainer, {"arguments": vars(args)})
+        run = Run.start(output / "stage3", trainer, {"arguments": vars(args)}, loggers=args.loggers)
     trainer = run.trainer
 
     def on_step(rollout, stats) -> None:
@@ -77,13 +80,19 @@ def main() -> None:
         trainer.train(args.prompts, reward, on_step)
         trainer.save_pretrained(output / "policy")
 
-        # 5. The judge that neither model saw, and the learned reward of the same samples.
+        # 5. The judge that neither model saw, if there is one, and the learned reward of the same samples.
         models, settings = (trainer.policy, trainer.reference, trainer.tokenizer), EvaluationConfig(max_n=16)
-        found = evaluate(*models, args.prompts, judge, config=settings).given
+        found = evaluate(*models, args.prompts, judge or reward, config=settings).given
         judged, samples = found.summary(), found.pairs
         before, after = (reward([s.prompt + getattr(s, side) for s in samples]) for side in ("before", "after"))
-        summary = {
-            "judge": {"before": judged["reference/reward"], "after": judged["policy/reward"]},
+        summary = (
+            {}
+            if judge is None
+            else {
+                "judge": {"before": judged["reference/reward"], "after": judged["policy/reward"]},
+            }
+        )
+        summary |= {
             "learned_reward": {"before": before.mean().item(), "after": after.mean().item()},
             "distinct_2": {"before": judged["reference/distinct_2"], "after": judged["policy/distinct_2"]},
             "kl": {"before": 0.0, "after": judged["kl"]},
@@ -97,6 +106,14 @@ def main() -> None:
     show(table)
     for name, value in summary.items():
         show(f"{name:14} before {value['before']:6.3f}, after {value['after']:6.3f}")
+
+
+def check_language(args: argparse.Namespace, rankings: list[Ranking]) -> None:
+    """Raise ValueError before the Chinese classifier would judge other texts, whose figures would mean nothing."""
+    texts = [text for ranking in rankings for text in ranking.texts] + args.prompts
+    if args.judge in WEIGHTS and is_foreign(texts):
+        raise ValueError(f"{LANGUAGE_WORD}: --judge FOLDER, or --judge none to train without a judge")
+    warn_of_language(texts, args.policy, args.trunk)
 
 
 def train_reward_model(run: Run[RewardModelTrainer], held_out: list[Ranking]) -> list[dict[str, float]]:
@@ -137,7 +154,7 @@ def read_arguments() -> argparse.Namespace:
         limit=(6000, "train on the first rankings only; 0: on all"),
         policy=(POLICY, "GPT-2 folder"),
         trunk=("", "GPT-2 or BERT folder that the reward model begins from; empty: that of --policy"),
-        judge=(REWARD, "folder of a sentiment classifier"),
+        judge=(REWARD, "folder of a sentiment classifier of the texts' language; none: go without"),
         epochs=(1, "of the reward model"),
         lr=(3e-4, "of the reward model"),
         steps=(2048, "samples of the PPO run"),
@@ -146,6 +163,7 @@ def read_arguments() -> argparse.Namespace:
         seed=(0, "of everything"),
         prompts=(PROMPTS, "texts to continue"),
         output=(new_folder("reward-"), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, stage2/ or stage3/ of --output, with its own settings"),
     )
     args = parse(parser)

@@ -26,7 +26,7 @@ from minirlhf.io.files import write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.demonstrations import read_demonstrations, split_demonstrations
-from shared import POLICY, PROMPTS, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, command_line, new_folder, parse, run_script
 
 FIELDS = dict(epochs=3, lr=3e-4, schedule="cosine", warmup=0.05, max_length=128, tokens_per_batch=2048,
               accumulation=1, save_freq=100, precision="auto", device="auto", seed=0, packing=False)  # fmt: skip
@@ -49,7 +49,7 @@ def main() -> None:
         model, tokenizer = load_decoder(args.model), Tokenizer.from_pretrained(args.model)
         trainer = SFTTrainer(model, tokenizer, train, SFTConfig(**{name: getattr(args, name) for name in FIELDS}))
         samples(trainer, args.prompts, args.gen_len)  # a bad prompt is found before anything is written
-        run = Run.start(args.output, trainer, {"arguments": vars(args)})
+        run = Run.start(args.output, trainer, {"arguments": vars(args)}, loggers=args.loggers)
     trainer = run.trainer
     show(f"{run.folder}: {len(train)} demonstrations, {len(held_out)} held out; {trainer.precision_choice}")
     bar = tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
@@ -110,6 +110,7 @@ def read_arguments() -> argparse.Namespace:
         gen_len=(24, "tokens of a sample"),
         limit=(0, "train on the first demonstrations only; 0: on all"),
         output=(new_folder("sft-"), "folder of the run"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, with its own settings"),
     )
     args = parse(parser)

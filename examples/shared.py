@@ -13,16 +13,15 @@ from minirlhf.common.printing import error_line
 from minirlhf.common.text import printable
 from minirlhf.device.processes import processes, tells
 from minirlhf.io.files import read_json
+from minirlhf.io.starter import starter, warn_of_language
+from minirlhf.rl.presets import STARTER as STARTER
 from minirlhf.runs.run import RunFailed, Stopped
-from minirlhf.text.prompts import read_prompts
+from minirlhf.text.prompts import Prompt, read_pool
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-POLICY = str(WEIGHTS / "gpt2-chinese-reviews-small")
-REWARD = str(WEIGHTS / "bert-chinese-reviews-sentiment-small")
-SECOND_SCORER = str(WEIGHTS / "ngrams-chinese-reviews-sentiment")
-PROMPTS = ["酒店", "周围", "位置", "前台"]  # hotel, surroundings, location, front desk
-# The starter GPT-2 is 25 times smaller than the original one, and takes larger steps.
-STARTER = dict(lr=2e-4, minibatch_size=32, forward_batch_size=32)
+WEIGHTS = starter()
+POLICY, REWARD, SECOND_SCORER = WEIGHTS.policy, WEIGHTS.reward, WEIGHTS.second_scorer
+PROMPTS = list(WEIGHTS.prompts)
+LOGGERS = (["jsonl"], "of the curves: jsonl, tensorboard, wandb, swanlab, trackio")  # the option --loggers
 
 
 def command_line(description: str, **options: tuple[Any, str]) -> argparse.ArgumentParser:
@@ -63,11 +62,12 @@ def new_folder(prefix: str = "") -> str:
     return processes().broadcast("the time", f"runs/{prefix}{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def prompt_pool(prompts: list[str], encoding: str = "utf-8") -> list[str]:
-    """The pool of prompts: those of a file if the only one names a file, else the prompts themselves."""
-    if len(prompts) > 1 or not (os.path.isfile(prompts[0]) or prompts[0].endswith((".txt", ".jsonl"))):
-        return prompts
-    return read_prompts(prompts[0], encoding)
+def prompt_pool(prompts: list[str], *models: str, encoding: str = "utf-8") -> list[Prompt]:
+    """The pool of prompts, those of a file if the only one names a file. Warns if the models are the Chinese starter
+    weights, and the prompts are not Chinese."""
+    pool = read_pool(prompts, encoding)
+    warn_of_language([str(prompt) for prompt in pool], *models)
+    return pool
 
 
 def run_script(main: Callable[[], object], again: str = "--resume") -> None:

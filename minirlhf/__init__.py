@@ -6,15 +6,16 @@ from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.explanation import explain
 from minirlhf.evaluation.optimum import Optimum, optimum
 from minirlhf.generation.generate import Generation, generate
-from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig, sample_top_p
-from minirlhf.generation.static_decode import GraphedDecoder
+from minirlhf.io.starter import Starter, starter
 from minirlhf.models.bert import BertClassifier, BertConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.gpt2 import GPT2, GPT2Config
 from minirlhf.models.heads import ActorCritic, ValueHead
 from minirlhf.models.llama import Llama, LlamaConfig
 from minirlhf.models.loading import load_decoder
+from minirlhf.models.prepared import Models
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rewards.ngrams import NGramScorer
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rewards.sentiment import SentimentReward
@@ -56,6 +57,7 @@ __all__ = [
     "Run",
     "SamplingConfig",
     "SentimentReward",
+    "Starter",
     "Tokenizer",
     "ValueHead",
     "best_of_n",
@@ -67,4 +69,5 @@ __all__ = [
     "load_decoder",
     "optimum",
     "sample_top_p",
+    "starter",
 ]

@@ -1,4 +1,4 @@
-"""`python -m minirlhf COMMAND ...`: see `minirlhf.commands`."""
+"""`minirlhf COMMAND ...`, or `python -m minirlhf COMMAND ...`: see `minirlhf.commands`."""
 
 import sys
 

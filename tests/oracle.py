@@ -142,6 +142,15 @@ def of_a_group(method, returns, ddof=1):
     return [0.0] * n if all(x == returns[0] for x in returns) else out
 
 
+def to_go_leave_one_out(group):
+    """Each token's return to go less the mean of the other rows' at the same place; a row that has ended has 0."""
+    out = []
+    for i, row in enumerate(group):
+        others = [other for j, other in enumerate(group) if j != i]
+        out.append([sum(row[t:]) - mean([sum(other[t:]) for other in others]) for t in range(len(row))])
+    return out
+
+
 def without_values(method, rewards, group_size, gamma, ddof):
     """Advantages of rows of token rewards, the responses of a prompt one after the other."""
     if method in ("reinforce", "reinforce++"):
@@ -149,6 +158,9 @@ def without_values(method, rewards, group_size, gamma, ddof):
     out = []
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]
+        if method == "rloo_to_go":
+            out += to_go_leave_one_out(group)
+            continue
         for advantage, row in zip(of_a_group(method, [sum(row) for row in group], ddof), group, strict=True):
             out.append([advantage] * len(row))
     return out

@@ -12,6 +12,7 @@ def settings(policy: GPT2, reference: GPT2, tokenizer: Tokenizer) -> None:
     PPOTrainer(policy, reference, tokenizer, lr="1e-4")  # type: ignore[arg-type]
     PPOTrainer(policy, reference, tokenizer, kl_estimator="k4")  # type: ignore[arg-type]
     PPOConfig.preset("trl2020", whiten_scope="rows")  # type: ignore[arg-type]
+    PPOConfig.preset("gspo", policy_ratio="row")  # type: ignore[arg-type]
     PPOConfig(batch_size=2.5)  # type: ignore[arg-type]
     DPOTrainer(policy, None, tokenizer, loss="ipo", reference_free=True, beta=0.5)
     DPOTrainer(policy, reference, tokenizer, learning_rate=1e-4)  # type: ignore[call-arg]

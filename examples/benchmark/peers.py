@@ -15,10 +15,10 @@ from benchmark.floor import now
 from benchmark.load import Load, Meter
 from benchmark.report import OUTLIER
 from benchmark.work import Sample, Work, autocast
+from minirlhf.common.masked import whiten
 from minirlhf.device.gpu import tf32_matmul
 from minirlhf.rl.advantages import gae
 from minirlhf.rl.losses import policy_loss, value_loss
-from minirlhf.rl.masked import whiten
 from minirlhf.rl.shaping import token_rewards
 
 

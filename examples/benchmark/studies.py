@@ -177,10 +177,11 @@ def overhead(repeats: int, device: str = "cpu", iterations: int = 5, **changes: 
 
     Each repeat is so many iterations with their records and saves. changes: of the example's settings.
     """
-    from positive_reviews import DEFAULT, POLICY, REWARD  # here: it needs the extra
+    from minirlhf.rl.presets import STARTER_RUN
+    from shared import POLICY, REWARD
 
     reward = SentimentReward.from_pretrained(REWARD, device=device)
-    settings = {**DEFAULT, "device": device, **changes}
+    settings = {**STARTER_RUN, "device": device, **changes}
     trainer = PPOTrainer(GPT2.from_pretrained(POLICY), POLICY, Tokenizer.from_pretrained(POLICY), **settings)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(trainer.config.batch_size)]
     bare = Bare(trainer, reward.model, prompts)

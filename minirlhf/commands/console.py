@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from minirlhf.common.printing import text_table
+from minirlhf.common.printing import show, text_table
 
 BAR = 30  # characters of a full bar
 Item = TypeVar("Item")
@@ -14,7 +14,11 @@ Item = TypeVar("Item")
 
 def batches(texts: Sequence[str] | None, size: int) -> Iterator[list[str]]:
     """Lists of 1 to `size` texts: those given, or, for None, the lines of standard input as they arrive."""
-    return chunks(list(texts), size) if texts is not None else arriving_lines(sys.stdin.buffer, size)
+    if texts is not None:
+        return chunks(list(texts), size)
+    if sys.stdin.isatty():
+        show("waiting for texts, one a line; Ctrl-D ends them", sys.stderr)
+    return arriving_lines(sys.stdin.buffer, size)
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from minirlhf.commands.console import bars, batches
 from minirlhf.commands.table import AS_JSON, DEVICE, EOS, SEED, argument, command, integer, visible
-from minirlhf.common.printing import show
+from minirlhf.common.printing import show, text_table
 from minirlhf.common.text import json_line, printable
 from minirlhf.device.placement import resolve_device
 from minirlhf.generation import generate as generation
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io import hub, model_folder
+from minirlhf.io import hub, model_folder, upload
 from minirlhf.io.files import naming
+from minirlhf.io.model_folder import CONFIG_FILE
+from minirlhf.io.starter import warn_of_language
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.sentiment import SentimentReward
+from minirlhf.runs.locks import FolderLock
+from minirlhf.runs.run import BEST, CHECKPOINTS
 from minirlhf.text.tokenizer import Tokenizer
 
 BATCH = 16  # texts a forward pass; their output appears together
@@ -42,6 +47,41 @@ def convert(args: argparse.Namespace) -> None:
 
 
 @command(
+    argument("folder", metavar="RUN|FOLDER", help="a finished run, whose model it takes, or a model folder"),
+    argument("name", metavar="OWNER/NAME", help="repository on the hub; it is made if need be"),
+    argument("--private", action="store_true", help="make a new repository private"),
+    argument("--dry-run", action="store_true", help="only list what would go"),
+)
+def push(args: argparse.Namespace) -> None:
+    """Upload a model with its card to the hub."""
+    folder = trained_model(args.folder)
+    files = upload.files_to_push(folder)
+    if args.dry_run:
+        rows = [(name, f"{size:,} bytes") for name, size in files.items()]
+        show("\n".join([f"{folder} to {args.name}:", *text_table(rows, indent="  ")]))
+        return
+    show(upload.push(folder, args.name, args.private))
+
+
+def trained_model(folder: str) -> Path:
+    """The model folder of a finished run, or the folder itself if it is no run.
+
+    Raises BlockingIOError for a run that is being written, ValueError for one that has not come to its end.
+    """
+    run = Path(folder)
+    if not (run / CHECKPOINTS).is_dir():
+        return hub.locate(folder)
+    FolderLock.check(run)
+    for name in ("policy", "reward"):
+        if (run / name / CONFIG_FILE).is_file():
+            return run / name
+    raise ValueError(
+        f"{run} has not come to its end, so it has no policy/ or reward/: run `minirlhf resume {run}`, or name a "
+        f"checkpoint, such as {run / CHECKPOINTS / BEST}"
+    )
+
+
+@command(
     argument("--model", required=True, metavar="FOLDER", help="folder of a language model"),
     argument("--prompt", nargs="+", type=visible, metavar="TEXT", help="default: the lines of standard input"),
     argument("--n", type=integer(1), default=5, metavar="N", help="continuations a prompt; default %(default)s"),
@@ -63,6 +103,7 @@ def generate(args: argparse.Namespace) -> None:
     generator = torch.Generator(where).manual_seed(args.seed)
     # One prompt at a time, so that the samples do not depend on how the prompts arrive.
     for (text,) in batches(args.prompt, 1):
+        warn_of_language([text], args.model)
         ids = tokenizer.encode_prompt(text)
         for done in range(0, args.n, BATCH):
             sampled = generation.generate(
@@ -88,6 +129,7 @@ def score(args: argparse.Namespace) -> None:
     with naming(args.model):  # all labels are shown, so any of them may be the positive one
         reward = SentimentReward(classifier, tokenizer, labels[-1], device=args.device)
     for batch in batches(args.texts or None, BATCH):
+        warn_of_language(batch, args.model)
         for text, row in zip(batch, reward.probabilities(batch).tolist(), strict=True):
             scores = dict(zip(labels, row, strict=True))
             show(json_line({"text": text, "scores": scores}) if args.as_json else f"{printable(text)}\n{bars(scores)}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,14 @@ from minirlhf.evaluation.doctor import doctor as examination
 from minirlhf.evaluation.doctor.setup import FAIL
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
 from minirlhf.evaluation.report import report
+from minirlhf.evaluation.report_texts import LANGUAGES
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
+from minirlhf.io.starter import warn_of_language
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.scorers import load_scorer
-from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE
-from minirlhf.text.prompts import read_prompts
+from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE
+from minirlhf.text.prompts import as_prompts, read_pool
 from minirlhf.text.tokenizer import Tokenizer
 
 EVALUATION_FILE, REPORT_FILE = "evaluation.json", "report.html"
@@ -48,6 +48,8 @@ def doctor(args: argparse.Namespace) -> int:
     """Examine a PPO run before it starts; the exit code is 1 if a check failed."""
     names = ("precision", "batch_size", "gen_len", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.prompts is not None:
+        warn_of_language(args.prompts, args.policy, args.reward)
     findings = examination.doctor(
         args.policy, args.reference, reward=args.reward, prompts=args.prompts, positive_label=args.positive_label,
         canaries=args.canaries, **given,
@@ -73,30 +75,34 @@ def doctor(args: argparse.Namespace) -> int:
     SEED,
     EOS,
     argument("--output", metavar="FOLDER", help=f"leave {EVALUATION_FILE} and {REPORT_FILE} there"),
+    argument("--language", choices=LANGUAGES, default="en", help=f"of {REPORT_FILE}; default %(default)s"),
     DEVICE,
     AS_JSON,
 )
 def evaluate(args: argparse.Namespace) -> None:
     """Compare a policy with its reference, and look for reward hacking."""
     where, output = resolve_device(args.device), None if args.output is None else _free(Path(args.output))
-    started, history = {}, []
+    started, history, samples = {}, [], []
     if args.run is not None:
         run = Path(args.run)
         started, history = read_json(run / CONFIG_FILE), read_jsonl(run / METRICS_FILE)
+        samples = read_jsonl(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
         args.policy, args.reference = args.policy or str(run / "policy"), args.reference or str(run / "reference")
     if args.policy is None or args.reference is None:
         raise ValueError("give --run, or --policy and --reference")
     ppo, arguments = (x if isinstance(x := started.get(key), dict) else {} for key in ("ppo", "arguments"))
     prompts = args.prompts or arguments.get("prompts")
-    if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)):
+    if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, (str, list)) for prompt in prompts)):
         raise ValueError("give --prompts, or a --run whose config.json has them under arguments")
-    prompts = _pool(prompts, args.encoding)
-    held_out = None if args.held_out_prompts is None else _pool(args.held_out_prompts, args.encoding)
+    pools = [prompts, *([] if args.held_out_prompts is None else [args.held_out_prompts])]
+    pools = [read_pool(pool, args.encoding) for pool in pools]
     drawn = {name: ppo.get(name, default) for name, default in SAMPLING.items()}
     drawn |= {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
     sampling = SamplingConfig(drawn["temperature"], drawn["top_k"], drawn["top_p"])  # before anything is loaded
 
     tokenizer = Tokenizer.from_pretrained(args.policy)
+    prompts, *held_out = [as_prompts(pool, tokenizer) for pool in pools]
+    warn_of_language(prompts, args.policy, args.reward, args.second_scorer)
     if args.eos:
         ends = tokenizer.eos_token_id
         drawn["eos_token_id"] = ends if isinstance(ends, int) else list(ends)  # as in a run's JSON
@@ -106,14 +112,15 @@ def evaluate(args: argparse.Namespace) -> None:
     )  # fmt: skip
     found = evaluation.evaluate(
         load_decoder(args.policy).to(where), load_decoder(args.reference).to(where), tokenizer,
-        prompts, load_scorer(args.reward, args.device), held_out,
+        prompts, load_scorer(args.reward, args.device), held_out[0] if held_out else None,
         None if args.second_scorer is None else load_scorer(args.second_scorer, args.device), config,
     )  # fmt: skip
     about = {"policy": args.policy, "reference": args.reference, "reward": args.reward,
              "second scorer": args.second_scorer}  # fmt: skip
     if output is not None:
         title = f"Evaluation of {Path(args.run or args.policy).resolve().name}"
-        page = report(found, title, about, history, ppo.get("target") if ppo.get("adaptive_kl") else None)
+        target = ppo.get("target") if ppo.get("adaptive_kl") else None
+        page = report(found, title, about, history, target, samples, args.language)
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / EVALUATION_FILE, {**about, **found.as_dict()})
         atomic_write(output / REPORT_FILE, page.encode("utf-8"))
@@ -125,13 +132,6 @@ def evaluate(args: argparse.Namespace) -> None:
         other = [f"{name} {ppo.get(name, 'unknown')}" for name in SAMPLING if ppo.get(name, "unknown") != drawn[name]]
         line += f"; unlike the run, which had {', '.join(other)}" if other else "; as the run was"
     show("\n".join([line, *found.lines()]))
-
-
-def _pool(prompts: Sequence[str], encoding: str) -> list[str]:
-    """The prompts; of a single one that names a file, those in it."""
-    if len(prompts) == 1 and (os.path.isfile(prompts[0]) or prompts[0].endswith((".txt", ".jsonl"))):
-        return read_prompts(prompts[0], encoding)
-    return list(prompts)
 
 
 def _free(output: Path) -> Path:

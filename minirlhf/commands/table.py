@@ -1,13 +1,13 @@
 """The table of commands, and the arguments that several of them share.
 
-A command is a function of its parsed arguments, entered in COMMANDS with them. Its help is its docstring. It returns
-the exit code (None: 0).
+A command is a function of its parsed arguments, entered in COMMANDS with them, under its name with - for _. Its help is
+its docstring. It returns the exit code (None: 0).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 Run = Callable[[argparse.Namespace], int | None]
@@ -15,20 +15,21 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]  # as `ArgumentParser.add_argu
 
 
 class Command(NamedTuple):
-    """A function and its arguments."""
+    """A function and its arguments. flags: further arguments, made from the fields of configs."""
 
     run: Run
     arguments: tuple[Argument, ...]
+    flags: tuple[Argument, ...] = ()
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def command(*arguments: Argument) -> Callable[[Run], Run]:
+def command(*arguments: Argument, flags: Iterable[Argument] = ()) -> Callable[[Run], Run]:
     """Enter a function in COMMANDS under its name."""
 
     def enter(function: Run) -> Run:
-        COMMANDS[function.__name__] = Command(function, arguments)
+        COMMANDS[function.__name__.replace("_", "-")] = Command(function, arguments, tuple(flags))
         return function
 
     return enter
@@ -64,5 +65,8 @@ DEVICE = argument("--device", default="auto", help="auto, cpu or cuda[:index]; d
 EOS = argument("--eos", action="store_true", help="stop at the token that ends a text")
 SEED = argument("--seed", type=integer(0), default=0, metavar="N", help="of the sampling; default %(default)s")
 REWARD = argument(
-    "--reward", required=True, metavar="FOLDER", help="sentiment classifier, reward model or n-gram scorer"
+    "--reward",
+    required=True,
+    metavar="REWARD",
+    help="folder of a sentiment classifier, reward model or n-gram scorer; or module:function",
 )

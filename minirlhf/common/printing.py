@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from minirlhf.common.text import printable
@@ -29,10 +30,10 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "") -
         characters take two columns of the terminal. indent: before each line.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(display_width, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
-        gaps = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        gaps = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
         padded = [c + gap if i < left else gap + c for i, (c, gap) in enumerate(zip(row, gaps, strict=True))]
         lines.append((indent + "  ".join(padded)).rstrip())
     return lines
@@ -50,6 +51,18 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _width(text: str) -> int:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table that shows texts as they are, for a notebook."""
+    lines = [f"<tr>{''.join(f'<th>{escaped(cell)}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def escaped(text: object) -> str:
+    """A text as HTML: no markup, and `printable`."""
+    return html.escape(printable(str(text)))
+
+
+def display_width(text: str) -> int:
     """Columns that a text takes in a terminal."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

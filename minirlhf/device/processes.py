@@ -37,9 +37,7 @@ def processes() -> Processes:
     """The processes that work together here, joined at the first call if torchrun (or the like) started several."""
     together = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if together and dist.is_available() and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-        sys.excepthook = _told_once
+        _join()
     return Processes()
 
 
@@ -148,7 +146,12 @@ class Processes:
             x.copy_(total.view_as(x))
 
     def copy_(self, tensors: Sequence[Tensor]) -> None:
-        """Put the first process's values into each of these tensors, of equal shapes on all."""
+        """Put the first process's values into each of these tensors, of equal shapes on all.
+
+        Raises ValueError for GPU tensors in a process group that the caller has made without NCCL.
+        """
+        if self.on and any(x.is_cuda for x in tensors):
+            _require_nccl(dist.get_backend_config())
         for x in tensors if self.on else ():
             with _connected():
                 dist.broadcast(x.detach(), 0)
@@ -196,20 +199,40 @@ def restarted() -> bool:
 
 def tells(error: BaseException) -> bool:
     """Whether this process is the first to tell this error, so that one of W processes shows it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
+    if not _stores:
         return True
-    words = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {error}".encode("utf-8", "backslashreplace")
+    words = str(error).encode("utf-8", "backslashreplace")
     try:
-        place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(place, port, is_master=False, timeout=datetime.timedelta(seconds=5))
-        return bool(store.add(f"minirlhf/told/{hashlib.sha256(words).hexdigest()}", 1) == 1)
-    except (RuntimeError, ValueError):  # the store ended with the process that held it
+        return bool(_stores[0].add(f"told {hashlib.sha256(words).hexdigest()}", 1) == 1)
+    except RuntimeError:  # the store ended with the process that held it
         return True
+
+
+_stores: list[dist.Store] = []  # the one that the processes joined by
+
+
+def _join() -> None:
+    """Start the process group."""
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun keeps the store, and the addresses of dead processes
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    _stores[:] = [store]
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    sys.excepthook = _told_once
 
 
 def _told_once(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     if tells(error):
         sys.__excepthook__(kind, error, where)
+
+
+def _require_nccl(backends: str) -> None:
+    """Raise ValueError unless GPU tensors are exchanged by NCCL. backends: as "cpu:gloo,cuda:nccl"."""
+    if "cuda:nccl" not in backends.split(","):
+        advice = "let minirlhf start the process group, or use init_process_group('cpu:gloo,cuda:nccl')"
+        raise ValueError(f"the process group exchanges GPU tensors by {backends!r}, not by NCCL; {advice}")
 
 
 @contextlib.contextmanager

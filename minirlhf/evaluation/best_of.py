@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minirlhf.device.processes import agreed, processes
-from minirlhf.generation.generate import generate
+from minirlhf.generation.generate import generate, language_model
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import StrPath
 from minirlhf.models.decoder import Decoder
-from minirlhf.models.heads import ActorCritic, language_model
+from minirlhf.models.heads import ActorCritic
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction, score_all
 from minirlhf.text.tokenizer import Tokenizer

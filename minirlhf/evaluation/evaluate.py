@@ -23,10 +23,10 @@ from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, encode_prompts,
 from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
 from minirlhf.evaluation.optimum import Optimum, OptimumPoint, described
 from minirlhf.evaluation.statistics import Array, Bootstrap
-from minirlhf.generation.models import Models
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, with_value_head
+from minirlhf.models.prepared import Models
 from minirlhf.rewards.base import RewardFunction, score_all
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.rollout import Rollout, collect_rollout, logprobs_in_batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -9,6 +10,8 @@ import torch
 
 from minirlhf.common.printing import show, text_table
 from minirlhf.common.text import printable
+from minirlhf.evaluation.plots import draw_tokens
+from minirlhf.io.files import atomic_write
 from minirlhf.rl.advantages import with_advantages
 from minirlhf.rl.logprobs import response_logprobs
 from minirlhf.rl.losses import clipped, log_ratio
@@ -19,13 +22,17 @@ if TYPE_CHECKING:
     from minirlhf.rl.trainer import PPOTrainer
 
 
+READING = """\
+A token with a positive advantage did better than expected: PPO makes it likelier, so after the step its ratio is above
+1, and below 1 where the advantage is negative. Its reward is the KL penalty, at the last token also the score; where
+clipped says yes, the ratio has left its range, and this batch moves the token no further."""  # two sentences
 COLUMNS = ("token", "logprob", "old_logprob", "ref_logprob", "kl", "reward", "value", "returns", "advantage", "ratio",
            "clipped")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A prompt and its response, token by token; `str()` of it is a table.
+    """A prompt and its response, token by token; `str()` of it is a table, `draw()` a picture.
 
     group: the scores of all responses to the prompt, where there are several.
     tokens: the figures of each token by name; log-probabilities and KL in nats.
@@ -47,7 +54,17 @@ class Explanation:
         if self.group:
             scores = ", ".join(f"{score:.4f}" for score in self.group)
             head += f"; mean of the group {sum(self.group) / len(self.group):.4f} ({scores})"
-        return "\n".join([head, *text_table([names, *rows], left=0)])
+        return "\n".join([head, READING, *text_table([names, *rows], left=0)])
+
+    def draw(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The tokens coloured by advantage, clipped ones framed: a matplotlib Figure, also as a PNG at the path.
+
+        Raises ImportError that names the extra if matplotlib is missing.
+        """
+        figure = draw_tokens(self.tokens, f"{printable(self.prompt)} ... score {self.score:.3f}")
+        if path is not None:
+            atomic_write(path, figure._repr_png_())
+        return figure
 
 
 @torch.no_grad()

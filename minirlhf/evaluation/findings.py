@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minirlhf.common.printing import markdown_table, text_table
+from minirlhf.common.printing import html_table, markdown_table, text_table
 from minirlhf.evaluation.optimum import OptimumPoint, Spending
 from minirlhf.evaluation.statistics import Estimate
 
@@ -167,16 +167,30 @@ class Comparison:
             yield name, f"{point.kl:.3f}", str(point.reward), str(point.second or "")
         yield "policy", f"{self.kl:.3f}", str(self.policy.reward), str(self.policy.second or "")
 
+    @property
+    def in_use(self) -> str:
+        """What training buys beside best-of-n: one sample where that needs n, with n rewards, for each answer."""
+        reward, points = self.policy.reward.mean, self.best_of_n + ((self.equal_kl,) if self.equal_kl else ())
+        reached = [point.n for point in points if point.reward.mean >= reward]
+        if self.gain.low <= 0:
+            return "in use: a sample of the policy has no more reward than one of the reference, as far as one can tell"
+        if reached:
+            worth = f"is worth the best of {min(reached):.3g} of the reference"
+            return f"in use: one sample of the policy {worth}, which would be sampled and scored for each answer"
+        most = max((point.n for point in points), default=1)
+        return f"in use: one sample of the policy has more reward than the best of {most:.3g} of the reference"
+
     def remarks(self) -> Iterator[str]:
-        """How far best-of-n and the optimum are, in a sentence each."""
+        """How far best-of-n and the optimum are, and what follows for use, in a sentence each."""
         if self.ahead is None:
             yield f"the policy's KL of {self.kl:.2f} is beyond what best-of-n was drawn for"
         else:
             yield f"policy less best-of-n at equal KL: {self.ahead}"
         yield f"optimum: {self.optimum}"
+        yield self.in_use
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """What `evaluate` returns.
 
@@ -187,6 +201,19 @@ class Evaluation:
     given: Comparison
     held_out: Comparison | None
     symptoms: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        x = self.given
+        rewards = f"reward {x.reference.reward.mean:.3f} -> {x.policy.reward.mean:.3f} at KL {x.kl_exact.mean:.2f}"
+        return f"Evaluation({rewards}, {len(self.symptoms)} symptoms, {len(x.pairs)} samples)"
+
+    def _repr_html_(self) -> str:  # a notebook shows it
+        parts = []
+        for title, x in self.comparisons.items():
+            parts += [f"<b>{title}</b>", html_table(("", "reference", "policy"), x.rows())]
+            parts += [html_table(("", "KL", "reward", "second scorer"), x.best_of_n_rows())]
+        remarks = [*self.given.remarks(), *(f"! {symptom}" for symptom in self.symptoms)]
+        return "".join([*parts, html_table(("remarks",), [[remark] for remark in remarks])])
 
     @property
     def comparisons(self) -> dict[str, Comparison]:

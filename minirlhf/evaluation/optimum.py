@@ -36,6 +36,10 @@ ENOUGH_OF_EACH = 10  # and of each prompt, below which its bias is no longer sma
 STEEPEST = 1e6  # largest 1 / beta looked at, in units of 1 / (largest reward - smallest)
 
 
+class EqualRewards(ValueError):
+    """All rewards are equal."""
+
+
 class TooFewSamples(ValueError):
     """What was asked for is beyond what the samples can tell."""
 
@@ -125,7 +129,7 @@ class Optimum:
         self.samples, self.spread = len(every), float(np.ptp(every))
         self.start = float(np.mean([x.mean() for x in self.scores.values()]))
         if self.spread == 0:
-            raise ValueError(f"all {self.samples} rewards are {every[0]:g}: every policy is as good as the reference")
+            raise EqualRewards(f"all {self.samples} rewards are {every[0]:g}: every policy is as good as the reference")
         # Distinct rewards with their counts: all that is needed, and few where rewards are counts.
         self._tallies = [np.unique(x, return_counts=True) for x in self.scores.values()]
 

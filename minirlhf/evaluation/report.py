@@ -1,4 +1,4 @@
-"""One HTML file that shows an evaluation: figures, pictures, and samples before and after side by side.
+"""One HTML file that shows an evaluation: samples before and after side by side, figures with their meaning, pictures.
 
 It fetches and runs nothing: pictures are data URIs, there is no script, and a content security policy forbids both.
 Every text is escaped and `printable`, so that no text can add markup or turn the text around it.
@@ -7,13 +7,13 @@ Every text is escaped and `printable`, so that no text can add markup or turn th
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minirlhf.common.text import printable
+from minirlhf.common.printing import escaped
 from minirlhf.evaluation.findings import Comparison, Evaluation, Pair
 from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run
+from minirlhf.evaluation.report_texts import Texts
 from minirlhf.version import __version__
 
 ROWS = 24  # samples shown for each list of prompts
@@ -36,6 +36,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 td small { display: block; opacity: .7; white-space: nowrap; }
+td small.meaning { white-space: normal; min-width: 12rem; }
 .pair { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .4rem .6rem; }
 .pair p, .sides div { unicode-bidi: isolate; }
 .pair p { margin: 0; font-weight: 600; max-height: 6rem; overflow: auto; }
@@ -45,19 +46,6 @@ td small { display: block; opacity: .7; white-space: nowrap; }
 footer { margin-top: 2rem; font-size: .8rem; opacity: .75; overflow-wrap: anywhere; }
 """
 
-GLOSSARY = (
-    ("reward, second scorer", "mean with its bootstrap interval; the policy was never trained on the second scorer"),
-    ("KL", "KL(policy || reference) a sequence, nats. Exact: at each token over all that could have been sampled; "
-     "sampled: log-ratio of the tokens that were; full softmax: exact, with nothing truncated"),
-    ("perplexity under the reference", "exp of the mean negative log-likelihood that the reference gives a token"),
-    ("distinct-n", "distinct n-grams of characters or words over all of them, of all samples together"),
-    ("self-BLEU", "mean BLEU-4 of a sample against all the others; 1: they are all alike"),
-    ("share of repeated units", "of a response's characters or words, those that occurred in it before; the mean"),
-    ("best of n", "the best by reward of n samples of the reference; its KL is at most log n - (n - 1) / n"),
-    ("optimum", "the most reward at a KL, the least KL for a reward, that any policy can have; efficiency is the KL "
-     "needed over the exact KL spent, both in the distribution that was sampled"),
-)  # fmt: skip
-
 
 def report(
     evaluation: Evaluation,
@@ -65,49 +53,56 @@ def report(
     about: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
     target: float | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+    language: str = "en",
 ) -> str:
     """The report as a text of HTML.
 
-    title, about: of the run: its name, and further facts by name. history: lines of its metrics.jsonl, drawn as
-    `plots.draw_run` does, with the KL target; None: no curves.
-    Raises ImportError that names the extra if matplotlib is missing.
+    title, about: of the run: its name, and further facts by name. history, samples: lines of its metrics.jsonl and
+        samples.jsonl, drawn as `plots.draw_run` does, with the KL target; history None: no curves.
+    language: "en" or "zh".
+    Raises ImportError that names the extra if matplotlib is missing, ValueError for another language.
     """
-    parts = [f"<h1>{_text(title)}</h1>", _conclusion(evaluation)]
+    texts = Texts(language)
+    parts = [f"<h1>{escaped(title)}</h1>", _conclusion(evaluation, texts)]
     for name, comparison in evaluation.comparisons.items():
-        parts += [f"<h2>On the {name}</h2>", _pictures(comparison)]
-        parts += ["<h3>Figures</h3>", _table(("", "reference", "policy"), comparison.rows())]
-        parts += ["<h3>Best-of-n of the reference, and the optimum</h3>", _best_of_n(comparison)]
+        parts += [f"<h2>{texts.say(f'Samples on the {name}')}</h2>"]
+        parts += [f"<p>{texts.say('The first ones, unpicked; left before, right after.')}</p>"]
+        parts += [_pair(pair, texts) for pair in comparison.pairs[:ROWS]]
+    for name, comparison in evaluation.comparisons.items():
+        parts += [f"<h2>{texts.say(f'On the {name}')}</h2>", _pictures(comparison, texts)]
+        parts += [f"<h3>{texts.say('Figures')}</h3>", _table(("", "reference", "policy"), comparison.rows(), texts)]
+        parts += [f"<h3>{texts.say('Best-of-n of the reference, and the optimum')}</h3>", _best_of_n(comparison, texts)]
     if history:
-        curves = _image(draw_run(history, target, evaluation.given.frontier), "curves of the run")
-        parts += ["<h2>The run</h2>", f'<div class="wide">{curves}</div>']
-    for name, comparison in evaluation.comparisons.items():
-        parts += [f"<h2>Samples on the {name}</h2>", "<p>The first ones, unpicked; left before, right after.</p>"]
-        parts += map(_pair, comparison.pairs[:ROWS])
-    parts += ["<h2>What the figures mean</h2>", _definitions(GLOSSARY), "<h2>Settings</h2>"]
-    facts = {**(about or {}), **{f"the {name}": ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}}
+        curves = _image(draw_run(history, target, evaluation.given.frontier, samples), texts.say("curves of the run"))
+        parts += [f"<h2>{texts.say('The run')}</h2>", f'<div class="wide">{curves}</div>']
+        parts += [f"<p>{texts.explained('picture of the run')}</p>"]
+    parts += [f"<h2>{texts.say('Settings')}</h2>"]
+    facts = {**(about or {})}
+    facts |= {texts.say(f"the {name}"): ", ".join(x.prompts) for name, x in evaluation.comparisons.items()}
     for name, value in evaluation.settings.items():
         facts.update(value if isinstance(value, dict) else {name: value})
     parts += [_definitions((name, value) for name, value in facts.items() if value is not None)]
-    parts += [f"<footer>minirlhf {_text(__version__)}</footer>"]
+    parts += [f"<footer>minirlhf {escaped(__version__)}</footer>"]
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!DOCTYPE html>\n<html lang="{language}">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
 
 
-def _conclusion(evaluation: Evaluation) -> str:
+def _conclusion(evaluation: Evaluation, texts: Texts) -> str:
     if not evaluation.symptoms:
-        return '<div class="box">No symptom of reward hacking was found.</div>'
-    items = "".join(f"<li>{_text(symptom)}</li>" for symptom in evaluation.symptoms)
+        return f'<div class="box">{texts.say("No symptom of reward hacking was found.")}</div>'
+    items = "".join(f"<li>{escaped(texts.sentence(symptom))}</li>" for symptom in evaluation.symptoms)
     return f'<div class="box bad"><ul>{items}</ul></div>'
 
 
-def _pictures(x: Comparison) -> str:
+def _pictures(x: Comparison, texts: Texts) -> str:
     """Reward and second score over the exact KL: all in the distribution that was sampled."""
     pictures = []
     for name, title in (("reward", "reward"), ("second", "second scorer")):
@@ -119,40 +114,40 @@ def _pictures(x: Comparison) -> str:
         curve += [FrontierPoint(f"{p.n:.3g}", kl, getattr(p, name)) for kl, p in points.items() if kl > 0]
         policy, where = FrontierPoint("policy", x.kl_exact.mean, end), x.spending.distribution if x.spending else ""
         drawn = draw_frontier(curve, [policy], title, x.frontier if name == "reward" else (), where)
-        pictures.append(_image(drawn, f"{title} over KL: policy, best-of-n and optimum"))
-    return f'<div class="pictures">{"".join(pictures)}</div>'
+        pictures.append(_image(drawn, texts.say(f"{title} over KL: policy, best-of-n and optimum")))
+    return f'<div class="pictures">{"".join(pictures)}</div><p>{texts.explained("picture over KL")}</p>'
 
 
-def _best_of_n(x: Comparison) -> str:
-    remarks = "".join(f"<p>{_text(remark[0].upper() + remark[1:])}</p>" for remark in x.remarks())
-    return _table(("", "KL", "reward", "second scorer"), x.best_of_n_rows()) + remarks
+def _best_of_n(x: Comparison, texts: Texts) -> str:
+    said = [texts.sentence(remark) for remark in x.remarks()]
+    remarks = "".join(f"<p>{escaped(remark[0].upper() + remark[1:])}</p>" for remark in said)
+    return _table(("", "KL", "reward", "second scorer"), x.best_of_n_rows(), texts) + remarks
 
 
-def _pair(pair: Pair) -> str:
-    before = f"<div><small>before {pair.before_reward:.3f}</small>{_text(pair.before)}</div>"
-    after = f"<div><small>after {pair.after_reward:.3f}</small>{_text(pair.after)}</div>"
-    return f'<div class="pair"><p>{_text(pair.prompt)}</p><div class="sides">{before}{after}</div></div>'
-
-
-def _text(x: object) -> str:
-    return html.escape(printable(str(x)))
+def _pair(pair: Pair, texts: Texts) -> str:
+    sides = (("before", pair.before_reward, pair.before), ("after", pair.after_reward, pair.after))
+    shown = "".join(f"<div><small>{texts.say(w)} {score:.3f}</small>{escaped(text)}</div>" for w, score, text in sides)
+    return f'<div class="pair"><p>{escaped(pair.prompt)}</p><div class="sides">{shown}</div></div>'
 
 
 def _image(png: bytes, what: str) -> str:
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{_text(what)}">'
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escaped(what)}">'
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Estimates, `mean [low, high]`, get their interval below them: a phone is narrow."""
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], texts: Texts) -> str:
+    """Under the name of a row stands what it means; estimates, `mean [low, high]`, get their interval below them."""
 
     def cell(text: str) -> str:
         mean, bracket, interval = text.partition(" [")
-        return f"<td>{_text(mean)}{f'<small>[{_text(interval)}</small>' if bracket else ''}</td>"
+        return f"<td>{escaped(mean)}{f'<small>[{escaped(interval)}</small>' if bracket else ''}</td>"
 
-    top = "".join(f"<th>{_text(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    def named(name: str) -> str:
+        return f'<td>{escaped(name)}<small class="meaning">{texts.explained(name)}</small></td>'
+
+    top = "".join(f"<th>{escaped(name and texts.say(name))}</th>" for name in head)
+    body = "".join(f"<tr>{named(name)}{''.join(map(cell, row))}</tr>" for name, *row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _definitions(items: Iterable[tuple[str, Any]]) -> str:
-    return "<ul>" + "".join(f"<li><b>{_text(name)}</b>: {_text(value)}</li>" for name, value in items) + "</ul>"
+    return "<ul>" + "".join(f"<li><b>{escaped(name)}</b>: {escaped(value)}</li>" for name, value in items) + "</ul>"

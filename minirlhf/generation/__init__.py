@@ -1,4 +1,4 @@
-"""From a language model to sampled tokens: sampling, `generate`, decoding at fixed shapes.
+"""From logits to sampled tokens and texts: sampling, and the loop over the tokens of a batch.
 
-No reward and no training lives here.
+It knows a decoder by its interface alone. No reward and no training lives here.
 """

@@ -1,4 +1,7 @@
-"""Batched sampling from a decoder with a key/value cache.
+"""Batched sampling from a decoder with a key/value cache, and texts from it.
+
+A decoder is known here by what `models.decoder` promises alone, and not by its class: `Decoder` and `ActorCritic` take
+their methods `generate` and `stream` from `TextGenerator`, below.
 
 Left out: beam search and repetition penalties, because PPO needs samples whose probabilities are known.
 
@@ -7,8 +10,10 @@ Shapes: B rows, P longest prompt, R new tokens, T = P + R, C width, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -16,13 +21,17 @@ from torch import Tensor
 from minirlhf.device.gpu import to_device
 from minirlhf.device.precision import full_precision
 from minirlhf.generation.sampling import SamplingConfig, draw_uniforms, is_end, pack_set, sample
-from minirlhf.generation.static_decode import GraphedDecoder
-from minirlhf.models.cache import KVCache
-from minirlhf.models.decoder import Decoder
-from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.text.batching import Ids, left_pad
+from minirlhf.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minirlhf.models.cache import KVCache
+    from minirlhf.models.decoder import Decoder
+    from minirlhf.models.heads import ActorCritic
+    from minirlhf.models.static_decode import GraphedDecoder
 
 CHECK_EVERY = 16  # tokens between two looks at whether all rows have ended: each look lets a GPU's queue run dry
+ROWS = 128  # continuations that `TextGenerator.generate` samples at once
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,6 @@ class Generation:
         return [row[kept] for row, kept in zip(columns, self.response_mask.cpu(), strict=True)]
 
 
-@torch.no_grad()
 def generate(
     model: Decoder | ActorCritic,
     prompts: Sequence[Ids],
@@ -78,7 +86,37 @@ def generate(
     Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
     training mode; FloatingPointError if logits have a NaN, or no finite maximum.
     """
-    model, sampling = language_model(model), sampling or SamplingConfig()
+    *_, samples = _decode(
+        language_model(model), prompts, max_new_tokens, sampling or SamplingConfig(), eos_token_id, pad_token_id,
+        generator, keep_sampling_sets, keep_states, graphed, share,
+    )  # fmt: skip
+    return samples.finished()
+
+
+def language_model(model: Decoder | ActorCritic) -> Decoder:
+    """The decoder of a model, with or without a value head. Raises ValueError for a model of another library."""
+    if not isinstance(model, TextGenerator):
+        kind = f"{type(model).__module__.split('.')[0]} {type(model).__name__}"
+        advice = "save it with model.save_pretrained(folder) and load it with minirlhf.load_decoder(folder)"
+        raise ValueError(f"the model must be a Decoder or an ActorCritic, got a {kind}: {advice}")
+    return model.language_model
+
+
+@torch.no_grad()
+def _decode(
+    model: Decoder,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int,
+    generator: torch.Generator | None,
+    keep_sampling_sets: bool = False,
+    keep_states: bool = False,
+    graphed: GraphedDecoder | None = None,
+    share: slice | None = None,
+) -> Iterator[_Samples]:
+    """The samples of `generate` after each token: the same object, which grows."""
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts must be token ids, got texts: give [tokenizer.encode_prompt(text) for text in texts]")
     if model.training:
@@ -109,6 +147,7 @@ def generate(
         drawn = sample(logits, sampling, uniforms[t, rows])
         sampled.append(t, rows, drawn, state, None if eos_token_id is None else running)
         new = drawn[0]
+        yield sampled
         if t + 1 == max_new_tokens:
             break
         if eos_token_id is not None:
@@ -125,7 +164,6 @@ def generate(
             mask = sampled.mask[rows, : P + t + 1] if padded else None
             state = model.hidden_states(new.unsqueeze(-1), mask, cache)[:, -1]
             logits = model.lm_logits(state)
-    return sampled.finished()
 
 
 class _Samples:
@@ -174,3 +212,151 @@ def _prefill(model: Decoder, ids: Tensor, mask: Tensor | None, cache: KVCache) -
     state = model.hidden_states(distinct[:, : ids.size(1)], mask, cache)[:, -1]
     cache.take_rows(row)
     return state[row], model.lm_logits(state)[row]
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+class TextGenerator:
+    """What every decoder, with or without a value head, has for use: texts from texts.
+
+    tokenizer: of the model; None: read from the folder that the model was loaded from, when it is first needed.
+    """
+
+    tokenizer: Tokenizer | None = None
+    folder: str | os.PathLike[str] | None = None
+
+    @property
+    def language_model(self) -> Decoder:
+        """The decoder itself."""
+        raise NotImplementedError
+
+    @overload
+    def generate(self, text: str, n: int = ..., max_new_tokens: int = ..., *,
+                 temperature: float = ..., top_k: int = ..., top_p: float = ..., stop: str | Sequence[str] = ...,
+                 seed: int = ..., tokenizer: Tokenizer | None = ...) -> list[str]: ...  # fmt: skip
+
+    @overload
+    def generate(self, text: list[str] | tuple[str, ...], n: int = ..., max_new_tokens: int = ..., *,
+                 temperature: float = ..., top_k: int = ..., top_p: float = ..., stop: str | Sequence[str] = ...,
+                 seed: int = ..., tokenizer: Tokenizer | None = ...) -> list[list[str]]: ...  # fmt: skip
+
+    def generate(
+        self,
+        text: str | list[str] | tuple[str, ...],
+        n: int = 1,
+        max_new_tokens: int = 32,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Sample n continuations of a text, without the text itself; of several texts, a list of n for each.
+
+        A continuation ends with the token that ends a text, or before the first of the `stop` strings in it.
+        temperature, top_k, top_p: as in SamplingConfig. seed: of a generator of its own, new in each call.
+        tokenizer: None: the model's own.
+        Raises ValueError for an empty text or one without room, a bad setting, or a model without tokenizer.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if type(n) is not int or n < 1:
+            raise ValueError(f"n must be an integer of at least 1, got {n!r}")
+        request = _Request(self, max_new_tokens, SamplingConfig(temperature, top_k, top_p), stop, seed, tokenizer)
+        rows = [request.tokenizer.encode_prompt(each) for each in texts for _ in range(n)]
+        found: list[str] = []
+        for start in range(0, len(rows), ROWS):
+            *_, last = request.responses(rows[start : start + ROWS], watched=bool(request.stop))
+            found += last
+        return found if isinstance(text, str) else [found[i : i + n] for i in range(0, len(found), n)]
+
+    def stream(
+        self,
+        text: str,
+        max_new_tokens: int = 32,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> Iterator[str]:
+        """One continuation of a text in pieces, as they are sampled; joined, they are `generate(text, ...)[0]`.
+
+        What may be the beginning of a stop string, or of a character, waits for the next token. Arguments and errors as
+        of `generate`.
+        """
+        request = _Request(self, max_new_tokens, SamplingConfig(temperature, top_k, top_p), stop, seed, tokenizer)
+        return request.pieces(request.tokenizer.encode_prompt(text))
+
+
+class _Request:
+    """What a call of `generate` or `stream` asks for."""
+
+    def __init__(
+        self,
+        model: TextGenerator,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        stop: str | Sequence[str],
+        seed: int,
+        tokenizer: Tokenizer | None,
+    ):
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(each, str) and each for each in self.stop):
+            raise ValueError(f"stop must be texts with something in them, got {stop!r}")
+        for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        self.model, self.max_new_tokens, self.sampling = model.language_model, max_new_tokens, sampling
+        self.tokenizer = tokenizer or _own_tokenizer(self.model)
+        self.model.fit_vocabulary(len(self.tokenizer))
+        self.generator = torch.Generator(self.model.device).manual_seed(seed)
+
+    def responses(self, prompts: list[list[int]], watched: bool) -> Iterator[list[str]]:
+        """The responses to a batch of prompts. watched: after every token, cut at stop strings; else once, whole."""
+        before = [len(self.tokenizer.decode(prompt)) for prompt in prompts]
+        texts, stopped = [""] * len(prompts), [False] * len(prompts)
+
+        def read(samples: _Samples) -> None:
+            for i, ids in enumerate(samples.finished().responses):
+                if not stopped[i]:
+                    texts[i] = self.tokenizer.decode([*prompts[i], *ids.tolist()])[before[i] :]
+                    ends = [place for each in self.stop if (place := texts[i].find(each)) >= 0]
+                    texts[i], stopped[i] = texts[i][: min(ends, default=None)], bool(ends)
+
+        ids = self.tokenizer.eos_token_id, self.tokenizer.pad_id
+        for samples in _decode(self.model, prompts, self.max_new_tokens, self.sampling, *ids, self.generator):
+            if watched:
+                read(samples)
+                yield texts
+                if all(stopped):
+                    return
+        if not watched:
+            read(samples)
+            yield texts
+
+    def pieces(self, prompt: list[int]) -> Iterator[str]:
+        """See `TextGenerator.stream`."""
+        said, text = 0, ""
+        for (text,) in self.responses([prompt], watched=True):
+            settled = len(text.rstrip("\ufffd"))  # which the bytes of an incomplete character become
+            begun = (i for i in range(said, settled) if any(each.startswith(text[i:settled]) for each in self.stop))
+            settled = next(begun, settled)
+            if settled > said:
+                yield text[said:settled]
+                said = settled
+        if text[said:]:
+            yield text[said:]
+
+
+def _own_tokenizer(model: Decoder) -> Tokenizer:
+    """The tokenizer of a model, kept with it. Raises ValueError if there is none, or as `Tokenizer.from_pretrained`."""
+    if model.tokenizer is None:
+        if model.folder is None:
+            raise ValueError("the model was not loaded from a folder with a tokenizer: give tokenizer=")
+        model.tokenizer = Tokenizer.from_pretrained(model.folder)
+    return model.tokenizer

@@ -183,12 +183,14 @@ def draw_uniforms(tokens: int, rows: int, device: torch.device, generator: torch
 
 
 def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token a row from the nucleus, `top_p_set`: (B, V) probabilities to (B,) int64.
+    """Draw a token from the nucleus, `top_p_set`, of each row: probabilities (B, V) to (B,) int64, or (V,) to 0-d.
 
     Raises ValueError for a p outside (0, 1].
     """
     if not 0 < p <= 1:
         raise ValueError(f"p must be in (0, 1], got {p}")
+    if probs.ndim == 1:
+        return sample_top_p(probs[None], p, generator)[0]
     uniforms = draw_uniforms(1, len(probs), probs.device, generator)[0]
     return draw(torch.where(top_p_set(probs, p), probs, 0.0), uniforms)[0]
 

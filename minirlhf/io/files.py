@@ -18,9 +18,9 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeAlias, TypeVar
+from typing import IO, Any, TypeVar
 
-StrPath: TypeAlias = "str | os.PathLike[str]"
+StrPath = str | os.PathLike[str]  # a path as users give it
 T = TypeVar("T")
 LOCKED_BYTE = 2**30  # of a file on Windows, where nobody else can read it: far behind the text
 PARTIAL = ".partial"  # ends the names of what a save has not finished

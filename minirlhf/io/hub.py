@@ -20,7 +20,8 @@ from minirlhf.io.files import StrPath, atomic_write, replaced_folder, sha256
 
 WEIGHTS_FOLDER = "weights"
 TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
-              "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+              "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.jinja")  # fmt: skip
 # Forms of weights; only the first one here that a model has is fetched.
 WEIGHT_FORMS = (
     r"model\.safetensors",
@@ -60,7 +61,7 @@ def locate(name_or_folder: StrPath) -> Path:
         return max(snapshots, key=lambda path: path.stat().st_mtime_ns)
     raise FileNotFoundError(
         f"model folder {name} does not exist, and no model of that name was downloaded to {placed} or {_cached(name)}. "
-        f"Run `python -m minirlhf download {name}`, or, if there is no network here, {_elsewhere(name)}"
+        f"Run `minirlhf download {name}`, or, if there is no network here, {_elsewhere(name)}"
     )
 
 
@@ -205,7 +206,7 @@ def _elsewhere(name: str, to: StrPath | None = None, revision: str = "main") -> 
     """How to bring a model to a machine without a network."""
     which = name if revision == "main" else f"{name} --revision {revision}"
     return (
-        f"run `python -m minirlhf download {which} --to {WEIGHTS_FOLDER}/` elsewhere and copy its folder "
+        f"run `minirlhf download {which} --to {WEIGHTS_FOLDER}/` elsewhere and copy its folder "
         f"{WEIGHTS_FOLDER}/{name} to {Path(to or WEIGHTS_FOLDER) / name} here. By hand that folder takes config.json, "
         "the weights (model.safetensors or pytorch_model.bin, or all shards and their .index.json) and the tokenizer "
         "(vocab.txt, or vocab.json and merges.txt, or tokenizer.json)"

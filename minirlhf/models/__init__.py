@@ -1,4 +1,4 @@
-"""Networks and their heads: GPT-2, BERT, the value head, and what the rest may ask of a decoder.
+"""Networks and their heads: GPT-2, BERT, the value head, what the rest may ask of a decoder, and models made ready.
 
-How they are sampled or trained is decided elsewhere.
+How they are trained is decided elsewhere.
 """

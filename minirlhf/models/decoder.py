@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minirlhf.generation.generate import TextGenerator
 from minirlhf.io.files import StrPath, naming
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import cast, write_folder
@@ -43,7 +44,7 @@ class BlockInputs(NamedTuple):
     rotary: Rotary | None = None
 
 
-class Decoder(nn.Module):
+class Decoder(TextGenerator, nn.Module):
     """A causal language model: `model(ids, attention_mask=None) -> logits (B, T, V)`."""
 
     origin: Origin | None = None  # what it was loaded from
@@ -105,6 +106,15 @@ class Decoder(nn.Module):
         """The content of `config.json` for a model with this head, with what a loaded one said besides."""
 
     # ---- what follows from it ---------------------------------------------------------------------------------------
+
+    @property
+    def language_model(self) -> Decoder:
+        """Itself."""
+        return self
+
+    def loaded_from(self, folder: StrPath, config: Mapping[str, Any]) -> None:
+        """Remember the folder and the content of its `config.json`."""
+        self.folder, self.origin = folder, Origin.of(folder, config)
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +232,7 @@ class Decoder(nn.Module):
         if head is not None and not torch.equal(model.embeddings[0].weight, head.float()):
             problem = f"lm_head.weight differs from {cls.trunk[0]}.weight, but tie_word_embeddings is not false"
             raise ValueError(f"{folder}: {problem}")
-        model.origin = Origin.of(folder, content)
+        model.loaded_from(folder, content)
         return model.eval()
 
     def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Tensor]]:

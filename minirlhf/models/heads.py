@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.device.precision import full_precision
+from minirlhf.generation.generate import TextGenerator, language_model
 from minirlhf.io.files import naming
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard
@@ -52,7 +53,7 @@ class ValueHead(nn.Module):
         return self.dropout(torch.tanh(values)) if self.kind == "tanh" else values
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(TextGenerator, nn.Module):
     """A decoder and a value head on its last hidden state: the policy of PPO.
 
     value_head: a ValueHead, or the kind of a new one; None: no values, for algorithms that need none.
@@ -62,6 +63,11 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.value_head = ValueHead(decoder.width, value_head) if isinstance(value_head, str) else value_head
+
+    @property
+    def language_model(self) -> Decoder:
+        """The decoder."""
+        return self.decoder
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) and values (B, T), None without a value head.
@@ -111,16 +117,6 @@ class ActorCritic(nn.Module):
             kind = {"kind": self.value_head.kind}
             beside[VALUE_HEAD_FILE] = cast(self.value_head.state_dict(), torch.float32), kind
         write_folder(folder, config, tensors, card, beside=beside)
-
-
-def language_model(model: Decoder | ActorCritic) -> Decoder:
-    """The decoder of a model, with or without a value head. Raises ValueError for a model of another library."""
-    model = model.decoder if isinstance(model, ActorCritic) else model
-    if not isinstance(model, Decoder):
-        kind = f"{type(model).__module__.split('.')[0]} {type(model).__name__}"
-        advice = "save it with model.save_pretrained(folder) and load it with minirlhf.load_decoder(folder)"
-        raise ValueError(f"the model must be a Decoder or an ActorCritic, got a {kind}: {advice}")
-    return model
 
 
 def with_value_head(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,15 @@ from torch import Tensor, nn
 from minirlhf.device.processes import agreed, processes
 
 RewardFunction = Callable[..., Any]  # from B texts, or prompts and responses, to B finite scores; see `call_reward`
+TAKEN = ("reward/mean", "reward/std", "reward/shaped")  # names of metrics that the trainer itself logs
+Result = TypeVar("Result")
+
+
+class Scored(NamedTuple):
+    """Scores, (B,) or (B, R), fp64, and the metrics that the reward reported about this batch."""
+
+    scores: Tensor
+    metrics: dict[str, float]
 
 
 def call_reward(
@@ -31,6 +41,9 @@ def call_reward(
 
     tokens: the text that each token of a response adds, "" for one that adds nothing, so that `"".join(tokens[i]) ==
         responses[i]` (see `Tokenizer.decode_pieces`); None: the characters.
+    A reward may be an async function, say one that awaits many judges at once. It may return (scores, metrics), where
+    metrics is a dict of numbers by name, or have a method `metrics() -> dict[str, float]`; a training logs them with
+    each step, a name without "/" as reward/NAME.
     Raises ValueError unless the reward returns B finite numbers, or B lists of one number per token.
     """
     scores = reward_by_token(reward, prompts, responses, tokens)
@@ -47,26 +60,112 @@ def reward_by_token(
 
     R is the length of the longest response in tokens; shorter ones are filled up with 0. Raises as `call_reward`.
     """
-    names, required = _positional(reward)
-    if names[2:3] == ["tokens"]:
-        cut = [list(row) for row in tokens] if tokens is not None else [list(r) or [""] for r in responses]
-        lengths = [len(row) for row in cut]
-        return checked_token_scores(reward(list(prompts), list(responses), cut), lengths)
-    if required == 2:
-        scores = reward(list(prompts), list(responses))
-    else:
-        scores = reward([p + r for p, r in zip(prompts, responses, strict=True)])
-    return checked_scores(scores, len(prompts))
+    return rewards_by_token({"": reward}, prompts, responses, tokens)[""].scores
 
 
-def within(seconds: float | None, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def reward_with_metrics(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None = None,
+) -> Scored:
+    """`reward_by_token`, and all that the reward reports about the batch, by the names that are logged.
+
+    Raises as `call_reward`, and ValueError for metrics that are not numbers by name.
+    """
+    scores, metrics = rewards_by_token({"": reward}, prompts, responses, tokens)[""]
+    own = reward.metrics() if callable(getattr(reward, "metrics", None)) else {}  # type: ignore[attr-defined]
+    return Scored(scores, _metrics({**own, **metrics}))
+
+
+def rewards_by_token(
+    rewards: Mapping[str, RewardFunction],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None = None,
+) -> dict[str, Scored]:
+    """`reward_by_token` of several named rewards; those that are async functions run at once.
+
+    Raises as it does; a ValueError begins with the part's name if that is not blank.
+    """
+    asked = {name: _Asked(reward, prompts, responses, tokens) for name, reward in rewards.items()}
+    waiting = [x.answer for x in asked.values() if inspect.isawaitable(x.answer)]
+    arrived = iter(_awaited(waiting) if waiting else [])
+    found = {}
+    for name, x in asked.items():
+        try:
+            answer = next(arrived) if inspect.isawaitable(x.answer) else x.answer
+            if isinstance(answer, BaseException):
+                raise answer
+            found[name] = x.checked(answer)
+        except ValueError as error:
+            raise (ValueError(f"part {name!r}: {error}") if name else error) from error
+    return found
+
+
+class _Asked:
+    """A reward that was called; its answer is an awaitable if it is an async function, or the error that it raised."""
+
+    def __init__(self, reward: RewardFunction, prompts: Sequence[str], responses: Sequence[str], tokens: Any):
+        self.count, self.lengths = len(prompts), None  # type: int, list[int] | None
+        names, required = _positional(reward)
+        given: list[list[Any]] = [list(prompts), list(responses)]
+        if names[2:3] == ["tokens"]:
+            given.append([list(r) for r in tokens] if tokens is not None else [list(r) or [""] for r in responses])
+            self.lengths = list(map(len, given[2]))
+        elif required != 2:
+            given = [[p + r for p, r in zip(prompts, responses, strict=True)]]
+        try:
+            self.answer = reward(*given)
+        except Exception as error:  # raised again in its turn, when no other reward is left waiting
+            self.answer = error
+
+    def checked(self, answer: Any) -> Scored:
+        """The answer's scores and metrics. Raises ValueError for bad ones."""
+        reported: Mapping[Any, Any] = {}
+        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
+            answer, reported = answer
+        lengths = self.lengths
+        scores = checked_scores(answer, self.count) if lengths is None else checked_token_scores(answer, lengths)
+        return Scored(scores, _metrics(reported))
+
+
+def _awaited(answers: Sequence[Any]) -> list[Any]:
+    """The results of awaitables, or their exceptions, in order, awaited at once."""
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(gather())
+    with ThreadPoolExecutor(1, thread_name_prefix="reward function") as pool:  # a notebook's loop runs in this thread
+        return pool.submit(asyncio.run, gather()).result()
+
+
+def _metrics(reported: Mapping[Any, Any]) -> dict[str, float]:
+    """Metrics by the names that are logged. Raises ValueError for a bad name, a taken one, and what is no number."""
+    found = {}
+    for key, value in reported.items():
+        name = key if isinstance(key, str) and "/" in key else f"reward/{key}"
+        if not isinstance(key, str) or not key.strip() or name in TAKEN or name in found:
+            raise ValueError(f"the reward reported a metric named {key!r}: names must be texts, and not {TAKEN}")
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the metric {key!r} of the reward must be a number, got {value!r:.80}") from error
+    return found
+
+
+def within(seconds: float | None, function: Callable[..., Result], *arguments: Any) -> Result:
     """Return `function(*arguments)`; raise TimeoutError if it takes longer than `seconds` (None: no limit).
 
     A function that hangs goes on in a daemon thread, and its result is dropped: Python cannot stop it.
     """
     if seconds is None:
         return function(*arguments)
-    outcome: Future[Tensor] = Future()
+    outcome: Future[Result] = Future()
 
     def work() -> None:
         try:
@@ -89,23 +188,34 @@ def score_rows(
     tokens: Sequence[Sequence[str]] | None,
     count: int,
     seconds: float | None = None,
-) -> Tensor:
-    """`reward_by_token` within `seconds`, for the rows of this process, of `count` in all (see `Processes.share`).
+) -> Scored:
+    """`reward_with_metrics` within `seconds`, for the rows of this process, of `count` in all (see `Processes.share`).
 
     A reward whose attribute `scope` is "batch" (a person, a paid judge, a state) is asked by the first process only,
-    for the rows of all. Raises as `reward_by_token` and `within`; an error of one process is raised by all.
+    for the rows of all. Metrics are means over the rows of all processes. Raises as `reward_with_metrics` and `within`;
+    an error of one process is raised by all.
     """
     group, arguments = processes(), (prompts, responses, *(() if tokens is None else (tokens,)))
     if not group.on or scope_of(reward) == "rows":
         with agreed("the reward"):
-            return within(seconds, reward_by_token, reward, *arguments)
+            own = within(seconds, reward_with_metrics, reward, *arguments)
+        return Scored(own.scores, _mean_metrics(group.gather("metrics", (len(prompts), own.metrics))))
     parts = group.gather("texts", arguments)
     with agreed("the reward"):
         whole = [[x for part in column for x in part][:count] for column in zip(*parts, strict=True)]
-        scores = within(seconds, reward_by_token, reward, *whole) if group.first else None
-    scored: Tensor = group.broadcast("scores", scores)  # type: ignore[assignment]
+        scores = within(seconds, reward_with_metrics, reward, *whole) if group.first else None
+    scored: Scored = group.broadcast("scores", scores)  # type: ignore[assignment]
     before = 0 if len(prompts) == count else sum(len(part[0]) for part in parts[: group.rank])
-    return scored[before : before + len(prompts)]
+    return Scored(scored.scores[before : before + len(prompts)], scored.metrics)
+
+
+def _mean_metrics(parts: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The mean of each metric over the rows of the parts that have it."""
+    if len(parts) == 1:
+        return parts[0][1]
+    names = dict.fromkeys(name for _, metrics in parts for name in metrics)
+    having = {name: [(rows, metrics[name]) for rows, metrics in parts if name in metrics] for name in names}
+    return {name: sum(rows * x for rows, x in found) / sum(rows for rows, _ in found) for name, found in having.items()}
 
 
 def score_all(
@@ -120,7 +230,8 @@ def score_all(
     """
     group = processes()
     mine = group.share(len(prompts))
-    scores = score_rows(reward, prompts[mine], responses[mine], None if tokens is None else tokens[mine], len(prompts))
+    given = prompts[mine], responses[mine], None if tokens is None else tokens[mine]
+    scores = score_rows(reward, *given, len(prompts)).scores
     with agreed("the sums of token scores"):
         scores = scores if scores.ndim == 1 else checked_scores(scores.sum(-1), len(scores))
     return group.gather_rows(len(prompts), scores)[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.common.validation import is_finite, require_bools, require_positive_ints
-from minirlhf.rewards.base import RewardFunction, call_reward, reward_by_token, scope_of
+from minirlhf.rewards.base import RewardFunction, call_reward, checked_scores, rewards_by_token, scope_of
 
 
 class WeightedSum:
@@ -39,20 +39,19 @@ class WeightedSum:
         self.parts = dict(parts)
         self.scope = scope_of(*(reward for _, reward in parts.values()))
         self._totals: dict[str, tuple[float, int]] = {}  # sum and number of each part's unweighted scores
+        self._reported: dict[str, float] = {}  # what parts returned with their last scores
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
     ) -> Tensor:
         """The weighted sum. Raises as `call_reward`, with the name of the part."""
         weighted = []
-        for name, (weight, reward) in self.parts.items():
-            try:
-                if tokens is None:
-                    scores = call_reward(reward, prompts, responses)
-                else:
-                    scores = reward_by_token(reward, prompts, responses, tokens)
-            except ValueError as error:
-                raise ValueError(f"part {name!r}: {error}") from error
+        parts = {name: reward for name, (_, reward) in self.parts.items()}
+        for name, (scores, metrics) in rewards_by_token(parts, prompts, responses, tokens).items():
+            weight = self.parts[name][0]
+            if tokens is None and scores.ndim == 2:
+                scores = checked_scores(scores.sum(-1), len(prompts))
+            self._reported.update({f"{name}/{key}": value for key, value in metrics.items()})
             total, count = self._totals.get(name, (0.0, 0))
             self._totals[name] = total + scores.sum().item(), count + len(scores)
             weighted.append(weight * scores)
@@ -63,10 +62,11 @@ class WeightedSum:
     def metrics(self) -> dict[str, float]:
         """reward/parts/NAME: the mean of each part's unweighted scores since the last call; and the parts' own metrics.
 
-        A part's metric gets the prefix NAME/ if an earlier part has one of the same name.
+        What a part returned with its scores gets the prefix NAME/, and of its method `metrics` what an earlier part
+        has, too.
         """
-        totals, self._totals = self._totals, {}
-        figures = {f"reward/parts/{name}": total / count for name, (total, count) in totals.items() if count}
+        (totals, self._totals), (figures, self._reported) = (self._totals, {}), (self._reported, {})
+        figures = {f"reward/parts/{name}": total / n for name, (total, n) in totals.items() if n} | figures
         for name, (_, reward) in self.parts.items():
             if hasattr(reward, "metrics"):
                 for key, value in reward.metrics().items():

@@ -1,4 +1,4 @@
-"""Loading of a reward from its folder: `config.json` says of which kind it is."""
+"""Loading of a reward by its name: a folder, whose `config.json` says of which kind it is, or `module:function`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
 from minirlhf.models.loading import DECODERS
 from minirlhf.rewards.base import RewardFunction
+from minirlhf.rewards.imported import imported_reward, is_import
 from minirlhf.rewards.labels import PositiveLabel
 from minirlhf.rewards.ngrams import MODEL_TYPE, NGramScorer
 from minirlhf.rewards.reward_model import NORMALISATION, RewardModel
@@ -16,10 +17,13 @@ from minirlhf.rewards.sentiment import SentimentReward
 
 
 def load_scorer(folder: StrPath, device: str = "auto", positive_label: PositiveLabel | None = None) -> RewardFunction:
-    """Load the reward in a folder: a sentiment classifier, a reward model or an n-gram scorer.
+    """Load the reward in a folder: a sentiment classifier, a reward model or an n-gram scorer; or `module:function`.
 
-    positive_label: of a sentiment classifier; see SentimentReward. Raises as the `from_pretrained` of the kind.
+    positive_label: of a sentiment classifier; see SentimentReward. Raises as the `from_pretrained` of the kind, and as
+    `imported_reward`.
     """
+    if is_import(folder):
+        return imported_reward(str(folder))
     config = read_json(locate(folder) / CONFIG_FILE)
     kind = config.get("model_type")
     if kind == MODEL_TYPE:

@@ -7,6 +7,7 @@ Read in this order, each file from its top:
     shaping      from scores to the rewards of tokens
     advantages   from rewards to advantages and returns, with groups of responses to one prompt in `groups`
     losses, kl   what is minimised, and the leash to the reference
-    masked       means and whitening over real tokens
     statistics, config, presets, state  what stands around the algorithm
+
+Means and whitening over real tokens are in `common.masked`.
 """

@@ -34,7 +34,7 @@ class PPOConfig:
     save_freq: int = 5  # iterations between printed samples and saves
     # The algorithm
     ppo_epochs: int = 4  # passes over each batch
-    lr: float = 2e-6
+    lr: float = 2e-6  # of AdamW
     init_kl_coef: float = 0.2  # first coefficient of the KL penalty
     target: float = 6.0  # KL per sequence (sum over its tokens) that the controller aims at, nats
     horizon: float = 10000.0  # episodes; the time scale of the controller
@@ -73,9 +73,9 @@ class PPOConfig:
     score_clip: float | None = None  # to +- this
     score_position: Literal["last_token", "last_column"] = "last_token"  # see `shaping.token_rewards`
     # Sampling
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.95
+    temperature: float = 1.0  # divides the logits
+    top_k: int = 0  # most probable tokens; 0: all
+    top_p: float = 0.95  # nucleus; 1: all
     eos_token_id: int | tuple[int, ...] | None = None  # one or several; None: every response has gen_len tokens
     # What was sampled is what log-probabilities refer to, unless turned off:
     logprobs_temperature: bool = True  # False: logits are not divided by the temperature
@@ -84,13 +84,13 @@ class PPOConfig:
     value_head: Literal["linear", "tanh"] | None = None  # None: linear
     value_head_init: float = 0.0  # weights of that head start uniform in +- this
     # The machine
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu or cuda[:index]
     precision: str = "auto"  # fp32, tf32 (on a GPU), bf16 or fp16, over fp32 weights; auto: see `precision_choice`
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     compile: bool = False  # torch.compile of the blocks of policy and reference, which needs a C++ compiler or a GPU
     cuda_graphs: bool = False  # on a GPU, decode by replaying a CUDA graph
     reference: Literal["own", "shared"] = "own"  # shared: the reference uses the memory of the policy's frozen layers
-    seed: int = 0
+    seed: int = 0  # of all random numbers
     reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
     # Optimizer steps in a row that may be skipped because their loss or gradient is not finite. More than the 16
     # halvings of fp16's first loss scale of 2**16.

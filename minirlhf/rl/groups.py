@@ -15,7 +15,7 @@ from minirlhf.rl.shaping import shaped_scores
 from minirlhf.text.batching import cat_padded
 
 if TYPE_CHECKING:
-    from minirlhf.generation.models import Models
+    from minirlhf.models.prepared import Models
     from minirlhf.rl.config import PPOConfig
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minirlhf.rl.masked import masked_mean
+from minirlhf.common.masked import masked_mean
 
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig

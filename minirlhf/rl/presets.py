@@ -79,6 +79,22 @@ class PPOOverrides(TypedDict, total=False):
     max_bad_steps: int
 
 
+# For the starter weights, whose GPT-2 is 25 times smaller than the original one and takes larger steps.
+STARTER: PPOOverrides = dict(lr=2e-4, minibatch_size=32, forward_batch_size=32)
+# The default run: one pass over each batch and a step size that falls to 0, as steps that are too large at the end
+# cost KL and buy no reward (docs/optimum.md has the figures).
+STARTER_RUN: PPOOverrides = dict(
+    minibatch_size=32,
+    forward_batch_size=32,
+    steps=10240,
+    ppo_epochs=1,
+    lr=1.2e-4,
+    lr_schedule="linear",
+    cliprange=0.3,
+    init_kl_coef=0.11,
+)
+DEFAULT_METHOD = "rloo_to_go"  # of that run
+
 # What each implementation does in the places where they differ; the rest is the default.
 PRESETS: dict[str, PPOOverrides] = {
     # The chapter: one optimizer step a sample, advantages whitened within it, top-p samples scored in full.
@@ -155,6 +171,11 @@ PRESETS: dict[str, PPOOverrides] = {
         adaptive_kl=False,
         init_kl_coef=0.05,
     ),
+    # PPO with the other responses to a prompt in the place of the value head: the least KL for a reward here
+    "rloo_to_go": dict(
+        advantages="rloo_to_go",
+        group_size=16,
+    ),
     # Shao et al. 2024 (DeepSeekMath)
     "grpo": dict(
         lr=1e-6,
@@ -221,7 +242,7 @@ PRESETS: dict[str, PPOOverrides] = {
         init_kl_coef=0.01,
     ),
 }
-METHODS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
+METHODS = ("reinforce", "rloo", "rloo_to_go", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
 DEFINING = ("advantages", "policy_ratio", "loss_averaging", "whiten_advantages", "whiten_scope")  # these make a method
 
 

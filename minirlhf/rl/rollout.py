@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.common.printing import html_table
 from minirlhf.device.gpu import PhaseClock, to_device
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.processes import agreed, processes
@@ -24,13 +25,13 @@ from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
 if TYPE_CHECKING:
-    from minirlhf.generation.models import Models
+    from minirlhf.models.prepared import Models
     from minirlhf.rl.config import PPOConfig
 
 NOT_YET: Any = None  # in the place of a tensor that a later phase of the step computes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rollout:
     """One batch of prompts, responses and what the models said of them. It is frozen.
 
@@ -47,7 +48,7 @@ class Rollout:
     sampler_logprobs: (B, R) fp32, what the sampler itself computed; None if not sampled here.
     prompts, responses: the B texts; empty if the rollout was made from tokens alone.
     group_size: responses of each prompt, side by side.
-    seconds: the time of each phase of collecting.
+    reward_metrics: what the reward reported of itself. seconds: the time of each phase of collecting.
 
     Set within a step, (B, R) fp32: token_rewards, advantages, returns (None: the method has none), advantage_scale,
     the factor of whitening (None without it), and weights, of the tokens in the mean over their minibatch.
@@ -68,6 +69,7 @@ class Rollout:
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     group_size: int = 1
+    reward_metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     token_rewards: Tensor = NOT_YET
     advantages: Tensor = NOT_YET
@@ -77,6 +79,16 @@ class Rollout:
 
     def __len__(self) -> int:
         return self.tokens.size(0)
+
+    def __repr__(self) -> str:
+        tokens, score = self.response_mask.size(1), self.scores.mean().item()
+        return f"Rollout({len(self)} responses of up to {tokens} tokens, mean score {score:.3f})"
+
+    def _repr_html_(self) -> str:  # a notebook shows it
+        scores = [f"{score:.3f}" for score in self.scores.tolist()]
+        return html_table(
+            ("prompt", "response", "score"), list(zip(self.prompts, self.responses, scores, strict=False))
+        )
 
     @property
     def texts(self) -> list[str]:
@@ -154,7 +166,7 @@ def collect_rollout(
     pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
     responses = ["".join(row) for row in pieces]
     clock.stop("generation")
-    scores = score_rows(reward_fn, prompts, responses, pieces, count, c.reward_timeout)
+    scores, metrics = score_rows(reward_fn, prompts, responses, pieces, count, c.reward_timeout)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
@@ -162,9 +174,19 @@ def collect_rollout(
     rollout = Rollout(
         sampled.tokens, sampled.mask, sampled.response_mask, sampling_sets=sampled.sampling_sets,
         sampler_logprobs=sampled.logprobs, prompts=tuple(prompts), responses=tuple(responses),
-        group_size=c.group_size, seconds=clock.seconds, **_score_fields(scores, found["logprobs"]), **found,
+        group_size=c.group_size, reward_metrics=metrics, seconds=clock.seconds,
+        **_score_fields(scores, found["logprobs"]), **found,
     )  # fmt: skip
     return group.gather_record(count, rollout)
+
+
+def evaluation(models: Models, pool: Sequence[str], reward_fn: RewardFunction, config: PPOConfig) -> dict[str, float]:
+    """Reward and KL of a fresh batch, the prompts of the pool in turn, with the same random numbers at each call."""
+    drawn = [pool[i % len(pool)] for i in range(config.batch_size // config.group_size)]
+    generator = torch.Generator(models.policy.decoder.device).manual_seed(config.seed)
+    found = collect_rollout(models, drawn, reward_fn, config, generator)
+    kl = found.exact_kl.sum(-1).mean().item()
+    return {"evaluation/reward": found.scores.mean().item(), "evaluation/kl": kl}
 
 
 def rollout_from_tokens(

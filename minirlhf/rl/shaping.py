@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf.common.masked import last_token
 from minirlhf.generation.sampling import is_end
 from minirlhf.rl.kl import kl_estimate
-from minirlhf.rl.masked import last_token
 
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf.common.masked import explained_variance, masked_mean
 from minirlhf.rl.groups import flat_groups
 from minirlhf.rl.kl import kl_estimate
-from minirlhf.rl.masked import explained_variance, masked_mean
 
 if TYPE_CHECKING:
     from minirlhf.rl.rollout import Rollout

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from minirlhf.common.masked import masked_sum
+from minirlhf.common.progress import AfterSteps, OnStep
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.processes import processes
 from minirlhf.device.random import undone_on_error
 from minirlhf.device.schedules import lr_factor
-from minirlhf.generation.models import prepare
 from minirlhf.io.training_state import State, module_hash
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
+from minirlhf.models.prepared import prepare
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rl.advantages import USES_VALUES, with_advantages
 from minirlhf.rl.config import PPOConfig
@@ -33,12 +35,11 @@ from minirlhf.rl.groups import collect_groups_with_spread
 from minirlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.losses import clipped, log_ratio, policy_loss, token_weights, value_loss
-from minirlhf.rl.masked import masked_sum
-from minirlhf.rl.rollout import Rollout, collect_rollout, rollout_from_tokens
+from minirlhf.rl.rollout import Rollout, collect_rollout, evaluation, rollout_from_tokens
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
 from minirlhf.rl.statistics import Stats, TensorStats, mean_stats, read_stats, rollout_statistics, time_statistics
-from minirlhf.text.prompts import as_prompts, require_room
+from minirlhf.text.prompts import Prompt, as_prompts, require_room
 from minirlhf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -87,6 +88,10 @@ class PPOTrainer:
         self.micro_batch_size = min(c.forward_batch_size, c.minibatch_size)  # less once a GPU had no room for them
         self.interrupted = False  # True inside `step`, where the state is inconsistent and must not be saved
 
+    def __repr__(self) -> str:
+        done, of = f"step {self.iteration} of {self.config.iterations}", type(self.policy.decoder).__name__
+        return f"PPOTrainer({done}, {of}, {self.config.advantages}, {self.config.precision}, {self.device})"
+
     # ---- the algorithm ----------------------------------------------------------------------------------------------
 
     def step(
@@ -124,7 +129,9 @@ class PPOTrainer:
             if self._moved_too_far(epoch):
                 break
 
-        stats = rollout_statistics(batch, shaped) | self._update_statistics(read_stats(updates))
+        stats = {**rollout.reward_metrics, **rollout_statistics(batch, shaped)} | self._update_statistics(
+            read_stats(updates)
+        )
         self.kl_controller.update(stats["objective/kl"], len(batch))  # k1, whatever the estimator of the penalty
         self.iteration += 1
         self.interrupted = False
@@ -247,31 +254,41 @@ class PPOTrainer:
 
     def train(
         self,
-        prompts: Iterable[str] | os.PathLike[str],
+        prompts: Iterable[Prompt] | os.PathLike[str],
         reward_fn: RewardFunction,
-        on_step: Callable[[Rollout, Stats], object] | None = None,
+        on_step: OnStep | Sequence[OnStep] | None = None,
+        *,
+        evaluate_every: int | None = None,
+        save_best: str | os.PathLike[str] | None = None,
+        stop_when: Callable[[Stats], object] | None = None,
+        progress: bool = True,
     ) -> list[Stats]:
         """Run `config.steps` episodes: draw a batch of prompts from the pool, sample, score, step, and again.
 
-        prompts: the pool, drawn from with replacement: any collection of texts, or a file (see `text.prompts`).
-        on_step: called after every step with its rollout and statistics; `Run.record` is one.
-        Returns the statistics of all steps. Raises ValueError for an empty pool, or a prompt that is empty or too
-        long, before any training. After an error of the reward function the trainer is as it was after the last step.
+        prompts: the pool, drawn from with replacement: a collection of texts or chats, or a file (see `text.prompts`).
+        on_step, evaluate_every, save_best, stop_when, progress: see `AfterSteps`, and `evaluation`; `Run.record` is an
+            `on_step`.
+        Returns the statistics of each step, and its number as "step", as in metrics.jsonl. Raises ValueError for an
+        empty pool, or a prompt that is empty or too long, before any training. After an error of the reward function
+        the trainer is as it was after the last step.
         """
         pool, history = self.check_prompts(prompts), []
-        while self.iteration < self.config.iterations:
-            with undone_on_error(self.generators.values()):
-                count = self.config.batch_size // self.config.group_size
-                drawn = torch.randint(len(pool), (count,), generator=self.generators["shuffling"])
-                rollout = self.collect([pool[i] for i in drawn], reward_fn)
-            history.append(self.step(rollout))
-            if on_step is not None:
-                on_step(rollout, history[-1])
+        with AfterSteps(self, on_step, progress, save_best, evaluate_every, stop_when) as ends:
+            while self.iteration < self.config.iterations:
+                with undone_on_error(self.generators.values()):
+                    count = self.config.batch_size // self.config.group_size
+                    drawn = torch.randint(len(pool), (count,), generator=self.generators["shuffling"])
+                    rollout = self.collect([pool[i] for i in drawn], reward_fn)
+                history.append({"step": self.iteration + 1, **self.step(rollout)})
+                if ends.evaluation_due:
+                    history[-1] |= evaluation(self.models, pool, reward_fn, self.config)
+                if ends(rollout, history[-1]):
+                    break
         return history
 
-    def check_prompts(self, prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
+    def check_prompts(self, prompts: Iterable[Prompt] | os.PathLike[str]) -> list[str]:
         """The pool as a list. Raises ValueError as `as_prompts`, and for a prompt without room for `gen_len` tokens."""
-        pool = as_prompts(prompts)
+        pool = as_prompts(prompts, self.tokenizer)
         require_room(pool, self.tokenizer, self.policy.decoder.n_positions, self.config.gen_len)
         return pool
 

@@ -2,6 +2,7 @@
 
     RUN/config.json                    what the caller wants to remember
     RUN/metrics.jsonl, samples.jsonl   see `log`
+    RUN/loggers.json, tensorboard/     see `loggers`
     RUN/checkpoints/step-000010/       the two newest (see `checkpoint`), and the best
     RUN/checkpoints/best               for PPO, a link to the one whose batch had the highest mean reward of all saved
     RUN/lock                           while a process works in the folder (see `locks`)
@@ -45,10 +46,12 @@ from minirlhf.runs.checkpoint import (
 )
 from minirlhf.runs.locks import LOCK_FILE, FolderLock
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, RunLog, finite
+from minirlhf.runs.loggers import LOGGERS_FILE, Loggers, check_loggers, choose_loggers
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 KEPT = 2  # newest checkpoints that stay, besides the best
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
+TAKEN = "{} exists and is not empty; choose another folder, or resume the run in it"
 SHOWN = 5  # samples of a rollout that are logged at a save
 Trainer = TypeVar("Trainer", bound=Trainable)
 
@@ -92,6 +95,7 @@ class Run(Generic[Trainer]):
         keep_last: int,
     ):
         self.folder, self.trainer, self._log, self._lock, self._keep_last = folder, trainer, log, lock, keep_last
+        self._loggers = None if log is None else Loggers(folder, trainer.steps_done, read_json(folder / CONFIG_FILE))
         self._rewards = rewards  # mean reward of each step; None: not finite
         self._recorded = self._saved = trainer.steps_done  # steps whose lines are written; that are in a checkpoint
         self._saving = False
@@ -102,18 +106,25 @@ class Run(Generic[Trainer]):
 
     @classmethod
     def start(
-        cls, folder: str | os.PathLike[str], trainer: Trainer, config: Mapping[str, Any], keep_last: int = KEPT
+        cls,
+        folder: str | os.PathLike[str],
+        trainer: Trainer,
+        config: Mapping[str, Any],
+        keep_last: int = KEPT,
+        loggers: Sequence[str] = ("jsonl",),
     ) -> Run[Trainer]:
         """A new run, with a checkpoint of the trainer as it is.
 
         folder: made here. config: written to config.json when all else is there. keep_last: newest checkpoints that
-            stay, besides the best.
+            stay, besides the best. loggers: "jsonl", "tensorboard", "wandb", "swanlab", "trackio" (see `loggers`).
         If torchrun started the processes again after one died, goes on with the run in the folder instead: the trainer
         gets weights and state of the newest checkpoint.
-        Raises FileExistsError for a folder that is not empty (a run is never overwritten), BlockingIOError if another
-        process works in it, OSError if it cannot be written, and as the trainer's `state_dict`.
+        Raises ValueError or ImportError for a logger that is unknown or not installed, FileExistsError for a folder
+        that is not empty (a run is never overwritten), BlockingIOError if another process works in it, OSError if it
+        cannot be written, and as the trainer's `state_dict`.
         """
         _check_keep_last(keep_last)
+        check_loggers(loggers)
         trainer.state_dict()  # what cannot be saved is refused before anything is written
         group, lock, log = processes(), None, None
         folder = group.broadcast("folder", Path(folder))
@@ -124,19 +135,16 @@ class Run(Generic[Trainer]):
                 return trainer
 
             return cls._go_on(folder, restored, keep_last)
-        taken = FileExistsError(f"{folder} exists and is not empty; choose another folder, or resume the run in it")
         with contextlib.ExitStack() as undo:
             with agreed("the folder of the run"):
                 if group.first:
-                    if folder.exists() and not _is_unused(folder):
-                        FolderLock.check(folder)  # "in use" says better what is wrong
-                        raise taken
+                    cls.check_new(folder)
                     folder.mkdir(parents=True, exist_ok=True)
                     flush_folder(folder.parent)
                     lock = FolderLock(folder)
                     undo.callback(lock.release)
                     if not _is_unused(folder):  # another process was quicker, and has ended since
-                        raise taken
+                        raise FileExistsError(TAKEN.format(folder))
                     remove_partial(folder, folder / CHECKPOINTS)
             _check_shared(folder)
             with agreed("the first checkpoint"):
@@ -145,6 +153,8 @@ class Run(Generic[Trainer]):
                     undo.callback(shutil.rmtree, folder / CHECKPOINTS, ignore_errors=True)
                     record = {"log": log.flush(), "rewards": {}}
                     save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), record)
+                    undo.callback((folder / LOGGERS_FILE).unlink, missing_ok=True)
+                    choose_loggers(folder, loggers)
                     write_json(folder / CONFIG_FILE, config)
             undo.pop_all()
         return cls(folder, trainer, log, lock, {}, keep_last)
@@ -157,21 +167,26 @@ class Run(Generic[Trainer]):
         *,
         data: Sequence[Any] | None = None,
         keep_last: int = KEPT,
+        loggers: Sequence[str] | None = None,
         **overrides: Any,
     ) -> Run[Any]:
         """Go on with a run from its newest checkpoint; from the one before, with a warning, if that is damaged.
 
-        ref_policy, data, overrides: as in `load_checkpoint`. A damaged checkpoint is kept under another name; a damaged
-        log is named in a warning and repaired as far as possible (see `RunLog.resume`).
+        ref_policy, data, overrides: as in `load_checkpoint`. loggers: None: those that it had, and the same curves.
+        A damaged checkpoint is kept under another name; a damaged log is named in a warning and repaired as far as
+        possible (see `RunLog.resume`).
         Raises FileNotFoundError if it is no run, BlockingIOError if another process works in it, OSError if a file to
         be written is a symbolic link, ValueError if no checkpoint can be read, or as `load_checkpoint`.
         """
         _check_keep_last(keep_last)
+        check_loggers(loggers or ())
         folder = processes().broadcast("folder", Path(folder))
-        return cls._go_on(folder, lambda path: load_checkpoint(path, ref_policy, data, **overrides), keep_last)
+        return cls._go_on(folder, lambda path: load_checkpoint(path, ref_policy, data, **overrides), keep_last, loggers)
 
     @classmethod
-    def _go_on(cls, folder: Path, load: Callable[[Path], Any], keep_last: int) -> Run[Any]:
+    def _go_on(
+        cls, folder: Path, load: Callable[[Path], Any], keep_last: int, loggers: Sequence[str] | None = None
+    ) -> Run[Any]:
         """The run in a folder with the trainer that `load` makes of its newest checkpoint."""
         group, log, damaged = processes(), None, []
         with contextlib.ExitStack() as undo:
@@ -212,9 +227,19 @@ class Run(Generic[Trainer]):
                         aside = path.with_name(f"{path.name}.damaged")
                         shutil.rmtree(aside, ignore_errors=True)
                         path.rename(aside)
+                    if loggers is not None:
+                        choose_loggers(folder, loggers)
             run = cls(folder, trainer, log, lock, rewards, keep_last)
             undo.pop_all()
         return run
+
+    @staticmethod
+    def check_new(folder: str | os.PathLike[str]) -> None:
+        """Raise what `start` raises for a folder that holds something, before anything else is done."""
+        folder = Path(folder)
+        if folder.exists() and not _is_unused(folder):
+            FolderLock.check(folder)  # "in use" says better what is wrong
+            raise FileExistsError(TAKEN.format(folder))
 
     @property
     def due(self) -> bool:
@@ -255,10 +280,11 @@ class Run(Generic[Trainer]):
     def log(self, stats: Mapping[str, float], samples: Sequence[tuple[str, float | None]] = ()) -> None:
         """Append statistics and samples of the present step to the log, such as figures measured before the first."""
         with agreed("the log"):
-            if self._log is not None:
-                self._log.metrics(self.trainer.steps_done, stats)
-                if samples:
-                    self._log.samples(self.trainer.steps_done, samples)
+            for log in (self._log, self._loggers):  # none but in the first process
+                if log is not None:
+                    log.metrics(self.trainer.steps_done, stats)
+                    if samples:
+                        log.samples(self.trainer.steps_done, samples)
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -285,8 +311,12 @@ class Run(Generic[Trainer]):
                     f"{failed} failed: {type(error).__name__}: {error}; the run is saved up to step {self._saved}, in "
                     f"{_checkpoint(self.folder, self._saved)}",
                 ) from error
+            if error is None and self.trainer.steps_done == self._recorded > self._saved:  # the training ended early
+                self._save()
         finally:
             self._stop.__exit__()
+            if self._loggers is not None:
+                self._loggers.close()
             if self._lock is not None:
                 self._lock.release()
 
@@ -299,10 +329,9 @@ class Run(Generic[Trainer]):
         self._saving = False
 
     def _write(self) -> None:
-        if self._log is None:
-            return
-        record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
-        save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
+        if self._log is not None:
+            record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
+            save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
         self._saved = self._recorded
         self._rotate()
 
@@ -403,5 +432,10 @@ def _is_unused(folder: Path) -> bool:
     if not folder.is_dir() or (folder / CHECKPOINTS).is_symlink():
         return False
     names = {path.name for path in folder.iterdir()}
-    ours = {LOCK_FILE, CHECKPOINTS, *(name for name in names if name.startswith(".") and name.endswith(PARTIAL))}
+    ours = {
+        LOCK_FILE,
+        CHECKPOINTS,
+        LOGGERS_FILE,
+        *(name for name in names if name.startswith(".") and name.endswith(PARTIAL)),
+    }
     return not names or (LOCK_FILE in names and names <= ours)

@@ -23,11 +23,11 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import agreed, processes
 from minirlhf.device.random import eval_mode
-from minirlhf.generation.models import check_pair, load_reference, require_tokenizer
 from minirlhf.io.model_folder import read_tensors, write_tensors
 from minirlhf.io.training_state import State, module_hash, require_same_reference
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
+from minirlhf.models.prepared import check_pair, load_reference, require_tokenizer
 from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.dpo_config import DPOConfig, DPOOverrides
 from minirlhf.supervised.loop import Stats, SupervisedTrainer, check_positions, data_record, require_same_data

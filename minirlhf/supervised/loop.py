@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minirlhf.common.progress import AfterSteps, OnStep
 from minirlhf.common.validation import (
     require,
     require_non_negative,
@@ -38,18 +39,18 @@ class FitConfig:
 
     PRECISIONS: ClassVar[tuple[str, ...]] = PRECISIONS  # without "auto", which needs to know the model's outputs
 
-    epochs: int = 3
+    epochs: int = 3  # passes over the data
     max_length: int = 128  # tokens a text, special tokens included; longer texts are cut at the end
     tokens_per_batch: int = 4096  # of one forward pass, padding included
     lr: float = 5e-4  # peak learning rate
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # of the learning rate: constant, linear or cosine
     warmup: float = 0.05  # share of all steps
     lr_floor: float = 0.02  # factor on lr at the end
     weight_decay: float = 0.1  # on matrices only
-    betas: tuple[float, float] = (0.9, 0.98)
-    max_grad_norm: float = 1.0
-    precision: str = "fp32"
-    device: str = "auto"
+    betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    precision: str = "fp32"  # of the forward passes
+    device: str = "auto"  # auto, cpu or cuda[:index]
     seed: int = 0  # of shuffling, masking and dropout
     save_freq: int = 100  # optimizer steps between two checkpoints of a run
 
@@ -134,23 +135,27 @@ class SupervisedTrainer(Generic[Batch]):
         """Optimizer steps of the whole run."""
         return sum(map(len, self.epochs))
 
-    def train(self, on_step: Callable[[Batch, Stats], object] | None = None) -> None:
+    def train(
+        self, on_step: Callable[[Batch, Stats], object] | Sequence[OnStep] | None = None, progress: bool = True
+    ) -> None:
         """Train to the end of the last epoch; the model is left in eval mode.
 
         on_step: called after every optimizer step with its batch and statistics: `KIND/loss`, before the step, and
             `KIND/progress`, the share of the run that is done; `Run.record` is one. If it raises, `train` may be called
-            again, here or from a checkpoint.
+            again, here or from a checkpoint. on_step, progress: see `AfterSteps`.
         Raises FloatingPointError at a loss or gradient that is not finite, before it reaches the weights (with fp16 a
         gradient that overflows is skipped, and the loss scale lowered); RuntimeError after an error within a step.
         """
         self._require_consistent()
         try:
-            for epoch, i, count, batch in self._remaining():
-                # At the middle of the step, so that neither the first nor the last one has a learning rate of 0.
-                loss = self._step(batch, (epoch + (i + 0.5) / count) / self.config.epochs, f"epoch {epoch}, batch {i}")
-                progress = (epoch + (i + 1) / count) / self.config.epochs
-                if on_step is not None:
-                    on_step(batch, {f"{self.kind}/progress": progress, f"{self.kind}/loss": loss})
+            with AfterSteps(self, on_step, progress) as ends:
+                for epoch, i, count, batch in self._remaining():
+                    # At the middle of the step, so that neither the first nor the last has a learning rate of 0.
+                    share = (epoch + (i + 0.5) / count) / self.config.epochs
+                    loss = self._step(batch, share, f"epoch {epoch}, batch {i}")
+                    done = (epoch + (i + 1) / count) / self.config.epochs
+                    if ends(batch, {f"{self.kind}/progress": done, f"{self.kind}/loss": loss}):
+                        break
         finally:
             self.model.eval()
 

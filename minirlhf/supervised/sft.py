@@ -1,7 +1,7 @@
 """Supervised fine-tuning (stage 1 of InstructGPT, Ouyang et al. 2022): next-token training on demonstrations.
 
-A demonstration is a text, or a prompt with a response; with a prompt the loss is on the response only. The same code
-trains a GPT-2 from random weights, as for the starter weights that ship.
+A demonstration is a text, a prompt with a response, or a chat; the loss is on the response only, or on the turns of
+the assistant. The same code trains a GPT-2 from random weights, as for the starter weights that ship.
 
 Left out: windows over texts longer than the context (they are cut, with a warning).
 """
@@ -30,7 +30,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches, length_sorted_batches, packed_rows, right_pad
-from minirlhf.text.demonstrations import Demonstration
+from minirlhf.text.demonstrations import Conversation, Demonstration
 from minirlhf.text.tokenizer import Tokenizer
 
 Row = Sequence[int]  # the sequences, by number, that stand in one row of a batch
@@ -58,17 +58,29 @@ class SFTConfig(FitConfig):
 
 @dataclass(frozen=True)
 class LMSequence:
-    """Token ids to learn from. first: index of the first token that is predicted, at least 1, below len(ids)."""
+    """Token ids to learn from.
+
+    first: index of the first token that is predicted, at least 1, below len(ids). others: ranges (start, end) of
+    tokens behind it that are read only, such as the turns of a chat's user.
+    """
 
     ids: list[int]
     first: int = 1
+    others: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def predicted(self) -> list[int]:
+        """The indices of the tokens that are predicted."""
+        every = list(range(self.first, len(self.ids)))
+        return every if not self.others else [i for i in every if not any(a <= i < b for a, b in self.others)]
 
 
 class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
     """Fine-tuning of a decoder in place; `runs.Run` saves it and goes on with it.
 
-    demonstrations: texts, or Demonstrations. The loss is the mean negative log-likelihood in nats of all tokens of a
-        text but the first, or of all tokens of a response, the end included where the text was not cut.
+    demonstrations: texts, Demonstrations or Conversations. The loss is the mean negative log-likelihood in nats of all
+        tokens of a text but the first, or of all tokens of a response or of the assistant's turns, the end included
+        where the text was not cut.
     Warns with a count of texts that are cut, or are left out because no token of their response fits into `max_length`.
     Raises ValueError for no demonstrations, none with anything to predict, a tokenizer that does not fit the model, or
     a text of more tokens than the model has positions.
@@ -79,7 +91,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
     config: SFTConfig
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | str],
+        self, model: Decoder, tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | Conversation | str],
         config: SFTConfig | None = None,
     ):  # fmt: skip
         config = config or SFTConfig()
@@ -100,7 +112,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         choice = choose_precision(config.precision, model, language_model_probe(model))
         self.precision_choice = processes().broadcast("precision", choice)
         config = dataclasses.replace(config, precision=self.precision_choice.name)  # so checkpoints have it
-        data = [f"{s.first} {s.ids}" for s in self.sequences]
+        data = [f"{s.first} {s.ids} {s.others or ''}".rstrip() for s in self.sequences]
         super().__init__(model, config, self._epochs(config), data, model.origin)
 
     def _epochs(self, config: SFTConfig) -> list[list[Sequence[MicroBatch]]]:
@@ -131,7 +143,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
 
     def _predicted(self, micro: MicroBatch) -> int:
         """The tokens of a micro-batch that are predicted."""
-        return sum(len(self.sequences[i].ids) - self.sequences[i].first for row in micro for i in row)
+        return sum(len(self.sequences[i].predicted) for row in micro for i in row)
 
     def loss(self, batch: Sequence[MicroBatch]) -> Tensor:
         """The mean negative log-likelihood over the tokens of a batch that are predicted, nats."""
@@ -146,15 +158,36 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
             self.tokenizer.save_pretrained(folder)
 
 
-def encode_demonstrations(tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | str]) -> list[LMSequence]:
-    """Token ids of whole texts with their end, [CLS] ... [SEP] or ... <|endoftext|>.
+def encode_demonstrations(
+    tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | Conversation | str]
+) -> list[LMSequence]:
+    """Token ids of whole texts with their end, [CLS] ... [SEP] or ... <|endoftext|>, and of chats by their template.
 
     Prompt and response are encoded separately, as they are when the response is sampled: no token spans both.
-    Raises ValueError for no demonstrations, and for an empty text.
+    Raises ValueError for no demonstrations, for an empty text, and as `Tokenizer.chat_turns`.
     """
     if isinstance(demonstrations, str) or len(demonstrations) == 0:
         raise ValueError("texts must be a list with at least one text: there is nothing to learn from")
-    pairs = [(d.prompt, d.response) if isinstance(d, Demonstration) else ("", d) for d in demonstrations]
+    chats = {i: _encoded_chat(tokenizer, d) for i, d in enumerate(demonstrations) if isinstance(d, Conversation)}
+    plain = iter(_encoded_texts(tokenizer, [d for d in demonstrations if not isinstance(d, Conversation)]))
+    return [chats[i] if i in chats else next(plain) for i in range(len(demonstrations))]
+
+
+def _encoded_chat(tokenizer: Tokenizer, chat: Conversation) -> LMSequence:
+    ids: list[int] = []
+    others = []
+    for piece, by_assistant in tokenizer.chat_turns(chat.messages):
+        if not by_assistant:
+            others.append((len(ids), len(ids) + len(piece)))
+        ids += piece
+    first = others.pop(0)[1] if others and others[0][0] == 0 else 1
+    return LMSequence(ids, max(first, 1), tuple(others))
+
+
+def _encoded_texts(tokenizer: Tokenizer, texts: Sequence[Demonstration | str]) -> list[LMSequence]:
+    if not texts:
+        return []
+    pairs = [(d.prompt, d.response) if isinstance(d, Demonstration) else ("", d) for d in texts]
     responses = tokenizer.encode_documents([response for _, response in pairs])
     prompts = iter(tokenizer.encode_documents([prompt for prompt, _ in pairs if prompt]))
     opening = len(tokenizer.model.opening)
@@ -170,7 +203,8 @@ def cut(sequences: Sequence[LMSequence], max_length: int) -> list[LMSequence]:
 
     A text that is cut has no end token: it does not end there.
     """
-    return [LMSequence(s.ids[:max_length], s.first) for s in sequences if s.first < min(len(s.ids), max_length)]
+    shorter = [dataclasses.replace(s, ids=s.ids[:max_length]) for s in sequences]
+    return [s for s in shorter if s.predicted]
 
 
 def token_nll(
@@ -191,7 +225,7 @@ def token_nll(
     for n, row in enumerate(rows):
         start = 0
         for number, s in enumerate(row):
-            predicted[n, start + s.first : start + len(s.ids)] = True
+            predicted[n, [start + i for i in s.predicted]] = True
             segments[n, start : start + len(s.ids)] = number
             start += len(s.ids)
     ids, predicted = ids.to(model.device), predicted[:, 1:].to(model.device)
@@ -205,7 +239,7 @@ def token_nll(
 def perplexity(
     model: Decoder,
     tokenizer: Tokenizer,
-    texts: Sequence[Demonstration | str],
+    texts: Sequence[Demonstration | Conversation | str],
     max_length: int = 128,
     batch_size: int = 64,
 ) -> dict[str, float]:
@@ -230,5 +264,5 @@ def perplexity(
         batches = list(length_sorted_batches([len(s.ids) for s in sequences], batch_size))
         found = processes().spread("perplexity", measured, batches)
     total, tokens = sum(nll for nll, _ in found), sum(count for _, count in found)
-    characters = sum(tokenizer.width(i) for s in sequences for i in s.ids[s.first :])
+    characters = sum(tokenizer.width(s.ids[i]) for s in sequences for i in s.predicted)
     return {"token": math.exp(total / tokens), "character": math.exp(total / characters)}

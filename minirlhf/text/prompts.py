@@ -1,28 +1,32 @@
-"""Prompts as users have them: any collection of texts, or a file."""
+"""Prompts as users have them: any collection of texts or chats, or a file."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minirlhf.text.chat import ChatPrompt, Message, check_prompt
 from minirlhf.text.text_files import json_object, numbered_lines, text_of
 from minirlhf.text.tokenizer import Tokenizer
 
+Prompt = str | list[Message]  # a text, or the messages of a chat that the model answers
 MOST_PROMPTS = 10_000_000  # more come only from a generator that never ends
 EXAMPLE = 'give a list of texts, such as ["酒店", "The room"], or pathlib.Path("prompts.txt") for a file'
 
 
-def as_prompts(prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
+def as_prompts(prompts: Iterable[Prompt] | os.PathLike[str], tokenizer: Tokenizer | None = None) -> list[str]:
     """Prompts as a list of texts: from a list, tuple, set, generator, pandas Series or datasets column, or a file.
 
+    An element that is a list of messages becomes a text, a `ChatPrompt`, by the template of the tokenizer's folder.
     A set is sorted, so that its order is the same in every process. A path is read by `read_prompts`.
-    Raises ValueError for anything else, naming its type or the first element that is not a text, and for no prompts.
+    Raises ValueError for anything else, naming its type or the first element that is not a text, for no prompts, and
+    as `Tokenizer.chat`.
     """
     if isinstance(prompts, os.PathLike):
-        return read_prompts(prompts)
+        prompts = read_prompts(prompts)
     tables = {"DataFrame": 'df["prompt"]', "Dataset": 'dataset["prompt"]', "DatasetDict": 'dataset["train"]["prompt"]'}
     kind = type(prompts).__name__
     if kind in tables:
@@ -34,12 +38,16 @@ def as_prompts(prompts: Iterable[str] | os.PathLike[str]) -> list[str]:
     if len(found) > MOST_PROMPTS:
         raise ValueError(f"got more than {MOST_PROMPTS} prompts: does the {kind} ever end?")
     for i, prompt in enumerate(found):
-        if not isinstance(prompt, str):
+        if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(message, Mapping) for message in prompt):
+            if tokenizer is None:
+                raise ValueError(f"prompt {i} is a chat, and only texts can be given here")
+            found[i] = tokenizer.chat_prompt(check_prompt(prompt))
+        elif not isinstance(prompt, str):
             got = f"{prompt!r:.80} of type {type(prompt).__name__}"
             raise ValueError(f"prompt {i} must be a text, got {got}: {EXAMPLE}")
     if not found:
         raise ValueError(f"got no prompts: {EXAMPLE}")
-    texts = [str(prompt) for prompt in found]  # of numpy's texts, too
+    texts = [prompt if isinstance(prompt, ChatPrompt) else str(prompt) for prompt in found]  # of numpy's texts, too
     return sorted(texts) if isinstance(prompts, (set, frozenset)) else texts
 
 
@@ -51,9 +59,10 @@ def require_room(prompts: Iterable[str], tokenizer: Tokenizer, positions: int, g
             raise ValueError(f"prompt {prompt[:20]!r}... has {length} tokens; {room}")
 
 
-def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[str]:
-    """The prompts of a file, empty lines left out: a text file holds a prompt a line, `.jsonl` an object with `prompt`.
+def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Prompt]:
+    """The prompts of a file, empty lines left out: a text file holds a prompt a line, `.jsonl` an object a line.
 
+    The object has `prompt`, a text or the messages of a chat, or it has `messages`.
     encoding: of the file; a byte-order mark and all kinds of line ends are accepted.
     Raises FileNotFoundError, ValueError that names file and line and what is wrong there, or another kind of file.
     """
@@ -61,7 +70,7 @@ def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[
     kind = path.suffix.lower()
     if kind not in ("", ".txt", ".text", ".jsonl"):
         raise ValueError(f"{path} must be .txt (a prompt a line) or .jsonl (objects with a prompt), not {kind}")
-    found: list[str] = []
+    found: list[Prompt] = []
     for number, line in numbered_lines(path, encoding):
         try:
             found.append(line if kind != ".jsonl" else _prompt_of(line))
@@ -72,8 +81,19 @@ def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[
     return found
 
 
-def _prompt_of(line: str) -> str:
+def read_pool(prompts: Sequence[Prompt], encoding: str = "utf-8") -> list[Prompt]:
+    """The prompts of a command line: those given, or of a single one that names a file, those in it."""
+    only = prompts[0] if len(prompts) == 1 else None
+    if isinstance(only, str) and (os.path.isfile(only) or only.endswith((".txt", ".jsonl"))):
+        return read_prompts(only, encoding)
+    return list(prompts)
+
+
+def _prompt_of(line: str) -> Prompt:
     content = json_object(line)
+    for key in ("prompt", "messages"):
+        if isinstance(content.get(key), list):
+            return check_prompt(content[key])
     if "prompt" not in content:
         raise ValueError(f"prompt missing; the line has {', '.join(map(repr, list(content)[:5])) or 'no fields'}")
     return text_of(content, "prompt")

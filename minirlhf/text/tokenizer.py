@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from minirlhf.io.files import atomic_write, replaced_folder, write_json
+from minirlhf.text.chat import ChatPrompt, Message, assistant_turns, check_messages, default_template, render
 from minirlhf.text.tokenizer_folder import TOKENIZER_FILES, read_tokenizer
 from minirlhf.text.tokenizer_models import TokenizerModel, WordPiece, build_vocab, is_unicode
 
@@ -63,6 +64,10 @@ class Tokenizer:
                 else:
                     atomic_write(staged / name, content.encode("utf-8"))
 
+    def __repr__(self) -> str:
+        ends = f"pad {self.vocab[self.pad_id]!r}, end {self.vocab[self.eos_id]!r}"
+        return f"Tokenizer({type(self.model).__name__}, {len(self)} tokens, {ends})"
+
     def __len__(self) -> int:
         return len(self.vocab)
 
@@ -88,7 +93,42 @@ class Tokenizer:
         ids = self._encode(text)
         if not ids:
             raise ValueError(f"prompt {text!r} is empty: it must hold at least one token")
-        return [*self.model.opening, *ids]
+        return ids if isinstance(text, ChatPrompt) else [*self.model.opening, *ids]
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a chat by the folder's own template, as transformers' `apply_chat_template` gives them.
+
+        messages: dicts with "role" and "content". add_generation_prompt: whether the assistant's answer comes next.
+        A special token that stands in a content is that token: leave out what users must not write.
+        Raises ValueError for bad messages, a folder without a template, and a template that fails or refuses them;
+        ImportError without jinja2.
+        """
+        return self._encode(self._rendered(check_messages(messages), add_generation_prompt))
+
+    def chat_prompt(self, messages: Sequence[Message]) -> ChatPrompt:
+        """A chat as a prompt like any other text; `encode_prompt` gives the ids of `chat`. Raises as `chat`."""
+        checked = check_messages(messages)
+        return ChatPrompt.of(self._rendered(checked, True), checked)
+
+    def chat_turns(self, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
+        """Token ids of a whole chat in pieces, and of each whether the assistant writes it.
+
+        A piece of the assistant goes from the place where it is asked to answer to the special token that ends its
+        turn. Pieces are encoded separately, as an answer is sampled after its prompt: no token spans two.
+        Raises ValueError as `chat`, and as `text.chat.assistant_turns`.
+        """
+        template, checked = default_template(self.model.kept.get("chat_template")), check_messages(messages)
+        found: list[tuple[list[int], bool]] = []
+        for text, by_assistant in assistant_turns(template, checked, self.model.roles):
+            ids = self._encode(text)
+            ends = [i for i, token in enumerate(ids, 1) if token in self.special_ids]
+            end = ends[-1] if by_assistant and ends else len(ids)
+            found += [(ids[:end], by_assistant), (ids[end:], False)]
+        return [(ids, by_assistant) for ids, by_assistant in found if ids]
+
+    def _rendered(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        template = default_template(self.model.kept.get("chat_template"))
+        return render(template, messages, self.model.roles, add_generation_prompt)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that a language model learns, with their end: [CLS] ... [SEP], or ... <|endoftext|>.

@@ -39,9 +39,10 @@ from minirlhf.text.tokenizer_models import (
 )  # fmt: skip
 
 ADDED_TOKENS_FILE = "added_tokens.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # beside or in the place of the setting `chat_template`
 # Every file by which a folder can describe a tokenizer of these kinds.
 TOKENIZER_FILES = (TOKENIZER_FILE, BPE_FILE, MERGES_FILE, WORDPIECE_FILE, ADDED_TOKENS_FILE, SETTINGS_FILE,
-                   SPECIAL_TOKENS_FILE)  # fmt: skip
+                   SPECIAL_TOKENS_FILE, CHAT_TEMPLATE_FILE)  # fmt: skip
 
 Supported = Mapping[str, Sequence[Any]]  # name -> what it may be; the first value is what a missing name means
 
@@ -129,6 +130,8 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerModel:
     for name, value in model.kept.items():
         if isinstance(value, bool) or not isinstance(value, KEPT[name]):
             raise ValueError(f"{folder / SETTINGS_FILE}: {name} has a value of the wrong type, {value!r:.80}")
+    if (folder / CHAT_TEMPLATE_FILE).is_file():  # counts before the setting, as in transformers
+        model.kept = {**model.kept, "chat_template": read_text(folder / CHAT_TEMPLATE_FILE)}
     return model
 
 

@@ -216,7 +216,7 @@ def test_bad_input_is_one_line_and_writes_nothing(run, folders, files, arguments
 ])  # fmt: skip
 def test_a_command_line_that_cannot_be_understood(run, folders, arguments):
     code, out, err = run("--run", folders / "run", *arguments)
-    assert (code, out) == (2, []) and err.startswith("usage: python -m minirlhf evaluate")
+    assert (code, out) == (2, []) and err.startswith("usage: minirlhf evaluate")
 
 
 def test_models_that_do_not_fit_are_named(run, folders, tmp_path):

@@ -9,17 +9,20 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+import minirlhf
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import GPT2, SamplingConfig, SentimentReward, Tokenizer
 from minirlhf.commands import models as program
 from minirlhf.commands.main import main
 from minirlhf.commands.runs import SAMPLING
 from minirlhf.commands.table import COMMANDS
+from minirlhf.runs.run import RunFailed, Stopped
 
 REPO = Path(__file__).resolve().parents[2]
 WRITER = str(REPO / "weights/gpt2-chinese-reviews-small")
@@ -55,20 +58,22 @@ def test_without_a_command_it_lists_them_all(run):
     code, out, err = run()
     assert (code, err) == (0, "")
     shown = "\n".join(out)
-    assert shown.startswith("usage: python -m minirlhf [-h] COMMAND ...")
+    assert shown.startswith("usage: minirlhf [-h] [--version] COMMAND ...")
     assert {"download", "convert", "generate", "score"} <= set(COMMANDS)
     for name, entry in COMMANDS.items():
-        assert re.search(rf"^ +{name} +{entry.run.__doc__.split()[0]}", shown, re.MULTILINE)
+        assert re.search(rf"^ +{name}\s+{entry.run.__doc__.split()[0]}", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_reads_every_argument_that_it_takes(run, name):
     code, out, _ = run(name, "--help")
-    assert code == 0 and out[0].startswith(f"usage: python -m minirlhf {name} ")
-    parser, read = argparse.ArgumentParser(), inspect.getsource(COMMANDS[name].run)
-    for names, options in COMMANDS[name].arguments:
+    assert code == 0 and out[0].startswith(f"usage: minirlhf {name} ")
+    entry, parser = COMMANDS[name], argparse.ArgumentParser()
+    # What trains, reads its arguments by name, also from a file.
+    read = inspect.getsource(inspect.getmodule(entry.run) if entry.flags else entry.run)
+    for names, options in entry.arguments:
         dest = parser.add_argument(*names, **options).dest
-        assert f"args.{dest}" in read or f'"{dest}"' in read or dest in SAMPLING, dest
+        assert f"args.{dest}" in read or f'"{dest}"' in read or dest in SAMPLING or (dest == "config" and entry.flags)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -80,7 +85,7 @@ def test_every_command_has_help_and_reads_every_argument_that_it_takes(run, name
 ])  # fmt: skip
 def test_a_command_line_that_cannot_be_understood(run, arguments):
     code, out, err = run(*arguments)
-    assert (code, out) == (2, []) and err.startswith("usage: python -m minirlhf")
+    assert (code, out) == (2, []) and err.startswith("usage: minirlhf")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -108,6 +113,53 @@ def test_a_bug_is_no_failure_of_the_user(monkeypatch):
     monkeypatch.setitem(COMMANDS, "convert", COMMANDS["convert"]._replace(run=broken))
     with pytest.raises(TypeError):
         main(["convert", "x"])
+
+
+def test_the_version_and_the_name_of_the_program(run, monkeypatch):
+    assert run("--version") == (0, [f"minirlhf {minirlhf.__version__}"], "")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/minirlhf/__main__.py"])  # as under python -m
+    assert run("--help")[1][0].startswith("usage: minirlhf [-h]")
+
+
+def test_generate_without_a_prompt_says_what_it_waits_for_on_a_terminal(run, monkeypatch):
+    arguments = ["generate", "--model", WRITER, "--n", 1, "--gen-len", 2]
+    typed(monkeypatch, "酒店\n")
+    assert run(*arguments)[2] == ""
+    typed(monkeypatch, "酒店\n")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    code, out, err = run(*arguments)
+    assert (code, len(out), err) == (0, 1, "waiting for texts, one a line; Ctrl-D ends them\n")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_starter_weights_say_that_they_are_chinese(run):
+    for arguments in (["generate", "--n", 1, "--gen-len", 2, "--prompt", "The room"], ["score", "The room was clean"]):
+        model = WRITER if arguments[0] == "generate" else SCORER
+        code, out, err = run(*arguments, "--model", model)
+        assert code == 0 and out and re.fullmatch("warning: the starter weights are Chinese: .*\n", err)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(monkeypatch, run):
+    def warned(args):
+        warnings.warn("look\nhere \x1b", stacklevel=1)
+
+    monkeypatch.setitem(COMMANDS, "convert", COMMANDS["convert"]._replace(run=warned))
+    assert run("convert", "x") == (0, [], "warning: look here \\x1b\n")
+
+
+def test_a_run_that_stops_or_fails_says_how_to_go_on(monkeypatch, run, tmp_path):
+    def ends(end):
+        def command(args):
+            raise end
+
+        monkeypatch.setitem(COMMANDS, "convert", COMMANDS["convert"]._replace(run=command))
+        return run("convert", "x")
+
+    told = f"to go on: minirlhf resume '{tmp_path}/a b'\n"
+    stopped = Stopped(tmp_path / "a b", "step 2 of 4")
+    assert ends(stopped) == (130, [], f"stopped after step 2 of 4, which is saved; {told}")
+    assert ends(RunFailed(tmp_path / "a b", "step 3\nfailed")) == (1, [], f"error: step 3 failed; {told}")
 
 
 def test_ctrl_c_ends_quietly(monkeypatch, run):

@@ -18,7 +18,7 @@ from minirlhf.device.gpu import to_device
 from minirlhf.device.precision import Precision
 from minirlhf.generation import generate as samples
 from minirlhf.generation.generate import CHECK_EVERY
-from minirlhf.generation.static_decode import GraphedDecoder
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rl.advantages import with_advantages
 from minirlhf.rl.logprobs import response_logprobs
 from minirlhf.rl.shaping import with_token_rewards
@@ -190,7 +190,7 @@ import sys, warnings
 sys.path[:0] = sys.argv[1:]
 import torch
 from minirlhf import generate
-from minirlhf.generation.static_decode import DecodeStep, GraphedDecoder
+from minirlhf.models.static_decode import DecodeStep, GraphedDecoder
 from test_generation import GREEDY, PROMPTS, varied
 
 inner = DecodeStep._forward

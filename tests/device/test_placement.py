@@ -84,3 +84,21 @@ def test_an_attempt_that_failed_is_let_go_of_before_the_next():
     with pytest.warns(UserWarning):
         assert in_sizes_that_fit(compute, 8) == (1, 1)
     assert len(alive) == 4
+
+
+def test_each_of_several_processes_takes_the_gpu_of_its_number(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_device("cuda:0") == torch.device("cuda:0") and current == []  # alone
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name in ("auto", "cuda"):
+        assert resolve_device(name) == torch.device("cuda:1")
+    assert current == [1, 1] and resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"'cuda:0', but 2 processes run .*: with 'cuda' each takes its own"):
+        resolve_device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="4 processes on this machine have 2 GPUs: start 2, or use device 'cpu'"):
+        resolve_device("auto")

@@ -26,6 +26,7 @@ from minirlhf import (
     Tokenizer,
     ValueHead,
     doctor,
+    optimum,
 )
 from minirlhf.commands.main import main
 from minirlhf.device.precision_choice import Rounding
@@ -472,7 +473,8 @@ def test_a_reward_without_canaries_is_called_and_not_judged():
     status, findings = examine(reward=reward)
     assert status["labels"] == "skip" and "canaries=" in findings["labels"].detail
     prompts = words(Tokenizer(VOCAB))
-    assert len(seen) == 4 and all(text.startswith(prompt) for text, prompt in zip(seen, prompts, strict=True))
+    assert all(text.startswith(prompt) for text, prompt in zip(seen[:4], prompts, strict=True))
+    assert len(seen) == 4 + run_checks.FORECAST  # and those of the forecast
     assert others(status, "labels") == {"ok"}
 
 
@@ -499,7 +501,7 @@ def test_a_classifier_that_cannot_read_the_canaries_is_not_judged_by_them():
 def test_a_broken_reward_is_a_finding_and_stops_nothing_else(reward):
     status, findings = examine(reward=reward)
     assert status["labels"] == "fail" and "Error: " in findings["labels"].detail
-    assert others(status, "labels") == {"ok"}
+    assert others(status, "labels", "forecast") == {"ok"} and status["forecast"] == "skip"
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
@@ -670,3 +672,32 @@ def test_a_finding_reads_as_one_line_or_three():
         "                         why:  because",
         "                         fix:  do this",
     ]
+
+
+# ---- forecast -------------------------------------------------------------------------------------------------------
+
+
+def test_the_forecast_is_the_optimum_at_the_runs_beta_and_target(monkeypatch):
+    monkeypatch.setattr(run_checks, "FORECAST", 256)
+    prompts, beta = ["酒店", "很好"], 0.5
+    reward = lambda texts: [len(set(text)) / 8 for text in texts]  # noqa: E731
+    reference = gpt2()
+    drawn = dict(tokenizer=Tokenizer(VOCAB), gen_len=5, samples=256, sampling=PPOConfig().sampling)
+    expected = optimum(reference, prompts, reward, **drawn)
+    best, at_target = expected.at(beta), expected.at_kl(0.01)
+    settings = dict(reference=reference, reward=reward, prompts=prompts, init_kl_coef=beta, target=0.01)
+    found = only("forecast", **settings)
+    assert found.status == "ok"
+    assert f"the reference has reward {expected.start:.3f}" in found.detail
+    assert f"at beta 0.5 the best possible is {best.reward.mean:.3f} at {best.kl.mean:.2f} nats" in found.detail
+    assert f"at the target of 0.01 nats the best possible is {at_target.reward.mean:.3f}" in found.detail
+    assert best.reward.mean > expected.start and "words of the vocabulary" not in found.detail
+    scaled = only("forecast", **{**settings, "init_kl_coef": 2 * beta, "score_scale": 2.0, "adaptive_kl": False})
+    assert f"at beta 1 the best possible is {best.reward.mean:.3f}" in scaled.detail and "target" not in scaled.detail
+    beyond = only("forecast", **{**settings, "init_kl_coef": 1e-3, "prompts": None})
+    assert "beyond what 256 samples" in beyond.detail and "words of the vocabulary" in beyond.detail
+
+
+def test_of_a_constant_reward_the_forecast_warns():
+    found = only("forecast", reward=lambda texts: [1.0] * len(texts))
+    assert found.status == "warn" and "every policy is as good as the reference" in found.detail

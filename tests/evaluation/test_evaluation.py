@@ -17,7 +17,7 @@ from minirlhf.evaluation.best_of import best_of_n_kl, expected_best_of_n
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import Pair, before_after_table
 from minirlhf.evaluation.statistics import Bootstrap, Estimate
-from minirlhf.generation.models import Models
+from minirlhf.models.prepared import Models
 from minirlhf.text.statistics import self_bleu, unit_of
 
 PROMPTS = ["酒店", "服务很好", "w"]

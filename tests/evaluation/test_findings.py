@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Figures, symptoms
+from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, symptoms
 from minirlhf.evaluation.statistics import Estimate
 
 
@@ -79,3 +79,20 @@ def test_where_the_reference_is_good_already_a_smaller_gain_is_no_symptom():
 def test_texts_on_held_out_prompts_are_looked_at_too():
     (found,) = symptoms(FINE, after(distinct_2=0.1))
     assert found.startswith("on held-out prompts the samples lost variety")
+
+
+@pytest.mark.parametrize(("comparison", "words"), [
+    (FINE, "one sample of the policy is worth the best of 12 of the reference, which would be sampled and scored"),
+    (changed(best_of_n=(dataclasses.replace(EQUAL, n=4, reward=sure(0.9)),)), "worth the best of 4 of"),
+    (changed(equal_kl=dataclasses.replace(EQUAL, reward=sure(0.8))), "more reward than the best of 12 of"),
+    (changed(gain=sure(0.01)), "no more reward than one of the reference"),
+])  # fmt: skip
+def test_what_training_buys_beside_best_of_n_is_said(comparison, words):
+    assert words in comparison.in_use and comparison.in_use in list(comparison.remarks())
+
+
+def test_an_evaluation_has_a_short_repr_and_tables_for_a_notebook():
+    found = Evaluation({}, FINE, FINE, ("<odd>",))
+    assert repr(found) == "Evaluation(reward 0.600 -> 0.900 at KL 1.60, 1 symptoms, 0 samples)"
+    page = found._repr_html_()
+    assert page.count("<table>") == 5 and "given prompts" in page and "&lt;odd&gt;" in page and "<odd>" not in page

@@ -7,14 +7,15 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from test_findings import EQUAL, FINE, after, sure
+from test_findings import EQUAL, FINE, after, changed, sure
 from test_hostile_text import HISTORY, TEXTS, every_text, steers
 from test_optimum_frontier import UNIFORM
 
 from minirlhf.common.text import printable
-from minirlhf.evaluation.findings import Evaluation, Pair
+from minirlhf.evaluation.findings import Evaluation, Pair, symptoms
 from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run, plot_run
 from minirlhf.evaluation.report import report
+from minirlhf.evaluation.report_texts import Texts
 from minirlhf.evaluation.statistics import Estimate
 
 pytest.importorskip("matplotlib")
@@ -191,3 +192,45 @@ def test_the_tables_of_a_terminal_have_the_same_figures():
     assert distinct == ["distinct-2,", "by", "character", "0.480", "0.400"]
     assert any("equal KL: -0.050 [-0.070, -0.030]" in line for line in lines)
     assert list(Evaluation({}, x, None, ()).lines())[-1] == "no symptom of reward hacking"
+
+
+# ---- what it says ---------------------------------------------------------------------------------------------------
+
+
+def test_it_begins_with_samples_and_explains_every_figure_and_picture(undrawn):
+    page = Page(report(evaluation(), history=HISTORY))
+    places = [page.texts.index(text) for text in ("Samples on the given prompts", "On the given prompts", "Settings")]
+    assert places == sorted(places) and page.texts.index("房间不好") < places[1]
+    inside, explained = evaluation().given, Texts("en").explained
+    meanings = [explained(name) for name, *_ in (*inside.rows(), *inside.best_of_n_rows())]
+    assert all(len(meaning) > 20 and meaning in page for meaning in meanings)
+    pictures = sum(tag == "img" for tag, _ in page.elements)
+    assert pictures == 5 and "The higher and the further left" in page and "whether the value head follows" in page
+
+
+def test_in_chinese_only_names_and_numbers_are_left_in_english(undrawn):
+    found = ["the samples are alike: self-BLEU rose from 0.400 to 0.750",
+             "on held-out prompts the samples lost variety: distinct-2 fell from 0.480 to 0.200"]  # fmt: skip
+    raw = report(evaluation(found=found), "标题", history=HISTORY, language="zh")
+    assert '<html lang="zh">' in raw
+    page = Page(raw)
+    assert "样本彼此雷同：self-BLEU 从 0.400 升到 0.750" in page and "在未训练提示词上，样本变得单一" in page
+    names = {name for name, *_ in (*FINE.rows(), *dataclasses.replace(FINE, best_of_n=POINTS).best_of_n_rows())}
+    for text in page.texts:
+        if text.strip() and text not in names and not re.match(r"minirlhf |samples|: 1$|[-\d.\[\], ]+$|KL$|n/a", text):
+            assert re.search(r"[\u4e00-\u9fff]", text), text
+    assert all(re.search(r"[\u4e00-\u9fff]", a["alt"]) for tag, a in page.elements if tag == "img")
+    with pytest.raises(ValueError, match="language must be one of en, zh, got 'fr'"):
+        report(evaluation(), language="fr")
+
+
+@pytest.mark.parametrize("comparison", [
+    changed(second_gain=sure(0.01)), changed(second_gain=sure(0.05)), after(distinct_2=0.2), after(self_bleu=0.75),
+    after(repeated=0.3), after(perplexity=30.0), after(characters=30.0), changed(ahead=None), changed(gain=sure(0.01)),
+    changed(equal_kl=dataclasses.replace(EQUAL, reward=sure(0.8))),
+])  # fmt: skip
+def test_every_sentence_of_the_findings_has_a_chinese_one(comparison):
+    texts = Texts("zh")
+    said = [*symptoms(comparison, None), *symptoms(FINE, comparison), *comparison.remarks()]
+    assert all(re.search(r"[\u4e00-\u9fff]", texts.sentence(sentence)) for sentence in said)
+    assert Texts("en").sentence("the end") == "the end"

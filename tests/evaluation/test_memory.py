@@ -10,7 +10,7 @@ from minirlhf import GPT2, GPT2Config, Llama, LlamaConfig, PPOTrainer
 from minirlhf.evaluation.doctor import memory
 from minirlhf.evaluation.doctor.memory import available_memory, estimate, total
 from minirlhf.generation.generate import generate
-from minirlhf.generation.static_decode import GraphedDecoder
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rl.logprobs import LOGITS_IN_CACHE, LOGITS_PER_CHUNK, response_logprobs
 
 CPU = torch.device("cpu")

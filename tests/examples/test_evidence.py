@@ -1,12 +1,14 @@
 """examples/evidence/, run as a user runs it, on models of a few kilobytes."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from measure import area, spread
+from overoptimisation import fitted
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "examples" / "evidence"
 METHODS = ["ppo", "rloo"]
@@ -61,3 +63,49 @@ def test_areas_and_intervals_worked_by_hand():
     assert (found.mean, found.std, found.count) == (2.0, 1.0, 3) and str(found) == "2.000 ± 1.000"
     assert found.interval == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
     assert spread([1.0]).std is None and spread([None]) is None
+
+
+def test_overoptimisation_of_a_proxy_is_measured_and_resumed(call, tiny, tmp_path):
+    folder = tmp_path / "out"
+    given = [
+        "--policy",
+        tiny / "policy",
+        "--reward",
+        tiny / "reward",
+        "--second-scorer",
+        tiny / "second",
+        "--pairs",
+        8,
+        "--seeds",
+        0,
+        "--kl-coefs",
+        0,
+        "--iterations",
+        2,
+        "--candidates",
+        8,
+        "--threads",
+        1,
+        "--output",
+        folder,
+    ]
+    code, out = call(EVIDENCE / "overoptimisation.py", *given, "--methods", "rloo")
+    assert code is None, code
+    assert [(run["method"], len(run["curve"])) for run in runs(folder)] == [("best-of-n", 4), ("rloo", 2)]
+    assert (folder / "overoptimisation.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "overoptimisation.md").read_text(encoding="utf-8") in out
+    rows = json.loads((folder / "overoptimisation.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["best-of-n", "rloo"] and rows[0]["R2"]["mean"] <= 1
+    before = (folder / "runs.jsonl").read_bytes()
+    code, _ = call(EVIDENCE / "overoptimisation.py", *given, "--methods", "rloo")
+    assert code is None and (folder / "runs.jsonl").read_bytes() == before
+
+
+def test_the_laws_of_overoptimisation_are_fitted():
+    """On curves that follow them exactly: d (2 - d / 2) peaks at d = 2, and d (2 - log d) at d = e."""
+    ds = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
+    laws = ((False, lambda d: d * (2 - d / 2), 4.0), (True, lambda d: d * (2 - math.log(d)), math.e**2))
+    for logarithm, law, peak in laws:
+        found = fitted([{"kl": d * d, "gold": 1 + (law(d) if d else 0.0)} for d in ds], logarithm)
+        assert found["R2"] == pytest.approx(1) and found["a"] == pytest.approx(2)
+        assert found["peak_kl"] == pytest.approx(peak)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -136,3 +137,15 @@ def test_bad_input_is_one_line_and_writes_nothing(given, tmp_path, call, monkeyp
 
 def test_a_source_of_rankings_is_needed(given, call):
     assert call(SCRIPT, *given)[0] == 2  # argparse's own
+
+
+def test_english_texts_are_never_judged_by_the_chinese_classifier_in_silence(tiny, tmp_path, call):
+    lines = (f"the room was good {i}\tthe room was bad {i}\n" for i in range(60))
+    (tmp_path / "lists.tsv").write_text("".join(lines), encoding="utf-8")
+    common = ["--rankings", tmp_path / "lists.tsv", "--policy", tiny / "policy", "--prompts", "the room",
+              "--output", tmp_path / "out", "--steps", 8, "--batch-size", 4, "--device", "cpu"]  # fmt: skip
+    error, _ = call(SCRIPT, *common)
+    assert re.fullmatch("error: the starter weights are Chinese: .*: --judge FOLDER, or --judge none .*", error)
+    assert not (tmp_path / "out").exists()
+    assert call(SCRIPT, *common, "--judge", "none")[0] is None
+    assert json.loads((tmp_path / "out/summary.json").read_text()).keys().isdisjoint({"judge"})

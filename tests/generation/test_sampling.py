@@ -249,3 +249,10 @@ def test_a_p_below_all_numbers_of_fp32_keeps_the_most_probable_token():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     tokens, logprobs, keep = sample(logits, SamplingConfig(top_p=1e-50), uniforms(3, 0))
     assert torch.equal(tokens, logits.argmax(-1)) and keep.sum() == 3 and logprobs.abs().max() == 0
+
+
+def test_top_p_of_one_distribution_is_that_of_a_batch_of_one():
+    probs = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
+    for seed in range(5):
+        one, row = (sample_top_p(x, 0.8, torch.Generator().manual_seed(seed)) for x in (probs, probs[None]))
+        assert one.shape == () and torch.equal(one, row[0])

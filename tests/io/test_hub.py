@@ -298,7 +298,7 @@ def test_what_is_nowhere_says_how_to_get_it(client, tmp_path):
             locate(name)
         message = str(caught.value)
         assert message.startswith(f"model folder {name} does not exist, and no model of that name was downloaded")
-        assert f"Run `python -m minirlhf download {name}`, or, if there is no network here" in message
+        assert f"Run `minirlhf download {name}`, or, if there is no network here" in message
         assert f"copy its folder weights/{name} to weights/{name} here" in message
         for file in ("config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt", "merges.txt"):
             assert file in message
@@ -534,7 +534,7 @@ def test_a_gated_model_says_where_to_ask(client, published, capsys):
     )
 
 
-ELSEWHERE = "run `python -m minirlhf download owner/model --revision v1 --to weights/` elsewhere and copy its folder "
+ELSEWHERE = "run `minirlhf download owner/model --revision v1 --to weights/` elsewhere and copy its folder "
 
 
 def check_elsewhere(message, target):

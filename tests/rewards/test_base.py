@@ -1,5 +1,6 @@
 """What a reward function may be and may return."""
 
+import asyncio
 import functools
 import math
 import threading
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.rewards.base import call_reward, checked_scores, reward_by_token, within
+from minirlhf.rewards.base import call_reward, checked_scores, reward_by_token, reward_with_metrics, within
 
 # ---- reward functions -----------------------------------------------------------------------------------------------
 
@@ -247,3 +248,69 @@ def test_a_function_that_hangs_is_left_behind_and_cannot_hold_the_process():
     left = [thread for thread in threading.enumerate() if thread.name == "reward function"]
     assert left and all(thread.daemon for thread in left)
     release.set()
+
+
+# ---- metrics, and rewards that are async functions ------------------------------------------------------------------
+
+
+def test_a_reward_may_report_metrics_beside_its_scores_or_by_a_method():
+    class Counting:
+        def __call__(self, texts):
+            return [1.0] * len(texts), {"length": 2, "judge/cost": 0.5}
+
+        def metrics(self):
+            return {"judge/requests": 3}
+
+    scored = reward_with_metrics(Counting(), PROMPTS, RESPONSES)
+    assert scored.scores.tolist() == [1.0] * len(PROMPTS)
+    assert scored.metrics == {"reward/length": 2.0, "judge/cost": 0.5, "judge/requests": 3.0}
+    assert call_reward(Counting(), PROMPTS, RESPONSES).tolist() == [1.0] * len(PROMPTS)
+    assert reward_with_metrics(lambda texts: (1.0, 2.0, 3.0), PROMPTS, RESPONSES).metrics == {}  # a tuple of scores
+
+
+@pytest.mark.parametrize("metrics", [{"mean": 1.0}, {"reward/std": 1.0}, {3: 1.0}, {" ": 1.0}, {"x": "much"}])
+def test_bad_metrics_are_refused(metrics):
+    with pytest.raises(ValueError, match="metric"):
+        reward_with_metrics(lambda texts: ([1.0] * len(texts), metrics), PROMPTS, RESPONSES)
+
+
+def test_a_reward_may_be_an_async_function_that_asks_many_judges_at_once():
+    running, most = 0, 0
+
+    async def judge(text):
+        nonlocal running, most
+        running, most = running + 1, max(most, running + 1)
+        await asyncio.sleep(0.02 if text.startswith(PROMPTS[0]) else 0.0)  # the first answers last
+        running -= 1
+        return float(len(text))
+
+    async def reward(texts):
+        return await asyncio.gather(*map(judge, texts))
+
+    expected = [len(p + r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == expected  # in order
+    assert most == len(PROMPTS)
+
+    async def notebook():  # whose loop runs already
+        return call_reward(reward, PROMPTS, RESPONSES).tolist()
+
+    assert asyncio.run(notebook()) == expected
+    assert within(5.0, call_reward, reward, PROMPTS, RESPONSES).tolist() == expected
+
+
+def test_errors_and_bad_scores_of_async_rewards_are_those_of_others():
+    async def raising(texts):
+        raise KeyError("the judge is out")
+
+    async def short(texts):
+        return [1.0]
+
+    async def hanging(texts):
+        await asyncio.sleep(1)
+
+    with pytest.raises(KeyError, match="the judge is out"):
+        call_reward(raising, PROMPTS, RESPONSES)
+    with pytest.raises(ValueError, match="scores must be"):
+        call_reward(short, PROMPTS, RESPONSES)
+    with pytest.raises(TimeoutError, match="reward_timeout"):
+        within(0.05, call_reward, hanging, PROMPTS, RESPONSES)

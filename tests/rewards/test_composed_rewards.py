@@ -1,8 +1,10 @@
 """Rewards made of rewards, against plain Python, and sentiment on command on the starter vocabulary."""
 
+import asyncio
 import functools
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,36 @@ def test_what_parts_report_is_passed_on_and_never_overwritten():
     assert reward.metrics() == {
         "reward/parts/a": 0, "reward/parts/b": 0, "cost": 1.0, "x": 2.0, "b/cost": 3.0,
     }  # fmt: skip
+
+
+def test_parts_that_are_async_functions_are_asked_at_once_and_errors_name_the_part():
+    both = threading.Barrier(2, timeout=5)  # passed only if both wait at the same time
+
+    def part(score):
+        async def reward(texts):
+            await asyncio.to_thread(both.wait)
+            return [score] * len(texts), {"asked": score}
+
+        return reward
+
+    reward = WeightedSum({"a": (1.0, part(1.0)), "plain": (1.0, by_text), "b": (10.0, part(2.0))})
+    assert reward(["", ""], ["a", "aaa"]).tolist() == [21.5, 22.5]
+    assert reward.metrics() == {
+        "reward/parts/a": 1.0, "reward/parts/plain": 1.0, "reward/parts/b": 2.0, "a/reward/asked": 1.0,
+        "b/reward/asked": 2.0,
+    }  # fmt: skip
+
+    async def bad(texts):
+        return []
+
+    with pytest.raises(ValueError, match="part 'bad': scores must be 1 numbers"):
+        WeightedSum({"plain": (1.0, by_text), "bad": (1.0, bad)})([""], ["a"])
+
+    def broken(texts):
+        raise OSError("no connection")
+
+    with pytest.raises(OSError, match="no connection"):  # and the coroutine of the other part is not left behind
+        WeightedSum({"broken": (1.0, broken), "bad": (1.0, bad)})([""], ["a"])
 
 
 @pytest.mark.parametrize(("parts", "message"), [

@@ -7,6 +7,7 @@ from ragged import DOUBLE, NAN, batches, close, tensors
 from small_trainer import PROMPTS, batch, from_tokens, make_trainer, reward, weights
 
 import oracle
+from minirlhf import PPOConfig, Rollout
 from minirlhf.rl.advantages import ADVANTAGES, gae, with_advantages
 from minirlhf.rl.shaping import with_token_rewards
 
@@ -88,3 +89,104 @@ def test_a_method_without_values_trains_without_a_value_head(monkeypatch, settin
     assert sorted(expected[0].keys() - history[0].keys()) == gone and history[0].keys() < expected[0].keys()
     assert all(np.isfinite(list(stats.values())).all() for stats in history)
     assert not any("value_head" in name for name in trainer.state_dict()["tensors"])
+
+
+# ---- without values -------------------------------------------------------------------------------------------------
+
+
+def rollout_of(rewards, mask, group_size, **settings):
+    """A rollout with these token rewards, and its config."""
+    c = PPOConfig(group_size=group_size, batch_size=group_size, minibatch_size=group_size, **settings)
+    rewards, mask = torch.as_tensor(rewards, dtype=DOUBLE), torch.as_tensor(mask).bool()
+    zeros = torch.zeros_like(rewards)
+    tokens, lengths = torch.ones(len(mask), mask.size(1) + 1), torch.ones(len(mask), 2, dtype=torch.int64)
+    batch = Rollout(tokens, tokens, mask, zeros, zeros, zeros, zeros, zeros[:, 0], group_size=group_size)
+    batch.__dict__["lengths"] = lengths
+    return batch.replace(token_rewards=torch.where(mask, rewards, 0.0)), c
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "rloo_to_go", "grpo", "dr_grpo"])
+def test_advantages_without_values_equal_the_oracle(name):
+    for mask, rewards, _, _, _ in batches():
+        if len(mask) % 2 and name != "reinforce":
+            mask, rewards = np.repeat(mask, 2, 0), np.concatenate([rewards, rewards[::-1]])
+        G = 1 if name == "reinforce" else 2
+        batch, config = rollout_of(rewards, mask, G, advantages=name, gamma=0.9)
+        found, returns = ADVANTAGES[name](batch, config)
+        ragged = [[x for x, real in zip(*row, strict=True) if real] for row in zip(rewards, mask, strict=True)]
+        expected = oracle.without_values(name, ragged, G, 0.9, 1)
+        assert returns is None and not found[~batch.response_mask].any()
+        close(found[batch.response_mask], [x for row in expected for x in row])
+
+
+def test_advantages_of_a_group_worked_by_hand():
+    # Returns 1, 2, 6, two tokens each. The others' means are 4, 3.5, 1.5; the mean is 3, the deviations -2, -1, 3,
+    # their squares sum to 14: standard deviation sqrt(7), or sqrt(14 / 3) with ddof 0. The second group is flat.
+    rewards = [[0.5, 0.5], [0.0, 2.0], [1.0, 5.0], [0.25, 0.25], [0.5, 0.0], [0.0, 0.5]]
+    mask = [[1, 1]] * 6
+    for name, expected, settings in (
+        ("rloo", [-3.0, -1.5, 4.5], {}),
+        ("dr_grpo", [-2.0, -1.0, 3.0], {}),
+        ("grpo", [x / (7**0.5 + 1e-6) for x in (-2, -1, 3)], {}),
+        ("grpo", [x / ((14 / 3) ** 0.5 + 1e-6) for x in (-2, -1, 3)], dict(whiten_ddof=0)),
+    ):
+        batch, config = rollout_of(rewards, mask, 3, advantages=name, **settings)
+        found, _ = ADVANTAGES[name](batch, config)
+        close(found[:3], [[x, x] for x in expected])
+        assert not found[3:].any()
+
+
+def test_leave_one_out_to_go_worked_by_hand():
+    # To go: 3 2 | 4 (then ended, 0) | 1 1. The others' means at the first token: 2.5, 2, 3.5; at the second: .5, -, 1.
+    rewards, mask = [[1.0, 2.0], [4.0, NAN], [0.0, 1.0]], [[1, 1], [1, 0], [1, 1]]
+    batch, config = rollout_of(rewards, mask, 3, advantages="rloo_to_go")
+    assert ADVANTAGES["rloo_to_go"](batch, config)[0].tolist() == [[0.5, 1.5], [2.0, 0.0], [-2.5, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("score", [0.1, 1 / 3, 1e-30, -7e8])
+def test_a_group_of_equal_scores_has_no_advantage_at_all(name, score):
+    """In fp32 the mean of equal numbers need not be that number, and 0 / 0 is NaN."""
+    rewards = torch.zeros(14, 3)
+    rewards[:, -1] = score
+    batch, config = rollout_of(rewards, torch.ones(14, 3), 7, advantages=name)
+    batch = batch.replace(token_rewards=rewards)
+    found, _ = ADVANTAGES[name](batch, config)
+    assert found.dtype == torch.float32 and torch.equal(found, torch.zeros(14, 3))
+
+
+def test_returns_to_go_worked_by_hand():
+    # gamma 1/2: row 0, rewards 1 0 4: 1 + 0 + 1 = 2, 0 + 2 = 2, 4; row 1, reward 6: 6. Their mean is 3.5.
+    batch, config = rollout_of([[1.0, 0, 4], [6.0, NAN, NAN]], [[1, 1, 1], [1, 0, 0]], 1, gamma=0.5)
+    assert ADVANTAGES["reinforce"](batch, config)[0].tolist() == [[-1.5, -1.5, 0.5], [2.5, 0.0, 0.0]]
+
+
+def test_reinforce_plus_plus_is_the_return_to_go_whitened_over_the_batch():
+    for mask, rewards, _, _, _ in batches():
+        batch, config = rollout_of(rewards, mask, 1, advantages="reinforce++")
+        to_go = np.where(mask, rewards, 0.0)[:, ::-1].cumsum(1)[:, ::-1]
+        if mask.sum() > 1:
+            close(with_advantages(batch, config).advantages, oracle.whiten(to_go, mask))
+
+
+@pytest.mark.parametrize(("name", "eps", "theirs"), [
+    # verl's test of low variance: its GRPO has our epsilon and ddof, its RLOO multiplies by n / (n - 1).
+    ("grpo", 1e-6, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-6)),
+    ("rloo", 0.0, lambda r: (r - r.mean()) * len(r) / (len(r) - 1)),
+    # OpenRLHF: epsilon 1e-9 for GRPO ("group_norm"); the sum of the others for RLOO.
+    ("grpo", 1e-9, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-9)),
+    ("rloo", 0.0, lambda r: r - (r.sum() - r) / (len(r) - 1)),
+    # TRL: epsilon 1e-4; without scaling of rewards, Dr. GRPO.
+    ("grpo", 1e-4, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-4)),
+    ("dr_grpo", 0.0, lambda r: r - r.mean()),
+])  # fmt: skip
+def test_what_other_libraries_compute(name, eps, theirs):
+    """Equal but for GRPO's epsilon, by which the advantages differ by the factor (std + 1e-6) / (std + epsilon)."""
+    groups = np.array([[1.0, 1.00001], [2.0, 2.00001], [0.0, 1.0], [-3.0, 4.5]])
+    batch, config = rollout_of(groups.reshape(-1, 1), np.ones((8, 1)), 2, advantages=name)
+    found = ADVANTAGES[name](batch, config)[0].view(4, 2).numpy()
+    for ours, scores in zip(found, groups, strict=True):
+        std = scores.std(ddof=1)
+        factor = (std + 1e-6) / (std + eps) if name == "grpo" else 1.0
+        np.testing.assert_allclose(ours * factor, theirs(scores), rtol=1e-9)
+        assert std < 1e-3 or abs(factor - 1) < 2e-4  # it matters only where the scores hardly differ

@@ -123,7 +123,7 @@ def test_groups_that_would_be_cut_are_refused(sizes):
 
 
 @pytest.mark.parametrize("settings", [
-    *(dict(advantages=name) for name in ("rloo", "grpo", "dr_grpo")), dict(drop_flat_groups=3),
+    *(dict(advantages=name) for name in ("rloo", "rloo_to_go", "grpo", "dr_grpo")), dict(drop_flat_groups=3),
 ])  # fmt: skip
 def test_a_method_that_compares_responses_needs_two_of_each_prompt(settings):
     with pytest.raises(ValueError, match=r"group_size must be at least 2 for advantages=.*, got 1"):
@@ -153,7 +153,7 @@ def test_a_method_s_preset_stays_that_method(name, field, value):
 
 def test_the_preset_of_a_method_with_groups_of_one_is_refused():
     compared = [name for name in METHODS if "group_size" in PRESETS[name]]
-    assert compared == ["rloo", "grpo", "dr_grpo", "dapo", "gspo"]
+    assert compared == ["rloo", "rloo_to_go", "grpo", "dr_grpo", "dapo", "gspo"]
     for name in compared:
         with pytest.raises(ValueError, match="group_size must be at least 2"):
             PPOConfig.preset(name, group_size=1)

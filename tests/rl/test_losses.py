@@ -1,8 +1,9 @@
 """The losses of PPO against the oracle and cases worked by hand."""
 
+import numpy as np
 import pytest
 import torch
-from ragged import DOUBLE, batches, close, tensors
+from ragged import DOUBLE, NAN, batches, close, tensors
 
 import oracle
 from minirlhf import PPOConfig
@@ -55,12 +56,44 @@ def test_value_loss_worked_by_hand():
     close(value_loss(values, torch.zeros(3, dtype=DOUBLE), returns, 0.2), [0.32, 0.5, 0.405])
 
 
+def test_a_higher_upper_clip_worked_by_hand():
+    # r = 1.25, 1.5, .7, 1.25 with A = 1, 1, -1, -1, clips .2 and .3: 1.25 is within, 1.5 becomes 1.3, .7 becomes .8.
+    ratio = torch.tensor([[1.25, 1.5, 0.7, 1.25]], dtype=DOUBLE).log().requires_grad_()
+    loss = policy_loss(ratio, torch.tensor([[1.0, 1, -1, -1]], dtype=DOUBLE), 0.2, 0.3)
+    close(loss.detach(), [[-1.25, -1.3, 0.8, 1.25]])
+    loss.sum().backward()
+    close(ratio.grad, [[-1.25, 0.0, 0.0, 1.25]])
+
+
+def test_the_ratio_of_a_sequence_worked_by_hand():
+    # Log-ratios .3, -.1, .4 of three tokens: mean .2; of one token -.5: itself. Padding has no part in it.
+    new = torch.tensor([[0.3, -0.1, 0.4], [-0.5, NAN, NAN]], dtype=DOUBLE)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    close(log_ratio(new, torch.zeros_like(new), mask, "sequence"), [[0.2] * 3, [-0.5, 0, 0]])
+
+
+def test_the_gradient_of_the_sequence_ratio_is_that_of_the_paper():
+    """Zheng et al. 2025, eq. 10: s_i A_i times the mean over the sequence of grad log pi, and the mean over rows."""
+    for mask, logp, old, _, scores in batches():
+        new = torch.tensor(old + 0.1 * (logp - old), requires_grad=True)
+        mask_, old_ = torch.tensor(mask), torch.tensor(old)
+        ratio = log_ratio(new, old_, mask_, "sequence")
+        advantages = torch.where(mask_, torch.tensor(scores)[:, None], 0.0)
+        weights = token_weights(mask_, PPOConfig(loss_averaging="sequences"), DOUBLE)
+        (policy_loss(ratio, advantages, 0.9, 9.0) * weights).sum().backward()
+        for b, length in enumerate(mask.sum(1)):
+            s = np.exp(np.mean(0.1 * (logp - old)[b][mask[b]]))
+            close(new.grad[b][mask_[b]], np.full(length, -s * scores[b] / length / len(mask)))
+        assert not new.grad[~mask_].any()
+
+
 @pytest.mark.parametrize(("averaging", "expected"), [
+    ("gen_len", [[1 / 12] * 3, [1 / 12, 0, 0], [1 / 12, 1 / 12, 0]]),  # of three rows and gen_len 4
     ("tokens", [[1 / 6] * 3, [1 / 6, 0, 0], [1 / 6, 1 / 6, 0]]),
     ("sequences", [[1 / 9] * 3, [1 / 3, 0, 0], [1 / 6, 1 / 6, 0]]),
     ("micro_batches", [[1 / 8] * 3, [1 / 8, 0, 0], [1 / 4, 1 / 4, 0]]),  # of two rows and of one
 ])  # fmt: skip
 def test_the_weights_of_tokens_worked_by_hand(averaging, expected):
-    config = PPOConfig(loss_averaging=averaging, forward_batch_size=2)
+    config = PPOConfig(loss_averaging=averaging, forward_batch_size=2, gen_len=4)
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
     close(token_weights(mask, config, DOUBLE), expected)

@@ -11,6 +11,9 @@ point p has, in every state s, sum_a grad p(a) Q(s, a) equal to beta times the m
     k2   E_p[log(p / ref) grad log p] = grad KL(p || ref), so p(a) is proportional to ref(a) exp(Q(s, a) / beta)
     k3   E_p[(1 - ref / p) grad log p] = -sum_a ref(a) grad log p(a) = grad KL(ref || p), so, with a multiplier c for
          sum_a p(a) = 1:  Q(s, a) + beta ref(a) / p(a) = c, p(a) = beta ref(a) / (c - Q(s, a))
+
+Methods that divide the advantages by the standard deviation of a group, and not the KL, have beta times that deviation
+in the place of beta; docs/algorithms.md derives it. The others without values end where PPO does.
 """
 
 import itertools
@@ -18,7 +21,9 @@ import itertools
 import pytest
 import torch
 
-from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer
+from minirlhf import GPT2, GPT2Config, PPOTrainer, Rollout, Tokenizer
+from minirlhf.rl.presets import PRESETS
+from minirlhf.rl.rollout import logprobs_in_batches
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"好坏大小早晚"]
 V, LENGTH = len(VOCAB), 2
@@ -75,32 +80,72 @@ def systematic(p, count, generator):
     return RESPONSES[torch.searchsorted(p.cumsum(0), places).clamp_max(len(p) - 1)]
 
 
-LEASHES = [("k1", "reward", 0.3), ("exact", "reward", 0.3), ("k2", "loss", 0.3), ("k3", "loss", 0.6)]
-
-
-@pytest.mark.parametrize("whitened", [True, False])
-@pytest.mark.parametrize(("estimator", "placement", "beta"), LEASHES)
-def test_a_leash_with_a_fixed_beta_ends_at_its_fixed_point(estimator, placement, beta, whitened, seed=1):
+def trained(seed=1, count=1024, **settings):
+    """The reference's distribution and that of a policy trained until it stands still, (121,) each."""
     config = GPT2Config(vocab_size=V, n_positions=8, n_embd=32, n_layer=1, n_head=2, initializer_range=0.1)
-    policy, reference = ActorCritic(GPT2(config, seed=seed)), GPT2(config, seed=seed).eval()
-    tokenizer = Tokenizer(VOCAB)
+    policy, reference, tokenizer = GPT2(config, seed=seed), GPT2(config, seed=seed).eval(), Tokenizer(VOCAB)
     prompt = tokenizer.encode_prompt("大")
     ref = distribution(reference, prompt)
-    trainer = PPOTrainer(
-        policy, reference, tokenizer, steps=40 * 512, batch_size=512, minibatch_size=128, forward_batch_size=128,
-        gen_len=LENGTH, lr=2e-3, lr_schedule="linear", lam=1.0, adaptive_kl=False, init_kl_coef=beta, top_p=1.0,
-        vf_coef=0.5, cliprange_value=10.0, ppo_epochs=2, seed=seed, device="cpu", kl_estimator=estimator,
-        kl_placement=placement, whiten_advantages=whitened,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
+    sizes = dict(steps=60 * count, batch_size=count, minibatch_size=count, forward_batch_size=count, gen_len=LENGTH)
+    if settings.get("group_size", 1) > 1:
+        settings["group_size"] = count // 2  # so large that mean and deviation of a group are those of the policy
+    settings = {**settings, **sizes, "lr": 4e-3, "lr_schedule": "linear", "adaptive_kl": False, "ppo_epochs": 2}
+    trainer = PPOTrainer(policy, reference, tokenizer, **settings, top_p=1.0, seed=seed, device="cpu", precision="fp32")
+    generator, G = torch.Generator().manual_seed(seed), trainer.config.group_size
     for _ in range(trainer.config.iterations):
-        responses = systematic(distribution(policy.decoder, prompt), 512, generator)
-        trainer.step([torch.tensor(prompt)] * 512, list(responses), reward_of(responses))
+        p = distribution(trainer.policy.decoder, prompt)
+        parts = count // G if G > 1 else 1  # each group is a sample of all responses
+        responses = torch.cat([systematic(p, count // parts, generator) for _ in range(parts)])
+        tokens = torch.cat([torch.tensor(prompt).expand(count, -1), responses], 1)
+        known = logprobs_in_batches(trainer.models, tokens, torch.ones_like(tokens), LENGTH, 1.0)
+        real, scores = torch.ones_like(responses, dtype=torch.bool), reward_of(responses).float()
+        trainer.step(Rollout(tokens, torch.ones_like(tokens), real, scores=scores, group_size=G, **known))
+    return ref, distribution(trainer.policy.decoder, prompt)
 
-    learned, expected = distribution(policy.decoder, prompt), fixed_point(estimator, ref, beta)
+
+def compare(ref, learned, expected, kl):
     before, after = (0.5 * (p - expected).abs().sum().item() for p in (ref, learned))  # total variation
     assert before > 0.3
+    assert after < 0.03
+    assert (learned * (learned / expected).log()).sum() < kl
+
+
+PPO = dict(lam=1.0, vf_coef=0.5, cliprange_value=10.0)
+
+
+@pytest.mark.parametrize(("estimator", "placement", "beta", "whitened"), [
+    ("k1", "reward", 0.3, True), ("exact", "reward", 0.3, False), ("k2", "loss", 0.3, True), ("k3", "loss", 0.6, False),
+])  # fmt: skip
+def test_a_leash_with_a_fixed_beta_ends_at_its_fixed_point(estimator, placement, beta, whitened):
+    leash = dict(kl_estimator=estimator, kl_placement=placement, init_kl_coef=beta)
+    count = 1024 if placement == "reward" else 512
+    ref, learned = trained(count=count, **PPO, **leash, whiten_advantages=whitened)
+    expected = fixed_point(estimator, ref, beta)
     if placement == "loss":  # another point than the optimum
         assert 0.5 * (expected - fixed_point("k1", ref, beta)).abs().sum() > 0.04
-    assert after < 0.03
-    assert (learned * (learned / expected).log()).sum() < 0.01
+    compare(ref, learned, expected, {"k1": 1e-3, "exact": 2e-3}.get(estimator, 0.01))
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "reinforce++"])
+def test_a_method_with_the_kl_in_the_reward_ends_at_the_optimum(name):
+    ref, learned = trained(**{**PRESETS[name], "init_kl_coef": 0.3})
+    compare(ref, learned, fixed_point("k1", ref, 0.3), 1e-3)
+
+
+def with_standard_deviation(ref, beta):
+    """GRPO's point: k3 in the loss with beta times the deviation of the scores under the point itself."""
+    scores, p = reward_of(RESPONSES), ref
+    for _ in range(100):
+        sigma = ((p * scores**2).sum() - (p * scores).sum() ** 2).sqrt()
+        p = 0.5 * (p + fixed_point("k3", ref, beta * sigma))
+    return p
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "grpo", "gspo", "dapo"])
+def test_a_method_with_k3_in_the_loss_ends_at_its_fixed_point(name):
+    beta = 0.6 if name == "dr_grpo" else 1.5
+    clips = dict(cliprange=0.2, cliprange_high=0.28) if name == "gspo" else {}
+    ref, learned = trained(count=512, **{**PRESETS[name], **clips, "init_kl_coef": beta})
+    plain, divided = fixed_point("k3", ref, beta), with_standard_deviation(ref, beta)
+    assert 0.5 * (plain - divided).abs().sum() > 0.1
+    compare(ref, learned, plain if name == "dr_grpo" else divided, 0.01)

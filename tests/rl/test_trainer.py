@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM
 import oracle
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, ActorCritic, GPT2Config, PPOTrainer, Tokenizer
-from minirlhf.generation.static_decode import GraphedDecoder
 from minirlhf.models import gpt2
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.rl.logprobs import response_logprobs
+from minirlhf.rl.rollout import evaluation
 
 # ---- a second implementation -----------------------------------------------------------------------------------------
 
@@ -459,3 +460,61 @@ def test_a_bad_pool_is_refused_before_any_training(prompts):
         trainer.train(prompts, lambda texts: pytest.fail("the reward was asked"))
     same(weights(trainer), before)
     assert trainer.iteration == 0
+
+
+# ---- what follows a step --------------------------------------------------------------------------------------------
+
+
+def test_train_ends_when_a_callback_says_true_and_goes_on_from_there():
+    whole = make_trainer()
+    expected = whole.train(PROMPTS, reward, progress=False)
+    parts, seen = make_trainer(), []
+    first = parts.train(PROMPTS, reward, [lambda rollout, stats: seen.append(stats), lambda *step: True])
+    assert [stats["step"] for stats in first] == [1] == [stats["step"] for stats in seen]
+    assert seen[0] is first[0]
+    rest = parts.train(PROMPTS, reward, stop_when=lambda stats: stats["step"] == 2)
+    assert [figures(stats) for stats in first + rest] == [figures(stats) for stats in expected]
+    same(weights(parts), weights(whole))
+
+
+def test_evaluations_change_nothing_and_use_the_same_random_numbers():
+    plain, evaluated = make_trainer(), make_trainer()
+    expected = plain.train(PROMPTS, reward)
+    history = evaluated.train(PROMPTS, reward, evaluate_every=2)
+    assert ["evaluation/reward" in stats for stats in history] == [False, True]
+    found = {name: history[-1].pop(name) for name in ("evaluation/reward", "evaluation/kl")}
+    assert [figures(stats) for stats in history] == [figures(stats) for stats in expected]
+    same(weights(plain), weights(evaluated))
+    again = evaluation(evaluated.models, PROMPTS, reward, evaluated.config)
+    assert again == found and found["evaluation/kl"] > 0
+    prompts = []
+    evaluation(evaluated.models, PROMPTS[:3], lambda p, r: prompts.extend(p) or [0.0] * len(p), evaluated.config)
+    assert prompts == [*PROMPTS[:3], PROMPTS[0]]  # in turn
+
+
+def test_the_best_policy_is_a_model_folder(tmp_path):
+    trainer = make_trainer()
+    trainer.train(PROMPTS, reward, save_best=tmp_path / "best", stop_when=lambda stats: True)
+    best = ActorCritic.from_pretrained(tmp_path / "best")
+    same(dict(best.named_parameters()), weights(trainer))
+    assert best.generate("酒店", max_new_tokens=2)
+
+
+def test_what_a_reward_reports_is_among_the_statistics():
+    trainer = make_trainer()
+
+    async def judge(texts):
+        return reward(texts), {"asked": len(texts), "judge/cost": 0.25}
+
+    stats = trainer.train(PROMPTS, judge)[-1]
+    assert stats["reward/asked"] == 4 and stats["judge/cost"] == 0.25 and stats["time/reward"] > 0
+
+
+def test_a_rollout_and_its_trainer_have_short_reprs():
+    trainer = make_trainer()
+    rollout = trainer.collect(["酒店<b>", *PROMPTS[1:]], lambda texts: [0.5] * len(texts))
+    assert repr(rollout) == "Rollout(4 responses of up to 5 tokens, mean score 0.500)"
+    page = rollout._repr_html_()
+    assert page.count("<tr>") == 5 and "酒店&lt;b&gt;" in page and "0.500" in page
+    assert repr(trainer) == "PPOTrainer(step 0 of 2, GPT2, gae, fp32, cpu)"
+    assert repr(trainer.tokenizer) == f"Tokenizer(WordPiece, {len(VOCAB)} tokens, pad '[PAD]', end '[SEP]')"

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import socket
+import time
 import traceback
 
 import lives
@@ -57,7 +58,7 @@ def start(size, target, *arguments, **environment):
     return started
 
 
-def outcomes(started, seconds=60):
+def outcomes(started, seconds=200):
     """What each process returned; of one that raised, the error's type and text; None of one that was killed."""
     found = []
     for each, pipe in started:
@@ -91,6 +92,11 @@ def _of_rank(environment, pipe, target, arguments):
 
 def reward(texts):
     return [len(set(text)) / 8 for text in texts]
+
+
+def reporting(texts):
+    """With a metric, which is the mean over the rows of all processes."""
+    return reward(texts), {"length": sum(map(len, texts)) / len(texts)}
 
 
 def coarse(texts):
@@ -199,7 +205,7 @@ CASES = {
     "PPO": ppo,
     "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
     "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
-    "uneven": lambda: ppo(batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
+    "uneven": lambda: ppo(reporting, batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
     "exact KL": lambda: ppo(whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
     "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
     "a reward that counts": counted,
@@ -289,15 +295,19 @@ def run_with_a_full_disk(folder, rank):
             run_module.save_checkpoint = save_checkpoint
 
 
-def live(folder, kill=None, stop=None):
-    """Begin or resume the run of `lives` and bring it to its end; (rank, step): where to kill or stop a process."""
+def live(folder, kill=None, stop=None, torchrun=None):
+    """Begin or resume the run of `lives` and bring it to its end; (rank, step): where to kill or stop a process.
+
+    torchrun: its number, which is stopped in the place of the process.
+    """
     with lives.go_on(folder) as run:
         here = run.trainer
 
         def scored(texts):
             for number, place in ((signal.SIGKILL, kill), (signal.SIGTERM, stop)):
                 if place == (processes().rank, here.iteration + 1):
-                    os.kill(os.getpid(), number)
+                    os.kill(os.getpid() if number == signal.SIGKILL else torchrun or os.getpid(), number)
+                    time.sleep(2.0 if torchrun else 0.0)  # until torchrun has told all
             return reward(texts)
 
         here.train(lives.PROMPTS, scored, run.record)

@@ -12,7 +12,7 @@ import torch
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.text import printable
-from minirlhf.evaluation.explanation import COLUMNS, Explanation
+from minirlhf.evaluation.explanation import COLUMNS, READING, Explanation
 from minirlhf.evaluation.findings import Pair, before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import read_json, read_jsonl, write_json
@@ -64,7 +64,7 @@ def test_a_printed_text_is_one_line_that_any_terminal_can_take(text):
 def test_an_explanation_keeps_its_lines(text):
     token = {**dict.fromkeys(COLUMNS, 0.5), "token": text}
     lines = str(Explanation(text, 0.5, (token, token))).split("\n")
-    assert len(lines) == 4 and not any(map(steers, lines))
+    assert len(lines) == 4 + READING.count("\n") + 1 and not any(map(steers, lines))
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What goes wrong on one of several processes: all end with one clear error, and a run goes on from its checkpoint.
 
-The run of `lives`, by two processes; MINIRLHF_KILLS says how many are killed at a random moment.
+The run of `lives`, by two processes; MINIRLHF_KILLS says how many are killed at a random moment. With MINIRLHF_TORCHRUN
+set torchrun starts them, which takes a minute.
 """
 
 import json
@@ -136,7 +137,8 @@ def torchrun(folder, *options, **environment):
         "def main():\n"
         "    kill = None if restarted() or 'KILL' not in os.environ else tuple(map(int, os.environ['KILL'].split()))\n"
         "    lives.go_on = lambda folder: Run.start(folder, lives.new_trainer(), {})\n"
-        "    print('done', ranks.live(Path(sys.argv[1]), kill))\n"
+        "    stop = tuple(map(int, os.environ['STOP'].split())) if 'STOP' in os.environ else None\n"
+        "    print('done', ranks.live(Path(sys.argv[1]), kill, stop, os.getppid()))\n"
         "run_script(main)\n"
     )
     paths = os.pathsep.join(str(REPO / place) for place in ("", "tests", "tests/robustness", "examples"))
@@ -146,10 +148,26 @@ def torchrun(folder, *options, **environment):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
+needs_torchrun = pytest.mark.skipif("MINIRLHF_TORCHRUN" not in os.environ, reason="slow: set MINIRLHF_TORCHRUN")
+
+
+@needs_torchrun
+@pytest.mark.timeout(600)
 def test_torchrun_starts_the_processes_again_and_the_run_goes_on_to_the_same_bytes(tmp_path, undisturbed):
     done = torchrun(tmp_path / "run", "--max-restarts", "1", KILL="1 4")
-    output, errors = done.communicate(timeout=100)
+    output, errors = done.communicate(timeout=240)
     assert done.returncode == 0, errors
     assert output.splitlines() == [f"done {lives.STEPS}"]
     assert errors.count("error: ") <= 1  # the survivor's, unless torchrun was quicker
     same_bytes(tmp_path / "run", undisturbed)
+
+
+@needs_torchrun
+@pytest.mark.timeout(600)
+def test_sigterm_to_torchrun_stops_the_run_after_a_step(tmp_path, undisturbed):
+    running = torchrun(tmp_path / "run", STOP="0 3")  # rank 0 sends it, in step 3
+    output, errors = running.communicate(timeout=240)
+    assert "stopped after step 3 of 6, which is saved; to go on: " in output and "Traceback" not in output, errors
+    assert together(2, live, tmp_path / "run") == [lives.STEPS] * 2
+    for line, expected in zip(figures(tmp_path / "run"), figures(undisturbed), strict=True):
+        assert line == expected

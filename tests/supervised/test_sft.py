@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, GPT2Config, SamplingConfig, Tokenizer, generate
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity, token_nll
-from minirlhf.text.demonstrations import Demonstration
+from minirlhf.text.demonstrations import Conversation, Demonstration
 
 TEXTS = ["酒店很好，非常满意。", "房间干净，服务很好！", "早餐一般", "hello world，wifi太差"]
 SIZES = dict(vocab_size=len(VOCAB), n_positions=24, n_embd=32, n_layer=1, n_head=2)
@@ -263,3 +263,38 @@ def test_an_optimizer_step_has_as_many_forward_passes_as_asked_for(tokenizer):
     trainer = SFTTrainer(fresh(), tokenizer, ["好" * 20, "店" * 20, "差" * 20], config)
     trainer.train(lambda *step: steps.append(step))
     assert trainer.steps_done == trainer.steps_total == len(steps) == 2  # of three batches: two passes, and one
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+CHAT = Conversation([
+    {"role": "user", "content": "酒店"}, {"role": "assistant", "content": "很好"},
+    {"role": "user", "content": "房间"}, {"role": "assistant", "content": "干净，一般"},
+])  # fmt: skip
+
+
+def test_of_a_chat_the_assistant_s_turns_are_learned(tokenizer, tmp_path):
+    """Loss and packing against a loop over the turns by hand: [CLS] asks, and [SEP] ends a turn."""
+    speaker = Tokenizer(tokenizer.vocab)
+    template = "{{ m.content + '[SEP]' if m.role == 'assistant' else '[PAD]' + m.content + '[CLS]' }}"
+    speaker.model.kept = {"chat_template": f"{{% for m in messages %}}{template}{{% endfor %}}"}
+    (found, text) = encode_demonstrations(speaker, [CHAT, "很好"])
+    spelled = ["[PAD]", *"酒店", "[CLS]", *"很好", "[SEP]", "[PAD]", *"房间", "[CLS]", *"干净，一般", "[SEP]"]
+    assert [VOCAB[i] for i in found.ids] == spelled
+    assert found.predicted == [4, 5, 6, *range(11, 17)] and text.predicted == [1, 2, 3]
+    assert [s.predicted for s in cut([found], 9)] == [[4, 5, 6]] and cut([found], 4) == []
+    model = make_gpt2(**SIZES).double()
+    logprobs = model(torch.tensor([found.ids]))[0].log_softmax(-1)
+    by_hand = [-logprobs[i - 1, found.ids[i]].item() for i in (4, 5, 6, *range(11, 17))]
+    for rows in ([[found]], [[text, found]], [[found, text]]):
+        nll, count = token_nll(model, rows, 0)
+        assert count == len(nll) == 9 + 3 * (len(rows[0]) - 1)
+        mine = nll[3:] if rows[0][0] is text else nll[:9]
+        torch.testing.assert_close(mine.double(), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    assert perplexity(model, speaker, [CHAT], 24)["token"] == pytest.approx(math.exp(sum(by_hand) / 9), rel=1e-5)
+    trainer = SFTTrainer(make_gpt2(**SIZES, **NO_DROPOUT), speaker, [CHAT] * 8, CONFIG)
+    losses = []
+    trainer.train(lambda batch, stats: losses.append(stats["sft/loss"]))
+    assert losses[-1] < losses[0] - 0.1
+    with pytest.raises(ValueError, match="no chat_template"):
+        SFTTrainer(fresh(), tokenizer, [CHAT], CONFIG)

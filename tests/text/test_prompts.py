@@ -101,7 +101,7 @@ def test_json_lines_hold_a_field_prompt(tmp_path):
 
 @pytest.mark.parametrize(("line", "message"), [
     ('{"text": "x", "id": 1}', "line 2: prompt missing; the line has 'text', 'id'"), ("{", "line 2: this is not valid"),
-    ('{"prompt": ["x"]}', "line 2: prompt must be a text, got a list"), ('"x"', "line 2: expected a JSON object"),
+    ('{"prompt": ["x"]}', "line 2: message 1 must be an object with"), ('"x"', "line 2: expected a JSON object"),
     ("{}", "line 2: prompt missing; the line has no fields"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, message):

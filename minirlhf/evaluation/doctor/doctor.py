@@ -30,6 +30,7 @@ CHECKS: tuple[tuple[str, str, Callable[[Setup], Result]], ...] = (
     ("reference", "the KL penalty holds the policy near the reference from the first step on", run_checks.reference),
     ("ratio", "PPO clips any ratio away from 1 as if the policy had moved", run_checks.ratio),
     ("labels", "with swapped labels PPO does its work well, in the wrong direction", model_checks.labels),
+    ("forecast", "beta and target decide how far any policy may go: hours cannot buy more", run_checks.forecast),
     ("masks", "where padding is seen, what a text is worth depends on its batch", model_checks.masks),
     ("dropout", "with dropout the policy that is scored is not the one that sampled", model_checks.dropout),
     ("weights", "the reference must stay as it is, and no checkpoint keeps an untied head", run_checks.weights),

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from minirlhf.device.precision import SIXTEEN_BITS
-from minirlhf.generation.static_decode import COLUMNS
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.layers import SHORT_SEQUENCE
+from minirlhf.models.static_decode import COLUMNS
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.logprobs import LOGITS_IN_CACHE, LOGITS_PER_CHUNK
 from minirlhf.rl.trainer import PPOTrainer

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.evaluation.doctor.setup import FAIL, OK, Result, Setup, Skipped
+from minirlhf.generation.generate import language_model
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.decoder import Decoder
-from minirlhf.models.heads import ActorCritic, language_model
+from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import call_reward
 from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.text.batching import left_pad, right_pad

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from minirlhf.device.precision_choice import ROUNDING_SHARE, Rounding
 from minirlhf.evaluation.doctor.memory import estimate, total, weight_bytes
 from minirlhf.evaluation.doctor.model_checks import SAME_OUTPUT, distance, untied_error
 from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped
+from minirlhf.evaluation.optimum import EqualRewards, OptimumPoint, TooFewSamples, optimum
 from minirlhf.models.decoder import Decoder
+from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.rl.rollout import Rollout, logprobs_in_batches
 from minirlhf.rl.trainer import PPOTrainer
 
+FORECAST, FORECAST_PROMPTS = 512, 4  # samples of the reference, of so many prompts
 ROWS, TOKENS = 8, 32  # at most so many sequences and new tokens in the rollout
 SAME_KL = 1e-3  # nats a sequence; rounding in fp32 stays ten times and more below this and the next
 SAME_RATIO = 1e-3  # |ratio - 1| in fp32
@@ -120,6 +124,45 @@ def weights(setup: Setup) -> Result:
         return Result(FAIL, "; ".join(problems), "; ".join(dict.fromkeys(problems.values())))
     step = f"{stats['ppo/updates']:.0f} updates moved the policy by up to {moved:.1g}, and not a bit of the reference"
     return Result(OK, f"LM heads are those of the configs; {step}")
+
+
+def forecast(setup: Setup) -> Result:
+    """The reward and KL of the best possible policy at the run's KL coefficient, and the best reward at its KL target.
+
+    From FORECAST samples of the reference and their rewards (see `evaluation.optimum`); no training can have more. A
+    reward that is the same for all of them is a warning.
+    """
+    if setup.reward is None:
+        raise Skipped("no reward function was given")
+    trainer, _ = setup.experience()
+    c, reward = setup.config, setup.reward
+    if isinstance(reward, SentimentReward):
+        reward = copy.copy(reward)
+        reward.model = copy.deepcopy(reward.model)
+    prompts = list(dict.fromkeys(setup.pool()))[:FORECAST_PROMPTS]
+    try:
+        found = optimum(
+            trainer.reference, prompts, reward, tokenizer=trainer.tokenizer, gen_len=c.gen_len, sampling=c.sampling,
+            eos_token_id=c.eos_token_id, samples=FORECAST, seed=c.seed,
+        )  # fmt: skip
+    except EqualRewards as error:
+        return Result(WARN, str(error), "give a reward that tells samples of the reference apart")
+    except Exception as error:  # the check of the labels has said what is wrong with a reward
+        raise Skipped(f"samples could not be scored: {type(error).__name__}: {error}") from error
+    said = [f"the reference has reward {found.start:.3f}"]
+    asked: list[tuple[str, Callable[[float], OptimumPoint], float]] = []
+    if c.init_kl_coef > 0 and c.score_scale > 0:
+        asked.append((f"at beta {c.init_kl_coef:g}", found.at, c.init_kl_coef / c.score_scale))
+    if c.adaptive_kl:
+        asked.append((f"at the target of {c.target:g} nats", found.at_kl, c.target))
+    for where, ask, value in asked:
+        try:
+            best = ask(value)
+            said.append(f"{where} the best possible is {best.reward.mean:.3f} at {best.kl.mean:.2f} nats")
+        except TooFewSamples as error:
+            said.append(f"{where} nothing can be said: {error}")
+    unknown = "; these prompts are words of the vocabulary, give prompts= for your own" * (setup.prompts is None)
+    return Result(OK, f"{'; '.join(said)} ({found.samples} samples {found.distribution}){unknown}")
 
 
 def memory(setup: Setup) -> Result:

@@ -11,7 +11,7 @@ from test_generation import GREEDY, PROMPTS, TRUNCATED, eos_of, seeded, varied
 from conftest import MAKERS, make_gpt2
 from minirlhf import SamplingConfig, generate
 from minirlhf.generation.generate import CHECK_EVERY
-from minirlhf.generation.static_decode import COLUMNS, DecodeStep, GraphedDecoder
+from minirlhf.models.static_decode import COLUMNS, DecodeStep, GraphedDecoder
 
 EVEN = [[5, 6, 7], [9, 120, 4], [5, 6, 7]]
 SAMPLINGS = [GREEDY, SamplingConfig(), TRUNCATED, SamplingConfig(1.0, 0, 0.6)]

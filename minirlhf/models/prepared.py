@@ -16,11 +16,12 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
 from minirlhf.device.processes import agreed, processes
-from minirlhf.generation.static_decode import GraphedDecoder
+from minirlhf.generation.generate import language_model
 from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
-from minirlhf.models.heads import ActorCritic, language_model, with_value_head
+from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.probes import language_model_probe
+from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.text.tokenizer import Tokenizer
 from minirlhf.version import __version__
 
@@ -74,6 +75,7 @@ def prepare(
         advice = f"{own!r}, the policy's own (pass the plain decoder to get a new head)"
         validation.require(config, "value_head", config.value_head == own, advice)
     check_pair(actor.decoder, reference, len(tokenizer))
+    actor.decoder.tokenizer = tokenizer  # for `policy.generate`
     positions = actor.decoder.n_positions
     validation.require(config, "gen_len", config.gen_len <= positions, f"at most the model's {positions} positions")
     ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id or 0,)

@@ -58,7 +58,7 @@ def test_a_new_value_head_is_made_as_the_settings_say():
 def test_on_a_cpu_memory_is_kept_and_threads_are_limited(monkeypatch):
     called = []
     for name in ("keep_freed_memory", "limit_threads"):
-        monkeypatch.setattr(f"minirlhf.generation.models.{name}", lambda name=name: called.append(name))
+        monkeypatch.setattr(f"minirlhf.models.prepared.{name}", lambda name=name: called.append(name))
     make_trainer()
     assert called == ["keep_freed_memory", "limit_threads"]
 

@@ -5,12 +5,8 @@ import torch
 from ragged import DOUBLE, NAN, batches, close, spoil, tensors
 
 import oracle
-from minirlhf.generation.token_statistics import entropy, exact_kl, gather_logprobs
-from minirlhf.rl import masked
-from minirlhf.rl.advantages import gae
-from minirlhf.rl.kl import kl_estimate
-from minirlhf.rl.losses import log_ratio, policy_loss, value_loss
-from minirlhf.rl.masked import (
+from minirlhf.common import masked
+from minirlhf.common.masked import (
     explained_variance,
     last_token,
     masked_mean,
@@ -19,6 +15,10 @@ from minirlhf.rl.masked import (
     whiten,
     whitening_scale,
 )
+from minirlhf.generation.token_statistics import entropy, exact_kl, gather_logprobs
+from minirlhf.rl.advantages import gae
+from minirlhf.rl.kl import kl_estimate
+from minirlhf.rl.losses import log_ratio, policy_loss, value_loss
 from minirlhf.rl.shaping import token_rewards
 
 
