@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minirlhf import GPT2, DPOConfig, DPOTrainer, SentimentReward, Tokenizer, generate
+from minirlhf import DPOConfig, DPOTrainer, SentimentReward, Tokenizer, generate, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.device.processes import restarted
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
@@ -36,7 +36,7 @@ def main() -> None:
     output, prompts = Path(args.output), prompt_pool(args.prompts)
     config = DPOConfig(**{name: getattr(args, name) for name in FIELDS})
     reward = SentimentReward.from_pretrained(args.reward, device=args.device)
-    tokenizer, policy = Tokenizer.from_pretrained(args.policy), GPT2.from_pretrained(args.policy)
+    tokenizer, policy = Tokenizer.from_pretrained(args.policy), load_decoder(args.policy)
     if output.exists() and any(output.iterdir()) and not (args.resume or restarted()):
         raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a round of it")
     begun = [n for n in range(1, args.rounds + 1) if (output / f"round-{n}" / "config.json").exists()]

@@ -9,8 +9,8 @@ PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_what_its_command_prints(call):
-    assert "python examples/memory_of_models.py" in PAGE
-    error, printed = call(ROOT / "examples" / "memory_of_models.py")
+    assert "python examples/benchmark/memory_of_models.py" in PAGE
+    error, printed = call(ROOT / "examples" / "benchmark" / "memory_of_models.py")
     assert error is None and len(printed.splitlines()) > 10 and printed in PAGE
 
 

@@ -70,7 +70,7 @@ def test_a_card_says_what_it_is_and_how_to_load_it(model_class):
     text = ModelCard(model_class).text()
     assert front_matter(text) == {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation" if model_class in ("GPT2", "ActorCritic") else "text-classification",
+        "pipeline_tag": "text-generation" if model_class in ("GPT2", "Llama", "ActorCritic") else "text-classification",
         "tags": ["minirlhf"],
     }
     assert f"from minirlhf import {model_class}\n" in text and __version__ in text

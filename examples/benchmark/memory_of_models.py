@@ -1,6 +1,6 @@
 """The memory that PPO needs with common models, by the doctor's formula: the table of docs/models.md.
 
-    python examples/memory_of_models.py
+    python examples/benchmark/memory_of_models.py
 
 No weights are needed or made: the formula reads shapes. The sizes are those of the published config.json files.
 """
