@@ -5,10 +5,14 @@
 No weights are needed or made: the formula reads shapes. The sizes are those of the published config.json files.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from minirlhf import GPT2, ActorCritic, Decoder, GPT2Config, Llama, LlamaConfig, PPOConfig
 from minirlhf.evaluation.doctor.memory import planned, total
 from minirlhf.evaluation.doctor.run_checks import FULL
 from minirlhf.models.layers import shapes_only
+from minirlhf.models.lora import adapters_off, add_lora
 
 CARDS = (8, 16, 24, 80)  # GiB
 BATCH, PROMPT, RESPONSE, MICRO_BATCH = 64, 128, 128, 4
@@ -26,7 +30,7 @@ def gpt2(C: int, layers: int, heads: int) -> GPT2:
     return GPT2(GPT2Config(50257, 1024, C, layers, heads))
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], Decoder]] = {
     "MiniMind2-small": lambda: llama("llama", 6400, 512, 1408, 8, 8, 2),
     "MiniMind2": lambda: llama("llama", 6400, 768, 2048, 16, 8, 2),
     "GPT-2": lambda: gpt2(768, 12, 12),
@@ -41,31 +45,42 @@ MODELS = {
 }
 
 
-def gib(model: Decoder, checkpoint_activations: bool) -> float:
+# Column of the table -> settings, in the order in which they would be tried.
+WAYS: dict[str, dict[str, Any]] = {
+    "needs, GiB": {},
+    "with checkpointing": dict(checkpoint_activations=True),
+    "LoRA": dict(lora=dict(rank=8)),
+    "LoRA, base in bf16": dict(lora=dict(rank=8, base_dtype="bf16")),
+}
+FITS = ("yes", "checkpointing", "LoRA", "LoRA, bf16")
+
+
+def gib(make: Callable[[], Decoder], settings: dict[str, Any]) -> float:
     """What PPO of this policy with a reference of the same shape needs, on a GPU, in bf16 over fp32 weights."""
-    config = PPOConfig(
-        batch_size=BATCH, gen_len=RESPONSE, forward_batch_size=MICRO_BATCH,
-        checkpoint_activations=checkpoint_activations,
-    )  # fmt: skip
+    config = PPOConfig(batch_size=BATCH, gen_len=RESPONSE, forward_batch_size=MICRO_BATCH, **settings)
+    with shapes_only():
+        model, reference = make(), make()
+    actor = ActorCritic(model)
+    if config.lora is not None:
+        model.base_hash = "of no weights"
+        add_lora(model, config.lora)
+        reference = adapters_off(model)
     sizes = (BATCH, PROMPT, RESPONSE, MICRO_BATCH)
-    need = planned(ActorCritic(model), model, config, sizes, "cuda", "bf16", scoring_batch_size=1024)
-    return total(need) / GIB
+    return total(planned(actor, reference, config, sizes, "cuda", "bf16", scoring_batch_size=1024)) / GIB
 
 
 def main() -> None:
     cards = " | ".join(f"{card} GB" for card in CARDS)
-    print(f"| model | parameters, M | needs, GiB | with checkpointing | {cards} |")
-    print(f"|---|---|---|---|{'---|' * len(CARDS)}")
+    print(f"| model | parameters, M | {' | '.join(WAYS)} | {cards} |")
+    print(f"|---|---|{'---|' * (len(WAYS) + len(CARDS))}")
     for name, make in MODELS.items():
         with shapes_only():
-            model = make()
-            plain, checkpointed = (gib(model, switched) for switched in (False, True))
-        count = sum(p.numel() for p in model.parameters()) / 1e6
+            count = sum(p.numel() for p in make().parameters()) / 1e6
+        needs = [gib(make, settings) for settings in WAYS.values()]
         fits = [
-            "yes" if plain <= FULL * card else "checkpointing" if checkpointed <= FULL * card else "no"
-            for card in CARDS
+            next((way for way, need in zip(FITS, needs, strict=True) if need <= FULL * card), "no") for card in CARDS
         ]
-        print(f"| {name} | {count:,.0f} | {plain:.1f} | {checkpointed:.1f} | {' | '.join(fits)} |")
+        print(f"| {name} | {count:,.0f} | {' | '.join(f'{need:.1f}' for need in needs)} | {' | '.join(fits)} |")
 
 
 if __name__ == "__main__":
