@@ -379,6 +379,32 @@ def test_everything_at_once_in_turns_with_a_command(timed, tmp_path):
     assert total["phase"] == "step of the default run" and total["times bare"] == total["s"] / total["bare s"]
 
 
+def test_all_weights_against_adapters(monkeypatch):
+    """Each way is a command of ours that makes the trainer meant; the table has medians, and ratios to the first."""
+    seen = []
+
+    def run(command):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        args = benchmark.read_arguments()
+        config = benchmark.work_of(args, args.precision[0]).ppo()
+        trainer = benchmark.work_of(args, args.precision[0]).trainer()
+        seen.append((config.lora and config.lora.base_dtype, config.checkpoint_activations))
+        seconds, peak = (2.0, 300.0) if config.lora else (4.0, 1000.0)
+        assert trainer.config.adapters_off == (config.lora is not None) and config.batch_size == 3
+        return [Sample("us", "update", seconds / 2, peak), Sample("us", "iteration", seconds, peak / 2)]
+
+    monkeypatch.setattr(benchmark, "run_command", run)
+    monkeypatch.setattr(peers, "Meter", lambda: SimpleNamespace(load=lambda: QUIET))
+    monkeypatch.setattr(sys, "argv", ["x", "lora", "--size", "tiny", "--batch", "3", "--repeats", "1"])
+    args = benchmark.read_arguments()
+    rows = benchmark.time_ways(benchmark.work_of(args, "fp32"), args)
+    assert seen == [(None, False), (None, True), ("fp32", False), ("bf16", False), ("fp32", True)]
+    assert [row["way"] for row in rows] == list(benchmark.WAYS)
+    assert rows[0] == {"way": "all weights", "update s": 2.0, "iteration s": 4.0, "peak MB": 1000.0,
+                       "time over the first": 1.0, "memory over the first": 1.0}  # fmt: skip
+    assert (rows[2]["time over the first"], rows[2]["memory over the first"]) == (0.5, 0.3)
+
+
 def test_the_commands_of_the_readme_are_commands(monkeypatch):
     text = (REPO / "examples/README.md").read_text(encoding="utf-8").split("\n## Benchmark\n")[1]
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python examples/benchmark")]
@@ -417,10 +443,11 @@ def test_the_same_tables_on_a_gpu(timed, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["speed"], "tables are iteration, scaling, ragged, overhead, got 'speed'"),
+    (["speed"], "tables are iteration, scaling, ragged, overhead, lora, got 'speed'"),
     (["--against", "transformers", "--peer-command", "true"], "one after the other"),
     (["--config", "lrr=1"], "did you mean 'lr'"),
     (["--policy", "nowhere"], "nowhere"),
+    (["--size", "qwen3-0.6b"], "the size qwen3-0.6b is for the table lora"),
     (["--precision", "tf32"], "'tf32' needs a GPU"),
     (["--batch", "0"], 2),
     (["--config", "lr"], 2),
