@@ -64,7 +64,7 @@ def resume(folder, make=make_gpt2, **overrides):
 @pytest.mark.parametrize("settings", [
     {}, dict(precision="bf16"), dict(precision="fp16", adaptive_kl=False, max_grad_norm=math.inf),
     dict(make=make_llama, eos_token_id=(EOS, 7)), dict(make=make_llama, precision="bf16"),
-], ids=str)  # fmt: skip
+], ids=["fp32", "bf16", "fp16", "llama", "llama bf16"])  # fmt: skip
 def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
     make = settings.get("make", make_gpt2)
     settings = {**RUN, **settings}
