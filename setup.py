@@ -15,7 +15,6 @@ JUDGE = ["openai>=1.60"]
 CHAT = ["jinja2>=3.1.6"]  # older ones have known ways out of the sandbox
 YAML = ["pyyaml>=6"]
 STARTER = ["minirlhf-starter>=1"]  # made from weights/, which is too large for this package
-DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.25"]
 TENSORBOARD = ["tensorboard>=2.15"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
          "scikit-learn>=1.4", "peft>=0.13", *TENSORBOARD]  # fmt: skip
@@ -53,7 +52,6 @@ setup(
         "chat": CHAT,
         "yaml": YAML,
         "starter": STARTER,
-        "docs": DOCS,
         "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *TESTS, "ruff", "mypy"],
     },
 )
