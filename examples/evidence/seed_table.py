@@ -3,6 +3,7 @@
 python examples/evidence/seed_table.py --seeds 0 1 2 3 4 --output runs/seeds [-- OPTIONS OF positive_reviews.py]
 """
 
+import math
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def row(seed: int, seconds: float, summary: dict[str, float]) -> dict[str, float
         "reward before": summary["reference/reward"],
         "reward after": summary["policy/reward"],
         "KL, nats a sequence": summary["kl"],
+        "KL that the optimum needs": summary.get("optimum/kl", math.nan),
+        "efficiency": summary.get("optimum/efficiency", math.nan),
         "KL, full softmax": summary["kl_full_softmax"],
         "distinct-2 before": summary["reference/distinct_2"],
         "distinct-2 after": summary["policy/distinct_2"],

@@ -59,7 +59,7 @@ def test_a_tensor_s_name_cannot_steer_the_terminal(script, tmp_path, tiny, call)
     names, shown_escaped = ("policy", "model", "reward", "judge", "second_scorer"), False
     folders = [name for name in names if f" {name}=(" in source]
     if not folders:
-        assert script == "ppo_in_one_file.py"  # it reads the starter weights alone
+        assert script in ("ppo_in_one_file.py", "grpo_in_one_file.py")  # they read the starter weights alone
         return
     (tmp_path / "texts.txt").write_text("".join(f"酒店很好{i}\n" for i in range(60)), encoding="utf-8")
     (tmp_path / "lists.tsv").write_text("".join(f"好{i}\t差{i}\n" for i in range(60)), encoding="utf-8")

@@ -154,7 +154,7 @@ def test_a_run_on_hostile_prompts_that_writes_hostile_texts(models, monkeypatch,
     pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
     script = Path(__file__).resolve().parents[2] / "examples" / "positive_reviews.py"
     run = models / "run"
-    sizes = ["--steps", "10", "--batch-size", "10", "--gen-len", "6"]
+    sizes = ["--steps", "10", "--batch-size", "10", "--group-size", "2", "--gen-len", "6"]
     folders = ["--policy", models / "policy", "--reward", models / "reward", "--output", run]
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, folders), *sizes, "--prompts", *PROMPTS])
     runpy.run_path(str(script), run_name="__main__")

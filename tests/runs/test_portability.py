@@ -41,7 +41,7 @@ def test_an_example_runs_without_the_modules_of_posix(models):
     pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
     script, run = ROOT / "examples" / "positive_reviews.py", models / "run"
     folders = ["--policy", models / "policy", "--reward", models / "reward", "--output", run]
-    sizes = ["--steps", "2", "--batch-size", "2", "--gen-len", "3", "--device", "cpu"]
+    sizes = ["--steps", "2", "--batch-size", "2", "--group-size", "2", "--gen-len", "3", "--device", "cpu"]
     command = [sys.executable, "-c", WITHOUT, script, *folders, *sizes]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

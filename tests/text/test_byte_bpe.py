@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from bpe import END, OriginalBPE, trained_bpe, write_published
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer, GPT2TokenizerFast
 
@@ -56,6 +56,7 @@ def test_encoding_equals_the_original_in_plain_python(ours, text):
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(texts)
 def test_any_text_is_encoded_as_by_both_and_comes_back(ours, theirs, text):
+    assume(END not in text)  # the oracle has no special tokens; `test_encoding_by_hand` has one
     ids = ours.encode(text)
     assert ids == theirs(text)["input_ids"] == ORACLE.encode(text)
     assert ours.decode(ids) == text

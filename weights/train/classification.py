@@ -61,7 +61,8 @@ def train_classifier(
         limit = model.config.max_position_embeddings
         raise ValueError(f"max_length={config.max_length} exceeds the model's {limit} positions")
     model.to(resolve_device(config.device))
-    _ClassifierTrainer(model, tokenizer, examples, config).train(on_step)
+    # No bar: epochs are drawn when they begin, so the number of steps is not known.
+    _ClassifierTrainer(model, tokenizer, examples, config).train(on_step, progress=False)
 
 
 class _ClassifierTrainer(SupervisedTrainer[Encoded]):
