@@ -316,7 +316,7 @@ def _go_on_with_dpo(run: Run[DPOTrainer], arguments: Mapping[str, Any], data: An
 
     def measure() -> dict[str, float]:
         figures = trainer.evaluate(held_out)
-        told = ", ".join(f"{name.split('/')[-1]} {value:.3f}" for name, value in figures.items())
+        told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
         show(f"step {trainer.steps_done}: held-out {told}")
         return {f"held_out/{name}": value for name, value in figures.items()}
 
