@@ -152,14 +152,15 @@ def descriptions(config: type[Any]) -> dict[str, str]:
 def _flag(name: str, kind: Any, said: str, field: dataclasses.Field[Any]) -> Argument:
     options: dict[str, Any] = {"default": argparse.SUPPRESS}
     optional = get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
-    if optional:
-        kinds = [each for each in get_args(kind) if each is not type(None)]
-        kind = kinds[0]
+    kinds = [each for each in get_args(kind) if each is not type(None)] if optional else [kind]
+    kind = kinds[0]
     if get_origin(kind) is Literal:
         options["choices"] = [*get_args(kind), *([None] if optional else [])]
         options |= {"type": _or_none(str) if optional else str, "metavar": "|".join(map(_shown, options["choices"]))}
     elif kind is bool:
         options["action"] = argparse.BooleanOptionalAction
+    elif kind is int and any(get_origin(each) is tuple for each in kinds):
+        options |= {"type": _or_none(_integers) if optional else _integers, "metavar": "N[,N...]"}
     elif get_origin(kind) is tuple:
         options |= {"nargs": len(get_args(kind)), "type": get_args(kind)[0], "metavar": "X"}
     elif dataclasses.is_dataclass(kind) or get_origin(kind) in (dict, Mapping):
@@ -183,6 +184,15 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def _integers(text: str) -> int | list[int]:
+    """One, or several with commas between them, in brackets or not."""
+    several = [int(each) for each in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    return several[0] if len(several) == 1 else several
+
+
+_integers.__name__ = "int"  # argparse: "invalid int value"
 
 
 def _json(text: str) -> Any:

@@ -27,7 +27,7 @@ from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.config import PPOConfig
-from minirlhf.rl.presets import DEFAULT_METHOD, METHODS, PRESETS, STARTER_RUN
+from minirlhf.rl.presets import DEFAULT_METHOD, METHODS, PRESETS, starter_run
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.log import CONFIG_FILE
 from minirlhf.runs.loggers import check_loggers
@@ -144,7 +144,7 @@ def _ppo_config(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> P
         raise ValueError(f"algorithm must be one of {', '.join(known)}, got {algorithm!r}")
     suited: dict[str, Any] = {}
     if _is_starter(arguments["policy"]) and algorithm in ("ppo", *METHODS):
-        suited |= STARTER_RUN
+        suited |= starter_run(algorithm)
     if arguments["reward"] == JUDGE:
         low, high = (arguments["judge"].get(name, getattr(ChatJudgeConfig, name)) for name in ("low", "high"))
         suited["score_scale"] = 1 / (high - low) if high > low else 1.0
@@ -316,7 +316,7 @@ def _go_on_with_dpo(run: Run[DPOTrainer], arguments: Mapping[str, Any], data: An
 
     def measure() -> dict[str, float]:
         figures = trainer.evaluate(held_out)
-        told = ", ".join(f"{name.split('/')[-1]} {value:.3f}" for name, value in figures.items())
+        told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
         show(f"step {trainer.steps_done}: held-out {told}")
         return {f"held_out/{name}": value for name, value in figures.items()}
 

@@ -14,6 +14,15 @@ BEST_FILE = "best.json"  # in the folder of the best model: its step and reward
 SHOWN = {"reward/mean": "reward", "objective/kl": "KL"}  # what the bar says; of other trainings the loss
 
 
+def functions_of(on_step: Any, name: str = "on_step") -> list[OnStep]:
+    """The functions of an argument that may be one, several or None. Raises ValueError for what is no function."""
+    found: list[Any] = list(on_step) if isinstance(on_step, (list, tuple)) else [on_step] if on_step else []
+    for function in found:
+        if not callable(function):
+            raise ValueError(f"{name} must be a function, got {function!r}")
+    return found
+
+
 class AfterSteps:
     """A function to call after each step with its batch and statistics; it returns whether the training ends.
 
@@ -36,10 +45,8 @@ class AfterSteps:
         evaluate_every: int | None = None,
         stop_when: Callable[[Any], object] | None = None,
     ):
-        functions: list[Any] = list(on_step) if isinstance(on_step, (list, tuple)) else [on_step] if on_step else []
-        for name, function in [*(("on_step", f) for f in functions), ("stop_when", stop_when or print)]:
-            if not callable(function):
-                raise ValueError(f"{name} must be a function, got {function!r}")
+        functions = functions_of(on_step)
+        functions_of([stop_when or print], "stop_when")
         if evaluate_every is not None and (type(evaluate_every) is not int or evaluate_every < 1):
             raise ValueError(f"evaluate_every must be an integer of at least 1 or None, got {evaluate_every!r}")
         self.evaluate_every = evaluate_every

@@ -199,7 +199,7 @@ def score_rows(
     if not group.on or scope_of(reward) == "rows":
         with agreed("the reward"):
             own = within(seconds, reward_with_metrics, reward, *arguments)
-        return Scored(own.scores, _mean_metrics(group.gather("metrics", (len(prompts), own.metrics))))
+        return Scored(own.scores, mean_metrics(group.gather("metrics", (len(prompts), own.metrics))))
     parts = group.gather("texts", arguments)
     with agreed("the reward"):
         whole = [[x for part in column for x in part][:count] for column in zip(*parts, strict=True)]
@@ -209,7 +209,7 @@ def score_rows(
     return Scored(scored.scores[before : before + len(prompts)], scored.metrics)
 
 
-def _mean_metrics(parts: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+def mean_metrics(parts: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """The mean of each metric over the rows of the parts that have it."""
     if len(parts) == 1:
         return parts[0][1]

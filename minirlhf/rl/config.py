@@ -54,7 +54,7 @@ class PPOConfig:
     # Advantages
     advantages: str = "gae"  # a name in `advantages.ADVANTAGES`
     group_size: int = 1  # responses a prompt, side by side in the batch
-    drop_flat_groups: int = 0  # rounds in which groups without spread are sampled anew, see `groups.with_spread`
+    drop_flat_groups: int = 0  # rounds in which groups without spread are sampled anew, see `rl/groups.py`
     cliprange_high: float | None = None  # of ratios above 1; None: as below
     policy_ratio: Literal["token", "sequence"] = "token"  # what is clipped, see `losses.log_ratio`
     whiten_advantages: bool = True

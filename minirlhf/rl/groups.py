@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minirlhf.rewards.base import RewardFunction
+from minirlhf.rewards.base import RewardFunction, mean_metrics
 from minirlhf.rl.rollout import Rollout, collect_rollout
 from minirlhf.rl.shaping import shaped_scores
 from minirlhf.text.batching import cat_padded
@@ -35,6 +35,7 @@ def collect_groups_with_spread(
     """
     parts: list[Rollout] = []
     rollout = collect_rollout(models, prompts, reward_fn, config, generator)
+    reported = [(len(rollout), dict(rollout.reward_metrics))]  # of dropped responses too
     for _ in range(config.drop_flat_groups):
         flat = flat_groups(shaped_scores(rollout, config), config.group_size)
         if not flat.any():
@@ -43,7 +44,8 @@ def collect_groups_with_spread(
             parts.append(_groups(rollout, (~flat).cpu()))
         drawn = torch.randint(len(prompts), (int(flat.sum()),), generator=generator, device=generator.device)
         rollout = collect_rollout(models, [prompts[i] for i in drawn.tolist()], reward_fn, config, generator)
-    return _joined([*parts, rollout]) if parts else rollout
+        reported.append((len(rollout), dict(rollout.reward_metrics)))
+    return (_joined([*parts, rollout]) if parts else rollout).replace(reward_metrics=mean_metrics(reported))
 
 
 def _groups(rollout: Rollout, chosen: Tensor) -> Rollout:

@@ -6,7 +6,7 @@ docs/presets.md has the table of the presets of PPO, docs/algorithms.md that of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from minirlhf.common import validation
 from minirlhf.models.lora_config import LoRAConfig
@@ -244,8 +244,21 @@ PRESETS: dict[str, PPOOverrides] = {
         init_kl_coef=0.01,
     ),
 }
+# What the other methods take of the default run; KL and clip range are their own.
+BUDGET = ("steps", "lr", "lr_schedule", "ppo_epochs", "minibatch_size", "forward_batch_size")
 METHODS = ("reinforce", "rloo", "rloo_to_go", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
 DEFINING = ("advantages", "policy_ratio", "loss_averaging", "whiten_advantages", "whiten_scope")  # these make a method
+
+
+def starter_run(algorithm: str) -> dict[str, Any]:
+    """The settings of a run of "ppo" or of one of METHODS on the starter weights, beside those of its preset.
+
+    The clip range of the paper on GSPO is for responses of thousands of tokens, not of 16.
+    """
+    if algorithm in ("ppo", DEFAULT_METHOD):
+        return dict(STARTER_RUN)
+    own = dict(cliprange=0.03, cliprange_high=0.04) if algorithm == "gspo" else {}
+    return {name: value for name, value in STARTER_RUN.items() if name in BUDGET} | own
 
 
 def require_combinations(config: PPOConfig) -> None:

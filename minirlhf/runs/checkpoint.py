@@ -228,6 +228,8 @@ def restore_checkpoint(trainer: Trainable, folder: str | os.PathLike[str]) -> No
     if trainer.kind != (kind := state["counters"]["kind"]):
         raise ValueError(f"{folder} is a checkpoint of kind {kind!r}, the trainer is of kind {trainer.kind!r}")
     network: Any = trained(trainer)
+    if isinstance(network, ActorCritic) and network.value_head is None:  # `from_pretrained` would make a new head
+        network = network.decoder
     if isinstance(network, (ActorCritic, Decoder)) and language_model(network).lora is not None:
         load: Any = ActorCritic.from_pretrained if isinstance(network, ActorCritic) else load_decoder
         saved = load(folder, base=_base(network))

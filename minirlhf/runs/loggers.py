@@ -138,8 +138,9 @@ class Loggers:
                 self._drop(name, error)
 
     def metrics(self, step: int, stats: Mapping[str, float]) -> None:
-        """Log the statistics of a step everywhere."""
-        self._each(lambda logger: logger.metrics(step, stats))
+        """Log the statistics of a step everywhere; its number is no statistic, though `train` has it among them."""
+        own = {name: value for name, value in stats.items() if name != "step"}
+        self._each(lambda logger: logger.metrics(step, own))
 
     def samples(self, step: int, samples: Samples) -> None:
         """Log samples everywhere."""

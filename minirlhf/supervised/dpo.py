@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.common.progress import OnStep, functions_of
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import agreed, processes
@@ -97,15 +98,16 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         super().__init__(model, config, [], (), model.origin)
 
     def train(  # type: ignore[override]
-        self, pairs: Pairs, on_step: Callable[[list[MicroBatch], Stats], object] | None = None
+        self, pairs: Pairs, on_step: OnStep | Sequence[OnStep] | None = None, progress: bool = True
     ) -> None:
         """Train to the end of the last epoch.
 
         pairs: see `encode_pairs`; those that `text.preferences` reads, samples, or a file.
-        on_step: as in `SupervisedTrainer.train`; the statistics also have those of `preference_metrics`, before the
-            step. After an interruption, here or in a resumed run, `train` with the same pairs goes on.
+        on_step, progress: as in `SupervisedTrainer.train`; the statistics also have those of `preference_metrics`,
+            before the step. After an interruption, here or in a resumed run, `train` with the same pairs goes on.
         Raises ValueError as `check_pairs`, and for other pairs than those that this trainer began with.
         """
+        functions = functions_of(on_step)
         given = data_record([*map(str, encoded := self.check_pairs(pairs))])
         if self.data["count"]:
             require_same_data(self.data, given)
@@ -114,14 +116,14 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         generator = torch.Generator().manual_seed(self.config.seed)
         self.epochs = [self._epoch(generator) for _ in range(self.config.epochs)]
 
-        def with_metrics(batch: list[MicroBatch], stats: Stats) -> None:
-            if on_step is not None:
-                own = [seen.cpu() for seen, counts in zip(self._seen, self._counts, strict=True) if counts]
-                every = self.processes.gather("the pairs of a step", own)
-                logps, ref_logps = torch.cat([seen for part in every for seen in part], 1)
-                on_step(batch, stats | preference_metrics(logps, ref_logps, self.config.beta))
+        def with_metrics(batch: list[MicroBatch], stats: Stats) -> bool:
+            own = [seen.cpu() for seen, counts in zip(self._seen, self._counts, strict=True) if counts]
+            every = self.processes.gather("the pairs of a step", own)
+            logps, ref_logps = torch.cat([seen for part in every for seen in part], 1)
+            stats = stats | preference_metrics(logps, ref_logps, self.config.beta)
+            return any([function(batch, stats) is True for function in functions])
 
-        super().train(with_metrics)
+        super().train(with_metrics if functions else None, progress)
 
     def check_pairs(self, pairs: Pairs) -> list[TokenPair]:
         """The tokens of pairs. Raises ValueError as `encode_pairs`, and for no pairs, a long one, or a bad token id."""

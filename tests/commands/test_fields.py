@@ -101,6 +101,19 @@ def test_a_config_in_a_config_is_json(config):
     assert config(**vars(parser.parse_args(["--lora", "none"]))).lora is None
 
 
+def test_one_id_or_several_end_a_response(tmp_path):
+    parser = argparse.ArgumentParser()
+    for names, options in flags([Settings(PPOConfig)]):
+        parser.add_argument(*names, **options)
+    for text, ids in {"7": 7, "7,9": (7, 9), "[7, 9]": (7, 9), "none": None}.items():
+        assert PPOConfig(**vars(parser.parse_args(["--eos-token-id", text]))).eos_token_id == ids
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--eos-token-id", "7,x"])
+    (tmp_path / "s.json").write_text('{"eos_token_id": [7, 9]}')
+    args = argparse.Namespace(config=str(tmp_path / "s.json"))
+    assert PPOConfig(**settings_of(args, [], [Settings(PPOConfig)])).eos_token_id == (7, 9)
+
+
 @pytest.mark.parametrize("name", ["s.yaml", "s.yml", "s.json"])
 def test_a_file_gives_the_rest_and_flags_win(tmp_path, name):
     path, content = (

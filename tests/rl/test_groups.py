@@ -49,6 +49,19 @@ def test_groups_without_spread_are_replaced_by_those_of_other_prompts():
     assert trainer.step(rollout)["ppo/policy/first_ratio_error"] < 1e-5
 
 
+def test_what_the_reward_reports_is_the_mean_over_all_rounds():
+    def reward(asked, responses):
+        rounds.append(len(asked))
+        return spread_of("w")(asked, responses), {"rounds": float(len(rounds))}
+
+    rounds = []
+    trainer = make_trainer(**SETTINGS, drop_flat_groups=20)
+    stats = trainer.step(trainer.collect(PROMPTS[:3], reward))
+    assert len(rounds) > 1
+    expected = sum(n * i for i, n in enumerate(rounds, 1)) / sum(rounds)
+    assert stats["reward/rounds"] == pytest.approx(expected)
+
+
 def test_rounds_of_dynamic_sampling_are_bounded_and_what_stays_flat_changes_nothing():
     trainer, reward = make_trainer(**SETTINGS, drop_flat_groups=3, init_kl_coef=0.0), spread_of()
     rollout = trainer.collect(PROMPTS[:3], reward)

@@ -12,7 +12,7 @@ from folders import snapshot
 from minirlhf import ActorCritic, PPOTrainer, Tokenizer
 from minirlhf.io.training_state import module_hash
 from minirlhf.runs import checkpoint
-from minirlhf.runs.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
+from minirlhf.runs.checkpoint import DamagedCheckpoint, load_checkpoint, restore_checkpoint, save_checkpoint
 
 PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
 EOS = VOCAB.index("##a")
@@ -91,6 +91,27 @@ def test_a_run_cut_by_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
     save_checkpoint(whole, tmp_path / "whole")
     save_checkpoint(resumed, tmp_path / "resumed")
     assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "whole")  # all else: moments, generators, counters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(advantages="dr_grpo", group_size=2), dict(advantages="dr_grpo", group_size=2, lora={"rank": 2})],
+    ids=["value head", "no value head", "adapters and no value head"],
+)
+def test_a_trainer_made_anew_gets_weights_and_state_of_a_checkpoint(tmp_path, settings):
+    def new():
+        reference = None if "lora" in settings else make_reference()
+        policy = make_gpt2(0, scale=4.0, **SMALL)
+        return PPOTrainer(policy, reference, Tokenizer(VOCAB), **{**DEFAULTS, **settings})
+
+    trainer, again = new(), new()
+    prompts = PROMPTS[: 4 // trainer.config.group_size]
+    trainer.step(trainer.collect(prompts, reward))
+    save_checkpoint(trainer, tmp_path / "c")
+    restore_checkpoint(again, tmp_path / "c")
+    a, b = (figures(each.step(each.collect(prompts, reward))) for each in (trainer, again))
+    assert a == b
+    same_weights(trainer, again)
 
 
 def test_what_was_frozen_stays_frozen_and_bad_steps_are_remembered(tmp_path):

@@ -62,6 +62,7 @@ def test_a_logger_gets_what_metrics_jsonl_has_and_a_resumed_run_goes_on_with_its
     assert rest[-1] == ("close",)
     lines = read_jsonl(tmp_path / "metrics.jsonl")
     assert [{"step": told[1], **told[2]} for told in rest if told[0] == "metrics"] == lines == run.history()
+    assert not any("step" in told[2] for told in rest if told[0] == "metrics")  # no curve of its own number
     samples = [{"step": told[1], "samples": [list(x) for x in told[2]]} for told in rest if told[0] == "samples"]
     assert samples == read_jsonl(tmp_path / "samples.jsonl") != []
     registered.told.clear()

@@ -308,6 +308,15 @@ def test_training_with_the_same_pairs_goes_on_and_with_others_is_refused():
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
+def test_several_functions_follow_a_step_and_one_that_returns_true_ends_the_training():
+    seen = []
+    dpo = trainer(batch_size=2, epochs=3)
+    dpo.train(RANKINGS, [lambda batch, stats: seen.append(stats), lambda batch, stats: len(seen) == 2])
+    assert dpo.steps_done == len(seen) == 2 < dpo.steps_total and "rewards/margins" in seen[0]
+    with pytest.raises(ValueError, match="on_step must be a function, got 3"):
+        dpo.train(RANKINGS, [3])
+
+
 @pytest.mark.parametrize(("pairs", "message"), [
     ([], "pairs is empty"),
     ([*RANKINGS, {"prompt": "酒店", "chosen": "好", "rejected": "好"}], "pair 6: answers 1 and 2 are equal: '好'"),
