@@ -23,7 +23,7 @@ from minirlhf import (
     SentimentReward,
     Tokenizer,
 )
-from minirlhf.evaluation import evaluate
+from minirlhf.evaluation import evaluate, results
 from minirlhf.rewards.sentiment import CANARIES
 
 # Threads cost more than they bring at these sizes.
@@ -158,7 +158,8 @@ def call(monkeypatch, capsys):
     Returns what it said: the error that it ended with, or None, and its stdout; `call.stderr` has the rest.
     """
     pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
-    monkeypatch.setattr(evaluate, "EvaluationConfig", FewSamples)
+    for module in (evaluate, results):
+        monkeypatch.setattr(module, "EvaluationConfig", FewSamples)
 
     def run(script: Path, *arguments: object) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])

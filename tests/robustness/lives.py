@@ -14,7 +14,7 @@ import torch
 
 from conftest import VOCAB, FewSamples, make_gpt2
 from minirlhf import ActorCritic, PPOTrainer, Tokenizer
-from minirlhf.evaluation import evaluate
+from minirlhf.evaluation import evaluate, results
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.run import Run
 
@@ -94,7 +94,7 @@ def script(output: Path, folder: Path, mention: str, number: int, path: Path, *a
     _print_to(output)
     sys.argv = [str(path), *map(str, arguments)]
     sys.path.insert(0, str(path.parent))
-    evaluate.EvaluationConfig = FewSamples
+    evaluate.EvaluationConfig = results.EvaluationConfig = FewSamples
     die_before(folder, mention, number)
     runpy.run_path(str(path), run_name="__main__")
 
