@@ -444,6 +444,7 @@ def test_what_auto_has_chosen_is_said(monkeypatch):
     monkeypatch.setattr("minirlhf.device.precision_choice.has_native_bf16", lambda device: True)
     detail = only("precision").detail
     assert "(this run is in fp32); precision auto: fp32 (the model has fewer than " in detail
+    assert "; fp32 products by PyTorch's default library" in detail  # such a small model is not timed
     assert "auto" not in only("precision", precision="fp32").detail
     monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1)
     status, findings = examine()

@@ -190,8 +190,8 @@ def memory(setup: Setup) -> Result:
 def precision(setup: Setup) -> Result:
     """Log-probabilities in the chosen precision against fp32, by the limits of `Rounding`.
 
-    For a run in fp32 it is bf16 that is compared, as a word only. Says what "auto" has chosen, and why, and what LoRA's
-    base costs that is held in bf16.
+    For a run in fp32 it is bf16 that is compared, as a word only. Says what "auto" has chosen, and why, which library
+    multiplies on a CPU (see `cpu.fastest_matmul`), and what LoRA's base costs that is held in bf16.
     """
     c, (trainer, rollout) = setup.config, setup.experience()
     name = "bf16" if c.precision == "fp32" else c.precision
@@ -219,6 +219,9 @@ def precision(setup: Setup) -> Result:
     assert setup.precision is not None  # with the rollout
     if setup.precision.reason:
         detail += f"; {setup.precision}"
+    if trainer.device.type == "cpu":
+        library = {"default": "PyTorch's default library"}.get(trainer.precision.matmul, trainer.precision.matmul)
+        detail += f"; fp32 products by {library}"
     remedy = f"train in fp32{', or in bf16, whose range is that of fp32' if name == 'fp16' else ''}"
     if c.lora is not None and c.lora.base_dtype == "bf16":
         of_base = _rounding_of_base(setup)
