@@ -142,12 +142,16 @@ def of_a_group(method, returns, ddof=1):
     return [0.0] * n if all(x == returns[0] for x in returns) else out
 
 
-def to_go_leave_one_out(group):
+def to_go_leave_one_out(group, gamma):
     """Each token's return to go less the mean of the other rows' at the same place; a row that has ended has 0."""
+
+    def to_go(row, t):
+        return sum(gamma ** (k - t) * row[k] for k in range(t, len(row)))
+
     out = []
     for i, row in enumerate(group):
         others = [other for j, other in enumerate(group) if j != i]
-        out.append([sum(row[t:]) - mean([sum(other[t:]) for other in others]) for t in range(len(row))])
+        out.append([to_go(row, t) - mean([to_go(other, t) for other in others]) for t in range(len(row))])
     return out
 
 
@@ -159,7 +163,7 @@ def without_values(method, rewards, group_size, gamma, ddof):
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]
         if method == "rloo_to_go":
-            out += to_go_leave_one_out(group)
+            out += to_go_leave_one_out(group, gamma)
             continue
         for advantage, row in zip(of_a_group(method, [sum(row) for row in group], ddof), group, strict=True):
             out.append([advantage] * len(row))

@@ -14,7 +14,7 @@ from minirlhf.evaluation.plots import draw_tokens
 from minirlhf.io.files import atomic_write
 from minirlhf.rl.advantages import with_advantages
 from minirlhf.rl.logprobs import response_logprobs
-from minirlhf.rl.losses import clipped, log_ratio
+from minirlhf.rl.losses import clip_ratio, log_ratio
 from minirlhf.rl.shaping import token_kl, with_token_rewards
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
     with trainer.precision.autocast():
         now = response_logprobs(trainer.policy, row.tokens, row.mask, width, c.logprobs_divisor, row.sampling_sets)
     ratio = log_ratio(now.logprobs, row.logprobs, row.response_mask, c.policy_ratio).exp()
-    outside = ratio - clipped(ratio, c.cliprange, c.cliprange_high)  # clipping binds where the gain lies outside
+    outside = ratio - clip_ratio(ratio, c.cliprange, c.cliprange_high)  # clipping binds where the gain lies outside
     columns = {
         "logprob": now.logprobs,
         "old_logprob": row.logprobs,

@@ -57,8 +57,7 @@ def reinforce(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
 
     Good with one response a prompt, if prompts are alike. Whitened over the batch it is REINFORCE++ (Hu 2025, eq. 4).
     """
-    rewards, mask = batch.token_rewards, batch.response_mask
-    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, config.gamma, 1.0)  # GAE with lambda 1 and no values
+    to_go, mask = return_to_go(batch, config.gamma), batch.response_mask
     return torch.where(mask, to_go - masked_mean(to_go, mask), 0.0), None
 
 
@@ -68,18 +67,18 @@ def rloo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
     The baseline does not depend on the response, so the gradient is unbiased: good for scores of whole texts.
     """
     returns = batch.token_rewards.sum(-1).view(-1, batch.group_size)  # (B / G, G)
-    others = (returns.sum(1, keepdim=True) - returns) / (batch.group_size - 1)
-    return at_tokens(returns - others, batch), None
+    return at_tokens(less_the_others(returns), batch), None
 
 
 def rloo_to_go(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
-    """Leave-one-out on the return to go: R_i,t - mean of the other R_j,t, with R_i,t = sum_{k>=t} r_i,k.
+    """Leave-one-out on the return to go: R_i,t - mean of the other R_j,t, with R_i,t = sum_{k>=t} gamma^(k-t) r_i,k.
 
     Unbiased as `rloo`, with less variance: a token does not pay for the KL of earlier ones. An ended row has 0 to go.
     """
-    to_go = batch.token_rewards.flip(1).cumsum(1).flip(1).unflatten(0, (-1, batch.group_size))  # (B / G, G, R)
-    others = (to_go.sum(1, keepdim=True) - to_go) / (batch.group_size - 1)
-    return torch.where(batch.response_mask, (to_go - others).flatten(0, 1), 0.0), None
+    to_go = return_to_go(batch, config.gamma).unflatten(0, (-1, batch.group_size))  # (B / G, G, R)
+    flat = to_go.amin(1, keepdim=True) == to_go.amax(1, keepdim=True)
+    advantages = less_the_others(to_go).masked_fill(flat, 0.0).flatten(0, 1)
+    return torch.where(batch.response_mask, advantages, 0.0), None
 
 
 def grpo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
@@ -99,6 +98,17 @@ def dr_grpo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
     """
     returns = batch.token_rewards.sum(-1).view(-1, batch.group_size)  # (B / G, G)
     return at_tokens(returns - returns.mean(1, keepdim=True), batch), None
+
+
+def return_to_go(batch: Rollout, gamma: float) -> Tensor:
+    """sum_{k>=t} gamma^(k-t) r_k of each token, (B, R), 0 at padding: GAE with lambda 1 and no values."""
+    rewards = batch.token_rewards
+    return gae(rewards, torch.zeros_like(rewards), batch.response_mask, gamma, 1.0)[0]
+
+
+def less_the_others(x: Tensor) -> Tensor:
+    """x (B / G, G, ...) less the mean of the other G - 1 of its group."""
+    return x - (x.sum(1, keepdim=True) - x) / (x.size(1) - 1)
 
 
 def at_tokens(advantages: Tensor, batch: Rollout) -> Tensor:

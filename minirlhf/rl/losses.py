@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 LOG_RATIO_LIMIT = 20.0  # exp(20) is about 5e8: large enough to clip on, small enough to stay finite in fp32
 
 
-def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None = None, of: str = "token") -> Tensor:
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, of: str = "token") -> Tensor:
     """log(pi / pi_old) (B, R), clamped so that its exp stays finite: of each token, or of its whole sequence.
 
     of="sequence": the mean over the sequence, at each token (Zheng et al. 2025, eq. 7): the clip drops whole responses,
     as they are scored, and one token's noise moves the ratio little. mask: (B, R).
     """
     log_rho = logprobs - old_logprobs
-    if of == "sequence" and mask is not None:
+    if of == "sequence":
         log_rho = torch.where(mask, masked_mean(log_rho, mask, per_row=True), 0.0)
     return log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def clipped(ratio: Tensor, low: float, high: float | None) -> Tensor:
+def clip_ratio(ratio: Tensor, low: float, high: float | None) -> Tensor:
     """The ratio within 1 - low and 1 + high; None: low. A higher one lets rare tokens grow (Yu et al. 2025, eq. 10)."""
     return ratio.clamp(1.0 - low, 1.0 + (low if high is None else high))
 
@@ -43,10 +43,10 @@ def policy_loss(
 ) -> Tensor:
     """The clipped surrogate objective, negated (Schulman et al. 2017, eq. 7), per token (B, R).
 
-    max(-A r, -A `clipped`(r)) with r = exp(log_rho): no gain from moving further from the policy that sampled.
+    max(-A r, -A `clip_ratio`(r)) with r = exp(log_rho): no gain from moving further from the policy that sampled.
     """
     ratio = log_rho.exp()
-    return torch.maximum(-advantages * ratio, -advantages * clipped(ratio, cliprange, cliprange_high))
+    return torch.maximum(-advantages * ratio, -advantages * clip_ratio(ratio, cliprange, cliprange_high))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2) -> Tensor:

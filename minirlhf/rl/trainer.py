@@ -34,7 +34,7 @@ from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.groups import collect_groups_with_spread
 from minirlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
-from minirlhf.rl.losses import clipped, log_ratio, policy_loss, token_weights, value_loss
+from minirlhf.rl.losses import clip_ratio, log_ratio, policy_loss, token_weights, value_loss
 from minirlhf.rl.rollout import Rollout, collect_rollout, evaluation, rollout_from_tokens
 from minirlhf.rl.shaping import with_token_rewards
 from minirlhf.rl.state import load_trainer_state, trainer_state
@@ -117,7 +117,7 @@ class PPOTrainer:
         rollout = queries
         self.interrupted = True
 
-        # r_t = score at the last token - beta * KL_t;  A_t by GAE, whitened;  R_t = A_t + V(s_t)
+        # r_t = score at the last token - beta * KL_t;  A_t by the config's estimator; with GAE R_t = A_t + V(s_t)
         batch, shaped = with_token_rewards(rollout, self.kl_controller.coef, self.config)
         batch = with_advantages(batch, self.config)
 
@@ -189,11 +189,11 @@ class PPOTrainer:
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
             loss = loss + self.kl_controller.coef * mean(self._kl_loss(now, batch))
-        ratio, drift = log_rho.detach().exp(), log_ratio(now.logprobs.detach(), batch.logprobs)
+        ratio, drift = log_rho.detach().exp(), log_ratio(now.logprobs.detach(), batch.logprobs, mask)
         sums |= {
             "ppo/loss/total": loss,
             "ppo/policy/approxkl": mean(0.5 * drift.square()),
-            "ppo/policy/clipfrac": mean((ratio != clipped(ratio, c.cliprange, c.cliprange_high)).to(batch.weights)),
+            "ppo/policy/clipfrac": mean((ratio != clip_ratio(ratio, c.cliprange, c.cliprange_high)).to(batch.weights)),
             "ppo/policy/ratio_error": mean((ratio - 1).abs()),
         }
         if now.values is not None and batch.returns is not None:

@@ -104,7 +104,7 @@ def functions_of_batches(x, y, z, mask, scores):
     yield explained_variance(x, y, mask)
     for kind in ("k1", "k2", "k3"):
         yield masked_sum(kl_estimate(x, y, kind), mask)
-    yield masked_sum(policy_loss(log_ratio(x, y), z), mask)
+    yield masked_sum(policy_loss(log_ratio(x, y, mask), z), mask)
     yield masked_sum(value_loss(x, y, z), mask)
 
 
@@ -125,7 +125,7 @@ def test_what_stands_in_the_padding_changes_no_gradient_of_a_loss():
         grads = []
         for x, y, z in (clean, [spoil(x, mask) for x in clean]):
             x = x.clone().requires_grad_()
-            loss = policy_loss(log_ratio(x, y), z) + value_loss(x, y, z)
+            loss = policy_loss(log_ratio(x, y, mask), z) + value_loss(x, y, z)
             masked_sum(loss, mask).backward()
             grads.append(torch.where(mask, x.grad, 0.0))
         assert torch.equal(*grads)

@@ -143,7 +143,7 @@ def test_leave_one_out_to_go_worked_by_hand():
     assert ADVANTAGES["rloo_to_go"](batch, config)[0].tolist() == [[0.5, 1.5], [2.0, 0.0], [-2.5, 0.0]]
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("name", ["rloo", "rloo_to_go", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("score", [0.1, 1 / 3, 1e-30, -7e8])
 def test_a_group_of_equal_scores_has_no_advantage_at_all(name, score):
     """In fp32 the mean of equal numbers need not be that number, and 0 / 0 is NaN."""

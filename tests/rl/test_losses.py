@@ -14,7 +14,7 @@ def test_policy_loss_equals_the_oracle():
     for mask, logp, old, advantages, _ in batches():
         for scale in (0.2, 1.0, 30.0):  # up to beyond the limit of the ratio
             new = old + scale * (logp - old)
-            actual = policy_loss(log_ratio(*tensors(new, old)), torch.tensor(advantages), 0.2)
+            actual = policy_loss(log_ratio(*tensors(new, old, mask)), torch.tensor(advantages), 0.2)
             assert actual.shape == mask.shape
             close(actual, oracle.policy_loss(new, old, advantages, 0.2))
 
@@ -35,7 +35,7 @@ def test_policy_gradient_vanishes_only_where_the_clip_binds():
 
 def test_extreme_log_ratios_stay_finite():
     logp = torch.tensor([[-1000.0, 0.0, -0.0]], requires_grad=True)
-    ratio = log_ratio(logp, torch.tensor([[0.0, -1000.0, 0.0]]))
+    ratio = log_ratio(logp, torch.tensor([[0.0, -1000.0, 0.0]]), torch.ones(1, 3, dtype=torch.bool))
     assert ratio.tolist() == [[-20.0, 20.0, 0.0]]
     loss = policy_loss(ratio, torch.tensor([[1.0, -1.0, 1.0]]))
     loss.sum().backward()
