@@ -25,7 +25,7 @@ from minirlhf import PPOConfig, PPOTrainer, SentimentReward, Tokenizer, load_dec
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
 from minirlhf.evaluation.results import save_results
-from minirlhf.rl.presets import DEFAULT_METHOD, METHODS, PRESETS, starter_run
+from minirlhf.rl.presets import DEFAULT_METHOD, METHODS, starter_run
 from minirlhf.runs.run import Run
 from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
@@ -91,7 +91,7 @@ def read_settings() -> tuple[argparse.Namespace, PPOConfig]:
             raise ValueError(f"the original recipe is PPO; drop --recipe or --algorithm {args.algorithm}")
         return args, PPOConfig.preset("original", **given)
     method = args.algorithm or DEFAULT_METHOD
-    return args, PPOConfig(**{**PRESETS.get(method, {}), **starter_run(method), **given})
+    return args, PPOConfig(**{**starter_run(method), **given})
 
 
 if __name__ == "__main__":

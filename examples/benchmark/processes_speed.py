@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import markdown_table, show
-from minirlhf.rl.presets import DEFAULT_METHOD, PRESETS, STARTER_RUN
+from minirlhf.rl.presets import DEFAULT_METHOD, starter_run
 from shared import POLICY, PROMPTS, REWARD, run_script
 
 SIDES = {"1 process x 1 thread": (1, 1), "1 process x 2 threads": (1, 2), "2 processes x 1 thread": (2, 1)}
@@ -64,7 +64,7 @@ def run(count: int, threads: int) -> list[float]:
 
 def turn(args: argparse.Namespace) -> None:
     """Some steps of PPO; the first process writes how long each took."""
-    config = PPOConfig(**{**PRESETS[DEFAULT_METHOD], **STARTER_RUN})
+    config = PPOConfig(**starter_run(DEFAULT_METHOD))
     policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
     trainer = PPOTrainer(policy, args.policy, tokenizer, config)
     reward, seconds = SentimentReward.from_pretrained(args.reward), []

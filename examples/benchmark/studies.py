@@ -173,15 +173,15 @@ def ending_policy(policy: GPT2, chance: float) -> GPT2:
 
 
 def overhead(repeats: int, device: str = "cpu", iterations: int = 5, **changes: Any) -> list[Row]:
-    """A step of the default example with the starter weights against its bare arithmetic.
+    """A step of PPO with a value head, as in the example with `--algorithm ppo`, against its bare arithmetic.
 
     Each repeat is so many iterations with their records and saves. changes: of the example's settings.
     """
-    from minirlhf.rl.presets import STARTER_RUN
+    from minirlhf.rl.presets import starter_run
     from shared import POLICY, REWARD
 
     reward = SentimentReward.from_pretrained(REWARD, device=device)
-    settings = {**STARTER_RUN, "device": device, **changes}
+    settings = {**starter_run("ppo"), "device": device, **changes}
     trainer = PPOTrainer(GPT2.from_pretrained(POLICY), POLICY, Tokenizer.from_pretrained(POLICY), **settings)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(trainer.config.batch_size)]
     bare = Bare(trainer, reward.model, prompts)

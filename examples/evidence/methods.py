@@ -29,20 +29,10 @@ from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SentimentReward, 
 from minirlhf.common.printing import show
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.rl.presets import METHODS as PRESET_METHODS
-from minirlhf.rl.presets import PRESETS, STARTER_RUN
+from minirlhf.rl.presets import STARTER_RUN, starter_run
 from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, command_line, run_script
 
 BATCH = 128  # samples an iteration
-# One budget for all: samples, passes over them, optimizer steps, learning rates. The rest is each method's own.
-OF_THE_DEFAULT_RUN = ("lr", "lr_schedule", "ppo_epochs", "minibatch_size", "forward_batch_size")
-BUDGET: dict[str, Any] = {name: value for name, value in STARTER_RUN.items() if name in OF_THE_DEFAULT_RUN}
-COMMON: dict[str, Any] = dict(**BUDGET, batch_size=BATCH, adaptive_kl=False, device="cpu")
-# The paper's clip range of the sequence ratio, 3e-4, is for responses of thousands of tokens, not of 16.
-OWN: dict[str, dict[str, Any]] = {
-    "ppo": dict(cliprange=0.3),
-    "rloo_to_go": dict(cliprange=0.3),
-    "gspo": dict(cliprange=0.03, cliprange_high=0.04),
-}
 PAIRS_OF = 4  # DPO: the best and the worst of so many responses to a prompt
 ONLINE_BATCHES = 4  # online DPO: iterations whose samples make a round
 GOAL, GOAL_KL = 0.9, 3.0  # reward, and nats, whose time is asked
@@ -97,8 +87,9 @@ def one_run(task: Task, name: str, coef: float, seed: int, args: Any) -> dict[st
 
 
 def by_policy_gradient(task: Task, name: str, coef: float, seed: int, iterations: int) -> tuple[GPT2, History]:
-    settings = {**PRESETS.get(name, {}), **COMMON, **OWN.get(name, {}), "init_kl_coef": coef}
-    config = PPOConfig(**settings, seed=seed, steps=iterations * BATCH)
+    sizes = dict(batch_size=BATCH, steps=iterations * BATCH)
+    own = dict(**sizes, init_kl_coef=coef, adaptive_kl=False, seed=seed, device="cpu")
+    config = PPOConfig(**{**starter_run(name), **own})  # one budget for all: samples, optimizer steps, learning rates
     trainer = PPOTrainer(task.policy(), task.reference, task.tokenizer, config)
     watch, history = stopwatch(), []
 
@@ -130,8 +121,11 @@ def by_dpo(task: Task, name: str, coef: float, seed: int, iterations: int) -> tu
             answers = [rollout.tokens[i, -R:][rollout.response_mask[i]].tolist() for i in (best, worst)]
             if answers[0] != answers[1]:
                 pairs.append(TokenPair(prompt.tolist(), *answers))
-        sizes = dict(batch_size=BUDGET["minibatch_size"] // PAIRS_OF * 2, epochs=COMMON["ppo_epochs"])
-        trainer = DPOTrainer(policy, task.reference, task.tokenizer, beta=coef, lr=BUDGET["lr"], seed=seed, **sizes)
+        budget = dict(lr=STARTER_RUN["lr"], epochs=STARTER_RUN["ppo_epochs"])
+        batch_size = STARTER_RUN["minibatch_size"] // PAIRS_OF * 2
+        trainer = DPOTrainer(
+            policy, task.reference, task.tokenizer, beta=coef, batch_size=batch_size, seed=seed, **budget
+        )
         trainer.train(pairs)
     return policy.eval(), history
 

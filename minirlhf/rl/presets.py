@@ -83,19 +83,20 @@ class PPOOverrides(TypedDict, total=False):
 
 # For the starter weights, whose GPT-2 is 25 times smaller than the original one and takes larger steps.
 STARTER: PPOOverrides = dict(lr=2e-4, minibatch_size=32, forward_batch_size=32)
-# The default run: one pass over each batch and a step size that falls to 0, as steps that are too large at the end
-# cost KL and buy no reward (docs/optimum.md has the figures).
+# The default run on them: one pass over each batch and a step size that falls to 0, as steps that are too large at the
+# end cost KL and buy no reward (docs/optimum.md has the figures).
 STARTER_RUN: PPOOverrides = dict(
-    minibatch_size=32,
-    forward_batch_size=32,
-    steps=10240,
-    ppo_epochs=1,
-    lr=1.2e-4,
-    lr_schedule="linear",
-    cliprange=0.3,
-    init_kl_coef=0.11,
+    minibatch_size=32, forward_batch_size=32, steps=10240, ppo_epochs=1, lr=1.2e-4, lr_schedule="linear"
 )
 DEFAULT_METHOD = "rloo_to_go"  # of that run
+LEASH: PPOOverrides = dict(init_kl_coef=0.11, cliprange=0.3)
+# Beside STARTER_RUN; other methods keep the KL and the clip range of their presets. GSPO's clip range in the paper is
+# for responses of thousands of tokens, not of 16.
+OF_METHODS: dict[str, PPOOverrides] = {
+    "ppo": LEASH,
+    DEFAULT_METHOD: LEASH,
+    "gspo": dict(cliprange=0.03, cliprange_high=0.04),
+}
 
 # What each implementation does in the places where they differ; the rest is the default.
 PRESETS: dict[str, PPOOverrides] = {
@@ -244,21 +245,13 @@ PRESETS: dict[str, PPOOverrides] = {
         init_kl_coef=0.01,
     ),
 }
-# What the other methods take of the default run; KL and clip range are their own.
-BUDGET = ("steps", "lr", "lr_schedule", "ppo_epochs", "minibatch_size", "forward_batch_size")
 METHODS = ("reinforce", "rloo", "rloo_to_go", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
 DEFINING = ("advantages", "policy_ratio", "loss_averaging", "whiten_advantages", "whiten_scope")  # these make a method
 
 
 def starter_run(algorithm: str) -> dict[str, Any]:
-    """The settings of a run of "ppo" or of one of METHODS on the starter weights, beside those of its preset.
-
-    The clip range of the paper on GSPO is for responses of thousands of tokens, not of 16.
-    """
-    if algorithm in ("ppo", DEFAULT_METHOD):
-        return dict(STARTER_RUN)
-    own = dict(cliprange=0.03, cliprange_high=0.04) if algorithm == "gspo" else {}
-    return {name: value for name, value in STARTER_RUN.items() if name in BUDGET} | own
+    """The settings of a run of "ppo" or of one of METHODS on the starter weights: its preset, and what suits them."""
+    return {**PRESETS.get(algorithm, {}), **STARTER_RUN, **OF_METHODS.get(algorithm, {})}
 
 
 def require_combinations(config: PPOConfig) -> None:
