@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -60,6 +61,7 @@ LOGGERS = optional(
     help="of the curves: jsonl (default), tensorboard, wandb, swanlab, trackio",
 )
 HELD_OUT = optional("--held-out", metavar="FILE", help="to measure on; default: a tenth of the others")
+STAGE = (HELD_OUT, ENCODING, LOGGERS, OUTPUT, CONFIG)
 
 # ---- PPO ------------------------------------------------------------------------------------------------------------
 
@@ -168,14 +170,42 @@ def _reward(arguments: Mapping[str, Any], device: str) -> RewardFunction:
 
 # ---- the stages before it -------------------------------------------------------------------------------------------
 
+
+def _train_measured(
+    run: Run[Any],
+    train: Callable[[Callable[..., object]], None],
+    measure: Callable[[], dict[str, float]],
+    save: Callable[[dict[str, Any]], None],
+    algorithm: str,
+    figure: str,
+    title: str,
+) -> None:
+    """Train to the end, measured before the first step and at every checkpoint, and save the model and a summary.
+
+    save: writes the model, with what its card says of the training; only the first process calls it.
+    figure: of those that `measure` returns, the one whose change is in the summary, under `title`.
+    """
+    with run:
+        if run.trainer.steps_done == 0:
+            run.log(measure())
+        train(lambda batch, stats: run.record(batch, {**stats, **(measure() if run.due else {})}))
+        measured = [line[figure] for line in run.history() if figure in line]
+        summary = {title: {"before": measured[0], "after": measured[-1]}}
+        if run.trainer.processes.first:
+            save({"algorithm": algorithm, **summary})
+            write_json(run.folder / "summary.json", summary)
+    show(f"saved in {run.folder}")
+
+
+def _save_policy(run: Run[Any], summary: dict[str, Any]) -> None:
+    run.trainer.model.save_pretrained(run.folder / "policy", summary=summary)
+    run.trainer.tokenizer.save_pretrained(run.folder / "policy")
+
+
 SFT = (
     optional("--model", metavar="FOLDER", help="the decoder to tune; default: the starter's"),
     optional("--texts", metavar="FILE", help="demonstrations, .txt or .jsonl"),
-    HELD_OUT,
-    ENCODING,
-    LOGGERS,
-    OUTPUT,
-    CONFIG,
+    *STAGE,
 )
 SFT_SETTINGS = (Settings(SFTConfig),)
 
@@ -203,17 +233,8 @@ def _go_on_with_sft(run: Run[SFTTrainer], arguments: Mapping[str, Any], data: An
         show(f"step {trainer.steps_done} of {trainer.steps_total}: held-out perplexity {shown}")
         return {f"perplexity/{name}": value for name, value in figures.items()}
 
-    with run:
-        if trainer.steps_done == 0:
-            run.log(measure())
-        trainer.train(lambda batch, stats: run.record(batch, {**stats, **(measure() if run.due else {})}))
-        measured = [line["perplexity/token"] for line in run.history() if "perplexity/token" in line]
-        summary = {"perplexity a token": {"before": measured[0], "after": measured[-1]}}
-        if trainer.processes.first:
-            trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "SFT", **summary})
-            trainer.tokenizer.save_pretrained(run.folder / "policy")
-            write_json(run.folder / "summary.json", summary)
-    show(f"saved in {run.folder}")
+    save = functools.partial(_save_policy, run)
+    _train_measured(run, trainer.train, measure, save, "SFT", "perplexity/token", "perplexity a token")
 
 
 def _demonstrations(arguments: Mapping[str, Any]) -> tuple[list[Demonstration | Conversation], ...]:
@@ -231,11 +252,7 @@ def _text_of(one: Demonstration | Conversation) -> str:
 REWARD_MODEL = (
     optional("--model", metavar="FOLDER", help="decoder or BERT that it begins from; default: the starter's GPT-2"),
     optional("--rankings", metavar="FILE", help="ranked answers, .jsonl or .tsv"),
-    HELD_OUT,
-    ENCODING,
-    LOGGERS,
-    OUTPUT,
-    CONFIG,
+    *STAGE,
 )
 REWARD_MODEL_SETTINGS = (Settings(RewardTrainingConfig),)
 
@@ -262,17 +279,14 @@ def _go_on_with_reward_model(run: Run[RewardModelTrainer], arguments: Mapping[st
         show(f"step {trainer.steps_done} of {trainer.steps_total}: held-out {figures}")
         return {f"held_out/{name}": getattr(figures, name) for name in ("accuracy", "loss", "calibration_error")}
 
-    with run:
-        if trainer.steps_done == 0:
-            run.log(measure())
-        trainer.train(lambda batch, stats: run.record(batch, {**stats, **(measure() if run.due else {})}))
+    def train(on_step: Callable[..., object]) -> None:
+        trainer.train(on_step)
         trainer.model.normalise([text for ranking in rankings for text in ranking.texts])
-        measured = [line["held_out/accuracy"] for line in run.history() if "held_out/accuracy" in line]
-        summary = {"held-out accuracy": {"before": measured[0], "after": measured[-1]}}
-        if trainer.processes.first:
-            trainer.model.save_pretrained(run.folder / "reward", summary={"algorithm": "reward model", **summary})
-            write_json(run.folder / "summary.json", summary)
-    show(f"saved in {run.folder}")
+
+    def save(summary: dict[str, Any]) -> None:
+        trainer.model.save_pretrained(run.folder / "reward", summary=summary)
+
+    _train_measured(run, train, measure, save, "reward model", "held_out/accuracy", "held-out accuracy")
 
 
 def _rankings(arguments: Mapping[str, Any]) -> tuple[list[Ranking], list[Ranking]]:
@@ -286,11 +300,7 @@ def _rankings(arguments: Mapping[str, Any]) -> tuple[list[Ranking], list[Ranking
 DPO = (
     optional("--policy", metavar="FOLDER", help="the decoder to tune, and the reference; default: the starter's"),
     optional("--pairs", metavar="FILE", help="pairs or ranked answers, .jsonl or .tsv"),
-    HELD_OUT,
-    ENCODING,
-    LOGGERS,
-    OUTPUT,
-    CONFIG,
+    *STAGE,
 )
 DPO_SETTINGS = (Settings(DPOConfig),)
 
@@ -320,18 +330,9 @@ def _go_on_with_dpo(run: Run[DPOTrainer], arguments: Mapping[str, Any], data: An
         show(f"step {trainer.steps_done}: held-out {told}")
         return {f"held_out/{name}": value for name, value in figures.items()}
 
-    with run:
-        if trainer.steps_done == 0:
-            run.log(measure())
-        trainer.train(pairs, lambda batch, stats: run.record(batch, {**stats, **(measure() if run.due else {})}))
-        name = "held_out/rewards/accuracies"
-        measured = [line[name] for line in run.history() if name in line]
-        summary = {"held-out accuracy": {"before": measured[0], "after": measured[-1]}}
-        if trainer.processes.first:
-            trainer.model.save_pretrained(run.folder / "policy", summary={"algorithm": "DPO", **summary})
-            trainer.tokenizer.save_pretrained(run.folder / "policy")
-            write_json(run.folder / "summary.json", summary)
-    show(f"saved in {run.folder}")
+    train = functools.partial(trainer.train, pairs)
+    save = functools.partial(_save_policy, run)
+    _train_measured(run, train, measure, save, "DPO", "held_out/rewards/accuracies", "held-out accuracy")
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------

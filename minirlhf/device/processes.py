@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-PATIENCE = datetime.timedelta(days=7)  # with one another: a reward may be a person; torchrun notices a dead process
+TIMEOUT = datetime.timedelta(days=7)  # of an exchange: a reward may be a person; torchrun notices a dead process
 SHOWN = 80  # characters of a value that differs
 
 
@@ -213,11 +213,11 @@ _stores: list[dist.Store] = []  # the one that the processes joined by
 
 def _join() -> None:
     """Start the process group."""
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun keeps the store, and the addresses of dead processes
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     _stores[:] = [store]
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     sys.excepthook = _told_once
