@@ -89,11 +89,11 @@ def settings_of(
     for each in settings:
         known |= each.flags
     read = read_settings(path)
-    table = {name: meant for name, meant in FIELD_NAMES.items() if meant[0] is None or meant[0] in known}
-    table |= {name: (own, "") for own, names in _NAMES.items() if own in known for name in names.split()}
+    own_names = {name: (own, "") for own, names in _NAMES.items() if own in known for name in names.split()}
     for name in read:
         if name not in known:
-            raise ValueError(f"{path}: there is no setting {name!r}; {suggest(str(name), list(known), table)}")
+            meant = suggest(str(name), list(known), FIELD_NAMES | own_names)
+            raise ValueError(f"{path}: there is no setting {name!r}; {meant}")
     return {name: _converted(path, name, value, known[name][1]) for name, value in read.items()} | given
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from minirlhf.common import validation
-from minirlhf.common.suggestions import suggest
+from minirlhf.common.suggestions import require_fields
 
 PEFT_NAMES = {"r": ("rank", ""), "lora_alpha": ("alpha", ""), "lora_dropout": ("dropout", ""),
               "target_modules": ("targets", "")}  # fmt: skip
@@ -45,8 +44,5 @@ class LoRAConfig:
             return value
         if not isinstance(value, Mapping):
             raise ValueError(f"lora must be a LoRAConfig, its fields by name, or None, got {value!r:.80}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ValueError(f"LoRAConfig has no field {name!r}; {suggest(str(name), known, PEFT_NAMES)}")
+        require_fields(cls, value, PEFT_NAMES)
         return cls(**value)

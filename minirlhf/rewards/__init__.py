@@ -4,3 +4,7 @@ Training of classifiers and reward models is in `supervised`. In reading order: 
 with `labels`, `reward_model`, `ngrams`, `composed`, `judge` with `judge_answer`, `judge_endpoint` and `score_cache`,
 `human`; `scorers` loads any of the first kinds from a folder.
 """
+
+from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
+
+__all__ = ["ChatJudge", "ChatJudgeConfig"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from minirlhf.common import validation
 from minirlhf.common.field_names import FIELD_NAMES
-from minirlhf.common.suggestions import suggest
+from minirlhf.common.suggestions import require_fields
 from minirlhf.device.precision import PRECISION_SETTINGS
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.lora_config import LoRAConfig
@@ -172,8 +172,5 @@ class PPOConfig:
 
         Raises ValueError for an unknown name, with the field that is meant (see `field_names`).
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in overrides:
-            if name not in known:
-                raise ValueError(f"PPOConfig has no field {name!r}; {suggest(name, known, FIELD_NAMES)}")
+        require_fields(cls, overrides, FIELD_NAMES)
         return dataclasses.replace(base or cls(), **overrides)

@@ -11,7 +11,6 @@ the training data, which never change, it holds only the hash.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import warnings
@@ -22,6 +21,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from minirlhf.common.field_names import FIELD_NAMES
+from minirlhf.common.suggestions import require_fields
 from minirlhf.io.files import StrPath, naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
@@ -302,12 +303,7 @@ def _config(folder: Path, kind: type[Any], counters: Mapping[str, Any], override
 
 def _made(kind: type[Any], fields: Mapping[str, Any]) -> Any:
     """A config of these fields. Raises ValueError for an unknown name."""
-    if kind is PPOConfig and "base" not in fields:  # an argument of `with_overrides`, which suggests the right name
-        return PPOConfig.with_overrides(None, **fields)
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"{kind.__name__} has no field {name!r}; it has {', '.join(known)}")
+    require_fields(kind, fields, FIELD_NAMES)
     return kind(**fields)
 
 

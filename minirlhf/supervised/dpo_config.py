@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
-from minirlhf.common.suggestions import suggest
+from minirlhf.common.suggestions import require_fields
 from minirlhf.common.validation import (
     require,
     require_above,
@@ -81,10 +81,7 @@ class DPOConfig(FitConfig):
 
         Raises ValueError for an unknown name, with the field that is meant.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in overrides:
-            if name not in known:
-                raise ValueError(f"DPOConfig has no field {name!r}; {suggest(name, known, FIELD_NAMES)}")
+        require_fields(cls, overrides, FIELD_NAMES)
         return dataclasses.replace(base or cls(), **overrides)
 
 
