@@ -14,7 +14,7 @@ import random
 
 from minirlhf import PPOConfig, PPOTrainer, Tokenizer, load_decoder
 from minirlhf.common.printing import show
-from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
+from minirlhf.rewards import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.run import Run
 from shared import LOGGERS, POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script
 

@@ -15,7 +15,7 @@ from minirlhf.device.cpu import keep_freed_memory, limit_threads
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
-from minirlhf.device.processes import agreed, processes
+from minirlhf.device.processes import Processes, agreed, processes
 from minirlhf.generation.generate import language_model
 from minirlhf.models.decoder import Decoder, compile_blocks, share_frozen_parameters
 from minirlhf.models.heads import ActorCritic, with_value_head
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig
 
 
-MOST_SETS = 2**33  # bytes of sampling sets
+MOST_SETS = 2**33  # bytes of sampling sets that every one of several processes holds
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,7 @@ def prepare(
     if config.compile:
         compile_blocks(actor.decoder, reference)
     group = processes()
-    shapes = {name: tuple(p.shape) for model in (actor, reference) for name, p in model.named_parameters()}
-    versions = {"minirlhf": __version__, "torch": torch.__version__, "device": device.type}
-    group.same("versions, settings and shapes", {**versions, **dataclasses.asdict(config), **shapes})
-    enough = config.batch_size // config.group_size >= group.size
-    each = f"at least {group.size * config.group_size}: each of {group.size} processes needs group_size rows"
-    validation.require(config, "batch_size", enough, each)
-    kept = 0 if config.logprobs_full_softmax or not config.sampling.truncates else -(-actor.decoder.vocab_size // 8)
-    kept *= config.batch_size * config.gen_len if group.on else 0
-    way_out = "small enough for sampling sets below 8 GiB, which all processes hold; or top_k=0 and top_p=1"
-    validation.require(config, "batch_size", kept < MOST_SETS, way_out)
-    group.copy_([*actor.parameters(), *reference.parameters()])
+    make_equal(group, actor, reference, config)
     probe = language_model_probe(actor.decoder, config.logprobs_divisor)
     choice = group.broadcast("precision", choose_precision(config.precision, actor, probe, config.cliprange))
     # The config names the precision from here on, so that a run that goes on elsewhere keeps it.
@@ -126,6 +116,24 @@ def prepare(
     precision.matmul = group.broadcast("matmul", precision.matmul)
     models = Models(actor, reference, tokenizer, precision, graphed, batch_size)
     return models, config, choice, source
+
+
+def make_equal(group: Processes, actor: ActorCritic, reference: Decoder, config: PPOConfig) -> None:
+    """Give every process the weights of the first one.
+
+    Raises ValueError for versions, settings or shapes that differ, or a batch that the processes cannot share.
+    """
+    shapes = {name: tuple(p.shape) for model in (actor, reference) for name, p in model.named_parameters()}
+    versions = {"minirlhf": __version__, "torch": torch.__version__, "device": actor.decoder.device.type}
+    group.same("versions, settings and shapes", {**versions, **dataclasses.asdict(config), **shapes})
+    enough = config.batch_size // config.group_size >= group.size
+    each = f"at least {group.size * config.group_size}: each of {group.size} processes needs group_size rows"
+    validation.require(config, "batch_size", enough, each)
+    kept = 0 if config.logprobs_full_softmax or not config.sampling.truncates else -(-actor.decoder.vocab_size // 8)
+    kept *= config.batch_size * config.gen_len if group.on else 0
+    way_out = "small enough for sampling sets below 8 GiB, which all processes hold; or top_k=0 and top_p=1"
+    validation.require(config, "batch_size", kept < MOST_SETS, way_out)
+    group.copy_([*actor.parameters(), *reference.parameters()])
 
 
 def require_tokenizer(tokenizer: object) -> None:

@@ -49,3 +49,8 @@ def test_a_slip_of_the_finger_is_put_right(name, meant):
 
 def test_a_name_like_no_other_gets_the_list_and_no_guess():
     assert suggest("frobnicate", ["lr", "seed"], {}) == "the known names are lr, seed"
+
+
+def test_a_meaning_that_is_not_known_here_is_no_suggestion():
+    """A table may be of another config: an entry that leads to a field which is not there does not count."""
+    assert suggest("kl_coef", ["lr"], {"kl_coef": ("init_kl_coef", "")}) == "the known names are lr"
