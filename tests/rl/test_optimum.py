@@ -126,7 +126,7 @@ def test_a_leash_with_a_fixed_beta_ends_at_its_fixed_point(estimator, placement,
     compare(ref, learned, expected, {"k1": 1e-3, "exact": 2e-3}.get(estimator, 0.01))
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "reinforce++"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "rloo_to_go", "reinforce++"])
 def test_a_method_with_the_kl_in_the_reward_ends_at_the_optimum(name):
     ref, learned = trained(**{**PRESETS[name], "init_kl_coef": 0.3})
     compare(ref, learned, fixed_point("k1", ref, 0.3), 1e-3)
