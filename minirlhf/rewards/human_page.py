@@ -179,14 +179,12 @@ def feedback_page(file: FeedbackFile, host: str = HOST, port: int = PORT) -> Ite
     with gradio.Blocks(title="minirlhf", analytics_enabled=False) as page:
         gradio.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT, apply_default_css=False,
                     server_functions=[act])  # fmt: skip
-    with served(page, host, port):
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            yield board
-            board.ended = True
-            time.sleep(LAST_LOOK)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+    with served(page, host, port), contextlib.ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():  # where alone Python sets handlers
+            undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        yield board
+        board.ended = True
+        time.sleep(LAST_LOOK)
 
 
 HTML = """
