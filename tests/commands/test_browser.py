@@ -19,17 +19,12 @@ from minirlhf.common.web_page import HOST, served
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.scorers import load_scorer
 
-for module in ("gradio", "selenium"):
-    pytest.importorskip(module, reason=f"needs {module}: pip install 'minirlhf[web]' selenium")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'minirlhf[web]' selenium")
+pytest.importorskip("gradio", reason="needs gradio: pip install 'minirlhf[web]' selenium")
 PROGRAMS = [next(filter(None, map(shutil.which, names)), None) for names in
             (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))]  # fmt: skip
 if None in PROGRAMS:
     pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver", allow_module_level=True)
-
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "human_feedback.py"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -46,10 +41,14 @@ class Browser:
         for flag in [*FLAGS, f"--user-data-dir={profile}"]:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        self.driver = webdriver.Chrome(options, Service(PROGRAMS[1]))
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(PROGRAMS[1]))
+
+    @property
+    def body(self) -> str:
+        return self.all("body")[0].text
 
     def all(self, selector: str) -> list:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+        return self.driver.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
         return self.driver.execute_script(
@@ -60,7 +59,7 @@ class Browser:
         """Wait until a condition holds."""
         end = time.monotonic() + PATIENCE
         while not holds():
-            assert time.monotonic() < end, self.driver.find_element(By.TAG_NAME, "body").text
+            assert time.monotonic() < end, self.body
             time.sleep(0.05)
 
     def asked(self, prompt: str) -> None:
@@ -68,7 +67,7 @@ class Browser:
         self.until(lambda: self.texts(".prompt") == [prompt])
 
     def press(self, keys: str) -> None:
-        ActionChains(self.driver).send_keys(keys).perform()
+        webdriver.ActionChains(self.driver).send_keys(keys).perform()
 
     def strangers(self) -> list[str]:
         """The addresses outside of this machine that pages asked for."""
@@ -230,5 +229,5 @@ def test_the_demo_shows_both_models_and_a_step(browser, policy, tiny, port, tmp_
         box.clear()
         box.send_keys("店" * 60)
         press("Write")
-        browser.until(lambda: "leave room for" in browser.driver.find_element(By.TAG_NAME, "body").text)
+        browser.until(lambda: "leave room for" in browser.body)
     assert browser.strangers() == []
