@@ -162,9 +162,8 @@ class PageReward(HumanReward):
 
 
 def ask_rounds_on_page(board: Board, question_of: Callable[[int], Question], rounds: int, scores: bool = False) -> None:
-    """`ask_rounds` for all who have the page open: rounds that have no record in the file are asked."""
-    answered = {record["round"] for record in board.file.records}
-    numbers = [number for number in range(rounds) if number not in answered]
+    """`ask_rounds` for all who have the page open."""
+    numbers = [number for number in range(rounds) if board.file.unanswered(number) == number]
     board.ask(numbers, question_of, not scores, rounds, list(board.file.records))
 
 

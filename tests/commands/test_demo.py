@@ -1,5 +1,6 @@
 """What stands behind the demo's page, without gradio: continuations, one step token by token, their HTML, bad input."""
 
+import copy
 import html
 import io
 import re
@@ -45,7 +46,7 @@ def demo(run):
 
 def everything(trainer):
     state = trainer.state_dict()
-    return {**trainer.policy.state_dict(), **state["tensors"]}, state["counters"]
+    return copy.deepcopy(({**trainer.policy.state_dict(), **state["tensors"]}, state["counters"]))
 
 
 def test_continuations_are_those_of_the_saved_models(demo, run, tiny):

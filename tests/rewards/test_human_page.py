@@ -225,7 +225,7 @@ def test_ppo_waits_for_the_scores_and_learns_what_it_learns_at_the_terminal(tmp_
         trainer.train(["酒店", "房间"], reward, progress=False)
         return trainer.policy.state_dict()
 
-    person = Person("12s4")
+    person = Person("142s")
     with FeedbackFile(tmp_path / "terminal.jsonl") as file:
         at_terminal = trained(HumanReward(file, person.read, person.write))
     web = FeedbackFile(tmp_path / "web.jsonl")
@@ -275,7 +275,7 @@ def test_the_terminal_can_go_on_after_people_in_any_order(tmp_path):
         bo.answer(1, 2, 3)
         anna.answer(1, 2, 3)
     assert [line["round"] for line in lines(path)] == [1, 0]
-    person = Person("21")
-    with FeedbackFile(path) as file:
+    person = Person("u2131")
+    with FeedbackFile(path) as file:  # the last answer, of round 0, once more, and then round 2
         assert ask_rounds(file, question_of, 3, person.read, person.write)
-    assert [line["round"] for line in lines(path)] == [1, 0, 2]
+    assert [(line["round"], line["order"]) for line in lines(path)] == [(1, [1, 2, 3]), (0, [2, 1, 3]), (2, [3, 1, 2])]
