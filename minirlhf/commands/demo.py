@@ -32,6 +32,7 @@ from minirlhf.runs.log import CONFIG_FILE
 from minirlhf.runs.run import newest_checkpoint
 from minirlhf.text.prompts import as_prompts
 
+EXAMPLES = 20  # prompts of the run that are offered
 SHOWN = 16  # samples of a step, from the best to the worst, that can be chosen
 ORANGE, PURPLE = "230, 97, 1", "94, 60, 153"  # above and below 0, for every kind of eye
 WORDS = {
@@ -100,7 +101,7 @@ class Demo:
             self.reward = load_scorer(reward or arguments["reward"], where, arguments.get("positive_label"))
         pool = arguments.get("prompts") or []
         self.chats = any(isinstance(prompt, list) for prompt in pool)
-        self.prompts = [prompt[-1]["content"] if isinstance(prompt, list) else prompt for prompt in pool]
+        self.prompts = [prompt[-1]["content"] if isinstance(prompt, list) else prompt for prompt in pool[:EXAMPLES]]
         self._lock = threading.Lock()
 
     def continuations(self, text: str, count: int, seed: int) -> dict[str, Rollout]:
@@ -216,7 +217,7 @@ def page_of(demo: Demo, title: str, language: str) -> Any:
         gradio.Markdown(f"## {markdown(title)}")
         prompt = gradio.Textbox(demo.prompts[0] if demo.prompts else "", label=words["prompt"], lines=1, autofocus=True)
         if demo.prompts:
-            gradio.Examples(demo.prompts, prompt, label=words["examples"], examples_per_page=20)
+            gradio.Examples(demo.prompts, prompt, label=words["examples"], examples_per_page=EXAMPLES)
         with gradio.Row(equal_height=True):
             count = gradio.Slider(1, 8, 4, step=1, label=words["count"])
             seed = gradio.Number(0, label=words["seed"], precision=0, minimum=0)

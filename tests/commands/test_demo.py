@@ -31,11 +31,12 @@ WORDS = {"reference": "before", "policy": "after", "mean": "mean"}
 def run(tiny, tmp_path_factory):
     """A finished run of two steps, whose learning rate has come to 0."""
     tokenizer, reward = Tokenizer.from_pretrained(tiny / "policy"), load_scorer(tiny / "second")
-    trainer = PPOTrainer(load_decoder(tiny / "policy"), tiny / "policy", tokenizer, **SETTINGS)
+    trainer = PPOTrainer(load_decoder(tiny / "policy"), load_decoder(tiny / "policy"), tokenizer, **SETTINGS)
     folder = tmp_path_factory.mktemp("demo") / "run"
     arguments = {"reward": str(tiny / "second"), "prompts": PROMPTS}
     with Run.start(folder, trainer, {"arguments": arguments}) as started:
         trainer.train(PROMPTS, reward, started.record, progress=False)
+    trainer.reference.save_pretrained(folder / "reference")  # where else it came from is not known
     return folder
 
 
@@ -69,7 +70,7 @@ def test_a_step_is_the_one_that_the_trainer_takes_and_changes_nothing(demo, run,
     assert before[1] == after[1]
     assert before[0].keys() == after[0].keys() and all(torch.equal(x, after[0][name]) for name, x in before[0].items())
 
-    trainer = load_checkpoint(newest_checkpoint(run))
+    trainer = load_checkpoint(newest_checkpoint(run), tiny / "policy")
     trainer.generators["sampling"].manual_seed(3)
     trainer.optimizer_steps = 0
     rollout = trainer.collect(["位置"] * 8, load_scorer(tiny / "second"))
@@ -100,6 +101,13 @@ def test_a_prompt_that_does_not_fit_is_refused(demo):
             demo.continuations(text, 1, 0)
         with pytest.raises(ValueError, match="prompt"):
             demo.step(text, 0)
+
+
+def test_where_the_run_had_chats_the_prompt_is_what_the_user_says(demo, monkeypatch):
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}!{% endfor %}"
+    monkeypatch.setattr(demo, "chats", True)
+    monkeypatch.setattr(demo.trainer.tokenizer.model, "kept", {"chat_template": template})
+    assert demo.continuations("酒店", 2, 0)["policy"].prompts == ("user:酒店!",) * 2
 
 
 # ---- HTML -----------------------------------------------------------------------------------------------------------
