@@ -14,7 +14,8 @@ from pathlib import Path
 
 from minirlhf import PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
-from minirlhf.device.processes import agreed, restarted
+from minirlhf.device.launch import restarted
+from minirlhf.device.processes import agreed
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json

@@ -11,7 +11,8 @@ from typing import Any
 
 from minirlhf.common.printing import error_line
 from minirlhf.common.text import printable
-from minirlhf.device.processes import processes, tells
+from minirlhf.device.launch import tells
+from minirlhf.device.processes import processes
 from minirlhf.io.files import read_json
 from minirlhf.io.starter import starter, warn_of_language
 from minirlhf.rl.presets import STARTER as STARTER

@@ -18,7 +18,8 @@ from minirlhf.commands.fields import CONFIG, Settings, flags, settings_of
 from minirlhf.commands.table import Argument, argument, command
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
-from minirlhf.device.processes import agreed, restarted
+from minirlhf.device.launch import restarted
+from minirlhf.device.processes import agreed
 from minirlhf.evaluation.results import save_results
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.starter import Starter, starter, warn_of_language

@@ -66,7 +66,7 @@ def response_logprobs(
         raise ValueError(f"response_length must be in 1 to {tokens.size(1) - 1} for rows of {tokens.size(1)}, got {R}")
     # The places of the N real response tokens among all B * R; a GPU synchronises to find them.
     real = None if mask is None else mask[:, -R:].flatten().nonzero().squeeze(-1)
-    states = response_states(policy.decoder, tokens, mask, R) if states is None else states
+    states = response_states(policy, tokens, mask, R) if states is None else states
     hidden, picked, sets = (_real(x, real) for x in (states, tokens[:, -R:], sampling_sets))  # (N, C), (N,), (N, V / 8)
     ref_hidden = None
     if reference is not None:
@@ -90,7 +90,7 @@ def response_logprobs(
     return TokenLogprobs(**{name: _padded(x, real, (len(tokens), R)) for name, x in found.items()})
 
 
-def response_states(model: Decoder, tokens: Tensor, mask: Tensor | None, response_length: int) -> Tensor:
+def response_states(model: ActorCritic | Decoder, tokens: Tensor, mask: Tensor | None, response_length: int) -> Tensor:
     """Hidden states (B, R, C) before each of the last R tokens: the state that predicts token t is at position t - 1.
 
     These are positions P-1 .. T-2. The last token of a row predicts nothing: it is not fed, or masked as padding.
