@@ -33,6 +33,7 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the parts of all processes, which must all call it, as safetensors (torch.distributed.checkpoint)."""
     import torch.distributed.checkpoint as dcp
 
+    folder.mkdir(exist_ok=True)
     dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 

@@ -58,7 +58,8 @@ def gathered(model: Module, dtype: torch.dtype | None = None, device: Any = None
         return model
     sharded: Any = model
     sharded.reshard()  # after a pass without gradient its root is whole
-    whole: Module = copy.deepcopy(sharded.skeleton)
+    tokenizer = sharded.language_model.tokenizer
+    whole: Module = copy.deepcopy(sharded.skeleton, {id(tokenizer): tokenizer})
     parts = ((name, p.detach()) for name, p in model.named_parameters())
     whole.load_state_dict({n: full(p.to(dtype or p.dtype)).to(device or p.device) for n, p in parts}, assign=True)
     return whole.eval().requires_grad_(False)

@@ -46,6 +46,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.lora import adapters_off
+from minirlhf.models.sharded import is_sharded
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.trainer import PPOTrainer
@@ -110,14 +111,16 @@ def save_checkpoint(trainer: Trainable, folder: StrPath, run: Mapping[str, Any] 
     # JSON has no infinity.
     config = {name: "inf" if x == math.inf else x for name, x in state["counters"]["config"].items()}
     counters = {"format": FORMAT, "kind": trainer.kind, **state["counters"], "config": config, "run": run}
-    first = group.first or not parts
+    together = is_sharded(trained(trainer))
+    first = group.first or not together
     with replaced_folder(folder) if first else contextlib.nullcontext(folder) as staged:
         if first:
             shutil.rmtree(staged / PARTS, ignore_errors=True)  # by another number of processes
-        if parts:
+        if together:
             staged = group.broadcast("the folder of the checkpoint", staged)
+        if parts:
             save_parts(staged / PARTS, parts)
-        with agreed("the state") if parts else contextlib.nullcontext():
+        with agreed("the state") if together else contextlib.nullcontext():
             if first:  # before the model, whose index then says that this file is not part of it
                 write_tensors(staged / STATE_TENSORS, {n: x for n, x in state["tensors"].items() if n not in parts})
                 write_json(staged / COUNTERS_FILE, counters)
