@@ -10,6 +10,7 @@ Left out: a pass that is repeated in smaller parts after it ran out of memory, a
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ def shard(model: ActorCritic | Decoder, device: torch.device, precision: str) ->
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other
     register_fsdp_forward_method(model, "hidden_states")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which is not changed in place
     vars(model)["skeleton"] = skeleton  # the model without weights; not a submodule
 
 
