@@ -171,15 +171,16 @@ def tests_of(repo: Path, wing: str) -> list[str]:
 
 
 def own_tests(repo: Path, file: str) -> list[str]:
-    """Of the test files of a module's wing those that carry its name, import it, or compare with the oracle.
+    """Of the test files of a module's wing those that carry its name, then those that import it or the oracle.
 
     All of the wing if there are none.
     """
     wing, module = Path(file).parts[1], Path(file).stem
     imported = re.compile(rf"minirlhf\.{wing}\.{module} |minirlhf\.{wing} import .*\b{module}\b|^import oracle$", re.M)
     every = tests_of(repo, wing)
-    own = [path for path in every if module in path or imported.search((repo / path).read_text(encoding="utf-8"))]
-    return own or every
+    named = [path for path in every if module in Path(path).stem]
+    others = [path for path in every if path not in named]
+    return named + [p for p in others if imported.search((repo / p).read_text(encoding="utf-8"))] or every
 
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[str, float]:

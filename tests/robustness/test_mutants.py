@@ -80,8 +80,8 @@ def test_tests_of_a_module_carry_its_name_import_it_or_compare_with_the_oracle(r
     for name, text in lines.items():
         (repo / f"tests/rl/test_{name}.py").write_text(f"{text}\n")
     own = mutants.own_tests(repo, "minirlhf/rl/toy.py")
-    assert own == [f"tests/rl/test_{name}.py" for name in ("by_name", "from_wing", "loops", "toy")]
-    assert mutants.own_tests(repo, "minirlhf/rl/near.py") == ["tests/rl/test_loops.py", "tests/rl/test_near.py"]
+    assert own == [f"tests/rl/test_{name}.py" for name in ("toy", "by_name", "from_wing", "loops")]
+    assert mutants.own_tests(repo, "minirlhf/rl/near.py") == ["tests/rl/test_near.py", "tests/rl/test_loops.py"]
     for path in own:
         (repo / path).unlink()
     assert mutants.own_tests(repo, "minirlhf/rl/toy.py") == mutants.tests_of(repo, "rl")  # those that are left
