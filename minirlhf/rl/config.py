@@ -94,6 +94,7 @@ class PPOConfig:
     reference: Literal["own", "shared", "adapters off"] | None = None
     seed: int = 0  # of all random numbers
     reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
+    reward_workers: int = 0  # threads that score parts of a batch while the next is sampled, see `rewards/overlap.py`
     # Optimizer steps in a row that may be skipped because their loss or gradient is not finite. More than the 16
     # halvings of fp16's first loss scale of 2**16.
     max_bad_steps: int = 20
@@ -107,7 +108,7 @@ class PPOConfig:
         validation.require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
         validation.require_unit_interval(self, "gamma", "lam")
         validation.require_finite(self, "missing_eos_score", "score_scale")
-        validation.require_counts(self, "seed", "drop_flat_groups")
+        validation.require_counts(self, "seed", "drop_flat_groups", "reward_workers")
         validation.require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name in ("target_kl", "score_clip", "reward_timeout", "cliprange_high"):
             if getattr(self, name) is not None:

@@ -207,6 +207,7 @@ CASES = {
     "PPO": ppo,
     "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
     "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
+    "reward workers": lambda: ppo(reporting, reward_workers=2, steps=8, ppo_epochs=1),
     "uneven": lambda: ppo(reporting, batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
     "exact KL": lambda: ppo(make=make_llama, whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
     "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
