@@ -184,11 +184,8 @@ class PPOTrainer:
         if batch.returns is not None and now.values is not None:
             of_values = mean(value_loss(now.values, batch.values, batch.returns, c.cliprange_value))
             loss = c.vf_coef * of_values + loss
-            change = (now.values.detach() - batch.values).abs()
-            sums |= {
-                "ppo/loss/value": of_values,
-                "ppo/val/clipfrac": mean((change > c.cliprange_value).to(batch.weights)),
-            }
+            moved = (now.values.detach() - batch.values).abs() > c.cliprange_value
+            sums |= {"ppo/loss/value": of_values, "ppo/val/clipfrac": mean(moved.to(batch.weights))}
         if c.entropy_coef > 0:  # its gradient costs two more passes over the logits
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
