@@ -171,9 +171,8 @@ def collect_rollout(
         clock.stop("generation")
         return part, (prompts[rows], ["".join(row) for row in pieces], pieces)
 
-    sampled, texts, scored = sample_and_score(
-        sample, reward_fn, count, c.group_size, c.reward_workers, c.reward_timeout
-    )
+    how = (c.group_size, c.reward_workers, c.reward_timeout)
+    sampled, texts, scored = sample_and_score(sample, reward_fn, count, *how)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
