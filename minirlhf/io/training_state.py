@@ -117,7 +117,8 @@ def module_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(full(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
+        own: Tensor = full(tensor.detach())
+        digest.update(own.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

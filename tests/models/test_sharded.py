@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import make_gpt2
-from minirlhf import GPT2, ActorCritic
+from minirlhf import GPT2, ActorCritic, generate
 from minirlhf.device.parts import full, is_part
 from minirlhf.models.sharded import exported, gathered, is_sharded, shard
 
@@ -29,6 +29,10 @@ def test_passes_gradients_and_copies_are_those_of_the_whole_model(group, tmp_pat
         (model.decoder.lm_logits(states).logsumexp(-1).sum() + model.value_head(states + 1).sum()).backward()
     for (name, p), q in zip(whole.named_parameters(), parted.parameters(), strict=True):
         torch.testing.assert_close(full(q.grad), p.grad, msg=name)
+    with pytest.raises(ValueError, match=r"the model is sharded, and samples come from .* trainer.models.whole"):
+        generate(parted, [[7, 8]], 2)
+    with pytest.raises(ValueError, match=r"the model is sharded: save it by trainer.save_pretrained"):
+        parted.save_pretrained(tmp_path / "parts")
     copy = gathered(parted)
     assert type(copy) is ActorCritic and type(copy.decoder) is GPT2 and not is_sharded(copy) and not copy.training
     assert all(
