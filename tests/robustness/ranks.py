@@ -340,8 +340,8 @@ def sharded(folder):
     with Run.start(folder / "run", lives.new_trainer(**settings), {}) as run:
         here = run.trainer
         found["held"] = sum(p.to_local().numel() for p in here.policy.parameters())
-        found["moments"] = {x.device_mesh.size() for x in here.state_dict()["tensors"].values() if is_part(x)}
         here.train(lives.PROMPTS, reward, run.record, stop_when=lambda stats: here.iteration == 3)
+        found["moments"] = {x.device_mesh.size() for x in here.state_dict()["tensors"].values() if is_part(x)}
     if processes().first:
         shutil.copytree(folder / "run", folder / "copy", symlinks=True)
     other = lives.new_trainer(**settings)  # as torchrun --max-restarts makes it

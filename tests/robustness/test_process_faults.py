@@ -22,7 +22,7 @@ from ranks import live, together
 from folders import snapshot
 from minirlhf import ActorCritic
 from minirlhf.io.files import read_jsonl
-from minirlhf.runs.run import Run
+from minirlhf.runs.checkpoint import load_checkpoint
 
 KILLS = int(os.environ.get("MINIRLHF_KILLS", "1"))
 REPO = Path(__file__).resolve().parents[2]
@@ -137,7 +137,8 @@ def test_a_sharded_run_goes_on_sharded_and_alone(tmp_path, undisturbed):
         for line, expected in zip(figures(folder), figures(undisturbed), strict=True):
             assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
         assert (folder / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
-    alone, whole = Run.resume(tmp_path / "copy", lives.reference()).trainer, outcome[0]["weights"]
+    last = tmp_path / "copy" / "checkpoints" / f"step-{lives.STEPS:06d}"
+    alone, whole = load_checkpoint(last, lives.reference()), outcome[0]["weights"]
     saved = ActorCritic.from_pretrained(tmp_path / "policy")
     for (name, p), q in zip(alone.policy.named_parameters(), saved.parameters(), strict=True):
         assert torch.equal(whole[name], outcome[1]["weights"][name]) and torch.equal(whole[name], q)
