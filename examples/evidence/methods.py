@@ -39,7 +39,7 @@ PAIRS_OF = 4  # DPO: the best and the worst of so many responses to a prompt
 ONLINE_BATCHES = 4  # online DPO: iterations whose samples make a round
 # Divided by a group's standard deviation, or as mere preferences, rewards weigh more than they do elsewhere: with the
 # same coefficient these methods end at 10 to 35 nats.
-SCALE = {"grpo": 8, "dapo": 8, "gspo": 8, "dpo_offline": 20, "dpo_online": 20}
+SCALE = {"grpo": 4, "dapo": 4, "gspo": 4, "dpo_offline": 20, "dpo_online": 20}
 GOAL, GOAL_KL = 0.9, 3.0  # reward, and nats, whose time is asked
 
 History = list[dict[str, float]]
