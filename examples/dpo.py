@@ -25,8 +25,9 @@ from minirlhf.io.files import atomic_write, read_json, write_json
 from minirlhf.rewards.base import score_all
 from minirlhf.runs.run import Run
 from minirlhf.supervised.preference_pairs import TokenPair
+from minirlhf.text.language import warn_of_language
 from minirlhf.text.preferences import read_rankings, split_rankings
-from shared import POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
 FIELDS = dict(beta=0.1, loss="sigmoid", label_smoothing=0.0, lr=2e-4, batch_size=32, epochs=2, packing=False,
               device="auto", seed=0)  # fmt: skip
@@ -34,12 +35,15 @@ FIELDS = dict(beta=0.1, loss="sigmoid", label_smoothing=0.0, lr=2e-4, batch_size
 
 def main() -> None:
     args = read_arguments()
-    output, prompts = Path(args.output), prompt_pool(args.prompts)
+    output, prompts = Path(args.output), prompt_pool(args.prompts, args.policy, args.reward)
     config = DPOConfig(**{name: getattr(args, name) for name in FIELDS})
     reward = SentimentReward.from_pretrained(args.reward, device=args.device)
     tokenizer, policy = Tokenizer.from_pretrained(args.policy), load_decoder(args.policy)
     if output.exists() and any(output.iterdir()) and not (args.resume or restarted()):
         raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a round of it")
+    if args.pairs:
+        labelled = split_rankings(read_rankings(args.pairs, args.encoding), by="answers")
+        warn_of_language([text for ranking in labelled[0] for text in ranking.texts], args.policy)
     begun = [n for n in range(1, args.rounds + 1) if (output / f"round-{n}" / "config.json").exists()]
     for number in range(max(begun, default=1), args.rounds + 1 if args.online else 2):
         folder = output / f"round-{number}"
@@ -50,9 +54,9 @@ def main() -> None:
         if args.online:
             pairs, held_out = sampled_pairs(trainer, prompts, reward, args, number), []
         else:
-            pairs, held_out = split_rankings(read_rankings(args.pairs, args.encoding), by="answers")
+            pairs, held_out = labelled
         trainer.check_pairs(pairs)
-        with run or Run.start(folder, trainer, {"arguments": vars(args)}) as run:  # 3. The loop
+        with run or Run.start(folder, trainer, {"arguments": vars(args)}, loggers=args.loggers) as run:  # 3. The loop
             train(run, pairs, held_out)
         policy = trainer.model
 
@@ -120,6 +124,7 @@ def read_arguments() -> argparse.Namespace:
         **{name: (default, f"DPOConfig.{name}") for name, default in FIELDS.items()},
         prompts=(PROMPTS, "texts to continue, or one file, .txt or .jsonl"),
         output=(new_folder("dpo-"), "folder of all rounds"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, round-1/ or another of --output, with its own settings"),
     )
     args = parse(parser)
