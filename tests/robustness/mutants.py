@@ -159,9 +159,10 @@ def tests_of(repo: Path, file: str) -> list[str]:
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[str, float]:
     """ "survived", "noticed" or "timeout", and the seconds that it took."""
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "addopts="]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *options, *tests]
-    settings = dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    settings = dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1",
+                    PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # fmt: skip
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
