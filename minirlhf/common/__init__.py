@@ -1,4 +1,4 @@
-"""What has no opinion: validation of settings and text that is safe to print.
+"""Validation of settings, text that is safe to print, and other helpers that every wing may use.
 
 Nothing here knows tensors, files or models.
 """
