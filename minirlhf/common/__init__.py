@@ -1,4 +1,4 @@
-"""Validation of settings, text that is safe to print, and other helpers that every wing may use.
+"""Validation of settings, text that is safe to print, and pages in the browser.
 
 Nothing here knows tensors, files or models.
 """
