@@ -371,8 +371,9 @@ def timed(call, monkeypatch, tmp_path):
 SMALL = ["--size", "tiny", "--quick", "--batch", 3, "--new-tokens", 2]
 
 
-def test_everything_at_once_in_turns_with_a_command(timed, tmp_path):
-    """Both sides are processes, so that each has its own memory."""
+def test_everything_at_once_in_turns_with_a_command(timed, tmp_path, monkeypatch):
+    """Both sides are processes, so that each has its own memory. Whatever else runs here, no turn is repeated."""
+    monkeypatch.setattr(Load, "shared", False)
     tables = ["iteration", "scaling", "ragged", "overhead"]
     options = ["--precision", "bf16", "--threads", 1, "--config", "cliprange=0.1", "--output", "out"]
     error, shown = timed(*tables, *SMALL, *options, "--peer-command", printing(*map(json.dumps, LINES)))
