@@ -33,6 +33,7 @@ TINY_BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, int
 SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
     "tiny": (dict(n_embd=32, n_layer=2, n_head=2, n_positions=640), TINY_BERT),
+    "deep": (dict(n_embd=512, n_layer=24, n_head=8), TINY_BERT),  # GPT-2 medium at half its width
     "gpt2-medium": (dict(vocab_size=50257, n_embd=1024, n_layer=24, n_head=16), TINY_BERT),
     "qwen3-0.6b": (
         dict(
@@ -85,7 +86,8 @@ class Work:
 
     @property
     def prompts(self) -> list[str]:
-        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch)]
+        """One for each group of responses."""
+        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch // self.config.get("group_size", 1))]
 
     def ppo(self, **changes: Any) -> PPOConfig:
         fields = dict(batch_size=self.batch, gen_len=self.new_tokens, top_p=0.95, ppo_epochs=4, device=self.device,
@@ -139,7 +141,8 @@ class Work:
     def lengths(self) -> Batch:
         """The batch in tokens: every response has all its tokens, and the texts are as long as they were sampled."""
         tokenizer = self.tokenizers()[0]
-        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
+        group = self.batch // len(self.prompts)
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts for _ in range(group)]
         new = [self.new_tokens] * self.batch
         return Batch(prompts, new, [len(ids) + n + 1 for ids, n in zip(prompts, new, strict=True)])  # and [SEP]
 
