@@ -14,6 +14,7 @@ EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
 JUDGE = ["openai>=1.60"]
 CHAT = ["jinja2>=3.1.6"]  # older ones have known ways out of the sandbox
 YAML = ["pyyaml>=6"]
+WEB = ["gradio>=6.7"]  # 6.7: functions of the server for HTML components
 STARTER = ["minirlhf-starter>=1"]  # made from weights/, which is too large for this package
 TENSORBOARD = ["tensorboard>=2.15"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
@@ -52,6 +53,7 @@ setup(
         "chat": CHAT,
         "yaml": YAML,
         "starter": STARTER,
+        "web": WEB,
         "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *TESTS, "ruff", "mypy"],
     },
 )

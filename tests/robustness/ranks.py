@@ -1,10 +1,15 @@
 """Processes that train together, forked as in `lives`, and the cases that one and several of them must agree on."""
 
+import contextlib
 import errno
+import io
 import os
 import pickle
+import runpy
+import shutil
 import signal
 import socket
+import sys
 import time
 import traceback
 
@@ -12,7 +17,7 @@ import lives
 import torch
 from lives import context, process
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB, FewSamples, exact, make_gpt2, make_llama
 from minirlhf import (
     ActorCritic,
     DPOTrainer,
@@ -24,10 +29,15 @@ from minirlhf import (
     best_of_n,
     evaluate,
 )
+from minirlhf.device.parts import full, is_part
 from minirlhf.device.processes import processes
+from minirlhf.evaluation import evaluate as evaluate_module
+from minirlhf.evaluation import results
+from minirlhf.models import prepared
 from minirlhf.rewards.reward_model import DecoderScorer
+from minirlhf.rl.presets import METHODS, PRESETS
 from minirlhf.runs import run as run_module
-from minirlhf.runs.checkpoint import save_checkpoint
+from minirlhf.runs.checkpoint import restore_checkpoint, save_checkpoint
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
@@ -108,20 +118,22 @@ def by_token(prompts, responses, tokens):
     return [[len(piece) / 4 for piece in row] for row in tokens]
 
 
-def models(dtype=torch.float64):
-    policy = ActorCritic(make_gpt2(0, scale=4.0, **SIZES))
+def models(dtype=torch.float64, make=make_gpt2):
+    decoders = [make(seed, scale=4.0, **SIZES) for seed in (0, 1)]
+    policy, reference = [exact(d) for d in decoders] if dtype == torch.float64 else decoders
+    policy = ActorCritic(policy)
     with torch.no_grad():
         policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
-    return policy.to(dtype), make_gpt2(1, scale=4.0, **SIZES).to(dtype), Tokenizer(VOCAB)
+    return policy.to(dtype), reference, Tokenizer(VOCAB)
 
 
 def weights(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+    return {name: full(p.detach()).clone() for name, p in module.named_parameters()}
 
 
-def ppo(reward=reward, dtype=torch.float64, **settings):
+def ppo(reward=reward, dtype=torch.float64, make=make_gpt2, **settings):
     """Three steps: weights, tokens, texts and statistics."""
-    trainer, steps = PPOTrainer(*models(dtype), **{**PPO, **settings}), []
+    trainer, steps = PPOTrainer(*models(dtype, make), **{**PPO, **settings}), []
     trainer.train(PROMPTS, reward, lambda rollout, stats: steps.append((rollout.tokens, rollout.texts, stats)))
     tokens, texts, stats = zip(*steps, strict=True)
     return dict(weights=weights(trainer.policy), tokens=tokens, texts=texts, stats=stats)
@@ -142,8 +154,8 @@ TEXTS = ["酒店很好", "房间干净，服务很好。", Demonstration("早餐
          "hello world", "位置很好，推荐", "脏"]  # fmt: skip
 
 
-def sft(**settings):
-    model, losses = make_gpt2(2, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES).double(), []
+def sft(make=make_gpt2, **settings):
+    model, losses = exact(make(2, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES)), []
     limits = dict(epochs=2, max_length=12, tokens_per_batch=36, device="cpu")
     trainer = SFTTrainer(model, Tokenizer(VOCAB), TEXTS, SFTConfig(**{**limits, **settings}))
     trainer.train(lambda batch, stats: losses.append(stats))
@@ -151,8 +163,8 @@ def sft(**settings):
 
 
 def reward_model():
-    gpt2 = make_gpt2(3, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES)
-    model, stats = RewardModel(DecoderScorer(gpt2), Tokenizer(VOCAB), device="cpu").double(), []
+    llama = exact(make_llama(3, scale=2.0, **SIZES))
+    model, stats = RewardModel(DecoderScorer(llama), Tokenizer(VOCAB), device="cpu").double(), []
     words = ["酒店很好", "房间干净", "早餐", "脏", "差", "失望", "满意"]
     rankings = [Ranking("位置", tuple(words[i : i + 2 + i % 2])) for i in range(5)]
     config = RewardTrainingConfig(max_length=12, tokens_per_batch=60, device="cpu")
@@ -161,8 +173,8 @@ def reward_model():
     return dict(weights=weights(model), stats=stats, figures=dict(loss=figures.loss, accuracy=figures.accuracy))
 
 
-def dpo(**settings):
-    trained, reference, tokenizer = models()
+def dpo(make=make_gpt2, **settings):
+    trained, reference, tokenizer = models(make=make)
     pairs = [dict(prompt=PROMPTS[i % 5], chosen="好" * (1 + i % 3), rejected="脏" * (1 + i % 2)) for i in range(6)]
     limits = dict(epochs=2, batch_size=4, tokens_per_batch=40, max_length=20, lr=1e-3, device="cpu")
     trainer, stats = DPOTrainer(trained.decoder, reference, tokenizer, **{**limits, **settings}), []
@@ -201,31 +213,67 @@ def counted():
     return found
 
 
+def every_method():
+    """A step of each preset without a value head; the weights of all."""
+    found = {}
+    for name in METHODS:
+        preset = {**PRESETS[name], "group_size": 2 if PRESETS[name].get("group_size", 1) > 1 else 1}
+        one = ppo(**{**preset, "minibatch_size": 4, "steps": 8, "ppo_epochs": 1, "lr": 1e-3})
+        found |= {f"{name} {parameter}": value for parameter, value in one["weights"].items()}
+    return dict(weights=found)
+
+
+FULL = dict(sharding="full", precision="fp32")
 CASES = {
     "PPO": ppo,
+    "every method": every_method,
     "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
     "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
+    "reward workers": lambda: ppo(reporting, reward_workers=2, steps=8, ppo_epochs=1),
     "uneven": lambda: ppo(reporting, batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
-    "exact KL": lambda: ppo(whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
+    "exact KL": lambda: ppo(make=make_llama, whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
     "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
     "a reward that counts": counted,
-    "RLOO": lambda: ppo(advantages="rloo", group_size=2, steps=16, ppo_epochs=1),
+    "RLOO": lambda: ppo(make=make_llama, advantages="rloo", group_size=2, steps=16, ppo_epochs=1),
     "flat groups drawn again": lambda: ppo(
         coarse, advantages="grpo", group_size=2, drop_flat_groups=2, steps=16, ppo_epochs=1
     ),
     "own tokens": own_tokens,
     "SFT": sft,
-    "SFT, packed": lambda: sft(packing=True, accumulation=2, epochs=1),
+    "SFT, packed": lambda: sft(make_llama, packing=True, accumulation=2, epochs=1),
     "reward model": reward_model,
     "DPO": dpo,
-    "DPO, packed": lambda: dpo(packing=True, batch_size=1, epochs=1),
+    "DPO, packed": lambda: dpo(make_llama, packing=True, batch_size=1, epochs=1),
     "measured": measured,
+    "sharded": lambda: ppo(**FULL, checkpoint_activations=True, steps=16),
+    "sharded, exact KL": lambda: ppo(
+        make=make_llama, **FULL, kl_estimator="exact", whiten_scope="minibatch", steps=16, ppo_epochs=1
+    ),
+    "sharded, uneven": lambda: ppo(**FULL, batch_size=7, minibatch_size=3, steps=7, advantages="reinforce"),
 }
 OF_FOUR = ("PPO", "minibatches smaller than W", "flat groups drawn again", "own tokens", "SFT", "measured")
 
 
 def compute(names):
     return {name: CASES[name]() for name in names}
+
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
+
+
+def scripts(commands):
+    """Run scripts one after the other, as users start them: by name, the error of each, or None, and what it prints."""
+    evaluate_module.EvaluationConfig = results.EvaluationConfig = FewSamples
+    found = {}
+    for name, (path, *arguments) in commands.items():
+        sys.argv, sys.path[:0], error = [str(path), *map(str, arguments)], [str(path.parent)], None
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(io.StringIO()):
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as end:
+                error = end.code
+        found[name] = error, shown.getvalue()
+    return found
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
@@ -261,6 +309,10 @@ def faults(folder):
     found["queries"] = told(here.step, [[6, 7], [8]], [[9], [9, 10 + rank]], [0.0, 1.0])
     found["too few rows"] = told(trainer, batch_size=2, minibatch_size=2, group_size=2)
     found["config"] = told(trainer, lr=1e-3 * (1 + rank))
+    version = prepared.__version__
+    prepared.__version__ = f"{version}.{rank}"
+    found["version"] = told(trainer)
+    prepared.__version__ = version
     found["scope"] = told(here.collect, PROMPTS, type("Odd", (Counter,), {"scope": "rank"})())
     found["out of step"] = told(processes().gather, f"part {rank}", None)
 
@@ -279,6 +331,29 @@ def faults(folder):
     assert not rank or not os.path.exists("run")
     os.chdir(folder)
     found["full disk"] = told(run_with_a_full_disk, folder / "full", rank)
+    return found
+
+
+def sharded(folder):
+    """A sharded run that is stopped after step 3 and resumed; what each process holds of the model, and figures."""
+    found, settings = {}, dict(sharding="full", precision="fp32")
+    with Run.start(folder / "run", lives.new_trainer(**settings), {}) as run:
+        here = run.trainer
+        found["held"] = sum(p.to_local().numel() for p in here.policy.parameters())
+        here.train(lives.PROMPTS, reward, run.record, stop_when=lambda stats: here.iteration == 3)
+        found["moments"] = {x.device_mesh.size() for x in here.state_dict()["tensors"].values() if is_part(x)}
+    if processes().first:
+        shutil.copytree(folder / "run", folder / "copy", symlinks=True)
+    other = lives.new_trainer(**settings)  # as torchrun --max-restarts makes it
+    restore_checkpoint(other, folder / "run" / "checkpoints" / "step-000003")
+    assert all(torch.equal(x, weights(here.policy)[name]) for name, x in weights(other.policy).items())
+    with Run.resume(folder / "run", lives.reference()) as run:
+        run.trainer.train(lives.PROMPTS, reward, run.record)
+        run.trainer.save_pretrained(folder / "policy")
+        found["done"], found["weights"] = run.trainer.iteration, weights(run.trainer.policy)
+    # In 16 bits the copy that samples and scores computes what the parts compute.
+    bits = trainer(sharding="full", precision="bf16", checkpoint_activations=True)
+    found["ratio error"] = bits.step(bits.collect(PROMPTS[:4], reward))["ppo/policy/first_ratio_error"]
     return found
 
 
