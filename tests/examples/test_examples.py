@@ -193,14 +193,14 @@ def test_a_killed_run_resumes_to_the_same_end(runs, tmp_path):
 
 
 def test_a_killed_run_of_a_method_resumes_to_the_same_end(tiny, tmp_path, call):
-    """GRPO, whose policy has no value head: killed before the line of its last step, with the save of step 2."""
+    """GRPO, whose policy has no value head: killed before the line of step 4, with the last save at 2."""
     plain, run = tmp_path / "plain", tmp_path / "run"
-    arguments = [*models(tiny), *SMALL, "--steps", 3 * BATCH, "--algorithm", "grpo"]
+    arguments = [*models(tiny), *SMALL, "--steps", 4 * BATCH, "--algorithm", "grpo"]
     assert call(SCRIPT, *arguments, "--output", plain)[0] is None
-    killed = process(script, tmp_path / "output", run, "metrics.jsonl", 8, SCRIPT, *arguments, "--output", run)
+    killed = process(script, tmp_path / "output", run, "metrics.jsonl", 11, SCRIPT, *arguments, "--output", run)
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    assert [line["step"] for line in lines(run / "metrics.jsonl", whole=True)] == [1, 2]
+    assert [line["step"] for line in lines(run / "metrics.jsonl", whole=True)] == [1, 2, 3]
     assert call(SCRIPT, "--resume", run)[0] is None
     assert figures(run) == figures(plain) and json.loads((run / "config.json").read_text())["algorithm"] == "grpo"
     mine, theirs = snapshot(run), snapshot(plain)
