@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_readme import DOCS, REPO, blocks, read
 
 PAGES = [page for page in ("README.md", "README.zh-CN.md", *DOCS) if blocks(read(page), "python")]
