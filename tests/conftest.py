@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from minirlhf import (
@@ -24,6 +25,8 @@ from minirlhf import (
     Tokenizer,
 )
 from minirlhf.evaluation import evaluate, results
+from minirlhf.models.llama import RMSNorm
+from minirlhf.models.rope import rotary
 from minirlhf.rewards.sentiment import CANARIES
 
 # Threads cost more than they bring at these sizes.
@@ -66,7 +69,45 @@ def make_llama(seed: int = 0, scale: float = 6.0, **overrides) -> Llama:
     return model
 
 
+class ExactNorm(RMSNorm):
+    """In fp64 where the model is; as published it computes in fp32."""
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class ExactLlama(Llama):
+    """With rotary angles in fp64, for comparisons to 1e-9."""
+
+    def rotary(self, positions):
+        half = torch.arange(self.head_size // 2, dtype=torch.float64) / (self.head_size // 2)
+        return rotary(positions, self.config.rope_parameters.rope_theta**-half, 1.0)
+
+
+def exact(model: Decoder) -> Decoder:
+    """The model in float64; a Llama with all that it computes."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.__class__ = ExactNorm
+    if isinstance(model, Llama):
+        model.__class__ = ExactLlama
+    return model.double()
+
+
 MAKERS = {"gpt2": make_gpt2, "llama": make_llama}
+
+
+TINY_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
+
+
+def make_tiny(kind: str, n_positions: int = 48) -> Decoder:
+    """A decoder of a few hundred numbers, in float64, for the oracle's explicit loops; as new."""
+    shared = dict(vocab_size=len(TINY_TOKENS), n_positions=n_positions, n_embd=4, n_layer=1, n_head=2)
+    if kind == "gpt2":
+        return GPT2(GPT2Config(**shared, n_inner=8)).double()
+    sizes = {LLAMA_NAMES.get(name, name): value for name, value in shared.items()}
+    more = dict(model_type="qwen3", num_key_value_heads=1, head_dim=4, intermediate_size=6, tie_word_embeddings=True)
+    return exact(Llama(LlamaConfig(**sizes, **more)))
 
 
 @pytest.fixture(params=MAKERS)

@@ -1,7 +1,8 @@
 """A second PPO, for tests only: float64 numpy and explicit loops, written from the papers, without torch.
 
 Sources: Schulman et al. 2016 (GAE), 2017 (PPO), 2020 (KL estimators); Ziegler et al. 2019 (rewards, KL controller);
-Stiennon et al. 2020; Radford et al. 2019 (GPT-2); Loshchilov & Hutter 2019 (AdamW); Pascanu et al. 2013 (clipping);
+Stiennon et al. 2020; Radford et al. 2019 (GPT-2); Touvron et al. 2023, Yang et al. 2025 (Llama, Qwen3); Loshchilov &
+Hutter 2019 (AdamW); Pascanu et al. 2013 (clipping);
 Williams 1992, Kool et al. 2019, Shao et al. 2024, Liu et al. 2025, Yu et al. 2025, Zheng et al. 2025, Hu 2025 (groups).
 Gradients come from the complex step (Squire & Trapp 1998): f'(x) = Im f(x + ih) / h, exact to rounding.
 """
@@ -238,7 +239,7 @@ def adamw(param, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0
     return param - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * param), m, v
 
 
-# ---- GPT-2 ----------------------------------------------------------------------------------------------------------
+# ---- GPT-2 and Qwen3 ------------------------------------------------------------------------------------------------
 # Parameters are a dict of arrays with a leading axis N: N variants of one model run at once, for the complex step.
 
 
@@ -252,23 +253,38 @@ def softmax(z):
     return e / e.sum(-1, keepdims=True)
 
 
+def rms_norm(x, weight, eps=1e-6):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight[:, None]
+
+
+def attend(q, k, v):
+    """Causal attention of one head, (N, T, size) each."""
+    mixed = np.zeros_like(q)
+    for t in range(q.shape[1]):
+        weights = softmax((q[:, t, None] * k[:, : t + 1]).sum(-1) / math.sqrt(q.shape[-1]))
+        mixed[:, t] = (weights[:, :, None] * v[:, : t + 1]).sum(1)
+    return mixed
+
+
+def of_layer(p, prefix):
+    return {name.removeprefix(prefix): a for name, a in p.items() if name.startswith(prefix)}
+
+
 def hidden_states(p, ids, n_head):
-    """One sequence without padding: the states (N, T, C) after the last LayerNorm."""
+    """One sequence without padding: the states (N, T, C) after the last norm."""
+    if "decoder.embed_tokens.weight" in p:
+        return qwen3_states(p, ids, n_head)
     x = p["decoder.wte.weight"][:, ids] + p["decoder.wpe.weight"][:, : len(ids)]
     C = x.shape[-1]
     size = C // n_head
     layer = 0
     while f"decoder.h.{layer}.ln_1.weight" in p:
-        own = {name.split(".", 3)[3]: a for name, a in p.items() if name.startswith(f"decoder.h.{layer}.")}
+        own = of_layer(p, f"decoder.h.{layer}.")
         y = layer_norm(x, own["ln_1.weight"], own["ln_1.bias"])
         qkv = y @ own["attn.c_attn.weight"] + own["attn.c_attn.bias"][:, None]
+        heads = [slice(start, start + size) for start in range(0, C, size)]
         q, k, v = qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
-        mixed = np.zeros_like(x)
-        for head in range(n_head):
-            cut = slice(head * size, (head + 1) * size)
-            for t in range(len(ids)):
-                weights = softmax((q[:, t, None, cut] * k[:, : t + 1, cut]).sum(-1) / math.sqrt(size))
-                mixed[:, t, cut] = (weights[:, :, None] * v[:, : t + 1, cut]).sum(1)
+        mixed = np.concatenate([attend(q[..., cut], k[..., cut], v[..., cut]) for cut in heads], -1)
         x = x + mixed @ own["attn.c_proj.weight"] + own["attn.c_proj.bias"][:, None]
         y = layer_norm(x, own["ln_2.weight"], own["ln_2.bias"])
         y = y @ own["mlp.c_fc.weight"] + own["mlp.c_fc.bias"][:, None]
@@ -278,6 +294,51 @@ def hidden_states(p, ids, n_head):
     return layer_norm(x, p["decoder.ln_f.weight"], p["decoder.ln_f.bias"])
 
 
+def turned(x, theta=10000.0):
+    """Rotary embedding of one head (N, T, size): features j and j + size / 2 turn by t theta^(-2j / size)."""
+    half = x.shape[-1] // 2
+    out = np.zeros_like(x)
+    for t in range(x.shape[1]):
+        for j in range(half):
+            angle = t * theta ** (-j / half)
+            a, b = x[:, t, j], x[:, t, j + half]
+            out[:, t, j] = a * math.cos(angle) - b * math.sin(angle)
+            out[:, t, j + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def qwen3_states(p, ids, n_head):
+    """Llama with a norm of each query and key; heads share keys and values if there are fewer of these."""
+
+    def linear(x, weight):
+        return x @ weight.transpose(0, 2, 1)
+
+    x, layer = p["decoder.embed_tokens.weight"][:, ids], 0
+    while f"decoder.layers.{layer}.input_layernorm.weight" in p:
+        own = of_layer(p, f"decoder.layers.{layer}.")
+        size = own["self_attn.q_norm.weight"].shape[-1]
+        share = n_head * size // own["self_attn.k_proj.weight"].shape[1]  # query heads of a key head
+        y, mixed = rms_norm(x, own["input_layernorm.weight"]), []
+        q, k, v = (linear(y, own[f"self_attn.{name}_proj.weight"]) for name in "qkv")
+        for head in range(n_head):
+            first, second = (slice(n * size, (n + 1) * size) for n in (head, head // share))
+            query = turned(rms_norm(q[..., first], own["self_attn.q_norm.weight"]))
+            key = turned(rms_norm(k[..., second], own["self_attn.k_norm.weight"]))
+            mixed.append(attend(query, key, v[..., second]))
+        x = x + linear(np.concatenate(mixed, -1), own["self_attn.o_proj.weight"])
+        y = rms_norm(x, own["post_attention_layernorm.weight"])
+        gate = linear(y, own["mlp.gate_proj.weight"])
+        inner = gate / (1 + np.exp(-gate)) * linear(y, own["mlp.up_proj.weight"])
+        x = x + linear(inner, own["mlp.down_proj.weight"])
+        layer += 1
+    return rms_norm(x, p["decoder.norm.weight"])
+
+
+def embeddings(p):
+    """Those of the words, with which the head is tied."""
+    return next(p[f"decoder.{name}.weight"] for name in ("wte", "embed_tokens") if f"decoder.{name}.weight" in p)
+
+
 def score_row(p, row, n_head, temperature, head_kind="linear"):
     """For each response token of a row, lists of (N,): log-probability, value of the state before it, entropy.
 
@@ -285,14 +346,14 @@ def score_row(p, row, n_head, temperature, head_kind="linear"):
     """
     query, response = list(row["query"]), list(row["response"])
     ids = query + response
-    hidden = hidden_states(p, ids, n_head)
+    hidden, words = hidden_states(p, ids, n_head), embeddings(p)
     logprobs, values, entropies, wholes = [], [], [], []
     for t, token in enumerate(response):
         h = hidden[:, len(query) + t - 1]  # the state before the token
-        kept = np.arange(p["decoder.wte.weight"].shape[1])
+        kept = np.arange(words.shape[1])
         if row.get("keep") is not None:
             kept = kept[np.asarray(row["keep"][t], dtype=bool)]
-        logits = (p["decoder.wte.weight"][:, kept] * h[:, None]).sum(-1) / temperature
+        logits = (words[:, kept] * h[:, None]).sum(-1) / temperature
         logp = logits - logits.real.max(-1, keepdims=True)
         logp = logp - np.log(np.exp(logp).sum(-1, keepdims=True))
         logprobs.append(logp[:, list(kept).index(token)])

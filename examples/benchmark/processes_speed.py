@@ -1,10 +1,10 @@
 """Two processes of one thread against one process of two threads and of one, in turns: seconds of an iteration of PPO.
 
-    python examples/benchmark/processes_speed.py                                # the default example
-    python examples/benchmark/processes_speed.py --reward-seconds 0.5           # with a slow reward
+    python examples/benchmark/processes_speed.py                        # the default example: 2 x 1, 1 x 2, 1 x 1
+    python examples/benchmark/processes_speed.py --reward-seconds 0.5   # a reward that sleeps, by several threads
 
 Each turn runs a few steps of `positive_reviews.py`'s settings in processes of their own. The first step is left out,
-and the median of the rest over all turns counts. The table has each time as a share of one process with one thread.
+and the median of the rest over all turns counts. The table says how many times as fast as its last row each side is.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from minirlhf.common.printing import markdown_table, show
 from minirlhf.rl.presets import DEFAULT_METHOD, starter_run
 from shared import POLICY, PROMPTS, REWARD, run_script
 
-SIDES = {"1 process x 1 thread": (1, 1), "1 process x 2 threads": (1, 2), "2 processes x 1 thread": (2, 1)}
+# Processes, threads of each, and `reward_workers`; the last one is what the others are compared with.
+SIDES = {"2 processes x 1 thread": (2, 1, 0), "1 process x 2 threads": (1, 2, 0), "1 process x 1 thread": (1, 1, 0)}
+OF_SLOW_REWARDS = {f"reward_workers={n}": (1, 2, n) for n in (7, 3, 1, 0)}
 
 
 def main() -> None:
@@ -33,38 +35,40 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a turn (default %(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="of each side (default %(default)s)")
     parser.add_argument(
-        "--reward-seconds", type=float, default=0.0, help="slept for every 16 texts, as a judge may need"
+        "--reward-seconds", type=float, default=0.0, help="slept for every 16 texts; compares `reward_workers`"
     )
     parser.add_argument("--side", metavar="FILE", help=argparse.SUPPRESS)  # a turn, whose times go into the file
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)  # of that turn
     args = parser.parse_args()
     if args.steps < 2 or args.turns < 1:
         raise ValueError(f"--steps must be at least 2 and --turns at least 1, got {args.steps} and {args.turns}")
     if args.side is not None:
         return turn(args)
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
+    sides = OF_SLOW_REWARDS if args.reward_seconds else SIDES
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.turns):
-        for name, (count, threads) in SIDES.items():
-            times[name] += run(count, threads)
-    slowest, rows = statistics.median(times["1 process x 1 thread"]), []
+        for name, side in sides.items():
+            times[name] += run(*side)
+    slowest, rows = statistics.median(list(times.values())[-1]), []
     for name, seconds in times.items():
         median = statistics.median(seconds)
         rows.append([name, f"{median:.2f}", f"{max(seconds) - min(seconds):.2f}", f"{slowest / median:.2f}"])
     show(markdown_table(["side", "seconds an iteration", "longest less shortest", "times as fast"], rows))
 
 
-def run(count: int, threads: int) -> list[float]:
+def run(count: int, threads: int, workers: int) -> list[float]:
     """The seconds of each iteration but the first of `count` processes with so many threads."""
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "times.json")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-        command = [sys.executable, *launch, __file__, *sys.argv[1:], "--side", file]
+        command = [sys.executable, *launch, __file__, *sys.argv[1:], "--side", file, "--workers", str(workers)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         return json.loads(Path(file).read_text())[1:]
 
 
 def turn(args: argparse.Namespace) -> None:
     """Some steps of PPO; the first process writes how long each took."""
-    config = PPOConfig(**starter_run(DEFAULT_METHOD))
+    config = PPOConfig(**starter_run(DEFAULT_METHOD), reward_workers=args.workers)
     policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
     trainer = PPOTrainer(policy, args.policy, tokenizer, config)
     reward, seconds = SentimentReward.from_pretrained(args.reward), []

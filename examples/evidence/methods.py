@@ -25,9 +25,10 @@ try:
 except ImportError:
     sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
 
-from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.io.files import atomic_write, write_json
+from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.presets import METHODS as PRESET_METHODS
 from minirlhf.rl.presets import STARTER_RUN, starter_run
 from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, command_line, run_script
@@ -51,7 +52,7 @@ def main() -> None:
         reference_samples=(16384, "of the reference, for best-of-n and the optimum"),
         threads=(2, "of PyTorch"),
         policy=(POLICY, "GPT-2 folder"),
-        reward=(REWARD, "BERT folder"),
+        reward=(REWARD, "folder of a classifier or of a reward model"),
         second_scorer=(SECOND_SCORER, "folder of character n-grams"),
         output=("runs/methods", "folder; a stopped script goes on there"),
     ).parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
         raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
     torch.set_num_threads(args.threads)
     reference, tokenizer = GPT2.from_pretrained(args.policy).eval(), Tokenizer.from_pretrained(args.policy)
-    reward = SentimentReward.from_pretrained(args.reward, device="cpu", precision="fp32")
+    reward = load_scorer(args.reward, device="cpu")
     task = Task(args.policy, reference, tokenizer, PROMPTS, reward, NGramScorer.from_pretrained(args.second_scorer))
     output, fixed = Path(args.output), ("iterations", "samples", "reference_samples", "policy", "reward")
     ledger = Ledger(output, {name: getattr(args, name) for name in fixed})

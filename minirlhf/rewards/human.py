@@ -22,7 +22,7 @@ import torch
 from minirlhf.common.text import json_line, printable
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io.files import StrPath, flush_folder, lock_descriptor, open_for_writing, read_jsonl
+from minirlhf.io.files import StrPath, atomic_write, flush_folder, lock_descriptor, open_for_writing, read_jsonl
 from minirlhf.models.decoder import Decoder
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -55,15 +55,8 @@ class FeedbackFile:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open_for_writing(self.path, "ab+"))
-            self._fd = self._file.fileno()
-            try:
-                lock_descriptor(self._fd)
-            except BlockingIOError:
-                raise BlockingIOError(f"{self.path} is in use by another process") from None
-            except OSError as error:
-                told = f"{self.path} cannot be locked, so a second process goes unnoticed: {error}"
-                warnings.warn(told, stacklevel=2)
+            self._open()
+            stack.callback(self._file.close)
             self._repair()
             self.records: list[dict[str, Any]] = read_jsonl(self.path)
             for number, record in enumerate(self.records, 1):
@@ -84,12 +77,24 @@ class FeedbackFile:
             raise
         self.records.append(record)
 
-    def undo(self) -> dict[str, Any]:
-        """Remove the last line, durably, and return it. Raises IndexError if there is none, OSError."""
-        record = self.records[-1]
-        os.ftruncate(self._fd, self.path.read_bytes().rstrip().rfind(b"\n") + 1)
-        os.fsync(self._fd)
-        self.records.pop()
+    def undo(self, index: int = -1) -> dict[str, Any]:
+        """Remove the last line, or another one, durably, and return it. All others stay, whatever happens meanwhile.
+
+        Raises IndexError if there is no such line, OSError.
+        """
+        record = self.records[index]
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        last = lines.pop(index)
+        if len(lines) == index % (len(lines) + 1):
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - len(last))
+            os.fsync(self._fd)
+        else:
+            self._file.close()
+            try:
+                atomic_write(self.path, *lines)
+            finally:
+                self._open()
+        self.records.pop(index)
         return record
 
     def __enter__(self) -> FeedbackFile:
@@ -97,6 +102,23 @@ class FeedbackFile:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    def _open(self) -> None:
+        """Open and lock the file; another process may replace it at that moment, see `undo`."""
+        while True:
+            self._file = open_for_writing(self.path, "ab+")
+            self._fd = self._file.fileno()
+            try:
+                lock_descriptor(self._fd)
+            except BlockingIOError:
+                self._file.close()
+                raise BlockingIOError(f"{self.path} is in use by another process") from None
+            except OSError as error:
+                told = f"{self.path} cannot be locked, so a second process goes unnoticed: {error}"
+                warnings.warn(told, stacklevel=3)
+            if os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                return
+            self._file.close()
 
     def _repair(self) -> None:
         """Complete or remove a last line without a line feed. Raises ValueError if no session can have begun it."""
@@ -148,12 +170,12 @@ def ask_rounds(
         if values == "undo":
             if file.records:
                 record = file.undo()
-                number, again = record["round"], _question(record)
+                number, again = record["round"], as_question(record)
             else:
                 write("nothing to undo\n")
             continue
         if values != "skip":
-            file.append(_record(number, question, values, ranked=not scores))
+            file.append(as_record(number, question, values, ranked=not scores))
         number += 1
     return True
 
@@ -179,10 +201,15 @@ class HumanReward:
                  for a, s in zip(r["answers"], r["scores"], strict=True)}  # fmt: skip
         texts = list(zip(prompts, responses, strict=True))
         asked = list(dict.fromkeys(text for text in texts if text not in known))
+        given = self._ask([Question(prompt, (response,)) for prompt, response in asked])
+        known |= {text: 3 if score is None else score for text, score in zip(asked, given, strict=True)}
+        return [(known[text] - 3) / 2 for text in texts]
+
+    def _ask(self, asked: Sequence[Question]) -> list[int | None]:
+        """The scores of these texts; None: skipped."""
         given: list[int | None] = []
         while len(given) < len(asked):
-            prompt, response = asked[len(given)]
-            question = Question(prompt, (response,))
+            question = asked[len(given)]
             values = _ask(question, f"[{len(given) + 1}/{len(asked)}]", False, self._read, self._write)
             if values == "quit":
                 raise KeyboardInterrupt("the person quit")
@@ -194,10 +221,9 @@ class HumanReward:
             elif values == "skip":
                 given.append(None)
             else:
-                self.file.append(_record(len(self.file.records), question, values, ranked=False))
+                self.file.append(as_record(len(self.file.records), question, values, ranked=False))
                 given.append(values[0])
-        known |= {text: 3 if score is None else score for text, score in zip(asked, given, strict=True)}
-        return [(known[text] - 3) / 2 for text in texts]
+        return given
 
 
 def draw_answers(
@@ -265,7 +291,7 @@ def _ask(question: Question, title: str, ranked: bool, read: Callable[[], str], 
     return typed
 
 
-def _record(number: int, question: Question, values: Sequence[int], ranked: bool) -> dict[str, Any]:
+def as_record(number: int, question: Question, values: Sequence[int], ranked: bool) -> dict[str, Any]:
     """The record of an answer."""
     head = {"round": number, "prompt": question.prompt}
     if ranked:
@@ -273,7 +299,7 @@ def _record(number: int, question: Question, values: Sequence[int], ranked: bool
     return {**head, "answers": list(question.answers), "scores": list(values)}
 
 
-def _question(record: dict[str, Any]) -> Question:
+def as_question(record: dict[str, Any]) -> Question:
     """The question of a record, with its answers in the order in which they were shown."""
     answers = record["answers"]
     if "order" in record:

@@ -56,7 +56,8 @@ def response_logprobs(
 
     tokens: (B, T) int64, T > R. mask: (B, T), 1 at real tokens, or None for no padding; no padding stands between
         real tokens.
-    temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`).
+    temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`); logits are divided by
+        the temperature, in training `config.logprobs_divisor`.
     reference: a second decoder to compare with; it gets no gradient.
     states: (B, R, C), the policy's hidden states before the response tokens, if `generate` has kept them.
     Raises ValueError if R leaves no token before the response.
@@ -111,12 +112,13 @@ def _of_chunk(
     """Log-probabilities and entropy (n,) of n tokens, and with a reference its log-probabilities and the exact KL."""
     keep = None if sets is None else unpack_set(sets, model.vocab_size)
     logits = model.lm_logits(hidden)  # (n, V)
-    if reference is None or ref_hidden is None:
+    if reference is None or ref_hidden is None:  # the update
         return LogprobsAndEntropy.apply(logits, picked, temperature, keep)
     with torch.no_grad():
         ref_logits = reference.lm_logits(ref_hidden)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # the rollout
         return compare(logits, ref_logits, picked, temperature, keep)
+    # The update with the exact KL in its loss: the definitions, through which autograd goes.
     logits, ref_logits = (restrict(z, temperature, keep) for z in (logits, ref_logits))
     of_tokens, of_reference = gather_logprobs(logits, picked), gather_logprobs(ref_logits, picked)
     return of_tokens, entropy(logits), of_reference, exact_kl(logits, ref_logits)

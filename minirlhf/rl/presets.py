@@ -78,6 +78,7 @@ class PPOOverrides(TypedDict, total=False):
     reference: Literal["own", "shared", "adapters off"] | None
     seed: int
     reward_timeout: float | None
+    reward_workers: int
     max_bad_steps: int
 
 

@@ -19,8 +19,10 @@ from minirlhf.common.printing import html_table
 from minirlhf.device.gpu import PhaseClock, to_device
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.processes import agreed, processes
-from minirlhf.generation.generate import generate
-from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, score_rows
+from minirlhf.generation.generate import Generation, generate
+from minirlhf.generation.sampling import draw_uniforms
+from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores
+from minirlhf.rewards.overlap import Texts, sample_and_score
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
 from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
 
@@ -151,32 +153,35 @@ def collect_rollout(
         raise ValueError("prompts is empty: there is nothing to continue")
     group.same("prompts", prompts)
     count = len(prompts) * c.group_size
-    mine = group.share(count, c.group_size)
     prompts = [prompt for prompt in prompts for _ in range(c.group_size)]
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    with agreed("generation"), models.precision.autocast():
-        sampled = generate(
-            models.policy.decoder, prompt_ids, c.gen_len, c.sampling,
-            eos_token_id=c.eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, share=mine,
-            # In fp32 they give the same log-probabilities to 1e-5 nats. With LoRA the KL of step 0 is 0 to the bit.
-            keep_states=models.precision.name == "fp32" and not c.adapters_off,
-            keep_sampling_sets=not c.logprobs_full_softmax,
-            graphed=models.graphed,
-        )  # fmt: skip
-    prompts, prompt_ids = prompts[mine], prompt_ids[mine]
-    pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
-    responses = ["".join(row) for row in pieces]
-    clock.stop("generation")
-    scores, metrics = score_rows(reward_fn, prompts, responses, pieces, count, c.reward_timeout)
+    uniforms = draw_uniforms(c.gen_len, count, models.policy.decoder.device, generator)
+
+    def sample(rows: slice) -> tuple[Generation, Texts]:
+        with agreed("generation"), models.precision.autocast():
+            part = generate(
+                models.policy.decoder, prompt_ids, c.gen_len, c.sampling,
+                eos_token_id=c.eos_token_id, pad_token_id=tokenizer.pad_id, uniforms=uniforms, share=rows,
+                # In fp32 they give the same log-probabilities to 1e-5 nats. With LoRA the KL of step 0 is 0 to the bit.
+                keep_states=models.precision.name == "fp32" and not c.adapters_off,
+                keep_sampling_sets=not c.logprobs_full_softmax,
+                graphed=models.graphed,
+            )  # fmt: skip
+        pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids[rows], part.responses, strict=True)]
+        clock.stop("generation")
+        return part, (prompts[rows], ["".join(row) for row in pieces], pieces)
+
+    workers, seconds = c.reward_workers, c.reward_timeout
+    sampled, texts, scored = sample_and_score(sample, reward_fn, count, c.group_size, workers, seconds)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
     clock.stop("scoring")
     rollout = Rollout(
         sampled.tokens, sampled.mask, sampled.response_mask, sampling_sets=sampled.sampling_sets,
-        sampler_logprobs=sampled.logprobs, prompts=tuple(prompts), responses=tuple(responses),
-        group_size=c.group_size, reward_metrics=metrics, seconds=clock.seconds,
-        **_score_fields(scores, found["logprobs"]), **found,
+        sampler_logprobs=sampled.logprobs, prompts=tuple(texts[0]), responses=tuple(texts[1]),
+        group_size=c.group_size, reward_metrics=scored.metrics, seconds=clock.seconds,
+        **_score_fields(scored.scores, found["logprobs"]), **found,
     )  # fmt: skip
     return group.gather_record(count, rollout)
 
@@ -186,8 +191,7 @@ def evaluation(models: Models, pool: Sequence[str], reward_fn: RewardFunction, c
     drawn = [pool[i % len(pool)] for i in range(config.batch_size // config.group_size)]
     generator = torch.Generator(models.policy.decoder.device).manual_seed(config.seed)
     found = collect_rollout(models, drawn, reward_fn, config, generator)
-    kl = found.exact_kl.sum(-1).mean().item()
-    return {"evaluation/reward": found.scores.mean().item(), "evaluation/kl": kl}
+    return {"evaluation/reward": found.scores.mean().item(), "evaluation/kl": found.exact_kl.sum(-1).mean().item()}
 
 
 def rollout_from_tokens(

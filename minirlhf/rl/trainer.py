@@ -101,11 +101,11 @@ class PPOTrainer:
         responses: Sequence[Tensor] | None = None,
         scores: Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Tensor | None = None,
     ) -> Stats:
-        """Train on one batch.
+        """Train on one batch: a Rollout, as `collect` gives it, or token lists with their scores.
 
         queries, responses: B 1-D int64 tensors each, of any lengths of at least 1; scores: B finite numbers, or B
-        lists of them with one a token. Or one Rollout in the place of all three. Token lists carry no sampling sets,
-        so their log-probabilities are those of the full softmax at the configured temperature.
+        lists of them with one a token. Token lists carry no sampling sets, so their log-probabilities are those of
+        the full softmax at the configured temperature.
         Returns the statistics of the step by name (docs/metrics.md has their glossary).
         Raises ValueError for lists of unequal or no length, empty or too long sequences, bad token ids or bad scores;
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
@@ -141,7 +141,7 @@ class PPOTrainer:
     def _update(self, minibatch: Rollout) -> TensorStats:
         """One optimizer step on a minibatch; skipped if its loss or gradient is not finite."""
         c = self.config
-        if c.whiten_scope == "minibatch":
+        if c.whiten_scope == "minibatch":  # made anew; those of the whole batch served its statistics
             minibatch = with_advantages(minibatch, c)
         if c.loss_averaging != "micro_batches":  # similar lengths side by side, so that micro-batches have less padding
             minibatch = minibatch.rows(minibatch.lengths.sum(-1).argsort(descending=True, stable=True))
@@ -184,7 +184,11 @@ class PPOTrainer:
         if batch.returns is not None and now.values is not None:
             of_values = mean(value_loss(now.values, batch.values, batch.returns, c.cliprange_value))
             loss = c.vf_coef * of_values + loss
-            sums["ppo/loss/value"] = of_values
+            change = (now.values.detach() - batch.values).abs()
+            sums |= {
+                "ppo/loss/value": of_values,
+                "ppo/val/clipfrac": mean((change > c.cliprange_value).to(batch.weights)),
+            }
         if c.entropy_coef > 0:  # its gradient costs two more passes over the logits
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
@@ -196,9 +200,6 @@ class PPOTrainer:
             "ppo/policy/clipfrac": mean((ratio != clip_ratio(ratio, c.cliprange, c.cliprange_high)).to(batch.weights)),
             "ppo/policy/ratio_error": mean((ratio - 1).abs()),
         }
-        if now.values is not None and batch.returns is not None:
-            change = (now.values.detach() - batch.values).abs()
-            sums["ppo/val/clipfrac"] = mean((change > c.cliprange_value).to(batch.weights))
         return loss, sums
 
     def _kl_loss(self, now: TokenLogprobs, batch: Rollout) -> Tensor:

@@ -55,8 +55,8 @@ FORMAT = 2
 STATE_TENSORS, COUNTERS_FILE, MANIFEST_FILE = "training.safetensors", "training.json", "manifest.json"
 # Settings that may change between two parts of a run: they say how long and how it runs, not what is computed.
 FREE_FIELDS: dict[str, set[str]] = {
-    "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
-            "checkpoint_activations", "compile", "cuda_graphs"},
+    "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout",
+            "reward_workers", "max_bad_steps", "checkpoint_activations", "compile", "cuda_graphs"},
     "sft": {"save_freq", "device"}, "reward_model": {"save_freq", "device"},
     "dpo": {"save_freq", "device", "reference_cache"},
 }  # fmt: skip

@@ -12,7 +12,7 @@ import lives
 import torch
 from lives import context, process
 
-from conftest import VOCAB, make_gpt2
+from conftest import VOCAB, exact, make_gpt2, make_llama
 from minirlhf import (
     ActorCritic,
     DPOTrainer,
@@ -108,20 +108,22 @@ def by_token(prompts, responses, tokens):
     return [[len(piece) / 4 for piece in row] for row in tokens]
 
 
-def models(dtype=torch.float64):
-    policy = ActorCritic(make_gpt2(0, scale=4.0, **SIZES))
+def models(dtype=torch.float64, make=make_gpt2):
+    decoders = [make(seed, scale=4.0, **SIZES) for seed in (0, 1)]
+    policy, reference = [exact(d) for d in decoders] if dtype == torch.float64 else decoders
+    policy = ActorCritic(policy)
     with torch.no_grad():
         policy.value_head.summary.weight.normal_(generator=torch.Generator().manual_seed(0))
-    return policy.to(dtype), make_gpt2(1, scale=4.0, **SIZES).to(dtype), Tokenizer(VOCAB)
+    return policy.to(dtype), reference, Tokenizer(VOCAB)
 
 
 def weights(module):
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def ppo(reward=reward, dtype=torch.float64, **settings):
+def ppo(reward=reward, dtype=torch.float64, make=make_gpt2, **settings):
     """Three steps: weights, tokens, texts and statistics."""
-    trainer, steps = PPOTrainer(*models(dtype), **{**PPO, **settings}), []
+    trainer, steps = PPOTrainer(*models(dtype, make), **{**PPO, **settings}), []
     trainer.train(PROMPTS, reward, lambda rollout, stats: steps.append((rollout.tokens, rollout.texts, stats)))
     tokens, texts, stats = zip(*steps, strict=True)
     return dict(weights=weights(trainer.policy), tokens=tokens, texts=texts, stats=stats)
@@ -142,8 +144,8 @@ TEXTS = ["酒店很好", "房间干净，服务很好。", Demonstration("早餐
          "hello world", "位置很好，推荐", "脏"]  # fmt: skip
 
 
-def sft(**settings):
-    model, losses = make_gpt2(2, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES).double(), []
+def sft(make=make_gpt2, **settings):
+    model, losses = exact(make(2, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES)), []
     limits = dict(epochs=2, max_length=12, tokens_per_batch=36, device="cpu")
     trainer = SFTTrainer(model, Tokenizer(VOCAB), TEXTS, SFTConfig(**{**limits, **settings}))
     trainer.train(lambda batch, stats: losses.append(stats))
@@ -151,8 +153,8 @@ def sft(**settings):
 
 
 def reward_model():
-    gpt2 = make_gpt2(3, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES)
-    model, stats = RewardModel(DecoderScorer(gpt2), Tokenizer(VOCAB), device="cpu").double(), []
+    llama = exact(make_llama(3, scale=2.0, **SIZES))
+    model, stats = RewardModel(DecoderScorer(llama), Tokenizer(VOCAB), device="cpu").double(), []
     words = ["酒店很好", "房间干净", "早餐", "脏", "差", "失望", "满意"]
     rankings = [Ranking("位置", tuple(words[i : i + 2 + i % 2])) for i in range(5)]
     config = RewardTrainingConfig(max_length=12, tokens_per_batch=60, device="cpu")
@@ -161,8 +163,8 @@ def reward_model():
     return dict(weights=weights(model), stats=stats, figures=dict(loss=figures.loss, accuracy=figures.accuracy))
 
 
-def dpo(**settings):
-    trained, reference, tokenizer = models()
+def dpo(make=make_gpt2, **settings):
+    trained, reference, tokenizer = models(make=make)
     pairs = [dict(prompt=PROMPTS[i % 5], chosen="好" * (1 + i % 3), rejected="脏" * (1 + i % 2)) for i in range(6)]
     limits = dict(epochs=2, batch_size=4, tokens_per_batch=40, max_length=20, lr=1e-3, device="cpu")
     trainer, stats = DPOTrainer(trained.decoder, reference, tokenizer, **{**limits, **settings}), []
@@ -205,20 +207,21 @@ CASES = {
     "PPO": ppo,
     "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
     "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
+    "reward workers": lambda: ppo(reporting, reward_workers=2, steps=8, ppo_epochs=1),
     "uneven": lambda: ppo(reporting, batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
-    "exact KL": lambda: ppo(whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
+    "exact KL": lambda: ppo(make=make_llama, whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
     "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
     "a reward that counts": counted,
-    "RLOO": lambda: ppo(advantages="rloo", group_size=2, steps=16, ppo_epochs=1),
+    "RLOO": lambda: ppo(make=make_llama, advantages="rloo", group_size=2, steps=16, ppo_epochs=1),
     "flat groups drawn again": lambda: ppo(
         coarse, advantages="grpo", group_size=2, drop_flat_groups=2, steps=16, ppo_epochs=1
     ),
     "own tokens": own_tokens,
     "SFT": sft,
-    "SFT, packed": lambda: sft(packing=True, accumulation=2, epochs=1),
+    "SFT, packed": lambda: sft(make_llama, packing=True, accumulation=2, epochs=1),
     "reward model": reward_model,
     "DPO": dpo,
-    "DPO, packed": lambda: dpo(packing=True, batch_size=1, epochs=1),
+    "DPO, packed": lambda: dpo(make_llama, packing=True, batch_size=1, epochs=1),
     "measured": measured,
 }
 OF_FOUR = ("PPO", "minibatches smaller than W", "flat groups drawn again", "own tokens", "SFT", "measured")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from lives import process
 
-from conftest import VOCAB
+from conftest import VOCAB, make_llama
 from folders import snapshot
-from minirlhf import GPT2, DPOTrainer, GPT2Config, RewardModel, Run, Tokenizer
+from minirlhf import GPT2, DPOTrainer, GPT2Config, Llama, RewardModel, Run, Tokenizer, load_decoder
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
@@ -34,6 +34,11 @@ def gpt2(seed=0) -> GPT2:
     return GPT2(GPT2Config(**sizes, resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1), seed)
 
 
+def llama(seed=0) -> Llama:
+    """That of DPO, so that every kind of run has one decoder, and the decoders have one run at least."""
+    return make_llama(seed, n_positions=24, n_embd=8, n_layer=1, n_head=2)
+
+
 def new(kind, data=None, **settings):
     data = DATA[kind] if data is None else data
     if kind == "sft":
@@ -41,14 +46,14 @@ def new(kind, data=None, **settings):
         return SFTTrainer(gpt2(), Tokenizer(VOCAB), data, config)
     if kind == "dpo":
         settings = {**SETTINGS, "tokens_per_batch": 30, "batch_size": 3, "loss": "ipo", **settings}
-        return DPOTrainer(gpt2(), gpt2(1), Tokenizer(VOCAB), **settings)
+        return DPOTrainer(llama(), llama(1), Tokenizer(VOCAB), **settings)
     model = RewardModel(DecoderScorer(gpt2()), Tokenizer(VOCAB), device="cpu")
     return RewardModelTrainer(model, data, RewardTrainingConfig(**{**SETTINGS, "tokens_per_batch": 30, **settings}))
 
 
 def given(kind, data=None) -> dict:
     """What a resumed run needs besides its folder."""
-    return {"ref_policy": gpt2(1)} if kind == "dpo" else {"data": DATA[kind] if data is None else data}
+    return {"ref_policy": llama(1)} if kind == "dpo" else {"data": DATA[kind] if data is None else data}
 
 
 def train(trainer, *on_step, data=None):
@@ -104,7 +109,7 @@ def test_a_run_leaves_its_log_and_its_newest_checkpoints(undisturbed):
     names = [path.name for path in sorted((folder / "checkpoints").iterdir())]
     assert names == [f"step-{step:06d}" for step in due[-2:]]  # and no best: nothing was rated
     checkpoint = folder / "checkpoints" / names[-1]
-    loaded = RewardModel.from_pretrained(checkpoint) if kind == "reward_model" else GPT2.from_pretrained(checkpoint)
+    loaded = RewardModel.from_pretrained(checkpoint) if kind == "reward_model" else load_decoder(checkpoint)
     assert sum(p.numel() for p in loaded.parameters()) > 1000
 
 

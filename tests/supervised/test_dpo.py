@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import oracle
-from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, ActorCritic, DPOConfig, DPOTrainer, GPT2Config, Tokenizer
+from conftest import MAKERS, VOCAB, exact, make_gpt2, make_tiny
+from conftest import TINY_TOKENS as TOKENS
+from minirlhf import GPT2, ActorCritic, Decoder, DPOConfig, DPOTrainer, Tokenizer
 from minirlhf.supervised.dpo import dpo_loss, ipo_loss, log_ratio_margins, preference_metrics
 from minirlhf.supervised.preference_pairs import TokenPair
 from minirlhf.text.preferences import Ranking
 
-TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
-TINY = dict(vocab_size=len(TOKENS), n_positions=12, n_embd=4, n_layer=1, n_head=2, n_inner=8)
 SMALL = dict(n_embd=16, n_layer=1, n_head=2, n_positions=24)
 PLAIN = dict(schedule="constant", warmup=0.0, max_grad_norm=math.inf, device="cpu", max_length=24, tokens_per_batch=48)
 RANKINGS = [Ranking("酒店", ("很好", "太差差差")), Ranking("房间", ("干净", "脏")), Ranking("", ("满意，推荐", "失望")),
@@ -24,9 +23,9 @@ RAGGED = [TokenPair([5, 6], [7, 8, 3], [9]), TokenPair([2], [10], [11, 5, 6, 7])
           TokenPair([11], [5, 5, 5, 5, 5, 3], [5, 5, 3]), TokenPair([4, 7], [8], [9, 9])]  # fmt: skip
 
 
-def tiny(seed) -> GPT2:
+def tiny(seed, kind="gpt2") -> Decoder:
     """A model in float64, with every parameter away from its neutral value."""
-    model, generator = GPT2(GPT2Config(**TINY)).double(), torch.Generator().manual_seed(seed)
+    model, generator = make_tiny(kind, n_positions=12), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.5)
@@ -95,8 +94,9 @@ def oracle_step(params, state, ref_params, pairs, numbers, c):
     {}, {"label_smoothing": 0.2, "beta": 0.7}, {"loss": "ipo", "beta": 0.4}, {"reference_free": True},
     {"packing": True, "weight_decay": 0.3}, {"loss": "ipo", "reference_free": True, "tokens_per_batch": 12},
 ], ids=str)  # fmt: skip
-def test_three_steps_equal_explicit_loops(settings):
-    policy, reference = tiny(0), tiny(1)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_three_steps_equal_explicit_loops(settings, kind):
+    policy, reference = tiny(0, kind), tiny(1, kind)
     params, ref_params, state = arrays(policy), arrays(reference), {"t": 0}
     settings = {**PLAIN, "max_length": 12, "tokens_per_batch": 24, "batch_size": 2, "lr": 5e-4, **settings}
     made = DPOTrainer(policy, reference, Tokenizer(TOKENS), **settings)
@@ -107,7 +107,7 @@ def test_three_steps_equal_explicit_loops(settings):
         assert stats["dpo/loss"] == pytest.approx(loss, rel=1e-9)
     for name, p in policy.named_parameters():
         np.testing.assert_allclose(p.detach().numpy(), params[f"decoder.{name}"], rtol=0, atol=1e-9, err_msg=name)
-        assert np.abs(params[f"decoder.{name}"] - arrays(tiny(0))[f"decoder.{name}"]).max() > 1e-4
+        assert np.abs(params[f"decoder.{name}"] - arrays(tiny(0, kind))[f"decoder.{name}"]).max() > 1e-4
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -217,10 +217,10 @@ def test_no_dropout_in_policy_or_reference():
     assert not made.model.training
 
 
-def test_packed_and_padded_are_equal():
+def test_packed_and_padded_are_equal(make_decoder):
     weights, figures = [], []
     for packing in (False, True):
-        models = (make_gpt2(seed, **SMALL).double() for seed in (0, 1))
+        models = (exact(make_decoder(seed, **SMALL)) for seed in (0, 1))
         made = trainer(*models, packing=packing, batch_size=6, epochs=2, lr=1e-3)
         rows = [row for micro in made._passes(made.check_pairs(RANKINGS), range(6), torch.Generator()) for row in micro]
         assert (max(map(len, rows)) > 1) == packing
@@ -341,7 +341,7 @@ def test_pairs_longer_than_the_context_are_refused():
 
 def test_models_that_do_not_fit_are_refused():
     policy = make_gpt2(0, **SMALL)
-    fewer = GPT2(GPT2Config(**{**TINY, "n_positions": 24}))
+    fewer = make_tiny("gpt2", n_positions=24)
     for reference, message in [
         (fewer, f"the vocabulary has {len(VOCAB)} tokens, but the reference was made for {len(TOKENS)}"),
         (policy, "policy and ref_policy share parameters"), (None, "ref_policy is None, which needs reference_free"),

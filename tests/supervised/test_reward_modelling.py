@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from conftest import VOCAB, make_bert, make_gpt2
+from conftest import VOCAB, exact, make_bert, make_gpt2
 from minirlhf import GPT2, BertClassifier, BertConfig, GPT2Config, RewardModel, Tokenizer
 from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.supervised.reward_modelling import (
@@ -107,17 +107,17 @@ def test_all_pairs_of_each_list():
     assert [x.shape for x in comparisons([])] == [(0,)] * 3
 
 
-def test_the_gradient_of_the_whole_model_is_the_oracle_s(tokenizer):
-    """Text to loss in float64 through a second GPT-2 in numpy, along random directions in the space of all weights."""
-    gpt2 = make_gpt2(scale=3.0, **SIZES, n_inner=24)
-    model = RewardModel(DecoderScorer(gpt2), tokenizer, device="cpu").double()
+def test_the_gradient_of_the_whole_model_is_the_oracle_s(tokenizer, make_decoder):
+    """Text to loss in float64 through a second decoder in numpy, along random directions in the space of weights."""
+    decoder = exact(make_decoder(scale=3.0, **SIZES))
+    model = RewardModel(DecoderScorer(decoder), tokenizer, device="cpu").double()
     sequences = [tokenizer.encode(text) for ranking in RAGGED for text in ranking.texts]
     sizes, margins = [len(r.answers) for r in RAGGED], [r.margin for r in RAGGED]
     scored = model.network(*padded(sequences)).squeeze(-1)
     loss = ranking_loss(scored, sizes, torch.tensor(margins, dtype=torch.float64))
     loss.backward()
 
-    parameters = {name.replace("transformer.", "decoder."): p for name, p in model.network.named_parameters()}
+    parameters = {name: p for name, p in model.network.named_parameters()}
     rng = np.random.default_rng(0)
     for _ in range(3):
         directions = {name: rng.standard_normal(p.shape) for name, p in parameters.items()}
