@@ -1,8 +1,8 @@
 """Makes the site of the repository's own pages: a hook that mkdocs.yml names; `make docs` builds the site.
 
-The pages are plain Markdown with links to files of the repository, as code hosts show it. For the site, every file that
-a page links is added: another page as it is, source code as a page with numbered lines, a picture as a picture. Formulas
-become MathML, which browsers show without a script, so the site loads nothing from elsewhere.
+The pages are plain Markdown with links to files of the repository, as code hosts show it. For the site, every file
+that a page links is added: another page as it is, source code as a page with numbered lines, a picture as a picture.
+Formulas become MathML, which browsers show without a script, so the site loads nothing from elsewhere.
 """
 
 import html

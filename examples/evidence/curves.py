@@ -33,7 +33,7 @@ def main() -> None:
         policy=(POLICY, "GPT-2 folder"),
         reward=(REWARD, "BERT folder"),
         second_scorer=(SECOND_SCORER, "folder of a judge that the policy is not trained on"),
-        iterations=(30, "steps"),
+        iterations=(24, "steps"),
         batch_size=(64, "samples of a step"),
         output=("runs/curves.png", "the picture"),
     )
