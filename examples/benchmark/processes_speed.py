@@ -20,12 +20,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
 from minirlhf.common.printing import markdown_table, show
+from minirlhf.device.processes import processes
 from minirlhf.rl.presets import DEFAULT_METHOD, starter_run
 from shared import POLICY, PROMPTS, REWARD, run_script
 
-# Processes, threads of each, and `reward_workers`; the last one is what the others are compared with.
-SIDES = {"2 processes x 1 thread": (2, 1, 0), "1 process x 2 threads": (1, 2, 0), "1 process x 1 thread": (1, 1, 0)}
-OF_SLOW_REWARDS = {f"reward_workers={n}": (1, 2, n) for n in (7, 3, 1, 0)}
+SIDES = {"2 processes x 1 thread": (2, 1), "1 process x 2 threads": (1, 2), "1 process x 1 thread": (1, 1)}
+WORKERS = (7, 3, 1, 0)  # threads that score, for a slow reward
 
 
 def main() -> None:
@@ -38,17 +38,18 @@ def main() -> None:
         "--reward-seconds", type=float, default=0.0, help="slept for every 16 texts; compares `reward_workers`"
     )
     parser.add_argument("--side", metavar="FILE", help=argparse.SUPPRESS)  # a turn, whose times go into the file
-    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)  # of that turn
     args = parser.parse_args()
     if args.steps < 2 or args.turns < 1:
         raise ValueError(f"--steps must be at least 2 and --turns at least 1, got {args.steps} and {args.turns}")
     if args.side is not None:
         return turn(args)
-    sides = OF_SLOW_REWARDS if args.reward_seconds else SIDES
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {}
     for _ in range(args.turns):
-        for name, side in sides.items():
-            times[name] += run(*side)
+        if args.reward_seconds:
+            found = {f"reward_workers={count}": iterations(args, count) for count in WORKERS}
+        else:
+            found = {name: run(*side) for name, side in SIDES.items()}
+        times = {name: times.get(name, []) + seconds for name, seconds in found.items()}
     slowest, rows = statistics.median(list(times.values())[-1]), []
     for name, seconds in times.items():
         median = statistics.median(seconds)
@@ -56,19 +57,26 @@ def main() -> None:
     show(markdown_table(["side", "seconds an iteration", "longest less shortest", "times as fast"], rows))
 
 
-def run(count: int, threads: int, workers: int) -> list[float]:
+def run(count: int, threads: int) -> list[float]:
     """The seconds of each iteration but the first of `count` processes with so many threads."""
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "times.json")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-        command = [sys.executable, *launch, __file__, *sys.argv[1:], "--side", file, "--workers", str(workers)]
+        command = [sys.executable, *launch, __file__, *sys.argv[1:], "--side", file]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-        return json.loads(Path(file).read_text())[1:]
+        return json.loads(Path(file).read_text())
 
 
 def turn(args: argparse.Namespace) -> None:
     """Some steps of PPO; the first process writes how long each took."""
-    config = PPOConfig(**starter_run(DEFAULT_METHOD), reward_workers=args.workers)
+    seconds = iterations(args)
+    if processes().first:
+        Path(args.side).write_text(json.dumps(seconds))
+
+
+def iterations(args: argparse.Namespace, workers: int = 0) -> list[float]:
+    """The seconds of each iteration but the first. workers: threads that score."""
+    config = PPOConfig(**starter_run(DEFAULT_METHOD), reward_workers=workers)
     policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
     trainer = PPOTrainer(policy, args.policy, tokenizer, config)
     reward, seconds = SentimentReward.from_pretrained(args.reward), []
@@ -82,8 +90,7 @@ def turn(args: argparse.Namespace) -> None:
         prompts = PROMPTS * (trainer.config.batch_size // trainer.config.group_size // len(PROMPTS))
         trainer.step(trainer.collect(prompts, slow))
         seconds.append(time.perf_counter() - start)
-    if trainer.processes.first:
-        Path(args.side).write_text(json.dumps(seconds))
+    return seconds[1:]
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from minirlhf.commands.fields import CONFIG, Settings, flags, settings_of
 from minirlhf.commands.table import Argument, argument, command
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
-from minirlhf.device.processes import agreed, restarted
+from minirlhf.device.launch import restarted
+from minirlhf.device.processes import agreed
 from minirlhf.evaluation.results import save_results
 from minirlhf.io.files import read_json, write_json
-from minirlhf.io.starter import Starter, starter, warn_of_language
+from minirlhf.io.starter import Starter, starter
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
@@ -39,6 +40,7 @@ from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrain
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.chat import ChatPrompt
 from minirlhf.text.demonstrations import Conversation, Demonstration, read_demonstrations, split_demonstrations
+from minirlhf.text.language import warn_of_language
 from minirlhf.text.preferences import Ranking, read_rankings, split_rankings
 from minirlhf.text.prompts import read_pool
 from minirlhf.text.tokenizer import Tokenizer
@@ -217,7 +219,7 @@ def sft(args: argparse.Namespace) -> None:
     arguments = _stage_arguments(given, "texts")
     config, output = SFTConfig(**SFT_SETTINGS[0].of(given)), _new_output(given, "sft")
     data = _demonstrations(arguments)
-    warn_of_language([_text_of(one) for one in data[0]], arguments["model"])
+    warn_of_language([str(one) for one in data[0]], arguments["model"])
     model, tokenizer = load_decoder(arguments["model"]), Tokenizer.from_pretrained(arguments["model"])
     trainer = SFTTrainer(model, tokenizer, data[0], config)
     started = {COMMAND: "sft", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}
@@ -243,10 +245,6 @@ def _demonstrations(arguments: Mapping[str, Any]) -> tuple[list[Demonstration | 
     if arguments["held_out"] is None:
         return split_demonstrations(texts)
     return texts, read_demonstrations(arguments["held_out"], arguments["encoding"])
-
-
-def _text_of(one: Demonstration | Conversation) -> str:
-    return one.prompt + one.response if isinstance(one, Demonstration) else str(one.messages)
 
 
 REWARD_MODEL = (

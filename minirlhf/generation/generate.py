@@ -14,12 +14,13 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from minirlhf.device.gpu import to_device
+from minirlhf.device.parts import is_part
 from minirlhf.device.precision import full_precision
 from minirlhf.generation.sampling import SamplingConfig, draw_uniforms, is_end, pack_set, sample
 from minirlhf.text.batching import Ids, left_pad
@@ -64,7 +65,8 @@ def joined(parts: Sequence[Generation]) -> Generation:
     if len(parts) == 1:
         return parts[0]
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Generation)}
-    return Generation(**{name: None if xs[0] is None else torch.cat(xs) for name, xs in columns.items()})
+    whole: dict[str, Any] = {name: None if xs[0] is None else torch.cat(xs) for name, xs in columns.items()}
+    return Generation(**whole)
 
 
 def generate(
@@ -133,6 +135,8 @@ def _decode(
         raise ValueError("prompts must be token ids, got texts: give [tokenizer.encode_prompt(text) for text in texts]")
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change what is sampled; call model.eval()")
+    if is_part(next(model.parameters())):
+        raise ValueError("the model is sharded, and samples come from a whole copy: trainer.models.whole().policy")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     ids, prompt_mask = left_pad(prompts, pad_token_id)

@@ -63,13 +63,13 @@ def sample_and_score(
             deadline = None if seconds is None else time.monotonic() + seconds
             scored = [_answer(answer, deadline, seconds) for answer in answers]
             metrics = own_metrics(reward) | mean_metrics([(len(part.scores), part.metrics) for part in scored])
-    prompts, responses, tokens = ([x for _, texts in sampled for x in texts[i]] for i in range(3))
+    columns: Any = ([x for _, texts in sampled for x in texts[i]] for i in range(3))
     scores = [part.scores for part in scored]
     whole = Scored(
         torch.cat(scores) if scores[0].ndim == 1 else cat_padded(scores),
         mean_metrics(group.gather("metrics", (n, metrics))),
     )
-    return joined([generation for generation, _ in sampled]), (prompts, responses, tokens), whole
+    return joined([generation for generation, _ in sampled]), tuple(columns), whole
 
 
 def _scored(reward: RewardFunction, first: int, texts: Texts) -> Scored:

@@ -90,6 +90,7 @@ class PPOConfig:
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     compile: bool = False  # torch.compile of the blocks of policy and reference, which needs a C++ compiler or a GPU
     cuda_graphs: bool = False  # on a GPU, decode by replaying a CUDA graph
+    sharding: Literal["full"] | None = None  # full: each of several processes holds a part of the models
     # shared: it uses the memory of the policy's frozen layers; None: own, or with LoRA the policy with adapters off
     reference: Literal["own", "shared", "adapters off"] | None = None
     seed: int = 0  # of all random numbers

@@ -24,7 +24,7 @@ from minirlhf.generation.sampling import draw_uniforms
 from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores
 from minirlhf.rewards.overlap import Texts, sample_and_score
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
-from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
+from minirlhf.text.batching import Ids, checked_pairs, left_pad, length_sorted_batches, right_pad
 
 if TYPE_CHECKING:
     from minirlhf.models.prepared import Models
@@ -171,8 +171,8 @@ def collect_rollout(
         clock.stop("generation")
         return part, (prompts[rows], ["".join(row) for row in pieces], pieces)
 
-    workers, seconds = c.reward_workers, c.reward_timeout
-    sampled, texts, scored = sample_and_score(sample, reward_fn, count, c.group_size, workers, seconds)
+    how = (c.group_size, c.reward_workers, c.reward_timeout)
+    sampled, texts, scored = sample_and_score(sample, reward_fn, count, *how)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
@@ -204,19 +204,10 @@ def rollout_from_tokens(
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
     if responses is None or scores is None:
         raise ValueError("step takes a Rollout, or queries, responses and scores")
-    queries, responses = [_row(ids) for ids in queries], [_row(ids) for ids in responses]
-    if len(queries) != len(responses):
-        raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
+    queries, responses = checked_pairs(queries, responses, model.vocab_size, model.n_positions)
     if len(queries) % config.group_size:
         raise ValueError(f"{len(queries)} responses cannot be cut into groups of group_size={config.group_size}")
-    for name, sequences in (("query", queries), ("response", responses)):
-        for i, ids in enumerate(sequences):
-            check_ids(f"{name} {i}", torch.as_tensor(ids), model.vocab_size)
     checked = checked_token_scores(scores, [len(ids) for ids in responses])
-    longest = max((len(q) + len(r) for q, r in zip(queries, responses, strict=True)), default=0)
-    if longest - 1 > model.n_positions:
-        more = f"{longest} tokens, more than the model's {model.n_positions} positions"
-        raise ValueError(f"the longest query with its response has {more}")
     query_ids, query_mask = left_pad(queries, pad_id)
     response_ids, response_mask = right_pad(responses, pad_id)
     tokens = to_device(torch.cat([query_ids, response_ids], 1), model.device)
@@ -257,11 +248,6 @@ def logprobs_in_batches(
     back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), device)
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(TokenLogprobs)}
     return {name: torch.cat(column)[back] for name, column in columns.items() if column[0] is not None}
-
-
-def _row(ids: Ids) -> Ids:
-    """Ids (T,), also of a batch of one, (1, T), as tokenizers of other libraries return it."""
-    return ids[0] if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1 else ids
 
 
 def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from minirlhf.io.training_state import State, module_hash
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.prepared import prepare
+from minirlhf.models.sharded import exported
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rl.advantages import USES_VALUES, with_advantages
 from minirlhf.rl.config import PPOConfig
@@ -113,7 +114,7 @@ class PPOTrainer:
         start = time.perf_counter()
         self.policy.eval()  # whatever mode it was put into between steps
         if not isinstance(queries, Rollout):
-            queries = rollout_from_tokens(self.models, queries, responses, scores, self.config)
+            queries = rollout_from_tokens(self.models.whole(), queries, responses, scores, self.config)
         rollout = queries
         self.interrupted = True
 
@@ -145,11 +146,11 @@ class PPOTrainer:
             minibatch = with_advantages(minibatch, c)
         if c.loss_averaging != "micro_batches":  # similar lengths side by side, so that micro-batches have less padding
             minibatch = minibatch.rows(minibatch.lengths.sum(-1).argsort(descending=True, stable=True))
-        mine, factor = self.processes.deal(len(minibatch))  # all rows, and 1.0, without other processes
-        weights = factor * token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
+        mine, factors = self.processes.deal_evenly(len(minibatch), self.device)  # all rows, and ones, if alone
+        weights = factors * token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
         minibatch = minibatch.replace(weights=weights)
 
-        for attempt in sizes_that_fit(self.micro_batch_size):
+        for attempt in sizes_that_fit(self.micro_batch_size, once=c.sharding is not None):
             with attempt, self.precision.autocast():  # one context for all micro-batches: weights are cast once
                 self.optimizer.zero_grad(set_to_none=True)
                 totals: TensorStats = {}
@@ -184,11 +185,8 @@ class PPOTrainer:
         if batch.returns is not None and now.values is not None:
             of_values = mean(value_loss(now.values, batch.values, batch.returns, c.cliprange_value))
             loss = c.vf_coef * of_values + loss
-            change = (now.values.detach() - batch.values).abs()
-            sums |= {
-                "ppo/loss/value": of_values,
-                "ppo/val/clipfrac": mean((change > c.cliprange_value).to(batch.weights)),
-            }
+            moved = (now.values.detach() - batch.values).abs() > c.cliprange_value
+            sums |= {"ppo/loss/value": of_values, "ppo/val/clipfrac": mean(moved.to(batch.weights))}
         if c.entropy_coef > 0:  # its gradient costs two more passes over the logits
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
@@ -252,7 +250,7 @@ class PPOTrainer:
         self.policy.eval()
         collect = collect_groups_with_spread if self.config.drop_flat_groups else collect_rollout
         with undone_on_error(self.generators.values()):
-            return collect(self.models, prompts, reward_fn, self.config, self.generators["sampling"])
+            return collect(self.models.whole(), prompts, reward_fn, self.config, self.generators["sampling"])
 
     def train(
         self,
@@ -283,7 +281,7 @@ class PPOTrainer:
                     rollout = self.collect([pool[i] for i in drawn], reward_fn)
                 history.append({"step": self.iteration + 1, **self.step(rollout)})
                 if ends.evaluation_due:
-                    history[-1] |= evaluation(self.models, pool, reward_fn, self.config)
+                    history[-1] |= evaluation(self.models.whole(), pool, reward_fn, self.config)
                 if ends(rollout, history[-1]):
                     break
         return history
@@ -315,8 +313,9 @@ class PPOTrainer:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write policy, adapters merged, value head and tokenizer as a model folder, once for all processes."""
+        policy = exported(self.policy)
         if self.processes.first:
-            self.policy.save_pretrained(folder)
+            policy.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:

@@ -145,30 +145,21 @@ def test_the_commands_of_the_command_line_are_understood():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_linked_file_and_heading_exists(page):
-    folder = (REPO / page).parent
-    for link in links(read(page)):
+def test_what_a_page_links_to_or_names_exists(page):
+    """Files and headings; [trainer.py](.../trainer.py), and [`gae`](file that defines it)."""
+    text, folder = read(page), (REPO / page).parent
+    for link in links(text):
         path, _, anchor = link.partition("#")
         target = (folder / path).resolve() if path else REPO / page
         assert target.exists(), link
         if anchor and not re.fullmatch(r"L\d+", anchor):
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_is_named_exists(page):
-    named = re.findall(r"`((?:tests|examples|minirlhf|weights|docs)/[\w./-]+)`", read(page))
-    named += re.findall(r"\b((?:examples|tests|weights)/[\w/-]+\.\w+)", "\n".join(blocks(read(page), "sh")))
+    named = re.findall(r"`((?:tests|examples|minirlhf|weights|docs)/[\w./-]+)`", text)
+    named += re.findall(r"\b((?:examples|tests|weights)/[\w/-]+\.\w+)", "\n".join(blocks(text, "sh")))
     assert [name for name in named if not (REPO / name).exists()] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_link_with_the_name_of_a_file_or_function_leads_to_it(page):
-    """[trainer.py](.../trainer.py), and [`gae`](file that defines it)."""
-    folder = (REPO / page).parent
-    for name, link in re.findall(r"\[([\w./-]+\.\w+)\]\(([^)#]+)\)", read(page)):
+    for name, link in re.findall(r"\[([\w./-]+\.\w+)\]\(([^)#]+)\)", text):
         assert link.endswith(name)
-    for name, link in re.findall(r"\[`(\w+)`\]\(([^)]+\.py)(?:#L\d+)?\)", read(page)):
+    for name, link in re.findall(r"\[`(\w+)`\]\(([^)]+\.py)(?:#L\d+)?\)", text):
         source = (folder / link).read_text(encoding="utf-8")
         assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b.* = ", source, re.MULTILINE), (name, link)
 
@@ -248,16 +239,12 @@ def test_the_changes_begin_with_the_version():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_tables_are_whole(page):
+def test_tables_are_whole_and_no_placeholder_is_left(page):
     """All rows of a table have as many cells as its head; `\\Vert` stands for a bar inside a formula."""
+    assert re.findall(r"\w*PLACEHOLDER\w*|TODO|XXX", read(page)) == []
     for table in re.findall(r"(?:^\|.*\n)+", read(page), re.MULTILINE):
         rows = [re.sub(r"\$[^$]*\$|`[^`]*`", "", row).rstrip() for row in table.splitlines()]
         assert all(row.endswith("|") for row in rows) and len({row.count("|") for row in rows}) == 1, table
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_no_placeholder_is_left(page):
-    assert re.findall(r"\w*PLACEHOLDER\w*|TODO|XXX", read(page)) == []
 
 
 @pytest.mark.parametrize("mark", ["main", "tests"])
