@@ -14,6 +14,7 @@ EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
 JUDGE = ["openai>=1.60"]
 CHAT = ["jinja2>=3.1.6"]  # older ones have known ways out of the sandbox
 YAML = ["pyyaml>=6"]
+WEB = ["gradio>=6.7"]  # 6.7: functions of the server for HTML components
 STARTER = ["minirlhf-starter>=1"]  # made from weights/, which is too large for this package
 TENSORBOARD = ["tensorboard>=2.15"]
 NOTEBOOK = ["nbclient>=0.10", "ipykernel>=6.29"]  # to run examples/positive_reviews.ipynb in a test
@@ -54,7 +55,8 @@ setup(
         "chat": CHAT,
         "yaml": YAML,
         "starter": STARTER,
-        "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *NOTEBOOK, *TESTS, "ruff", "mypy"],
+        "web": WEB,
         "docs": DOCS,
+        "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *NOTEBOOK, *TESTS, "ruff", "mypy"],
     },
 )

@@ -112,7 +112,7 @@ def train(args: argparse.Namespace) -> None:
     output = _new_output(given, "train")
     warn_of_language([str(prompt) for prompt in pool], arguments["policy"], arguments["reward"])
 
-    reward = _reward(arguments, config.device)
+    reward = reward_of(arguments, config.device)
     policy, tokenizer = load_decoder(arguments["policy"]), Tokenizer.from_pretrained(arguments["policy"])
     trainer = PPOTrainer(policy, None if config.adapters_off else arguments["policy"], tokenizer, config)
     arguments["prompts"] = [p.messages if isinstance(p, ChatPrompt) else p for p in trainer.check_prompts(pool)]
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: RewardFunction | None = None) -> None:
     trainer = run.trainer
-    reward = reward or _reward(arguments, trainer.config.device)
+    reward = reward or reward_of(arguments, trainer.config.device)
     pool = trainer.check_prompts(arguments["prompts"])
     show(f"{run.folder}: {trainer.steps_total} iterations; {trainer.precision_choice}")
 
@@ -158,7 +158,8 @@ def _ppo_config(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> P
     )
 
 
-def _reward(arguments: Mapping[str, Any], device: str) -> RewardFunction:
+def reward_of(arguments: Mapping[str, Any], device: str) -> RewardFunction:
+    """The reward of a run of `train`, by the arguments in its config.json."""
     judge = arguments["judge"]
     if arguments["reward"] != JUDGE:
         if judge:

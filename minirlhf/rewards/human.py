@@ -9,6 +9,7 @@ Each answer is on the disk before the next question is shown. `preferences.read_
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import warnings
@@ -97,6 +98,11 @@ class FeedbackFile:
         self.records.pop(index)
         return record
 
+    def unanswered(self, number: int = 0) -> int:
+        """The first round from this one on that has no record."""
+        answered = {record["round"] for record in self.records}
+        return next(each for each in itertools.count(number) if each not in answered)
+
     def __enter__(self) -> FeedbackFile:
         return self
 
@@ -148,7 +154,7 @@ def ask_rounds(
 
     Keys: the numbers of the answers, best first (the last one follows from the others), or a score from 1 to 5 for
     each answer in turn. Backspace removes a number, `u` removes the last answer (also of an earlier session) and goes
-    back to it, `s` skips a question, `q` quits. A session continues after the last round in the file.
+    back to it, `s` skips a question, `q` quits. A session asks the rounds that have no answer in the file.
 
     question_of: maps the number of a round (0, 1, ...) to its question. A round with fewer than two answers to rank,
         or none to score, is skipped.
@@ -156,9 +162,9 @@ def ask_rounds(
     write: shows text. scores: ask for scores, not for a ranking.
     Raises OSError if an answer cannot be written, KeyboardInterrupt on Ctrl-C; earlier answers stay in the file.
     """
-    number = file.records[-1]["round"] + 1 if file.records else 0
+    number = 0
     again: Question | None = None
-    while number < rounds:
+    while (number := file.unanswered(number)) < rounds:
         question, again = again or question_of(number), None
         if len(question.answers) < (1 if scores else 2):
             write(f"[{number + 1}/{rounds}] {printable(question.prompt)}: too few different answers\n")

@@ -162,9 +162,8 @@ class PageReward(HumanReward):
 
 
 def ask_rounds_on_page(board: Board, question_of: Callable[[int], Question], rounds: int, scores: bool = False) -> None:
-    """`ask_rounds` for all who have the page open: rounds that have no record in the file are asked."""
-    answered = {record["round"] for record in board.file.records}
-    numbers = [number for number in range(rounds) if number not in answered]
+    """`ask_rounds` for all who have the page open."""
+    numbers = [number for number in range(rounds) if board.file.unanswered(number) == number]
     board.ask(numbers, question_of, not scores, rounds, list(board.file.records))
 
 
@@ -179,14 +178,12 @@ def feedback_page(file: FeedbackFile, host: str = HOST, port: int = PORT) -> Ite
     with gradio.Blocks(title="minirlhf", analytics_enabled=False) as page:
         gradio.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT, apply_default_css=False,
                     server_functions=[act])  # fmt: skip
-    with served(page, host, port):
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            yield board
-            board.ended = True
-            time.sleep(LAST_LOOK)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+    with served(page, host, port), contextlib.ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():  # where alone Python sets handlers
+            undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        yield board
+        board.ended = True
+        time.sleep(LAST_LOOK)
 
 
 HTML = """

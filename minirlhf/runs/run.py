@@ -410,6 +410,18 @@ def _checkpoint(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / f"step-{step:06d}"
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run that no other process is writing, to be read without going on with it.
+
+    Raises BlockingIOError if another process works in the folder, FileNotFoundError if it is no run.
+    """
+    FolderLock.check(folder)
+    steps = _steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"{folder} is no run: it has no {CHECKPOINTS}/step-...")
+    return _checkpoint(folder, steps[-1])
+
+
 def _steps(folder: Path) -> list[int]:
     """The steps that a run has checkpoints of, in order."""
     paths = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir() and not path.is_symlink()]

@@ -44,6 +44,14 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, beside_weights, monk
         assert promised in printed
 
 
+def test_the_tutorial_shows_what_the_starter_weights_say(capsys):
+    page = read("docs/tutorial.md")
+    names, shown = {}, blocks(page, "text")
+    for block in blocks(page, "python")[: len(shown)]:
+        exec(compile(block, "tutorial.md", "exec"), names)
+    assert capsys.readouterr().out == "".join(shown)
+
+
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_chinese_page_is_its_english_one(name):
     """The same code, commands, links, headings, tables and lists; and in Chinese."""

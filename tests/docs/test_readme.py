@@ -269,6 +269,14 @@ def test_the_readme_is_short_and_the_chinese_one_has_the_same_content():
         assert found(english) and found(chinese) == found(english)
 
 
+def test_the_six_rows_of_a_step_are_those_of_the_docs():
+    (rows,) = (block for block in blocks(read("README.md"), "text") if block.startswith("token "))
+    (whole,) = (block for block in blocks(read("docs/details.md"), "text") if "token  logprob" in block)
+    assert len(rows.splitlines()) == 7 and set(rows.splitlines()) <= set(whole.splitlines())
+    assert "score 0.99" in read("README.md") and "score 0.99" in whole
+    assert rows in read("README.zh-CN.md")
+
+
 def test_the_chinese_readme_is_in_chinese():
     """Every heading, table head, link of docs and list item has Chinese characters."""
     text = read("README.zh-CN.md")
