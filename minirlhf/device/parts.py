@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,5 +43,7 @@ def load_parts(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     import torch.distributed.checkpoint as dcp
 
     found = {name: torch.empty_like(x.detach()) for name, x in like.items()}
-    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: "assuming the intent is to load in a single process", as it is
+        dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     return found

@@ -1,6 +1,6 @@
 """Model folders in the Hugging Face layout: `config.json` and `model.safetensors` to and from a dict and tensors.
 
-This module knows no model: a model passes the names and shapes that it expects to `check_tensors`.
+This module is independent of the models, which pass the names and shapes that they expect to `check_tensors`.
 
 Left out: writing in shards.
 """
