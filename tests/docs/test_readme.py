@@ -1,7 +1,6 @@
 """The documentation keeps its word: its code runs, its files and names exist, its glossary is complete."""
 
 import importlib.util
-import inspect
 import re
 import shlex
 import sys
