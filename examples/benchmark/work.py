@@ -33,6 +33,7 @@ TINY_BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, int
 SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
     "tiny": (dict(n_embd=32, n_layer=2, n_head=2, n_positions=640), TINY_BERT),
+    "deep": (dict(n_embd=512, n_layer=24, n_head=8), TINY_BERT),  # GPT-2 medium at half its width
     "gpt2-medium": (dict(vocab_size=50257, n_embd=1024, n_layer=24, n_head=16), TINY_BERT),
     "qwen3-0.6b": (
         dict(
@@ -55,12 +56,13 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One timing: peer, phase, seconds, and peak memory in MB (None if unknown)."""
+    """One timing: peer, phase, seconds, peak memory in MB (None if unknown), and the library of fp32 products."""
 
     peer: str
     phase: str
     seconds: float
     peak_mb: float | None = None
+    matmul: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,18 @@ class Work:
         return f"minirlhf {self.precision} minibatch {self.minibatch}{more}"
 
     @property
+    def drawn(self) -> list[str]:
+        """The prompts that are collected: one a group."""
+        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch // self.group_size)]
+
+    @property
     def prompts(self) -> list[str]:
-        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch)]
+        """The prompt of each sequence."""
+        return [prompt for prompt in self.drawn for _ in range(self.group_size)]
+
+    @property
+    def group_size(self) -> int:
+        return self.config.get("group_size", 1)
 
     def ppo(self, **changes: Any) -> PPOConfig:
         fields = dict(batch_size=self.batch, gen_len=self.new_tokens, top_p=0.95, ppo_epochs=4, device=self.device,
@@ -173,14 +185,10 @@ def iteration(trainer: PPOTrainer, prompts: Sequence[str], reward: Any, name: st
     generate, score, passes = (rollout.seconds[phase] for phase in ("generation", "reward", "scoring"))
     update = end - middle
     first, second = collecting[0], updating[0]
-    return [
-        Sample(name, "generate", generate, first),
-        Sample(name, "score", score, first),
-        Sample(name, "passes", passes, first),
-        Sample(name, "update", update, second),
-        Sample(name, "step", passes + update, second),
-        Sample(name, "iteration", end - start, max(first, second)),
-    ]
+    found = dict(generate=(generate, first), score=(score, first), passes=(passes, first), update=(update, second),
+                 step=(passes + update, second), iteration=(end - start, max(first, second)))  # fmt: skip
+    library = trainer.precision.matmul if device.type == "cpu" and trainer.config.precision == "fp32" else None
+    return [Sample(name, phase, *pair, library) for phase, pair in found.items()]
 
 
 @contextlib.contextmanager

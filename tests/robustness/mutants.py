@@ -6,7 +6,7 @@
 
 A fault is one change of the syntax tree: another comparison, a number off by one, a sign, min for max, swapped
 arguments, a dropped statement and the like. Whether it is in a sample depends on its own code and the seed. First the
-tests of its module run (see `own_tests`), then those of its wing, until one fails; a timeout counts as noticed. With
+tests of its module run (see `tests_of`), then those of its wing, until one fails; a timeout counts as noticed. With
 `--own` only the first: minutes in the place of hours, and what survives may be noticed by others.
 
 Results go to OUTPUT/results.jsonl, and a run that was stopped continues there. `equivalent_mutants.txt` beside this
@@ -165,22 +165,21 @@ def workspace(repo: Path, folder: Path) -> Path:
     return folder
 
 
-def tests_of(repo: Path, wing: str) -> list[str]:
-    """The test files of a wing."""
-    return sorted(str(path.relative_to(repo)) for path in (repo / "tests" / wing).rglob("test_*.py"))
-
-
-def own_tests(repo: Path, file: str) -> list[str]:
-    """Of the test files of a module's wing those that carry its name, then those that import it or the oracle.
-
-    All of the wing if there are none.
-    """
+def tests_of(repo: Path, file: str) -> tuple[list[str], list[str], list[str]]:
+    """Test files of a module's wing: those that carry its name, then those that import it or the oracle; the others."""
     wing, module = Path(file).parts[1], Path(file).stem
     imported = re.compile(rf"minirlhf\.{wing}\.{module} |minirlhf\.{wing} import .*\b{module}\b|^import oracle$", re.M)
-    every = tests_of(repo, wing)
-    named = [path for path in every if module in Path(path).stem]
-    others = [path for path in every if path not in named]
-    return named + [p for p in others if imported.search((repo / p).read_text(encoding="utf-8"))] or every
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for path in sorted((repo / "tests" / wing).rglob("test_*.py")):
+        place = 0 if module in path.stem else 1 if imported.search(path.read_text(encoding="utf-8")) else 2
+        found[place].append(str(path.relative_to(repo)))
+    return found
+
+
+def stages(repo: Path, file: str, own: bool) -> list[list[str]]:
+    """The files of `tests_of` one after the other; own: without the others, if there is a choice."""
+    first, second, others = tests_of(repo, file)
+    return list(filter(None, (first, second, [] if own and first + second else others)))
 
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[str, float]:
@@ -224,11 +223,9 @@ def plant(mutant: Mutant, folder: Path, repo: Path, timeout: float, own: bool) -
     """Run the tests with the fault in its place, and put the file back. own: only those of its module."""
     path, spent = folder / mutant.file, 0.0
     before = path.read_bytes()
-    first = own_tests(repo, mutant.file)
-    rest = [] if own else [test for test in tests_of(repo, Path(mutant.file).parts[1]) if test not in first]
     try:
         path.write_text(mutant.source, encoding="utf-8")
-        for tests in filter(None, (first, rest)):
+        for tests in stages(repo, mutant.file, own):
             outcome, seconds = run_tests(folder, tests, timeout)
             spent += seconds
             if outcome != "survived":
@@ -274,8 +271,8 @@ def main(arguments: list[str] | None = None, repo: Path = REPO, equivalent: Path
     with tempfile.TemporaryDirectory() as temporary, log.open("a", encoding="utf-8") as file:
         folder = workspace(repo, Path(temporary))
         for wing in args.wings if todo else ():
-            own = {test for m in todo if m.file.startswith(f"minirlhf/{wing}/") for test in own_tests(repo, m.file)}
-            tests = sorted(own) if args.own else tests_of(repo, wing)
+            files = {m.file for m in todo if m.file.startswith(f"minirlhf/{wing}/")}
+            tests = sorted({test for file in files for part in stages(repo, file, args.own) for test in part})
             outcome, seconds = run_tests(folder, tests, args.timeout) if tests else ("survived", 0.0)
             if outcome != "survived":
                 sys.exit(f"error: without a fault the tests of {wing} do not pass within {args.timeout:.0f} s")

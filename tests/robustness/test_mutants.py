@@ -79,12 +79,13 @@ def test_tests_of_a_module_carry_its_name_import_it_or_compare_with_the_oracle(r
     )  # fmt: skip
     for name, text in lines.items():
         (repo / f"tests/rl/test_{name}.py").write_text(f"{text}\n")
-    own = mutants.own_tests(repo, "minirlhf/rl/toy.py")
-    assert own == [f"tests/rl/test_{name}.py" for name in ("toy", "by_name", "from_wing", "loops")]
-    assert mutants.own_tests(repo, "minirlhf/rl/near.py") == ["tests/rl/test_near.py", "tests/rl/test_loops.py"]
-    for path in own:
-        (repo / path).unlink()
-    assert mutants.own_tests(repo, "minirlhf/rl/toy.py") == mutants.tests_of(repo, "rl")  # those that are left
+    every = [f"tests/rl/test_{name}.py" for name in ("toy", "by_name", "from_wing", "loops", "near", "other")]
+    assert mutants.tests_of(repo, "minirlhf/rl/toy.py") == (every[:1], every[1:4], every[4:])
+    assert mutants.stages(repo, "minirlhf/rl/toy.py", own=True) == [every[:1], every[1:4]]
+    assert mutants.stages(repo, "minirlhf/rl/near.py", own=False)[:2] == [[every[4]], [every[3]]]
+    (repo / every[3]).unlink()
+    (alone,) = mutants.stages(repo, "minirlhf/rl/none.py", own=True)  # there is no choice
+    assert len(alone) == 5
 
 
 def test_survivors_are_named_and_a_run_goes_on(repo, tmp_path, capsys):
