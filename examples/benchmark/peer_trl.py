@@ -6,7 +6,7 @@ work in groups, 32 prompts with 4 responses each, by the GRPOTrainer or RLOOTrai
     python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py"
     python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py --way recipe"
 
-    python3 -m venv new && new/bin/pip install torch transformers datasets accelerate trl    # tried with trl VERSION
+    python3 -m venv new && new/bin/pip install torch transformers datasets accelerate trl # trl 1.16.0
     python examples/benchmark --config group_size=4 whiten_advantages=false adaptive_kl=false advantages=rloo \\
         --peer-command "new/bin/python examples/benchmark/peer_trl.py --way rloo"
 

@@ -61,7 +61,8 @@ CSS = f"""
 .pair h3 {{ margin: 0 0 .5rem; font-size: 1rem }} .pair h3 small {{ font-weight: 400; opacity: .75; float: right }}
 .sample {{ display: flex; gap: .8rem; margin: .5rem 0; padding: .6rem .8rem; border-radius: 8px; line-height: 1.6;
   border: 1px solid var(--border-color-primary); background: var(--block-background-fill) }}
-.sample p {{ flex: 1; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }} .sample i {{ opacity: .6; font-style: normal }}
+.sample p {{ flex: 1; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }}
+.sample i {{ opacity: .6; font-style: normal }}
 .tokens {{ display: flex; flex-wrap: wrap; gap: 4px; line-height: 1.3 }}
 .tokens span {{ padding: .3rem .5rem; border-radius: 6px; border: 2px solid transparent; text-align: center }}
 .tokens .held {{ border-color: var(--body-text-color) }}

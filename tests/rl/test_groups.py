@@ -22,9 +22,9 @@ def spread_of(*prompts):
 
 
 def test_a_group_computes_its_prompt_once():
-    """Tokens that layers get in the reference's pass and in the update: the distinct beginnings of the rows.
+    """Tokens that layers get in the reference's pass and in the update: the distinct beginnings of a prompt's rows.
 
-    Without its last token, which predicts none.
+    The last token of a row predicts none.
     """
     trainer = make_trainer(advantages="dr_grpo", group_size=8, batch_size=16, minibatch_size=16, forward_batch_size=16,
                            gen_len=3, ppo_epochs=1)  # fmt: skip
@@ -38,7 +38,8 @@ def test_a_group_computes_its_prompt_once():
     at = len(seen["policy"])
     trainer.step(rollout)
     rows = [row[real.bool()].tolist() for row, real in zip(rollout.tokens, rollout.mask, strict=True)]
-    beginnings = {tuple(row[:n]) for row in rows for n in range(1, len(row))}
+    beginnings = {(prompt, *row[:n]) for prompt, row in zip(rollout.prompts, rows, strict=True)
+                  for n in range(1, len(row))}  # fmt: skip
     assert seen["policy"][at:] == [len(beginnings)]  # the update
     assert seen["reference"] == [len(beginnings)]
     assert len(beginnings) <= sum(widths) + 16 * 2  # each prompt once

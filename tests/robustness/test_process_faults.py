@@ -45,14 +45,8 @@ ERRORS = {
     "scores": ("ValueError", "rank 1: scores must be 3 numbers, one a text, got shape (2,)"),
     "prompts": ("ValueError", f"prompts {EQUAL}: number 1 is 'w' on rank 0 and 'x' on rank 1"),
     "number of prompts": ("ValueError", f"prompts {EQUAL}: their number is 5 on rank 0 and 4 on rank 1"),
-    "queries": (
-        "ValueError",
-        f"queries, responses and scores {EQUAL}: number 3 is [9, 10] on rank 0 and [9, 11] on",
-    ),
-    "too few rows": (
-        "ValueError",
-        "PPOConfig.batch_size must be at least 4: each of 2 processes needs group_size",
-    ),
+    "queries": ("ValueError", f"queries, responses and scores {EQUAL}: number 3 is [9, 10] on rank 0 and [9, 11] on"),
+    "too few rows": ("ValueError", "PPOConfig.batch_size must be at least 4: each of 2 processes needs group_size"),
     "config": ("ValueError", f"versions, settings and shapes {EQUAL}: lr is 0.001 on rank 0 and 0.002 on rank 1"),
     "version": ("ValueError", f"versions, settings and shapes {EQUAL}: minirlhf is "),
     "scope": ("ValueError", "the scope of a reward must be 'rows' or 'batch', got 'rank'"),
