@@ -14,8 +14,11 @@ EXAMPLES = ["matplotlib>=3.8", "tqdm>=4.60"]
 JUDGE = ["openai>=1.60"]
 CHAT = ["jinja2>=3.1.6"]  # older ones have known ways out of the sandbox
 YAML = ["pyyaml>=6"]
+WEB = ["gradio>=6.7"]  # 6.7: functions of the server for HTML components
 STARTER = ["minirlhf-starter>=1"]  # made from weights/, which is too large for this package
 TENSORBOARD = ["tensorboard>=2.15"]
+NOTEBOOK = ["nbclient>=0.10", "ipykernel>=6.29"]  # to run examples/positive_reviews.ipynb in a test
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "latex2mathml>=3.77"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
          "scikit-learn>=1.4", "peft>=0.13", *TENSORBOARD]  # fmt: skip
 
@@ -52,6 +55,8 @@ setup(
         "chat": CHAT,
         "yaml": YAML,
         "starter": STARTER,
-        "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *TESTS, "ruff", "mypy"],
+        "web": WEB,
+        "docs": DOCS,
+        "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *NOTEBOOK, *TESTS, "ruff", "mypy"],
     },
 )

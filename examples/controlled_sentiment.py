@@ -24,6 +24,7 @@ from minirlhf.io.files import atomic_write, write_json
 from minirlhf.rewards.base import RewardFunction, call_reward
 from minirlhf.rewards.composed import Increments, RepetitionPenalty, WeightedSum
 from minirlhf.runs.run import Run
+from minirlhf.text.language import warn_of_language
 from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, command_line, new_folder, parse, run_script
 
 
@@ -108,6 +109,7 @@ def main() -> None:
     )
     args = parse(parser)
     tokenizer = Tokenizer.from_pretrained(args.policy)
+    warn_of_language(PROMPTS, args.policy, args.reward)
     check_tags(tokenizer)  # a tag that is read as [UNK] would say nothing
     classifier = SentimentReward.from_pretrained(args.reward)
     sentiment = ControlledSentiment(classifier)

@@ -17,15 +17,17 @@ import torch
 
 from minirlhf import DPOConfig, DPOTrainer, SentimentReward, Tokenizer, generate, load_decoder
 from minirlhf.common.printing import show
-from minirlhf.device.processes import restarted
+from minirlhf.device.launch import restarted
+from minirlhf.device.processes import agreed
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, read_json, write_json
-from minirlhf.rewards.base import call_reward
+from minirlhf.rewards.base import score_all
 from minirlhf.runs.run import Run
 from minirlhf.supervised.preference_pairs import TokenPair
+from minirlhf.text.language import warn_of_language
 from minirlhf.text.preferences import read_rankings, split_rankings
-from shared import POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
+from shared import LOGGERS, POLICY, PROMPTS, REWARD, command_line, new_folder, parse, prompt_pool, run_script
 
 FIELDS = dict(beta=0.1, loss="sigmoid", label_smoothing=0.0, lr=2e-4, batch_size=32, epochs=2, packing=False,
               device="auto", seed=0)  # fmt: skip
@@ -33,7 +35,10 @@ FIELDS = dict(beta=0.1, loss="sigmoid", label_smoothing=0.0, lr=2e-4, batch_size
 
 def main() -> None:
     args = read_arguments()
-    output, prompts = Path(args.output), prompt_pool(args.prompts)
+    output, prompts = Path(args.output), prompt_pool(args.prompts, args.policy, args.reward)
+    if args.pairs:
+        labelled = split_rankings(read_rankings(args.pairs, args.encoding), by="answers")
+        warn_of_language([text for ranking in labelled[0] for text in ranking.texts], args.policy)
     config = DPOConfig(**{name: getattr(args, name) for name in FIELDS})
     reward = SentimentReward.from_pretrained(args.reward, device=args.device)
     tokenizer, policy = Tokenizer.from_pretrained(args.policy), load_decoder(args.policy)
@@ -49,9 +54,9 @@ def main() -> None:
         if args.online:
             pairs, held_out = sampled_pairs(trainer, prompts, reward, args, number), []
         else:
-            pairs, held_out = split_rankings(read_rankings(args.pairs, args.encoding), by="answers")
+            pairs, held_out = labelled
         trainer.check_pairs(pairs)
-        with run or Run.start(folder, trainer, {"arguments": vars(args)}) as run:  # 3. The loop
+        with run or Run.start(folder, trainer, {"arguments": vars(args)}, loggers=args.loggers) as run:  # 3. The loop
             train(run, pairs, held_out)
         policy = trainer.model
 
@@ -83,19 +88,24 @@ def train(run: Run[DPOTrainer], pairs: list, held_out: list) -> None:
 
 def sampled_pairs(trainer: DPOTrainer, prompts: list[str], reward, args, number: int) -> list[TokenPair]:
     """The best and the worst of n responses to each prompt, as they were sampled; those of a stopped run again."""
-    path, tokenizer = Path(args.output) / f"round-{number}.json", trainer.tokenizer
-    if not path.exists():
+    path, tokenizer, group = Path(args.output) / f"round-{number}.json", trainer.tokenizer, trainer.processes
+    if not group.broadcast("whether there are pairs", path.exists()):
         texts = list(itertools.islice(itertools.cycle(prompts), max(1, args.samples // args.n)))
-        ids = [tokenizer.encode_prompt(text) for text in texts for _ in range(args.n)]
+        texts = [text for text in texts for _ in range(args.n)]
+        ids = [tokenizer.encode_prompt(text) for text in texts]
         generator = torch.Generator(trainer.device).manual_seed(args.seed + number)
-        responses = generate(trainer.model.eval(), ids, args.gen_len, generator=generator).responses
+        mine = group.share(len(ids))  # each of several processes samples some of the rows, and all get all
+        drawn = generate(trainer.model.eval(), ids, args.gen_len, generator=generator, share=mine).responses
+        responses = [response for part in group.gather("responses", drawn) for response in part][: len(ids)]
         spoken = ["".join(tokenizer.decode_response(p, r)) for p, r in zip(ids, responses, strict=True)]
-        scores = call_reward(reward, [text for text in texts for _ in range(args.n)], spoken).view(-1, args.n)
+        scores = score_all(reward, texts, spoken).view(-1, args.n)
         show(f"round {number}: mean reward of {scores.numel()} samples {scores.mean():.3f}")
         groups = zip(scores.argmax(-1).tolist(), scores.argmin(-1).tolist(), itertools.count(0, args.n))
         rows = [(ids[i], responses[i + best].tolist(), responses[i + worst].tolist()) for best, worst, i in groups]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"pairs": [dataclasses.asdict(TokenPair(*row)) for row in rows if row[1] != row[2]]})
+        with agreed("the pairs"):  # all wait until the first process has written them
+            if group.first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"pairs": [dataclasses.asdict(TokenPair(*row)) for row in rows if row[1] != row[2]]})
     return [TokenPair(**pair) for pair in read_json(path)["pairs"]]
 
 
@@ -114,6 +124,7 @@ def read_arguments() -> argparse.Namespace:
         **{name: (default, f"DPOConfig.{name}") for name, default in FIELDS.items()},
         prompts=(PROMPTS, "texts to continue, or one file, .txt or .jsonl"),
         output=(new_folder("dpo-"), "folder of all rounds"),
+        loggers=LOGGERS,
         resume=(str, "continue the run in this folder, round-1/ or another of --output, with its own settings"),
     )
     args = parse(parser)

@@ -6,6 +6,7 @@ python examples/explain_step.py [--policy FOLDER --reward FOLDER --prompt 酒店
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.evaluation.explanation import explain
+from minirlhf.text.language import warn_of_language
 from shared import POLICY, REWARD, command_line, run_script
 
 
@@ -20,6 +21,7 @@ def main() -> None:
         seed=(0, "of everything"),
         picture=(str, "draw the best sample's tokens into this PNG"),
     ).parse_args()
+    warn_of_language([args.prompt], args.policy, args.reward)
     policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
     reward, n = SentimentReward.from_pretrained(args.reward), args.batch_size
     trainer = PPOTrainer(policy, args.policy, tokenizer, lr=args.lr, seed=args.seed, batch_size=n, steps=2 * n)

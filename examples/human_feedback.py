@@ -1,15 +1,20 @@
 """You are the human in reinforcement learning from human feedback: rank or score what a policy writes, by single keys.
 
+At a terminal, or with --web in the browser, where several people work at once, by click or key.
+
     python examples/human_feedback.py                        # rank 3 samples a prompt; --scores: 1 to 5 for each
     python examples/reward_model.py --rankings runs/feedback.jsonl      # a reward model learns from the rankings
     python examples/human_feedback.py --train runs/mine      # your scores are the reward of PPO, 4 samples a step
     python examples/human_feedback.py --train runs/mine      # the same once more: continue where you stopped
+    python examples/human_feedback.py --web                  # any of these in the browser (pip install 'minirlhf[web]')
 
-Keys: numbers, best first (or scores), u undo, s skip, q quit. Every answer is on the disk before the next question.
+Keys: numbers, best first (or scores), u undo, s skip, q quit (of a page: Ctrl-C in its terminal). Every answer is on
+the disk before the next question.
 """
 
 import argparse
 import codecs
+import contextlib
 import os
 import select
 import signal
@@ -23,7 +28,9 @@ import torch
 
 from minirlhf import PPOConfig, PPOTrainer, SamplingConfig, Tokenizer, load_decoder
 from minirlhf.common.printing import show
+from minirlhf.common.web_page import HOST, PORT, require_web
 from minirlhf.rewards.human import FeedbackFile, HumanReward, ask_rounds, draw_answers
+from minirlhf.rewards.human_page import PageReward, ask_rounds_on_page, feedback_page
 from minirlhf.runs.run import Run
 from shared import LOGGERS, POLICY, PROMPTS, command_line, prompt_pool, run_script
 
@@ -42,11 +49,16 @@ def main() -> None:
         seed=(0, "of everything"),
         output=("runs/feedback.jsonl", "file of the answers"),
         train=(str, "folder of a PPO run whose reward you are"),
+        web=(False, "ask in the browser, several people at once"),
+        host=(HOST, "where the page listens; 0.0.0.0 lets other machines in"),
+        port=(PORT, "of the page"),
         loggers=LOGGERS,
         batch_size=(4, "samples a step of PPO"),
         lr=(2e-4, "of PPO"),
     ).parse_args()
     args.prompts = prompt_pool(args.prompts, args.policy, encoding=args.encoding)
+    if args.web:  # before a model is loaded
+        require_web(args.host, args.port)
     try:
         train(args) if args.train else collect(args)
     except KeyboardInterrupt:
@@ -73,8 +85,14 @@ def collect(args: argparse.Namespace) -> None:
     for prompt in args.prompts:  # before the first question
         if len(tokenizer.encode_prompt(prompt)) > room:
             raise ValueError(f"prompt {prompt[:20]!r}... leaves no room for --gen-len {args.gen_len}")
-    with FeedbackFile(args.output) as file, Keyboard() as keyboard:
-        done = ask_rounds(file, question_of, args.rounds, keyboard.read, write, args.scores)
+    with FeedbackFile(args.output) as file:
+        if args.web:
+            with feedback_page(file, args.host, args.port) as board:
+                ask_rounds_on_page(board, question_of, args.rounds, args.scores)
+            done = True
+        else:
+            with Keyboard() as keyboard:
+                done = ask_rounds(file, question_of, args.rounds, keyboard.read, write, args.scores)
         total = len(file.records)
     show(f"{args.output} has {total} answers in all")
     show("more --rounds ask for more" if done else "the same command goes on from here")
@@ -94,15 +112,19 @@ def train(args: argparse.Namespace) -> None:
         trainer = PPOTrainer(policy, args.policy, tokenizer, PPOConfig(**settings))
         trainer.check_prompts(args.prompts)
         run = Run.start(args.train, trainer, {"arguments": vars(args)}, loggers=args.loggers)
-    with run, FeedbackFile(run.folder / "scores.jsonl") as file, Keyboard() as keyboard:
+    with run, FeedbackFile(run.folder / "scores.jsonl") as file, contextlib.ExitStack() as asking:
         trainer = run.trainer
+        if args.web:
+            reward: HumanReward = PageReward(asking.enter_context(feedback_page(file, args.host, args.port)))
+        else:
+            reward = HumanReward(file, asking.enter_context(Keyboard()).read, write)
 
         def on_step(rollout, stats) -> None:
             run.record(rollout, stats)
             reward, kl = stats["reward/mean"], stats["objective/kl"]
             show(f"step {trainer.iteration} of {trainer.config.iterations}: mean reward {reward:.2f}, KL {kl:.2f}")
 
-        trainer.train(args.prompts, HumanReward(file, keyboard.read, write), on_step)
+        trainer.train(args.prompts, reward, on_step)
         trainer.save_pretrained(run.folder / "policy")
     show(f"saved in {run.folder / 'policy'}")
 

@@ -16,7 +16,7 @@ from minirlhf import PPOConfig, PPOTrainer, Tokenizer, load_decoder
 from minirlhf.common.printing import show
 from minirlhf.rewards import ChatJudge, ChatJudgeConfig
 from minirlhf.runs.run import Run
-from shared import LOGGERS, POLICY, PROMPTS, STARTER, command_line, new_folder, parse, run_script
+from shared import LOGGERS, POLICY, PROMPTS, STARTER, command_line, new_folder, parse, prompt_pool, run_script
 
 # What a good text is. A judge answers more evenly if the rubric says what each number stands for.
 RUBRIC = """The text is the beginning of a hotel review in Chinese, cut off after a few words. How content is the guest?
@@ -39,14 +39,16 @@ def main() -> None:
                            entropy_coef=0.01, score_scale=0.1, save_freq=1, seed=args.seed)  # fmt: skip
         policy, tokenizer = load_decoder(args.policy), Tokenizer.from_pretrained(args.policy)
         trainer = PPOTrainer(policy, args.policy, tokenizer, config)
+        trainer.check_prompts(args.prompts)
         settings = {"arguments": vars(args), "ppo": dataclasses.asdict(config)}  # the key is not in there
         run = Run.start(args.output, trainer, settings, loggers=args.loggers)
 
     # 3. The loop. A judge is a reward like any other: a callable from texts to numbers.
     with run:
         trainer, config, spent = run.trainer, run.trainer.config, 0.0
+        pool = trainer.check_prompts(args.prompts)
         for iteration in range(trainer.iteration, config.iterations):
-            prompts = random.Random(f"{config.seed} {iteration}").choices(PROMPTS, k=config.batch_size)
+            prompts = random.Random(f"{config.seed} {iteration}").choices(pool, k=config.batch_size)
             rollout = trainer.collect(prompts, judge)
             stats = trainer.step(rollout)
 
@@ -77,6 +79,7 @@ def read_arguments() -> argparse.Namespace:
         prompt_price=(0.0, "of a million tokens, in any currency"),
         completion_price=(0.0, "of a million tokens"),
         policy=(POLICY, "GPT-2 folder"),
+        prompts=(PROMPTS, "texts to continue, or one file, .txt or .jsonl"),
         steps=(1280, "samples in all: as many requests, at most"),
         batch_size=(64, "samples of a PPO step"),
         gen_len=(16, "tokens of a sample"),
@@ -88,6 +91,8 @@ def read_arguments() -> argparse.Namespace:
     args = parse(parser)
     if args.base_url is None or args.model is None:
         parser.error("--base-url and --model are needed, or --resume")
+    if not args.resume:
+        args.prompts = prompt_pool(args.prompts, args.policy)
     return args
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from minirlhf import PPOConfig, PPOTrainer, RewardModel, SentimentReward, Tokenizer, load_decoder
 from minirlhf.common.printing import show
-from minirlhf.device.processes import agreed, restarted
+from minirlhf.device.launch import restarted
+from minirlhf.device.processes import agreed
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.io.files import atomic_write, write_json
-from minirlhf.io.starter import LANGUAGE_WORD, is_foreign, warn_of_language
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
+from minirlhf.text.language import LANGUAGE_WORD, is_foreign, warn_of_language
 from minirlhf.text.preferences import Ranking, read_rankings, split_rankings
 from shared import LOGGERS, POLICY, PROMPTS, REWARD, STARTER, WEIGHTS, command_line, new_folder, parse, run_script
 
@@ -111,9 +112,9 @@ def main() -> None:
 def check_language(args: argparse.Namespace, rankings: list[Ranking]) -> None:
     """Raise ValueError before the Chinese classifier would judge other texts, whose figures would mean nothing."""
     texts = [text for ranking in rankings for text in ranking.texts] + args.prompts
-    if args.judge in WEIGHTS and is_foreign(texts):
+    if WEIGHTS.descends(args.judge) and is_foreign(texts):
         raise ValueError(f"{LANGUAGE_WORD}: --judge FOLDER, or --judge none to train without a judge")
-    warn_of_language(texts, args.policy, args.trunk)
+    warn_of_language(texts, args.policy, args.trunk, args.judge)
 
 
 def train_reward_model(run: Run[RewardModelTrainer], held_out: list[Ranking]) -> list[dict[str, float]]:

@@ -26,6 +26,7 @@ from minirlhf.io.files import write_json
 from minirlhf.runs.run import Run
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.demonstrations import read_demonstrations, split_demonstrations
+from minirlhf.text.language import warn_of_language
 from shared import LOGGERS, POLICY, PROMPTS, command_line, new_folder, parse, run_script
 
 FIELDS = dict(epochs=3, lr=3e-4, schedule="cosine", warmup=0.05, max_length=128, tokens_per_batch=2048,
@@ -41,6 +42,7 @@ def main() -> None:
     else:
         train, held_out = split_demonstrations(train)
     train = train[: args.limit or None]
+    warn_of_language([*map(str, train), *args.prompts], args.model)
 
     # 2. The model, the run and its folder, or the ones that were stopped.
     if args.resume:

@@ -11,11 +11,13 @@ from typing import Any
 
 from minirlhf.common.printing import error_line
 from minirlhf.common.text import printable
-from minirlhf.device.processes import processes, tells
+from minirlhf.device.launch import tells
+from minirlhf.device.processes import processes
 from minirlhf.io.files import read_json
-from minirlhf.io.starter import starter, warn_of_language
+from minirlhf.io.starter import starter
 from minirlhf.rl.presets import STARTER as STARTER
 from minirlhf.runs.run import RunFailed, Stopped
+from minirlhf.text.language import warn_of_language
 from minirlhf.text.prompts import Prompt, read_pool
 
 WEIGHTS = starter()
@@ -63,8 +65,7 @@ def new_folder(prefix: str = "") -> str:
 
 
 def prompt_pool(prompts: list[str], *models: str, encoding: str = "utf-8") -> list[Prompt]:
-    """The pool of prompts, those of a file if the only one names a file. Warns if the models are the Chinese starter
-    weights, and the prompts are not Chinese."""
+    """The pool of prompts, those of a file if the only one names a file; see `warn_of_language` for the models."""
     pool = read_pool(prompts, encoding)
     warn_of_language([str(prompt) for prompt in pool], *models)
     return pool

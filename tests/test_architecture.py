@@ -6,8 +6,6 @@ import sys
 import types
 from pathlib import Path
 
-import pytest
-
 import minirlhf
 from conftest import VOCAB, make_gpt2
 from minirlhf import PPOTrainer, Tokenizer
@@ -68,15 +66,13 @@ def wing(name: str) -> str:
 def test_the_package_is_wings_and_nothing_else():
     assert {wing(name) for name in SOURCES} == {*WINGS, *TOP}
     assert {path.name for path in ROOT.iterdir() if path.is_file()} == {*(f"{name}.py" for name in TOP), "py.typed"}
-    for name in WINGS:
-        assert ast.get_docstring(TREES[name]), f"{name}/__init__.py says in one sentence what lives there"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name not in TOP])
-def test_wings_import_only_wings_below_them(name):
-    for target in our_imports(name) - {"version"}:
-        allowed = target not in TOP and WINGS.index(wing(target)) <= WINGS.index(wing(name))
-        assert allowed, f"{name} must not import {target}"
+def test_wings_import_only_wings_below_them():
+    for name in SOURCES.keys() - TOP:
+        for target in our_imports(name) - {"version"}:
+            allowed = target not in TOP and WINGS.index(wing(target)) <= WINGS.index(wing(name))
+            assert allowed, f"{name} must not import {target}"
 
 
 def test_the_reference_implementation_is_short():
@@ -88,10 +84,10 @@ def test_the_reference_implementation_is_short():
     assert all(name.removesuffix(".py") in order for name in lines if name != "__init__.py")
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if wing(name) != "models"])
-def test_only_models_know_how_a_decoder_is_built(name):
-    attributes = {node.attr for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
-    assert not attributes & {"wte", "wpe", "h", "ln_f"}
+def test_only_models_know_how_a_decoder_is_built():
+    for name in [name for name in SOURCES if wing(name) != "models"]:
+        attributes = {node.attr for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
+        assert not attributes & {"wte", "wpe", "h", "ln_f"}, name
 
 
 def test_from_a_step_to_a_log_probability_there_are_at_most_seven_frames(monkeypatch):
@@ -128,16 +124,12 @@ def test_no_module_imports_itself_over_others():
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_modules_need_only_the_declared_dependencies(name):
-    """Whatever else a function uses (plots, progress bars) it imports itself, when it is called."""
-    packages = {i.split(".")[0] for i in imported(TREES[name], inside_functions=False)}
-    foreign = packages - set(sys.stdlib_module_names) - {"minirlhf"}
-    assert foreign <= DEPENDENCIES, f"{name} imports {foreign - DEPENDENCIES} at module level"
-
-
-def test_nothing_imports_transformers():
+def test_modules_need_only_the_declared_dependencies():
+    """Whatever else a function uses (plots, progress bars) it imports itself, when it is called; never transformers."""
     for name, tree in TREES.items():
+        packages = {i.split(".")[0] for i in imported(tree, inside_functions=False)}
+        foreign = packages - set(sys.stdlib_module_names) - {"minirlhf"}
+        assert foreign <= DEPENDENCIES, f"{name} imports {foreign - DEPENDENCIES} at module level"
         assert not {"transformers", "trl", "accelerate"} & {i.split(".")[0] for i in imported(tree)}, name
 
 
@@ -162,9 +154,8 @@ def global_seeds(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_no_module_seeds_a_global_generator(name):
-    assert not global_seeds(TREES[name])
+def test_no_module_seeds_a_global_generator():
+    assert not {name: found for name, tree in TREES.items() if (found := global_seeds(tree))}
 
 
 def test_the_checks_see_what_they_look_for():
@@ -180,17 +171,17 @@ def test_the_checks_see_what_they_look_for():
     assert len(SOURCES) >= 15 and our_imports("generation.generate") >= {"generation.sampling", "text.batching"}
 
 
-@pytest.mark.parametrize("name", minirlhf.__all__)
-def test_public_names_exist_and_have_a_docstring(name):
-    public = getattr(minirlhf, name)
-    doc = inspect.getdoc(public)
-    assert doc and not doc.startswith(f"{name}("), "a dataclass without a docstring gets its signature"
-    if isinstance(public, type):
-        assert "__doc__" in vars(public) and doc != inspect.getdoc(public.__mro__[1])
-        for attribute, value in vars(public).items():
-            function = getattr(value, "__func__", value)  # of class methods
-            if not attribute.startswith("_") and isinstance(function, types.FunctionType) and attribute != "forward":
-                assert function.__doc__, f"{name}.{attribute}"
+def test_public_names_exist_and_have_a_docstring():
+    for name in minirlhf.__all__:
+        public = getattr(minirlhf, name)
+        doc = inspect.getdoc(public)
+        assert doc and not doc.startswith(f"{name}("), f"{name}: a dataclass without a docstring gets its signature"
+        if isinstance(public, type):
+            assert "__doc__" in vars(public) and doc != inspect.getdoc(public.__mro__[1]), name
+            for attribute, value in vars(public).items():
+                function = getattr(value, "__func__", value)  # of class methods
+                hidden = attribute.startswith("_") or attribute == "forward"
+                assert hidden or not isinstance(function, types.FunctionType) or function.__doc__, (name, attribute)
 
 
 def test_public_names_are_listed_once_and_complete():
@@ -200,6 +191,5 @@ def test_public_names_are_listed_once_and_complete():
     assert gathered <= set(minirlhf.__all__)
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_every_module_says_what_it_is_for(name):
-    assert ast.get_docstring(TREES[name])
+def test_every_module_says_what_it_is_for():
+    assert all(map(ast.get_docstring, TREES.values()))

@@ -5,12 +5,13 @@
     python examples/benchmark --peer-command "python x.py"      # in turns with a command, see peer_trl.py
     python examples/benchmark scaling ragged overhead          # the other tables
     python examples/benchmark lora --size gpt2-medium --batch 16    # all weights trained, or adapters
+    python examples/benchmark methods                          # PPO, RLOO and GRPO
     python examples/benchmark --size tiny --quick              # a check that it runs; seconds
 
 The work: a GPT-2 base and a BERT base with random weights (or --policy and --reward), 128 prompts of 3 tokens, 16 new
-tokens, top-p .95, 4 epochs. Prints tables, and writes results.json, report.md and pictures to --output. A peer command
-prints a JSON object a line: {"peer": name, "phase": "generate", "score" or "step", "seconds": 1.5, "peak_mb": 3000};
---json-lines prints the same of ours.
+tokens, top-p .95, 4 epochs; with groups, 32 prompts and 4 responses to each. Prints tables, and writes results.json,
+report.md and pictures to --output. A peer command prints a JSON object a line: {"peer": name, "phase": "generate",
+"score" or "step", "seconds": 1.5, "peak_mb": 3000}; --json-lines prints the same of ours.
 """
 
 import argparse
@@ -38,15 +39,25 @@ from minirlhf.device.precision import Precision
 from minirlhf.io.files import atomic_write, write_json
 from shared import run_script
 
-TABLES = ("iteration", "scaling", "ragged", "overhead", "lora")
+TABLES = ("iteration", "scaling", "ragged", "overhead", "lora", "methods")
 ADAPTERS = {"rank": 8, "alpha": 16}
-# What the table `lora` compares: settings of PPOConfig by the name of a row.
-WAYS: dict[str, dict[str, Any]] = {
-    "all weights": {},
-    "all weights, checkpointed": {"checkpoint_activations": True},
-    "LoRA": {"lora": ADAPTERS},
-    "LoRA, base in bf16": {"lora": {**ADAPTERS, "base_dtype": "bf16"}},
-    "LoRA, checkpointed": {"lora": ADAPTERS, "checkpoint_activations": True},
+GROUPS = {"group_size": 4, "whiten_advantages": False, "adaptive_kl": False}
+K3 = {"kl_estimator": "k3", "kl_placement": "loss"}
+# What the tables `lora` and `methods` compare: settings of PPOConfig by the name of a row.
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {
+        "all weights": {},
+        "all weights, checkpointed": {"checkpoint_activations": True},
+        "LoRA": {"lora": ADAPTERS},
+        "LoRA, base in bf16": {"lora": {**ADAPTERS, "base_dtype": "bf16"}},
+        "LoRA, checkpointed": {"lora": ADAPTERS, "checkpoint_activations": True},
+    },
+    # In as many optimizer steps: the methods without a value head have one pass over a batch in their presets.
+    "methods": {
+        "PPO": {},
+        "RLOO": {**GROUPS, "advantages": "rloo"},
+        "GRPO": {**GROUPS, **K3, "advantages": "grpo", "loss_averaging": "sequences"},
+    },
 }
 
 
@@ -84,19 +95,19 @@ def main() -> None:
     if "overhead" in args.tables:
         few = dict(iterations=1, batch_size=4, minibatch_size=4) if quick else {}
         result["overhead"] = studies.overhead(args.repeats, device=args.device, **few)
-    if "lora" in args.tables:
-        result["lora"] = time_ways(work, args)
+    for table in set(args.tables) & WAYS.keys():
+        result[table] = time_ways(work, WAYS[table], args)
     write(result, args.output)
 
 
-def time_ways(work: Work, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each of WAYS: median seconds by phase and peak memory, also over those of the first; in turns."""
+def time_ways(work: Work, ways: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each way: median seconds by phase and peak memory, also over those of the first; in turns."""
 
     def side(name: str, config: dict[str, Any]) -> tuple[str, Any]:
         command = own_command(dataclasses.replace(work, config={**work.config, **config}), args)
         return name, lambda: [dataclasses.replace(sample, peer=name) for sample in run_command(command)]
 
-    turns, _ = in_turns([side(*way) for way in WAYS.items()], args.repeats, tell)
+    turns, _ = in_turns([side(*way) for way in ways.items()], args.repeats, tell)
     rows: dict[str, dict[str, Any]] = {}
     for found in report.summarise([sample for turn in turns for sample in turn.samples]):
         row = rows.setdefault(found["peer"], {"way": found["peer"]})
@@ -158,7 +169,9 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
             floors[work.name] = {row["phase"]: row["floor s"] for row in bounds[precision]}
     rows = report.summarise(samples, floors, new_tokens=works[0].batch * works[0].new_tokens)
     names = [work.name for work in works]
-    return {"load": load, "rates": rates, "bounds": bounds, "iteration": rows, "ratios": report.ratios(rows, names),
+    libraries = {sample.peer: sample.matmul for sample in samples if sample.matmul}
+    return {"load": load, "products by": libraries, "rates": rates, "bounds": bounds, "iteration": rows,
+            "ratios": report.ratios(rows, names),
             "samples": [dataclasses.asdict(sample) for sample in samples]}  # fmt: skip
 
 
@@ -167,12 +180,12 @@ class Ours:
 
     def __init__(self, work: Work):
         self.work, self.trainer, self.reward = work, work.trainer(), work.reward_function()
-        rollout = self.trainer.collect(work.prompts, self.reward)
+        rollout = self.trainer.collect(work.drawn, self.reward)
         if self.trainer.device.type == "cuda" or self.trainer.config.compile:
             self.trainer.step(rollout)
 
     def once(self) -> list[Sample]:
-        return iteration(self.trainer, self.work.prompts, self.reward, self.work.name)
+        return iteration(self.trainer, self.work.drawn, self.reward, self.work.name)
 
     def repeat(self, times: int) -> list[Sample]:
         return [sample for _ in range(times) for sample in self.once()]
@@ -250,8 +263,8 @@ def read_arguments() -> argparse.Namespace:
     args.repeats = args.repeats or (1 if args.quick else 3)
     if unknown := [name for name in args.tables if name not in TABLES]:
         raise ValueError(f"tables are {', '.join(TABLES)}, got {unknown[0]!r}")
-    if "model_type" in SIZES[args.size][0] and not args.json_lines and args.tables != ["lora"]:
-        raise ValueError(f"the size {args.size} is for the table lora: the others count the work of a GPT-2")
+    if "model_type" in SIZES[args.size][0] and not args.json_lines and not set(args.tables) <= WAYS.keys():
+        raise ValueError(f"the size {args.size} is for the tables {', '.join(WAYS)}: the others count a GPT-2's work")
     if args.against and args.peer_command:
         raise ValueError("--against shares a process and --peer-command does not: run one after the other")
     return args

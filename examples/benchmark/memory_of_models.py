@@ -55,18 +55,17 @@ WAYS: dict[str, dict[str, Any]] = {
 FITS = ("yes", "checkpointing", "LoRA", "LoRA, bf16")
 
 
-def gib(make: Callable[[], Decoder], settings: dict[str, Any]) -> float:
+def gib(make: Callable[[], Decoder], model: Decoder, reference: Decoder, settings: dict[str, Any]) -> float:
     """What PPO of this policy with a reference of the same shape needs, on a GPU, in bf16 over fp32 weights."""
     config = PPOConfig(batch_size=BATCH, gen_len=RESPONSE, forward_batch_size=MICRO_BATCH, **settings)
-    with shapes_only():
-        model, reference = make(), make()
-    actor = ActorCritic(model)
     if config.lora is not None:
+        with shapes_only():
+            model = make()
         model.base_hash = "of no weights"
         add_lora(model, config.lora)
         reference = adapters_off(model)
     sizes = (BATCH, PROMPT, RESPONSE, MICRO_BATCH)
-    return total(planned(actor, reference, config, sizes, "cuda", "bf16", scoring_batch_size=1024)) / GIB
+    return total(planned(ActorCritic(model), reference, config, sizes, "cuda", "bf16", scoring_batch_size=1024)) / GIB
 
 
 def main() -> None:
@@ -75,8 +74,9 @@ def main() -> None:
     print(f"|---|---|{'---|' * (len(WAYS) + len(CARDS))}")
     for name, make in MODELS.items():
         with shapes_only():
-            count = sum(p.numel() for p in make().parameters()) / 1e6
-        needs = [gib(make, settings) for settings in WAYS.values()]
+            pair = make(), make()
+        count = sum(p.numel() for p in pair[0].parameters()) / 1e6
+        needs = [gib(make, *pair, settings) for settings in WAYS.values()]
         fits = [
             next((way for way, need in zip(FITS, needs, strict=True) if need <= FULL * card), "no") for card in CARDS
         ]

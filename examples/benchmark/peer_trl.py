@@ -1,25 +1,33 @@
-"""The benchmark's work done by TRL 0.11.4, the last with `PPOTrainer.step`, or the way of the original recipe.
+"""The benchmark's work done by TRL 0.11.4, the last with `PPOTrainer.step`, or the way of the original recipe; and its
+work in groups, 32 prompts with 4 responses each, by the GRPOTrainer or RLOOTrainer of a new TRL.
 
     python3 -m venv trl && trl/bin/pip install torch "numpy<2" transformers==4.45.2 accelerate==0.34.2 \\
         datasets==2.21.0 "pyarrow<18" rich trl==0.11.4
     python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py"
     python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py --way recipe"
 
+    python3 -m venv new && new/bin/pip install torch transformers datasets accelerate trl # trl 1.16.0
+    python examples/benchmark --config group_size=4 whiten_advantages=false adaptive_kl=false advantages=rloo \\
+        --peer-command "new/bin/python examples/benchmark/peer_trl.py --way rloo"
+
 Nothing of ours is imported. Random models of the same sizes, the same batch; a JSON line a phase. TRL generates and
 scores in one batch. `--fused-adam` gives it the faster optimizer; jemalloc comes by LD_PRELOAD. "recipe": one prompt at
 a time without a cache, one text at a time, one optimizer step a sample; a sixteenth of the batch is run, and its time
-multiplied.
+multiplied. "grpo", "rloo": 4 passes in minibatches of 16, without dropout, texts scored in one batch, fused Adam;
+generation and classifier are warmed up.
 """
 
 import argparse
 import functools
 import json
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
@@ -32,7 +40,7 @@ TEXTS = ["酒店" + "".join(chr(0x4E00 + int(t) - 198) for t in r) for r in RESP
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", choices=["trl", "recipe"], default="trl")
+    parser.add_argument("--way", choices=["trl", "recipe", "grpo", "rloo"], default="trl")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of TRL; bf16 by autocast")
     parser.add_argument("--minibatch", type=int, default=16, help="sequences an optimizer step of TRL")
     parser.add_argument("--fused-adam", action="store_true")
@@ -44,7 +52,7 @@ def main() -> None:
     if args.fused_adam:  # TRL takes what has this name when it is imported
         torch.optim.Adam = functools.partial(torch.optim.Adam, fused=True)
     transformers.logging.set_verbosity_error()
-    {"trl": by_trl, "recipe": by_recipe}[args.way](args)
+    {"trl": by_trl, "recipe": by_recipe}.get(args.way, in_groups)(args)
 
 
 def by_trl(args: argparse.Namespace) -> None:
@@ -123,13 +131,62 @@ def by_recipe(args: argparse.Namespace) -> None:
         report("the original recipe's way", phase, work, warm_up=False, scale=BATCH / n)
 
 
+def in_groups(args: argparse.Namespace) -> None:
+    import trl
+    from datasets import Dataset
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, texts_tokenizer, classifier = characters(), characters(), bert(args.layers)
+    tokenizer.eos_token = "[SEP]"
+    start = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 101)])
+    tokenizer.backend_tokenizer.post_processor = start  # prompts of 3 tokens, as ours
+    prompts = tokenizer.batch_decode([query[1:] for query in QUERIES[:32]])
+
+    @torch.no_grad()
+    def reward(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+        texts = [a + b for a, b in zip(prompts, completions, strict=True)]
+        batch = texts_tokenizer(texts, return_tensors="pt", padding=True)
+        return classifier(**batch).logits.softmax(-1)[:, 1].tolist()
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *_: object, **__: object) -> None:
+            told(f"trl {trl.__version__} {args.way}", "iteration", time.perf_counter() - self.start)
+
+    kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}
+    kind, trainer = kinds[args.way]
+    with tempfile.TemporaryDirectory() as folder:
+        gpt2(args.layers).save_pretrained(folder)  # TRL loads the reference from the policy's folder
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.generation_config.eos_token_id = None
+        config = kind(
+            output_dir=folder, per_device_train_batch_size=args.minibatch, steps_per_generation=BATCH // args.minibatch,
+            gradient_accumulation_steps=1, num_iterations=4, max_steps=4 * BATCH // args.minibatch, num_generations=4,
+            max_completion_length=NEW_TOKENS, top_p=0.95, learning_rate=2e-6, beta=0.04, disable_dropout=True,
+            gradient_checkpointing=False, use_cpu=True, bf16=False, optim="adamw_torch_fused", seed=0, report_to=[],
+            logging_steps=10**6, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        data = Dataset.from_dict({"prompt": prompts})
+        run = trainer(model, reward, config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+        few = tokenizer(prompts[:8], return_tensors="pt").input_ids
+        model.generate(few, do_sample=True, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+        reward(prompts[:8], prompts[:8])
+        run.train()
+
+
 def report(peer: str, phase: str, work: Callable[[], object], warm_up: bool = True, scale: float = 1.0) -> None:
     """Time `work` once and print it as a JSON line."""
     if warm_up:
         work()
     start = time.perf_counter()
     work()
-    seconds = scale * (time.perf_counter() - start)
+    told(peer, phase, scale * (time.perf_counter() - start))
+
+
+def told(peer: str, phase: str, seconds: float) -> None:
+    """Print a timing, and the memory so far, as a JSON line."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"peer": peer, "phase": phase, "seconds": seconds, "peak_mb": peak}), flush=True)
 

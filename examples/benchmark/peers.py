@@ -142,7 +142,8 @@ def read_lines(text: str) -> list[Sample]:
     for line in text.splitlines():
         try:
             read = json.loads(line)
-            samples.append(Sample(str(read["peer"]), str(read["phase"]), float(read["seconds"]), read.get("peak_mb")))
+            known = float(read["seconds"]), read.get("peak_mb"), read.get("matmul")
+            samples.append(Sample(str(read["peer"]), str(read["phase"]), *known))
         except (ValueError, KeyError, TypeError):
             continue
     phases = {sample.phase: sample for sample in samples}

@@ -22,6 +22,7 @@ PHASES = ("generate", "score", "passes", "update", "step", "iteration")
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 OUTLIER = 1.2  # times the shortest
+LIBRARIES = {"onednn": "oneDNN", "default": "PyTorch's default"}
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -142,6 +143,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts.append("Work: " + ", ".join(f"{name} {_shown(value)}" for name, value in result["work"].items()))
     if "load" in result:
         parts.append(load_line(result["load"]))
+    for peer, library in result.get("products by", {}).items():
+        parts.append(f"fp32 products of {peer}: through {LIBRARIES[library]}")
     for precision, rates in result.get("rates", {}).items():
         parts.append(f"Measured rates, {precision}: matrix products {rates['flop'] / 1e9:.0f} GFLOP/s, memory "
                      f"{rates['bytes'] / 1e9:.1f} GB/s")  # fmt: skip
@@ -155,6 +158,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "ragged": "Ragged batches (one epoch of update):",
         "overhead": "Overhead of the default example with the starter weights:",
         "lora": "All weights trained, or adapters of LoRA:",
+        "methods": "PPO, and methods without a value head, 32 prompts with 4 responses each; in as many steps:",
     }
     for name, title in titles.items():
         if result.get(name):

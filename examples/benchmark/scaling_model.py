@@ -11,7 +11,7 @@ terms, P parameters, W processes:
     generation   R times the weights read from memory, whatever W is, or its arithmetic if that takes longer
     gather       the rollout of all rows, to each process
     memory       weights, gradients, two moments of Adam, the exchange buffer and the reference, on every GPU; fully
-                 sharded (not implemented here) W of them share one copy, and gather one in 16 bits to generate
+                 sharded, W of them share one of each, and have policy and reference whole, in 16 bits, to sample
 """
 
 import argparse
@@ -115,8 +115,8 @@ def iteration(parameters: float, W: int, work: Work, machine: Machine) -> Second
 
 def memory(parameters: float, W: int, sharded: bool) -> float:
     """Bytes a GPU without activations: fp32 weights, gradients, two moments, exchange buffer and reference."""
-    if sharded:
-        return (4 + 4 + 8 + 4) * parameters / W + 2 * parameters  # no flat buffer; the 16-bit copy that generates
+    if sharded:  # between updates, when there are no gradients; there is no flat buffer
+        return (4 + 8 + 4) * parameters / W + (2 + 2) * parameters
     return (4 + 4 + 8 + 4 + 4) * parameters
 
 

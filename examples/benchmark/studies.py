@@ -52,11 +52,13 @@ def timed(trainer: PPOTrainer, batch: int, repeats: int) -> dict[str, float]:
     """
 
     def measure(rows: int) -> dict[str, float]:
-        samples = iteration(trainer, [PROMPTS[i % len(PROMPTS)] for i in range(rows)], nothing, "")
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(rows // trainer.config.group_size)]
+        samples = iteration(trainer, prompts, nothing, "")
         kept = {s.phase: s for s in samples if s.phase in ("generate", "passes", "update")}
         return {f"{name} s": s.seconds for name, s in kept.items()} | {"peak MB": samples[-1].peak_mb or 0.0}
 
-    measure(max(1, batch // 8) if trainer.models.graphed is None else batch)
+    least = trainer.config.group_size
+    measure(max(least, batch // 8) if trainer.models.graphed is None else batch)
     runs = [measure(batch) for _ in range(repeats)]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 

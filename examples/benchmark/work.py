@@ -56,12 +56,13 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One timing: peer, phase, seconds, and peak memory in MB (None if unknown)."""
+    """One timing: peer, phase, seconds, peak memory in MB (None if unknown), and the library of fp32 products."""
 
     peer: str
     phase: str
     seconds: float
     peak_mb: float | None = None
+    matmul: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,18 @@ class Work:
         return f"minirlhf {self.precision} minibatch {self.minibatch}{more}"
 
     @property
+    def drawn(self) -> list[str]:
+        """The prompts that are collected: one a group."""
+        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch // self.group_size)]
+
+    @property
     def prompts(self) -> list[str]:
-        """One for each group of responses."""
-        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch // self.config.get("group_size", 1))]
+        """The prompt of each sequence."""
+        return [prompt for prompt in self.drawn for _ in range(self.group_size)]
+
+    @property
+    def group_size(self) -> int:
+        return self.config.get("group_size", 1)
 
     def ppo(self, **changes: Any) -> PPOConfig:
         fields = dict(batch_size=self.batch, gen_len=self.new_tokens, top_p=0.95, ppo_epochs=4, device=self.device,
@@ -141,8 +151,7 @@ class Work:
     def lengths(self) -> Batch:
         """The batch in tokens: every response has all its tokens, and the texts are as long as they were sampled."""
         tokenizer = self.tokenizers()[0]
-        group = self.batch // len(self.prompts)
-        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts for _ in range(group)]
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
         new = [self.new_tokens] * self.batch
         return Batch(prompts, new, [len(ids) + n + 1 for ids, n in zip(prompts, new, strict=True)])  # and [SEP]
 
@@ -176,14 +185,10 @@ def iteration(trainer: PPOTrainer, prompts: Sequence[str], reward: Any, name: st
     generate, score, passes = (rollout.seconds[phase] for phase in ("generation", "reward", "scoring"))
     update = end - middle
     first, second = collecting[0], updating[0]
-    return [
-        Sample(name, "generate", generate, first),
-        Sample(name, "score", score, first),
-        Sample(name, "passes", passes, first),
-        Sample(name, "update", update, second),
-        Sample(name, "step", passes + update, second),
-        Sample(name, "iteration", end - start, max(first, second)),
-    ]
+    found = dict(generate=(generate, first), score=(score, first), passes=(passes, first), update=(update, second),
+                 step=(passes + update, second), iteration=(end - start, max(first, second)))  # fmt: skip
+    library = trainer.precision.matmul if device.type == "cpu" and trainer.config.precision == "fp32" else None
+    return [Sample(name, phase, *pair, library) for phase, pair in found.items()]
 
 
 @contextlib.contextmanager

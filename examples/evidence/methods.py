@@ -3,12 +3,14 @@
     python examples/evidence/methods.py                                # hours on two CPU cores; docs/algorithms.md
     python examples/evidence/methods.py --methods ppo rloo --seeds 0 --kl-coefs 0.1 --iterations 20
 
-Each run is a method, a KL coefficient and a seed; DPO takes the coefficient as its beta. A finished run is a line in
+Each run is a method, a KL coefficient and a seed; DPO takes the coefficient as its beta, and methods whose gradient is
+not on the scale of the reward take a multiple of it (SCALE). A finished run is a line in
 runs.jsonl of the output folder, and a script that was stopped goes on with those that are missing. Fresh samples of
 each policy are measured in the distribution that was sampled and in the full softmax, beside best-of-n and the
 optimum's frontier. Leaves methods.md, methods.png and methods.json.
 """
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,9 +27,10 @@ try:
 except ImportError:
     sys.exit("the examples need matplotlib: pip install -e '.[examples]'")
 
-from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.common.printing import show
 from minirlhf.io.files import atomic_write, write_json
+from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.presets import METHODS as PRESET_METHODS
 from minirlhf.rl.presets import STARTER_RUN, starter_run
 from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, command_line, run_script
@@ -35,6 +38,9 @@ from shared import POLICY, PROMPTS, REWARD, SECOND_SCORER, command_line, run_scr
 BATCH = 128  # samples an iteration
 PAIRS_OF = 4  # DPO: the best and the worst of so many responses to a prompt
 ONLINE_BATCHES = 4  # online DPO: iterations whose samples make a round
+# Divided by a group's standard deviation, or as mere preferences, rewards weigh more than they do elsewhere: with the
+# same coefficient these methods end at 10 to 35 nats.
+SCALE = {"grpo": 4, "dapo": 4, "gspo": 4, "dpo_offline": 20, "dpo_online": 20}
 GOAL, GOAL_KL = 0.9, 3.0  # reward, and nats, whose time is asked
 
 History = list[dict[str, float]]
@@ -51,7 +57,7 @@ def main() -> None:
         reference_samples=(16384, "of the reference, for best-of-n and the optimum"),
         threads=(2, "of PyTorch"),
         policy=(POLICY, "GPT-2 folder"),
-        reward=(REWARD, "BERT folder"),
+        reward=(REWARD, "folder of a classifier or of a reward model"),
         second_scorer=(SECOND_SCORER, "folder of character n-grams"),
         output=("runs/methods", "folder; a stopped script goes on there"),
     ).parse_args()
@@ -59,7 +65,7 @@ def main() -> None:
         raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
     torch.set_num_threads(args.threads)
     reference, tokenizer = GPT2.from_pretrained(args.policy).eval(), Tokenizer.from_pretrained(args.policy)
-    reward = SentimentReward.from_pretrained(args.reward, device="cpu", precision="fp32")
+    reward = load_scorer(args.reward, device="cpu")
     task = Task(args.policy, reference, tokenizer, PROMPTS, reward, NGramScorer.from_pretrained(args.second_scorer))
     output, fixed = Path(args.output), ("iterations", "samples", "reference_samples", "policy", "reward")
     ledger = Ledger(output, {name: getattr(args, name) for name in fixed})
@@ -77,7 +83,7 @@ def main() -> None:
 
 def one_run(task: Task, name: str, coef: float, seed: int, args: Any) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
-    policy, history = METHODS[name](task, name, coef, seed, args.iterations)
+    policy, history = METHODS[name](task, name, coef * SCALE.get(name, 1), seed, args.iterations)
     seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     found = task.measure(policy, args.samples, seed)
     return {"method": name, "kl_coef": coef, "seed": seed, **seconds, **found, "history": history}
@@ -226,7 +232,7 @@ def markdown(found: dict[str, Any], frontier: dict[str, Frontier]) -> str:
             names = [f"sampled/{figure}" for figure in ("reward", "kl", "efficiency", "second", "distinct_2")]
             names += [*(f"full/{figure}" for figure in ("reward", "kl", "efficiency")), "cpu_seconds"]
             cells = " | ".join(cell(p[name]) for name in names)
-            text.append(f"| {method} | {coef:g} | {p['sampled/reward'].count} | {cells} |")
+            text.append(f"| {method} | {coef * SCALE.get(method, 1):g} | {p['sampled/reward'].count} | {cells} |")
     for name, optimum in frontier.items():
         best = ", ".join(f"n = {n}: {reward:.3f} at {kl:.2f} nats" for n, kl, reward in optimum.best_of_n)
         ideal = ", ".join(
@@ -237,26 +243,25 @@ def markdown(found: dict[str, Any], frontier: dict[str, Frontier]) -> str:
 
 
 def draw(found: dict[str, Any], runs: list[dict[str, Any]], optimum: Frontier, path: Path) -> None:
-    """Left: reward over KL in the sampled distribution. Right: reward over CPU seconds, at the middle coefficient."""
+    """Left: reward over KL in the sampled distribution. Right: over CPU seconds, at the commonest coefficient."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(optimum.kls, optimum.rewards, color="black", label="optimum")
     _, kls, rewards = zip(*optimum.best_of_n, strict=True)
     left.plot(kls, rewards, color="gray", linestyle="--", marker=".", label="best-of-n")
-    coefs = sorted({run["kl_coef"] for run in runs})
+    coef = statistics.mode(run["kl_coef"] for run in runs)
     for i, (method, x) in enumerate(found["methods"].items()):
         points = sorted(x["points"].values(), key=lambda p: p["sampled/kl"].mean)
         kl, reward = ([p[f"sampled/{figure}"] for p in points] for figure in ("kl", "reward"))
         bars = [[s.std or 0.0 for s in figures] for figures in (kl, reward)]
         means = [[s.mean for s in figures] for figures in (kl, reward)]
-        left.errorbar(*means, xerr=bars[0], yerr=bars[1], marker="o", capsize=2, color=f"C{i}", label=method)
-        some = [run["history"] for run in runs if run["method"] == method and run["kl_coef"] == coefs[len(coefs) // 2]]
+        look = dict(color=f"C{i}", linestyle="-" if i < 10 else ":", label=method)  # ten colours
+        left.errorbar(*means, xerr=bars[0], yerr=bars[1], marker="o" if i < 10 else "s", capsize=2, **look)
+        some = [run["history"] for run in runs if run["method"] == method and run["kl_coef"] == coef]
         if some and len(some[0]) > 1:
-            right.plot(
-                *(np.mean([[e[k] for e in h] for h in some], 0) for k in ("cpu_seconds", "reward")), label=method
-            )
+            right.plot(*(np.mean([[e[k] for e in h] for h in some], 0) for k in ("cpu_seconds", "reward")), **look)
     left.set(xlabel="exact KL to the reference, nats a sequence", ylabel="reward of fresh samples")
-    right.set(xlabel="CPU seconds", ylabel="reward of the batch", title=f"coefficient {coefs[len(coefs) // 2]:g}")
+    right.set(xlabel="CPU seconds", ylabel="reward of the batch", title=f"coefficient {coef:g} times SCALE")
     right.axhline(GOAL, color="gray", linestyle=":")
     for ax in (left, right):
         ax.grid(alpha=0.3)

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from minirlhf.commands import chat, models, runs, training  # noqa: F401  (they enter their commands)
+from minirlhf.commands import chat, demo, models, runs, training  # noqa: F401  (they enter their commands)
 from minirlhf.commands.table import COMMANDS
 from minirlhf.common.printing import error_line, show
 from minirlhf.common.text import printable

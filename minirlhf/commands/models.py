@@ -17,12 +17,12 @@ from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io import hub, model_folder, upload
 from minirlhf.io.files import naming
 from minirlhf.io.model_folder import CONFIG_FILE
-from minirlhf.io.starter import warn_of_language
 from minirlhf.models.bert import BertClassifier
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.sentiment import SentimentReward
 from minirlhf.runs.locks import FolderLock
 from minirlhf.runs.run import BEST, CHECKPOINTS
+from minirlhf.text.language import warn_of_language
 from minirlhf.text.tokenizer import Tokenizer
 
 BATCH = 16  # texts a forward pass; their output appears together

@@ -20,10 +20,10 @@ from minirlhf.evaluation.report import report
 from minirlhf.evaluation.report_texts import LANGUAGES
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
-from minirlhf.io.starter import warn_of_language
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE
+from minirlhf.text.language import warn_of_language
 from minirlhf.text.prompts import as_prompts, read_pool
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -48,8 +48,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Examine a PPO run before it starts; the exit code is 1 if a check failed."""
     names = ("precision", "batch_size", "gen_len", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.prompts is not None:
-        warn_of_language(args.prompts, args.policy, args.reward)
+    warn_of_language(args.prompts or [], args.policy, args.reward)
     findings = examination.doctor(
         args.policy, args.reference, reward=args.reward, prompts=args.prompts, positive_label=args.positive_label,
         canaries=args.canaries, **given,
@@ -102,7 +101,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     tokenizer = Tokenizer.from_pretrained(args.policy)
     prompts, *held_out = [as_prompts(pool, tokenizer) for pool in pools]
-    warn_of_language(prompts, args.policy, args.reward, args.second_scorer)
+    texts = [prompt for pool in (prompts, *held_out) for prompt in pool]
+    warn_of_language(texts, args.policy, args.reward, args.second_scorer)
     if args.eos:
         ends = tokenizer.eos_token_id
         drawn["eos_token_id"] = ends if isinstance(ends, int) else list(ends)  # as in a run's JSON

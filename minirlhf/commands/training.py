@@ -18,10 +18,11 @@ from minirlhf.commands.fields import CONFIG, Settings, flags, settings_of
 from minirlhf.commands.table import Argument, argument, command
 from minirlhf.common.printing import show
 from minirlhf.common.text import printable
-from minirlhf.device.processes import agreed, restarted
+from minirlhf.device.launch import restarted
+from minirlhf.device.processes import agreed
 from minirlhf.evaluation.results import save_results
 from minirlhf.io.files import read_json, write_json
-from minirlhf.io.starter import Starter, starter, warn_of_language
+from minirlhf.io.starter import Starter, starter
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig
@@ -39,6 +40,7 @@ from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrain
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
 from minirlhf.text.chat import ChatPrompt
 from minirlhf.text.demonstrations import Conversation, Demonstration, read_demonstrations, split_demonstrations
+from minirlhf.text.language import warn_of_language
 from minirlhf.text.preferences import Ranking, read_rankings, split_rankings
 from minirlhf.text.prompts import read_pool
 from minirlhf.text.tokenizer import Tokenizer
@@ -55,10 +57,7 @@ def optional(*names: str, **options: Any) -> Argument:
 OUTPUT = optional("--output", metavar="FOLDER", help="of the run, which must be new; default runs/COMMAND-TIME")
 ENCODING = optional("--encoding", metavar="NAME", help="of text files; default utf-8")
 LOGGERS = optional(
-    "--loggers",
-    metavar="NAME",
-    nargs="+",
-    help="of the curves: jsonl (default), tensorboard, wandb, swanlab, trackio",
+    "--loggers", metavar="NAME", nargs="+", help="of the curves: jsonl (default), tensorboard, wandb, swanlab, trackio"
 )
 HELD_OUT = optional("--held-out", metavar="FILE", help="to measure on; default: a tenth of the others")
 STAGE = (HELD_OUT, ENCODING, LOGGERS, OUTPUT, CONFIG)
@@ -110,7 +109,7 @@ def train(args: argparse.Namespace) -> None:
     output = _new_output(given, "train")
     warn_of_language([str(prompt) for prompt in pool], arguments["policy"], arguments["reward"])
 
-    reward = _reward(arguments, config.device)
+    reward = reward_of(arguments, config.device)
     policy, tokenizer = load_decoder(arguments["policy"]), Tokenizer.from_pretrained(arguments["policy"])
     trainer = PPOTrainer(policy, None if config.adapters_off else arguments["policy"], tokenizer, config)
     arguments["prompts"] = [p.messages if isinstance(p, ChatPrompt) else p for p in trainer.check_prompts(pool)]
@@ -120,18 +119,15 @@ def train(args: argparse.Namespace) -> None:
 
 def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: RewardFunction | None = None) -> None:
     trainer = run.trainer
-    reward = reward or _reward(arguments, trainer.config.device)
+    reward = reward or reward_of(arguments, trainer.config.device)
     pool = trainer.check_prompts(arguments["prompts"])
     show(f"{run.folder}: {trainer.steps_total} iterations; {trainer.precision_choice}")
 
     def on_step(rollout: Any, stats: Mapping[str, float]) -> None:
         samples = run.record(rollout, stats)
         if samples:
-            done, means = (
-                f"{trainer.steps_done} of {trainer.steps_total}",
-                (stats["reward/mean"], stats["objective/kl"]),
-            )
-            show(f"iteration {done}: mean reward {means[0]:.3f}, KL {means[1]:.2f}")
+            told = f"mean reward {stats['reward/mean']:.3f}, KL {stats['objective/kl']:.2f}"
+            show(f"iteration {trainer.steps_done} of {trainer.steps_total}: {told}")
             show("\n".join(f"    {score:6.2f}  {printable(text)}" for text, score in samples))
 
     with run:
@@ -156,7 +152,8 @@ def _ppo_config(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> P
     )
 
 
-def _reward(arguments: Mapping[str, Any], device: str) -> RewardFunction:
+def reward_of(arguments: Mapping[str, Any], device: str) -> RewardFunction:
+    """The reward of a run of `train`, by the arguments in its config.json."""
     judge = arguments["judge"]
     if arguments["reward"] != JUDGE:
         if judge:
@@ -217,7 +214,7 @@ def sft(args: argparse.Namespace) -> None:
     arguments = _stage_arguments(given, "texts")
     config, output = SFTConfig(**SFT_SETTINGS[0].of(given)), _new_output(given, "sft")
     data = _demonstrations(arguments)
-    warn_of_language([_text_of(one) for one in data[0]], arguments["model"])
+    warn_of_language([str(one) for one in data[0]], arguments["model"])
     model, tokenizer = load_decoder(arguments["model"]), Tokenizer.from_pretrained(arguments["model"])
     trainer = SFTTrainer(model, tokenizer, data[0], config)
     started = {COMMAND: "sft", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}
@@ -243,10 +240,6 @@ def _demonstrations(arguments: Mapping[str, Any]) -> tuple[list[Demonstration | 
     if arguments["held_out"] is None:
         return split_demonstrations(texts)
     return texts, read_demonstrations(arguments["held_out"], arguments["encoding"])
-
-
-def _text_of(one: Demonstration | Conversation) -> str:
-    return one.prompt + one.response if isinstance(one, Demonstration) else str(one.messages)
 
 
 REWARD_MODEL = (

@@ -35,8 +35,9 @@ class PhaseClock:
         self._last = self._now()
 
     def stop(self, phase: str) -> None:
+        """Charge the time since the last stop to a phase."""
         now = self._now()
-        self.seconds[phase] = now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def _now(self) -> float:

@@ -45,28 +45,28 @@ def _own_gpu(name: str) -> torch.device:
 class Attempt:
     """One attempt with batches of `size` rows: a `with` that out of memory ends, and not the program."""
 
-    def __init__(self, size: int):
-        self.size, self.fitted = size, False
+    def __init__(self, size: int, last: bool = False):
+        self.size, self.last, self.fitted = size, last or size == 1, False
 
     def __enter__(self) -> Attempt:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
         self.fitted = error is None
-        return isinstance(error, torch.cuda.OutOfMemoryError) and self.size > 1
+        return isinstance(error, torch.cuda.OutOfMemoryError) and not self.last
 
 
-def sizes_that_fit(size: int) -> Iterator[Attempt]:
+def sizes_that_fit(size: int, once: bool = False) -> Iterator[Attempt]:
     """Attempts with `size` rows, then half as many, with a warning, until one does not run out of GPU memory.
 
         for attempt in sizes_that_fit(16):
             with attempt:
                 result = compute(attempt.size)  # from the start each time
 
-    torch.cuda.OutOfMemoryError leaves the `with` if a size of 1 does not fit.
+    torch.cuda.OutOfMemoryError leaves the `with` if a size of 1 does not fit. once: if the first size does not.
     """
     while True:
-        attempt = Attempt(size)
+        attempt = Attempt(size, once)
         yield attempt
         if attempt.fitted:
             return

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minirlhf.device.cpu import fastest_matmul, onednn_matmul
 from minirlhf.device.gpu import tf32_matmul
+from minirlhf.device.parts import full
 
 LARGE_MODEL = 2**25  # parameters
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -69,7 +70,7 @@ class Precision:
         Returns the gradient norm before clipping, 0-d; NaN or infinite for a step that was skipped.
         """
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         norm = torch.where(torch.isfinite(loss.detach()), norm, torch.nan)
         # What fused optimizers get from a GradScaler: they divide by the one, and do nothing if the other is 1.
         told: Any = optimizer

@@ -47,14 +47,17 @@ class Explanation:
     tokens: tuple[dict[str, Any], ...]
     group: tuple[float, ...] = ()
 
-    def __str__(self) -> str:
+    def rows(self) -> list[list[str]]:
+        """The table: the names of the columns, and a row a token."""
         names = [name for name in COLUMNS if name in self.tokens[0]]
-        rows = [[_cell(token[name]) for name in names] for token in self.tokens]
+        return [names, *([_cell(token[name]) for name in names] for token in self.tokens)]
+
+    def __str__(self) -> str:
         head = f"prompt {printable(self.prompt)!r}, score {self.score:.4f}"
         if self.group:
             scores = ", ".join(f"{score:.4f}" for score in self.group)
             head += f"; mean of the group {sum(self.group) / len(self.group):.4f} ({scores})"
-        return "\n".join([head, READING, *text_table([names, *rows], left=0)])
+        return "\n".join([head, READING, *text_table(self.rows(), left=0)])
 
     def draw(self, path: str | os.PathLike[str] | None = None) -> Any:
         """The tokens coloured by advantage, clipped ones framed: a matplotlib Figure, also as a PNG at the path.

@@ -10,6 +10,7 @@ from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, read_jsonl, write_json
+from minirlhf.models.sharded import exported
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rl.trainer import PPOTrainer
 from minirlhf.runs.log import SAMPLES_FILE
@@ -36,9 +37,12 @@ def save_results(
             gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
             kl_coef=trainer.kl_controller.coef, seed=config.seed,
         )  # fmt: skip
-        found = evaluate(trainer.policy, trainer.reference, trainer.tokenizer, pool, reward, config=settings).given
-        if not trainer.processes.first:
-            return ""
+        whole = trainer.models.whole()
+        found = evaluate(whole.policy, whole.reference, trainer.tokenizer, pool, reward, config=settings).given
+    policy, reference = exported(trainer.policy), exported(trainer.reference)
+    if not trainer.processes.first:
+        return ""
+    if reward is not None:
         figures = {**found.summary(), "optimum": found.optimum}
         summary |= figures
         if importlib.util.find_spec("matplotlib") is None:
@@ -52,10 +56,8 @@ def save_results(
         atomic_write(output / "before_after.md", table.encode())
         lines = [f"{name:28} {value:.3f}" for name, value in found.summary().items()]
         told = [table, *lines, str(found.optimum), *told]
-    if not trainer.processes.first:
-        return ""
-    trainer.policy.save_pretrained(output / POLICY, summary=summary)
-    trainer.reference.save_pretrained(output / REFERENCE)
+    policy.save_pretrained(output / POLICY, summary=summary)
+    reference.save_pretrained(output / REFERENCE)
     for name in (POLICY, REFERENCE):
         trainer.tokenizer.save_pretrained(output / name)
     return "\n".join(told)

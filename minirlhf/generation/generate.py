@@ -10,15 +10,17 @@ Shapes: B rows, P longest prompt, R new tokens, T = P + R, C width, V vocabulary
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from minirlhf.device.gpu import to_device
+from minirlhf.device.parts import is_part
 from minirlhf.device.precision import full_precision
 from minirlhf.generation.sampling import SamplingConfig, draw_uniforms, is_end, pack_set, sample
 from minirlhf.text.batching import Ids, left_pad
@@ -58,6 +60,15 @@ class Generation:
         return [row[kept] for row, kept in zip(columns, self.response_mask.cpu(), strict=True)]
 
 
+def joined(parts: Sequence[Generation]) -> Generation:
+    """The rows of several generations of one batch, of which each has a `share`."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Generation)}
+    whole: dict[str, Any] = {name: None if xs[0] is None else torch.cat(xs) for name, xs in columns.items()}
+    return Generation(**whole)
+
+
 def generate(
     model: Decoder | ActorCritic,
     prompts: Sequence[Ids],
@@ -67,6 +78,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
     share: slice | None = None,
     keep_sampling_sets: bool = False,
     keep_states: bool = False,
@@ -79,6 +91,7 @@ def generate(
     max_new_tokens: R; without `eos_token_id`, one or several after any of which a row stops, every response has exactly
         this length.
     generator: on the model's device; R * B uniform numbers are drawn from it at once. None: PyTorch's global one.
+    uniforms: (R, B), numbers of `draw_uniforms` in the place of new ones.
     share: of the prompts, those that are continued here, while padding and random numbers are those of all; None: all.
     keep_sampling_sets, keep_states: whether the result has them.
     graphed: decodes every token after the first at fixed shapes, on a GPU by a CUDA graph. None: plain decoding, in
@@ -88,7 +101,7 @@ def generate(
     """
     *_, samples = _decode(
         language_model(model), prompts, max_new_tokens, sampling or SamplingConfig(), eos_token_id, pad_token_id,
-        generator, keep_sampling_sets, keep_states, graphed, share,
+        generator, keep_sampling_sets, keep_states, graphed, uniforms, share,
     )  # fmt: skip
     return samples.finished()
 
@@ -114,6 +127,7 @@ def _decode(
     keep_sampling_sets: bool = False,
     keep_states: bool = False,
     graphed: GraphedDecoder | None = None,
+    uniforms: Tensor | None = None,
     share: slice | None = None,
 ) -> Iterator[_Samples]:
     """The samples of `generate` after each token: the same object, which grows."""
@@ -121,6 +135,8 @@ def _decode(
         raise ValueError("prompts must be token ids, got texts: give [tokenizer.encode_prompt(text) for text in texts]")
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change what is sampled; call model.eval()")
+    if is_part(next(model.parameters())):
+        raise ValueError("the model is sharded, and samples come from a whole copy: trainer.models.whole().policy")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     ids, prompt_mask = left_pad(prompts, pad_token_id)
@@ -131,7 +147,9 @@ def _decode(
         raise ValueError(f"a prompt of {longest} tokens leaves no room {room}; {advice}")
     ids, prompt_mask = (to_device(x[share or slice(None)], model.device) for x in (ids, prompt_mask))
     B, P = ids.shape
-    uniforms = draw_uniforms(max_new_tokens, len(prompts), model.device, generator)[:, share or slice(None)]
+    if uniforms is None:
+        uniforms = draw_uniforms(max_new_tokens, len(prompts), model.device, generator)
+    uniforms = uniforms[:, share or slice(None)]
     columns = P + max_new_tokens - 1  # the last token is never fed back
     step = None if graphed is None else graphed.step_for(model, B, columns)
     cache = model.new_cache(B, columns if step is None else P)

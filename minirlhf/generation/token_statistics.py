@@ -1,6 +1,7 @@
 """What a softmax over logits says of tokens: log-probability, entropy, KL divergence.
 
-First as they are defined, then in fewer passes over the logits.
+First as they are defined, then in fewer passes over the logits: `compare` for a rollout, `LogprobsAndEntropy` for the
+update. Only a loss with the exact KL in it runs the definitions; the tests compare the two ways.
 
 Shapes: N tokens, V vocabulary.
 """

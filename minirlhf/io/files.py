@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 StrPath = str | os.PathLike[str]  # a path as users give it
 T = TypeVar("T")
-LOCKED_BYTE = 2**30  # of a file on Windows, where nobody else can read it: far behind the text
+LOCKED_BYTE = 2**30  # of a file on Windows; far behind the text, because others cannot read a locked byte
 PARTIAL = ".partial"  # ends the names of what a save has not finished
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 JSON_TYPES = {str: "a text", int: "an integer", float: "a number", bool: "true or false", list: "a list",

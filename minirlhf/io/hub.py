@@ -35,7 +35,7 @@ REVISION = re.compile(r"(?!.*(?:\.\.|//))\w(?:[\w./-]*\w)?", re.ASCII)
 
 
 class DownloadError(ValueError):
-    """A model or a file that is not what it should be, whatever the connection."""
+    """A model or a file is not as announced; another attempt on a better connection would not help."""
 
 
 def locate(name_or_folder: StrPath) -> Path:
@@ -142,10 +142,10 @@ def _fetch(name: str, commit: str, file: str, folder: Path | None = None, fresh:
 
 @contextlib.contextmanager
 def _explained(name: str, to: StrPath | None, revision: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises, with whichever HTTP client, into an OSError that says what to do."""
-    from huggingface_hub import constants, get_token, utils
+    """Turn an error of huggingface_hub, whose HTTP client differs by version, into an OSError that says what to do."""
+    from huggingface_hub import utils
 
-    endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+    endpoint = shown_endpoint()
     token, elsewhere = "set HF_TOKEN to your access token", _elsewhere(name, to, revision)
     told: OSError
     try:
@@ -164,15 +164,30 @@ def _explained(name: str, to: StrPath | None, revision: str) -> Iterator[None]:
         # An OSError with a number is of this machine: a full disk, no permission.
         if isinstance(error, DownloadError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        reason = re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?[^\s'\"]*", "", reason))  # signed addresses, passwords
-        reason = f"{endpoint} ({reason.replace(get_token() or chr(0), '***')})"
-        told = ConnectionError(f"{name} did not come from {reason}. Try again; without a network, {elsewhere}")
+        reason = without_secrets(error)
+        told = ConnectionError(
+            f"{name} did not come from {endpoint} ({reason}). Try again; without a network, {elsewhere}"
+        )
     raise told
 
 
+def shown_endpoint() -> str:
+    """The hub's address, without user and password."""
+    from huggingface_hub import constants
+
+    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+
+
+def without_secrets(error: Exception) -> str:
+    """An error as one line without passwords, signed addresses and the access token."""
+    from huggingface_hub import get_token
+
+    said = re.sub(r"\?[^\s'\"]*", "", " ".join(f"{type(error).__name__}: {error}".split()))
+    return re.sub(r"//[^/@\s]*@", "//", said).replace(get_token() or "\0", "***")
+
+
 def needed_files(name: str, listing: Iterable[str]) -> list[str]:
-    """Of a repository's files those that a model is loaded from, its weights in one form only.
+    """The files of a repository that a model is loaded from, with the weights in one form only.
 
     Raises ValueError if the config or the weights are missing.
     """

@@ -1,6 +1,6 @@
 """Model folders in the Hugging Face layout: `config.json` and `model.safetensors` to and from a dict and tensors.
 
-This module knows no model: a model passes the names and shapes that it expects to `check_tensors`.
+This module is independent of the models, which pass the names and shapes that they expect to `check_tensors`.
 
 Left out: writing in shards.
 """
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from minirlhf.device.parts import is_part
 from minirlhf.io.conversion import read_pickle, untied
 from minirlhf.io.files import (
     StrPath,
@@ -261,6 +262,8 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     """Tensors in another floating-point type. Raises ValueError for a value that the type cannot hold."""
     if dtype not in WEIGHT_TYPES:
         raise ValueError(f"weights are stored as one of {', '.join(map(str, WEIGHT_TYPES))}, got {dtype}")
+    if any(map(is_part, tensors.values())):
+        raise ValueError("the model is sharded: save it by trainer.save_pretrained(folder), on all processes")
     stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():

@@ -5,10 +5,7 @@ They are Chinese, of hotel reviews. weights/README.md says what they are and how
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +13,6 @@ PACKAGE = "minirlhf_starter"
 CHECKOUT = Path(__file__).resolve().parents[2] / "weights"
 # In the order of Starter's fields.
 FOLDERS = ("gpt2-chinese-reviews-small", "bert-chinese-reviews-sentiment-small", "ngrams-chinese-reviews-sentiment")
-LANGUAGE_WORD = (
-    "the starter weights are Chinese: they write and judge hotel reviews in Chinese and have learned no other "
-    "language, so what they make of these texts means nothing; name models of your own"
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,11 @@ class Starter:
         folders = (self.policy, self.reward, self.second_scorer)
         return folder is not None and Path(str(folder)).resolve() in [Path(own).resolve() for own in folders]
 
+    def descends(self, folder: str) -> bool:
+        """Whether a folder is one of these, or its model was trained from them: its vocabulary is theirs."""
+        own, found = (Path(place, "vocab.txt") for place in (self.policy, folder))
+        return folder in self or (found.is_file() and found.read_bytes() == own.read_bytes())
+
 
 def starter() -> Starter:
     """The starter weights of the package minirlhf-starter, else those of a checkout of the repository.
@@ -56,17 +54,3 @@ def starter() -> Starter:
         "the starter weights are not here: pip install 'minirlhf[starter]', or name your own models "
         "(--policy and --reward)"
     )
-
-
-def is_foreign(texts: Sequence[str]) -> bool:
-    """Whether more than half of the texts have no Chinese character: not what the starter weights have learned."""
-    without = sum(not any("\u4e00" <= char <= "\u9fff" for char in text) for text in texts)
-    return 2 * without > len(texts)
-
-
-def warn_of_language(texts: Sequence[str], *folders: str | None) -> None:
-    """Warn if any of the models is one of the starter weights, and the texts are not Chinese."""
-    with contextlib.suppress(FileNotFoundError):
-        own = starter()
-        if any(folder in own for folder in folders) and is_foreign(texts):
-            warnings.warn(LANGUAGE_WORD, stacklevel=3)

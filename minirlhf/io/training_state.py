@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.common.validation import is_finite
+from minirlhf.device.parts import as_part, full
 
 Check = Callable[[Any], bool]
 
@@ -45,7 +46,7 @@ def load_moments(
             if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
                 found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
                 raise ValueError(f"optimizer.{key}.{name} {found}, where the model needs {tuple(shape)} in fp32")
-            loaded[key] = tensor.to(parameter.device).clone()
+            loaded[key] = (tensor if key == "step" else as_part(tensor, parameter)).to(parameter.device).clone()
         optimizer.state[parameter] = loaded
 
 
@@ -109,11 +110,15 @@ def is_scaler(value: Any) -> bool:
 
 
 def module_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of a module's tensors, in the order of their names."""
+    """SHA-256 over names, types, shapes and bytes of a module's tensors, in the order of their names.
+
+    Of a sharded module all processes must call it.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        own: Tensor = full(tensor.detach())
+        digest.update(own.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from minirlhf.io.files import read_json
-from minirlhf.io.hub import NAME, needed_files
+from minirlhf.io.hub import NAME, needed_files, shown_endpoint, without_secrets
 
 CARD = "README.md"
 # Files beside those that a model is loaded from: its card, PPO's value head, and the index that says whose that is not.
@@ -15,7 +14,7 @@ BESIDE = (CARD, "value_head.safetensors", "model.safetensors.index.json")
 
 
 def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """The files of a model folder that an upload sends, with their sizes in bytes; nothing else of it leaves.
+    """The files of a model folder that an upload sends, with their sizes in bytes. No other file is sent.
 
     Raises ValueError for a folder without config, weights or card.
     """
@@ -39,7 +38,7 @@ def push(folder: str | os.PathLike[str], name: str, private: bool = False) -> st
         raise ValueError(f"{name!r} is not the name of a repository: owner/model, such as alice/gpt2-hotel-reviews")
     files = files_to_push(folder)
     try:
-        from huggingface_hub import HfApi, constants, get_token, utils
+        from huggingface_hub import HfApi, utils
     except ImportError as error:
         raise ImportError("uploads need huggingface_hub: pip install huggingface_hub") from error
     try:
@@ -54,18 +53,12 @@ def push(folder: str | os.PathLike[str], name: str, private: bool = False) -> st
         if isinstance(error, OSError) and error.errno is not None:  # of this machine
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
-        endpoint = _shown(constants.ENDPOINT)
         if status in (401, 403):
             raise PermissionError(
-                f"{endpoint} does not let you write to {name}: set HF_TOKEN to a token of {name.split('/')[0]} with "
-                "the right to write"
+                f"{shown_endpoint()} does not let you write to {name}: set HF_TOKEN to a token of {name.split('/')[0]} "
+                "with the right to write"
             ) from None
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(get_token() or "\0", "***")
-        reason = re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?[^\s'\"]*", "", reason))  # passwords, signed addresses
-        raise ConnectionError(f"{name} was not sent to {endpoint} ({reason}); try again") from None
-    return f"{_shown(constants.ENDPOINT)}/{name}"
-
-
-def _shown(address: str) -> str:
-    """An address without user and password."""
-    return re.sub(r"//[^/@]*@", "//", address)
+        raise ConnectionError(
+            f"{name} was not sent to {shown_endpoint()} ({without_secrets(error)}); try again"
+        ) from None
+    return f"{shown_endpoint()}/{name}"

@@ -79,6 +79,10 @@ class ActorCritic(TextGenerator, nn.Module):
         hidden = self.decoder.hidden_states(ids, attention_mask)
         return self.decoder.lm_logits(hidden), None if self.value_head is None else self.value_head(hidden)
 
+    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of the decoder; arguments as of `Decoder.hidden_states`."""
+        return self.decoder.hidden_states(ids, attention_mask)
+
     @classmethod
     def from_pretrained(
         cls,

@@ -13,7 +13,7 @@ import torch
 from minirlhf.common import validation
 from minirlhf.device.cpu import keep_freed_memory, limit_threads
 from minirlhf.device.placement import resolve_device
-from minirlhf.device.precision import Precision
+from minirlhf.device.precision import SIXTEEN_BITS, Precision
 from minirlhf.device.precision_choice import PrecisionChoice, choose_precision
 from minirlhf.device.processes import Processes, agreed, processes
 from minirlhf.generation.generate import language_model
@@ -22,6 +22,7 @@ from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.probes import language_model_probe
+from minirlhf.models.sharded import gathered, shard
 from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.text.tokenizer import Tokenizer
 from minirlhf.version import __version__
@@ -47,6 +48,12 @@ class Models:
     precision: Precision = field(default_factory=lambda: Precision("fp32", torch.device("cpu")))
     graphed: GraphedDecoder | None = None
     scoring_batch_size: int = 128
+
+    def whole(self) -> Models:
+        """Those that sample and score: themselves, or whole copies of sharded ones, see `sharded`."""
+        bits = SIXTEEN_BITS.get(self.precision.name)
+        policy, reference = gathered(self.policy, bits), gathered(self.reference, bits)
+        return dataclasses.replace(self, policy=policy, reference=reference)
 
 
 @agreed("the models")
@@ -93,18 +100,19 @@ def prepare(
     config = dataclasses.replace(config, lora=add_lora(actor.decoder, config.lora, config.seed))
     if reference is None or config.adapters_off:
         reference = adapters_off(actor.decoder)
-    device = resolve_device(config.device)
+    device, group = resolve_device(config.device), processes()
+    sharded = config.sharding == "full" and group.on  # alone there is one part
     if device.type == "cpu":
         keep_freed_memory()
         limit_threads()
-    actor = actor.to(device).eval()
+    at_first = torch.device("cpu") if sharded else device  # until each process takes its part of it
+    actor = actor.to(at_first).eval()
     actor.decoder.checkpoint_activations = config.checkpoint_activations
-    reference = reference.to(device).eval().requires_grad_(False)
+    reference = reference.to(at_first).eval().requires_grad_(False)
     if config.reference == "shared":
         share_frozen_parameters(actor.decoder, reference)
     if config.compile:
         compile_blocks(actor.decoder, reference)
-    group = processes()
     make_equal(group, actor, reference, config)
     probe = language_model_probe(actor.decoder, config.logprobs_divisor)
     choice = group.broadcast("precision", choose_precision(config.precision, actor, probe, config.cliprange))
@@ -114,6 +122,8 @@ def prepare(
     batch_size = 128 if device.type == "cpu" else 1024
     precision = Precision(choice.name, device, actor)
     precision.matmul = group.broadcast("matmul", precision.matmul)
+    for model in (actor, reference) if sharded else ():
+        shard(model, device, choice.name)
     models = Models(actor, reference, tokenizer, precision, graphed, batch_size)
     return models, config, choice, source
 

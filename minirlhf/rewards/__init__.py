@@ -2,7 +2,7 @@
 
 Training of classifiers and reward models is in `supervised`. In reading order: `base` (what a reward is), `sentiment`
 with `labels`, `reward_model`, `ngrams`, `composed`, `judge` with `judge_answer`, `judge_endpoint` and `score_cache`,
-`human`; `scorers` loads any of the first kinds from a folder.
+`human` with `human_page`; `scorers` loads any of the first kinds from a folder.
 """
 
 from minirlhf.rewards.judge import ChatJudge, ChatJudgeConfig

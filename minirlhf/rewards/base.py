@@ -74,8 +74,12 @@ def reward_with_metrics(
     Raises as `call_reward`, and ValueError for metrics that are not numbers by name.
     """
     scores, metrics = rewards_by_token({"": reward}, prompts, responses, tokens)[""]
-    own = reward.metrics() if callable(getattr(reward, "metrics", None)) else {}  # type: ignore[attr-defined]
-    return Scored(scores, _metrics({**own, **metrics}))
+    return Scored(scores, own_metrics(reward) | metrics)
+
+
+def own_metrics(reward: RewardFunction) -> dict[str, float]:
+    """What a reward's method `metrics` reports, by the names that are logged; raises as `reward_with_metrics`."""
+    return _metrics(reward.metrics()) if callable(getattr(reward, "metrics", None)) else {}  # type: ignore[attr-defined]
 
 
 def rewards_by_token(
@@ -177,8 +181,13 @@ def within(seconds: float | None, function: Callable[..., Result], *arguments: A
     thread.start()
     thread.join(min(seconds, threading.TIMEOUT_MAX))
     if not outcome.done():
-        raise TimeoutError(f"the reward function took longer than reward_timeout={seconds:g} seconds")
+        raise took_too_long(seconds)
     return outcome.result()
+
+
+def took_too_long(seconds: float) -> TimeoutError:
+    """The error of a reward that takes longer than `seconds`."""
+    return TimeoutError(f"the reward function took longer than reward_timeout={seconds:g} seconds")
 
 
 def score_rows(
@@ -238,7 +247,7 @@ def score_all(
 
 
 def scope_of(*rewards: RewardFunction) -> str:
-    """ "batch" if one of the rewards must see the rows of all processes in one call, by its attribute `scope`; "rows".
+    """ "batch" if a reward must see the rows of all processes in one call, by its attribute `scope`; else "rows".
 
     Raises ValueError for another scope.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.common.validation import is_finite, require_bools, require_positive_ints
-from minirlhf.rewards.base import RewardFunction, call_reward, checked_scores, rewards_by_token, scope_of
+from minirlhf.rewards.base import RewardFunction, call_reward, checked_scores, mean_metrics, rewards_by_token, scope_of
 
 
 class WeightedSum:
@@ -38,7 +38,8 @@ class WeightedSum:
                 raise ValueError(f"part {name!r} must be a reward, got {reward!r} of type {type(reward).__name__}")
         self.parts = dict(parts)
         self.scope = scope_of(*(reward for _, reward in parts.values()))
-        self._totals: dict[str, tuple[float, int]] = {}  # sum and number of each part's unweighted scores
+        # Sum and number of each part's unweighted scores; lists, as several threads may score at once.
+        self._totals: list[tuple[str, float, int]] = []
         self._reported: dict[str, float] = {}  # what parts returned with their last scores
 
     def __call__(
@@ -52,8 +53,7 @@ class WeightedSum:
             if tokens is None and scores.ndim == 2:
                 scores = checked_scores(scores.sum(-1), len(prompts))
             self._reported.update({f"{name}/{key}": value for key, value in metrics.items()})
-            total, count = self._totals.get(name, (0.0, 0))
-            self._totals[name] = total + scores.sum().item(), count + len(scores)
+            self._totals.append((name, scores.sum().item(), len(scores)))
             weighted.append(weight * scores)
         if tokens is not None and any(scores.ndim == 2 for scores in weighted):
             weighted = [_at_last_token(x, list(map(len, tokens))) if x.ndim == 1 else x for x in weighted]
@@ -62,11 +62,12 @@ class WeightedSum:
     def metrics(self) -> dict[str, float]:
         """reward/parts/NAME: the mean of each part's unweighted scores since the last call; and the parts' own metrics.
 
-        What a part returned with its scores gets the prefix NAME/, and of its method `metrics` what an earlier part
-        has, too.
+        Metrics that a part returned with its scores get the prefix NAME/. So do those of its method `metrics` whose
+        name an earlier part has used.
         """
-        (totals, self._totals), (figures, self._reported) = (self._totals, {}), (self._reported, {})
-        figures = {f"reward/parts/{name}": total / n for name, (total, n) in totals.items() if n} | figures
+        (totals, self._totals), (figures, self._reported) = (self._totals, []), (self._reported, {})
+        means = mean_metrics([(n, {f"reward/parts/{name}": total / n}) for name, total, n in totals if n])
+        figures = means | figures
         for name, (_, reward) in self.parts.items():
             if hasattr(reward, "metrics"):
                 for key, value in reward.metrics().items():

@@ -9,6 +9,7 @@ Each answer is on the disk before the next question is shown. `preferences.read_
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import warnings
@@ -22,7 +23,7 @@ import torch
 from minirlhf.common.text import json_line, printable
 from minirlhf.generation.generate import generate
 from minirlhf.generation.sampling import SamplingConfig
-from minirlhf.io.files import StrPath, flush_folder, lock_descriptor, open_for_writing, read_jsonl
+from minirlhf.io.files import StrPath, atomic_write, flush_folder, lock_descriptor, open_for_writing, read_jsonl
 from minirlhf.models.decoder import Decoder
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -55,15 +56,8 @@ class FeedbackFile:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open_for_writing(self.path, "ab+"))
-            self._fd = self._file.fileno()
-            try:
-                lock_descriptor(self._fd)
-            except BlockingIOError:
-                raise BlockingIOError(f"{self.path} is in use by another process") from None
-            except OSError as error:
-                told = f"{self.path} cannot be locked, so a second process goes unnoticed: {error}"
-                warnings.warn(told, stacklevel=2)
+            self._open()
+            stack.callback(self._file.close)
             self._repair()
             self.records: list[dict[str, Any]] = read_jsonl(self.path)
             for number, record in enumerate(self.records, 1):
@@ -84,19 +78,53 @@ class FeedbackFile:
             raise
         self.records.append(record)
 
-    def undo(self) -> dict[str, Any]:
-        """Remove the last line, durably, and return it. Raises IndexError if there is none, OSError."""
-        record = self.records[-1]
-        os.ftruncate(self._fd, self.path.read_bytes().rstrip().rfind(b"\n") + 1)
-        os.fsync(self._fd)
-        self.records.pop()
+    def undo(self, index: int = -1) -> dict[str, Any]:
+        """Remove the last line, or another one, durably, and return it. All others stay, whatever happens meanwhile.
+
+        Raises IndexError if there is no such line, OSError.
+        """
+        record = self.records[index]
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        last = lines.pop(index)
+        if len(lines) == index % (len(lines) + 1):
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - len(last))
+            os.fsync(self._fd)
+        else:
+            self._file.close()
+            try:
+                atomic_write(self.path, *lines)
+            finally:
+                self._open()
+        self.records.pop(index)
         return record
+
+    def unanswered(self, number: int = 0) -> int:
+        """The first round from this one on that has no record."""
+        answered = {record["round"] for record in self.records}
+        return next(each for each in itertools.count(number) if each not in answered)
 
     def __enter__(self) -> FeedbackFile:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    def _open(self) -> None:
+        """Open and lock the file; another process may replace it at that moment, see `undo`."""
+        while True:
+            self._file = open_for_writing(self.path, "ab+")
+            self._fd = self._file.fileno()
+            try:
+                lock_descriptor(self._fd)
+            except BlockingIOError:
+                self._file.close()
+                raise BlockingIOError(f"{self.path} is in use by another process") from None
+            except OSError as error:
+                told = f"{self.path} cannot be locked, so a second process goes unnoticed: {error}"
+                warnings.warn(told, stacklevel=3)
+            if os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                return
+            self._file.close()
 
     def _repair(self) -> None:
         """Complete or remove a last line without a line feed. Raises ValueError if no session can have begun it."""
@@ -126,7 +154,7 @@ def ask_rounds(
 
     Keys: the numbers of the answers, best first (the last one follows from the others), or a score from 1 to 5 for
     each answer in turn. Backspace removes a number, `u` removes the last answer (also of an earlier session) and goes
-    back to it, `s` skips a question, `q` quits. A session continues after the last round in the file.
+    back to it, `s` skips a question, `q` quits. A session asks the rounds that have no answer in the file.
 
     question_of: maps the number of a round (0, 1, ...) to its question. A round with fewer than two answers to rank,
         or none to score, is skipped.
@@ -134,9 +162,9 @@ def ask_rounds(
     write: shows text. scores: ask for scores, not for a ranking.
     Raises OSError if an answer cannot be written, KeyboardInterrupt on Ctrl-C; earlier answers stay in the file.
     """
-    number = file.records[-1]["round"] + 1 if file.records else 0
+    number = 0
     again: Question | None = None
-    while number < rounds:
+    while (number := file.unanswered(number)) < rounds:
         question, again = again or question_of(number), None
         if len(question.answers) < (1 if scores else 2):
             write(f"[{number + 1}/{rounds}] {printable(question.prompt)}: too few different answers\n")
@@ -148,12 +176,12 @@ def ask_rounds(
         if values == "undo":
             if file.records:
                 record = file.undo()
-                number, again = record["round"], _question(record)
+                number, again = record["round"], as_question(record)
             else:
                 write("nothing to undo\n")
             continue
         if values != "skip":
-            file.append(_record(number, question, values, ranked=not scores))
+            file.append(as_record(number, question, values, ranked=not scores))
         number += 1
     return True
 
@@ -179,10 +207,15 @@ class HumanReward:
                  for a, s in zip(r["answers"], r["scores"], strict=True)}  # fmt: skip
         texts = list(zip(prompts, responses, strict=True))
         asked = list(dict.fromkeys(text for text in texts if text not in known))
+        given = self._ask([Question(prompt, (response,)) for prompt, response in asked])
+        known |= {text: 3 if score is None else score for text, score in zip(asked, given, strict=True)}
+        return [(known[text] - 3) / 2 for text in texts]
+
+    def _ask(self, asked: Sequence[Question]) -> list[int | None]:
+        """The scores of these texts; None: skipped."""
         given: list[int | None] = []
         while len(given) < len(asked):
-            prompt, response = asked[len(given)]
-            question = Question(prompt, (response,))
+            question = asked[len(given)]
             values = _ask(question, f"[{len(given) + 1}/{len(asked)}]", False, self._read, self._write)
             if values == "quit":
                 raise KeyboardInterrupt("the person quit")
@@ -194,10 +227,9 @@ class HumanReward:
             elif values == "skip":
                 given.append(None)
             else:
-                self.file.append(_record(len(self.file.records), question, values, ranked=False))
+                self.file.append(as_record(len(self.file.records), question, values, ranked=False))
                 given.append(values[0])
-        known |= {text: 3 if score is None else score for text, score in zip(asked, given, strict=True)}
-        return [(known[text] - 3) / 2 for text in texts]
+        return given
 
 
 def draw_answers(
@@ -265,7 +297,7 @@ def _ask(question: Question, title: str, ranked: bool, read: Callable[[], str], 
     return typed
 
 
-def _record(number: int, question: Question, values: Sequence[int], ranked: bool) -> dict[str, Any]:
+def as_record(number: int, question: Question, values: Sequence[int], ranked: bool) -> dict[str, Any]:
     """The record of an answer."""
     head = {"round": number, "prompt": question.prompt}
     if ranked:
@@ -273,7 +305,7 @@ def _record(number: int, question: Question, values: Sequence[int], ranked: bool
     return {**head, "answers": list(question.answers), "scores": list(values)}
 
 
-def _question(record: dict[str, Any]) -> Question:
+def as_question(record: dict[str, Any]) -> Question:
     """The question of a record, with its answers in the order in which they were shown."""
     answers = record["answers"]
     if "order" in record:

@@ -131,7 +131,7 @@ COMPARES_GROUPS = {"rloo", "rloo_to_go", "grpo", "dr_grpo"}  # these need at lea
 
 
 def with_advantages(batch: Rollout, config: PPOConfig) -> Rollout:
-    """The batch with its advantages, whitened over all its tokens if the config says so, and returns."""
+    """The batch with its advantages and returns; advantages whitened in the config's scope, if at all."""
     c, mask, per_row = config, batch.response_mask, config.whiten_scope == "sequence"
     advantages, returns = ADVANTAGES[c.advantages](batch, c)
     if (returns is not None) != (c.advantages in USES_VALUES):

@@ -29,7 +29,7 @@ class PPOConfig:
     # The loop
     steps: int = 25000  # episodes (sequences) of the whole run: steps / batch_size iterations
     batch_size: int = 128  # sequences an iteration
-    forward_batch_size: int = 16  # sequences a forward pass of the update: memory and speed
+    forward_batch_size: int = 16  # sequences a forward pass of the update: memory and speed, but see loss_averaging
     gen_len: int = 16  # new tokens a prompt
     save_freq: int = 5  # iterations between printed samples and saves
     # The algorithm
@@ -61,7 +61,7 @@ class PPOConfig:
     whiten_scope: Literal["batch", "minibatch", "sequence"] = "batch"
     whiten_ddof: int = 1  # 1: unbiased variance, 0: biased
     whiten_rewards: bool = False  # scale token rewards to variance 1 as well, in the same scope
-    loss_averaging: Literal["tokens", "micro_batches", "sequences", "gen_len"] = "tokens"  # see `losses.token_weights`
+    loss_averaging: Literal["tokens", "micro_batches", "sequences", "gen_len"] = "tokens"  # `losses.token_weights`
     # The leash
     adaptive_kl: bool = True  # False: init_kl_coef stays
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"  # exact: over the whole sampling set, with its gradient
@@ -75,7 +75,7 @@ class PPOConfig:
     # Sampling
     temperature: float = 1.0  # divides the logits
     top_k: int = 0  # most probable tokens; 0: all
-    top_p: float = 0.95  # nucleus; 1: all
+    top_p: float = 0.95  # nucleus; 1: all, which is SamplingConfig's own default
     eos_token_id: int | tuple[int, ...] | None = None  # one or several; None: every response has gen_len tokens
     # What was sampled is what log-probabilities refer to, unless turned off:
     logprobs_temperature: bool = True  # False: logits are not divided by the temperature
@@ -90,10 +90,12 @@ class PPOConfig:
     checkpoint_activations: bool = False  # compute activations again in the backward pass: less memory, a third slower
     compile: bool = False  # torch.compile of the blocks of policy and reference, which needs a C++ compiler or a GPU
     cuda_graphs: bool = False  # on a GPU, decode by replaying a CUDA graph
+    sharding: Literal["full"] | None = None  # full: each of several processes holds a part of the models
     # shared: it uses the memory of the policy's frozen layers; None: own, or with LoRA the policy with adapters off
     reference: Literal["own", "shared", "adapters off"] | None = None
     seed: int = 0  # of all random numbers
     reward_timeout: float | None = None  # seconds that the reward function may take for a batch; None: any time
+    reward_workers: int = 0  # threads that score parts of a batch while the next is sampled, see `rewards/overlap.py`
     # Optimizer steps in a row that may be skipped because their loss or gradient is not finite. More than the 16
     # halvings of fp16's first loss scale of 2**16.
     max_bad_steps: int = 20
@@ -107,7 +109,7 @@ class PPOConfig:
         validation.require_non_negative(self, "init_kl_coef", "vf_coef", "entropy_coef", "value_head_init")
         validation.require_unit_interval(self, "gamma", "lam")
         validation.require_finite(self, "missing_eos_score", "score_scale")
-        validation.require_counts(self, "seed", "drop_flat_groups")
+        validation.require_counts(self, "seed", "drop_flat_groups", "reward_workers")
         validation.require(self, "seed", self.seed < 2**63 - 1, "below 2**63 - 1")
         for name in ("target_kl", "score_clip", "reward_timeout", "cliprange_high"):
             if getattr(self, name) is not None:

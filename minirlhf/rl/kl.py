@@ -23,13 +23,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
         k3 = exp(-log r) - 1 + log r    unbiased and never negative
     Raises ValueError for another kind.
     """
-    log_ratio = logprobs - ref_logprobs
+    log_r = logprobs - ref_logprobs
     if kind == "k1":
-        return log_ratio
+        return log_r
     if kind == "k2":
-        return 0.5 * log_ratio.square()
+        return 0.5 * log_r.square()
     if kind == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
+        return torch.expm1(-log_r) + log_r
     raise ValueError(f"the KL estimator must be k1, k2 or k3, got {kind!r}")
 
 

@@ -56,7 +56,7 @@ def response_logprobs(
 
     tokens: (B, T) int64, T > R. mask: (B, T), 1 at real tokens, or None for no padding; no padding stands between
         real tokens.
-    temperature, sampling_sets (B, R, ceil(V / 8)): how the tokens were sampled (see `sampling`).
+    temperature (`config.logprobs_divisor`), sampling_sets (B, R, ceil(V / 8)): how tokens were sampled, see `sampling`.
     reference: a second decoder to compare with; it gets no gradient.
     states: (B, R, C), the policy's hidden states before the response tokens, if `generate` has kept them.
     Raises ValueError if R leaves no token before the response.
@@ -66,7 +66,7 @@ def response_logprobs(
         raise ValueError(f"response_length must be in 1 to {tokens.size(1) - 1} for rows of {tokens.size(1)}, got {R}")
     # The places of the N real response tokens among all B * R; a GPU synchronises to find them.
     real = None if mask is None else mask[:, -R:].flatten().nonzero().squeeze(-1)
-    states = response_states(policy.decoder, tokens, mask, R) if states is None else states
+    states = response_states(policy, tokens, mask, R) if states is None else states
     hidden, picked, sets = (_real(x, real) for x in (states, tokens[:, -R:], sampling_sets))  # (N, C), (N,), (N, V / 8)
     ref_hidden = None
     if reference is not None:
@@ -90,7 +90,7 @@ def response_logprobs(
     return TokenLogprobs(**{name: _padded(x, real, (len(tokens), R)) for name, x in found.items()})
 
 
-def response_states(model: Decoder, tokens: Tensor, mask: Tensor | None, response_length: int) -> Tensor:
+def response_states(model: ActorCritic | Decoder, tokens: Tensor, mask: Tensor | None, response_length: int) -> Tensor:
     """Hidden states (B, R, C) before each of the last R tokens: the state that predicts token t is at position t - 1.
 
     These are positions P-1 .. T-2. The last token of a row predicts nothing: it is not fed, or masked as padding.
@@ -111,13 +111,13 @@ def _of_chunk(
     """Log-probabilities and entropy (n,) of n tokens, and with a reference its log-probabilities and the exact KL."""
     keep = None if sets is None else unpack_set(sets, model.vocab_size)
     logits = model.lm_logits(hidden)  # (n, V)
-    if reference is None or ref_hidden is None:
+    if reference is None or ref_hidden is None:  # the update
         return LogprobsAndEntropy.apply(logits, picked, temperature, keep)
     with torch.no_grad():
         ref_logits = reference.lm_logits(ref_hidden)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # the rollout
         return compare(logits, ref_logits, picked, temperature, keep)
-    logits, ref_logits = (restrict(z, temperature, keep) for z in (logits, ref_logits))
+    logits, ref_logits = (restrict(z, temperature, keep) for z in (logits, ref_logits))  # the loss with the exact KL
     of_tokens, of_reference = gather_logprobs(logits, picked), gather_logprobs(ref_logits, picked)
     return of_tokens, entropy(logits), of_reference, exact_kl(logits, ref_logits)
 

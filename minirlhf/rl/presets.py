@@ -75,9 +75,11 @@ class PPOOverrides(TypedDict, total=False):
     checkpoint_activations: bool
     compile: bool
     cuda_graphs: bool
+    sharding: Literal["full"] | None
     reference: Literal["own", "shared", "adapters off"] | None
     seed: int
     reward_timeout: float | None
+    reward_workers: int
     max_bad_steps: int
 
 
@@ -270,6 +272,13 @@ def require_combinations(config: PPOConfig) -> None:
         f"one that pulls the policy towards the reference with kl_estimator={c.kl_estimator!r} "
         f"({', '.join(allowed)}; docs/kl.md says why)",
     )  # fmt: skip
+    if c.sharding is not None:
+        sharded = "with sharding='full'"
+        require(c, "precision", c.precision in ("fp32", "tf32", "bf16"), f"'fp32', 'tf32' or 'bf16' {sharded}")
+        require(c, "lora", c.lora is None, f"None {sharded}: adapters need no sharding")
+        require(c, "reference", c.reference in (None, "own"), f"'own' {sharded}")
+        require(c, "compile", not c.compile, f"False {sharded}")
+        require(c, "cuda_graphs", not c.cuda_graphs, f"False {sharded}: each iteration samples from a new copy")
 
 
 def require_method(config: PPOConfig, name: str, preset: PPOConfig) -> None:

@@ -19,10 +19,12 @@ from minirlhf.common.printing import html_table
 from minirlhf.device.gpu import PhaseClock, to_device
 from minirlhf.device.placement import sizes_that_fit
 from minirlhf.device.processes import agreed, processes
-from minirlhf.generation.generate import generate
-from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores, score_rows
+from minirlhf.generation.generate import Generation, generate
+from minirlhf.generation.sampling import draw_uniforms
+from minirlhf.rewards.base import RewardFunction, checked_scores, checked_token_scores
+from minirlhf.rewards.overlap import Texts, sample_and_score
 from minirlhf.rl.logprobs import TokenLogprobs, response_logprobs
-from minirlhf.text.batching import Ids, check_ids, left_pad, length_sorted_batches, right_pad
+from minirlhf.text.batching import Ids, checked_pairs, left_pad, length_sorted_batches, right_pad
 
 if TYPE_CHECKING:
     from minirlhf.models.prepared import Models
@@ -151,32 +153,35 @@ def collect_rollout(
         raise ValueError("prompts is empty: there is nothing to continue")
     group.same("prompts", prompts)
     count = len(prompts) * c.group_size
-    mine = group.share(count, c.group_size)
     prompts = [prompt for prompt in prompts for _ in range(c.group_size)]
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    with agreed("generation"), models.precision.autocast():
-        sampled = generate(
-            models.policy.decoder, prompt_ids, c.gen_len, c.sampling,
-            eos_token_id=c.eos_token_id, pad_token_id=tokenizer.pad_id, generator=generator, share=mine,
-            # In fp32 they give the same log-probabilities to 1e-5 nats. With LoRA the KL of step 0 is 0 to the bit.
-            keep_states=models.precision.name == "fp32" and not c.adapters_off,
-            keep_sampling_sets=not c.logprobs_full_softmax,
-            graphed=models.graphed,
-        )  # fmt: skip
-    prompts, prompt_ids = prompts[mine], prompt_ids[mine]
-    pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids, sampled.responses, strict=True)]
-    responses = ["".join(row) for row in pieces]
-    clock.stop("generation")
-    scores, metrics = score_rows(reward_fn, prompts, responses, pieces, count, c.reward_timeout)
+    uniforms = draw_uniforms(c.gen_len, count, models.policy.decoder.device, generator)
+
+    def sample(rows: slice) -> tuple[Generation, Texts]:
+        with agreed("generation"), models.precision.autocast():
+            part = generate(
+                models.policy.decoder, prompt_ids, c.gen_len, c.sampling,
+                eos_token_id=c.eos_token_id, pad_token_id=tokenizer.pad_id, uniforms=uniforms, share=rows,
+                # In fp32 they give the same log-probabilities to 1e-5 nats. With LoRA the KL of step 0 is 0 to the bit.
+                keep_states=models.precision.name == "fp32" and not c.adapters_off,
+                keep_sampling_sets=not c.logprobs_full_softmax,
+                graphed=models.graphed,
+            )  # fmt: skip
+        pieces = [tokenizer.decode_response(*ids) for ids in zip(prompt_ids[rows], part.responses, strict=True)]
+        clock.stop("generation")
+        return part, (prompts[rows], ["".join(row) for row in pieces], pieces)
+
+    how = (c.group_size, c.reward_workers, c.reward_timeout)
+    sampled, texts, scored = sample_and_score(sample, reward_fn, count, *how)
     clock.stop("reward")
     known = (sampled.tokens, sampled.mask, c.gen_len, c.logprobs_divisor, sampled.sampling_sets, sampled.states)
     found = logprobs_in_batches(models, *known)
     clock.stop("scoring")
     rollout = Rollout(
         sampled.tokens, sampled.mask, sampled.response_mask, sampling_sets=sampled.sampling_sets,
-        sampler_logprobs=sampled.logprobs, prompts=tuple(prompts), responses=tuple(responses),
-        group_size=c.group_size, reward_metrics=metrics, seconds=clock.seconds,
-        **_score_fields(scores, found["logprobs"]), **found,
+        sampler_logprobs=sampled.logprobs, prompts=tuple(texts[0]), responses=tuple(texts[1]),
+        group_size=c.group_size, reward_metrics=scored.metrics, seconds=clock.seconds,
+        **_score_fields(scored.scores, found["logprobs"]), **found,
     )  # fmt: skip
     return group.gather_record(count, rollout)
 
@@ -186,8 +191,7 @@ def evaluation(models: Models, pool: Sequence[str], reward_fn: RewardFunction, c
     drawn = [pool[i % len(pool)] for i in range(config.batch_size // config.group_size)]
     generator = torch.Generator(models.policy.decoder.device).manual_seed(config.seed)
     found = collect_rollout(models, drawn, reward_fn, config, generator)
-    kl = found.exact_kl.sum(-1).mean().item()
-    return {"evaluation/reward": found.scores.mean().item(), "evaluation/kl": kl}
+    return {"evaluation/reward": found.scores.mean().item(), "evaluation/kl": found.exact_kl.sum(-1).mean().item()}
 
 
 def rollout_from_tokens(
@@ -200,19 +204,10 @@ def rollout_from_tokens(
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
     if responses is None or scores is None:
         raise ValueError("step takes a Rollout, or queries, responses and scores")
-    queries, responses = [_row(ids) for ids in queries], [_row(ids) for ids in responses]
-    if len(queries) != len(responses):
-        raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
+    queries, responses = checked_pairs(queries, responses, model.vocab_size, model.n_positions)
     if len(queries) % config.group_size:
         raise ValueError(f"{len(queries)} responses cannot be cut into groups of group_size={config.group_size}")
-    for name, sequences in (("query", queries), ("response", responses)):
-        for i, ids in enumerate(sequences):
-            check_ids(f"{name} {i}", torch.as_tensor(ids), model.vocab_size)
     checked = checked_token_scores(scores, [len(ids) for ids in responses])
-    longest = max((len(q) + len(r) for q, r in zip(queries, responses, strict=True)), default=0)
-    if longest - 1 > model.n_positions:
-        more = f"{longest} tokens, more than the model's {model.n_positions} positions"
-        raise ValueError(f"the longest query with its response has {more}")
     query_ids, query_mask = left_pad(queries, pad_id)
     response_ids, response_mask = right_pad(responses, pad_id)
     tokens = to_device(torch.cat([query_ids, response_ids], 1), model.device)
@@ -253,11 +248,6 @@ def logprobs_in_batches(
     back = to_device(torch.tensor([i for batch in batches for i in batch]).argsort(), device)
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(TokenLogprobs)}
     return {name: torch.cat(column)[back] for name, column in columns.items() if column[0] is not None}
-
-
-def _row(ids: Ids) -> Ids:
-    """Ids (T,), also of a batch of one, (1, T), as tokenizers of other libraries return it."""
-    return ids[0] if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1 else ids
 
 
 def _score_fields(scores: Tensor, like: Tensor) -> dict[str, Any]:

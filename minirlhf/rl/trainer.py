@@ -28,6 +28,7 @@ from minirlhf.io.training_state import State, module_hash
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.prepared import prepare
+from minirlhf.models.sharded import exported
 from minirlhf.rewards.base import RewardFunction
 from minirlhf.rl.advantages import USES_VALUES, with_advantages
 from minirlhf.rl.config import PPOConfig
@@ -101,11 +102,11 @@ class PPOTrainer:
         responses: Sequence[Tensor] | None = None,
         scores: Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Tensor | None = None,
     ) -> Stats:
-        """Train on one batch.
+        """Train on one batch: a Rollout, as `collect` gives it, or token lists with their scores.
 
         queries, responses: B 1-D int64 tensors each, of any lengths of at least 1; scores: B finite numbers, or B
-        lists of them with one a token. Or one Rollout in the place of all three. Token lists carry no sampling sets,
-        so their log-probabilities are those of the full softmax at the configured temperature.
+        lists of them with one a token. Token lists carry no sampling sets, so their log-probabilities are those of
+        the full softmax at the configured temperature.
         Returns the statistics of the step by name (docs/metrics.md has their glossary).
         Raises ValueError for lists of unequal or no length, empty or too long sequences, bad token ids or bad scores;
         FloatingPointError if `max_bad_steps` optimizer steps in a row had a loss or gradient that is not finite.
@@ -113,7 +114,7 @@ class PPOTrainer:
         start = time.perf_counter()
         self.policy.eval()  # whatever mode it was put into between steps
         if not isinstance(queries, Rollout):
-            queries = rollout_from_tokens(self.models, queries, responses, scores, self.config)
+            queries = rollout_from_tokens(self.models.whole(), queries, responses, scores, self.config)
         rollout = queries
         self.interrupted = True
 
@@ -141,15 +142,15 @@ class PPOTrainer:
     def _update(self, minibatch: Rollout) -> TensorStats:
         """One optimizer step on a minibatch; skipped if its loss or gradient is not finite."""
         c = self.config
-        if c.whiten_scope == "minibatch":
+        if c.whiten_scope == "minibatch":  # made anew; those of the whole batch served its statistics
             minibatch = with_advantages(minibatch, c)
         if c.loss_averaging != "micro_batches":  # similar lengths side by side, so that micro-batches have less padding
             minibatch = minibatch.rows(minibatch.lengths.sum(-1).argsort(descending=True, stable=True))
-        mine, factor = self.processes.deal(len(minibatch))  # all rows, and 1.0, without other processes
-        weights = factor * token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
+        mine, factors = self.processes.deal_evenly(len(minibatch), self.device)  # all rows, and ones, if alone
+        weights = factors * token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
         minibatch = minibatch.replace(weights=weights)
 
-        for attempt in sizes_that_fit(self.micro_batch_size):
+        for attempt in sizes_that_fit(self.micro_batch_size, once=c.sharding is not None):
             with attempt, self.precision.autocast():  # one context for all micro-batches: weights are cast once
                 self.optimizer.zero_grad(set_to_none=True)
                 totals: TensorStats = {}
@@ -184,7 +185,8 @@ class PPOTrainer:
         if batch.returns is not None and now.values is not None:
             of_values = mean(value_loss(now.values, batch.values, batch.returns, c.cliprange_value))
             loss = c.vf_coef * of_values + loss
-            sums["ppo/loss/value"] = of_values
+            moved = (now.values.detach() - batch.values).abs() > c.cliprange_value
+            sums |= {"ppo/loss/value": of_values, "ppo/val/clipfrac": mean(moved.to(batch.weights))}
         if c.entropy_coef > 0:  # its gradient costs two more passes over the logits
             loss = loss - c.entropy_coef * mean(now.entropy)
         if c.kl_in_loss:
@@ -196,9 +198,6 @@ class PPOTrainer:
             "ppo/policy/clipfrac": mean((ratio != clip_ratio(ratio, c.cliprange, c.cliprange_high)).to(batch.weights)),
             "ppo/policy/ratio_error": mean((ratio - 1).abs()),
         }
-        if now.values is not None and batch.returns is not None:
-            change = (now.values.detach() - batch.values).abs()
-            sums["ppo/val/clipfrac"] = mean((change > c.cliprange_value).to(batch.weights))
         return loss, sums
 
     def _kl_loss(self, now: TokenLogprobs, batch: Rollout) -> Tensor:
@@ -251,7 +250,7 @@ class PPOTrainer:
         self.policy.eval()
         collect = collect_groups_with_spread if self.config.drop_flat_groups else collect_rollout
         with undone_on_error(self.generators.values()):
-            return collect(self.models, prompts, reward_fn, self.config, self.generators["sampling"])
+            return collect(self.models.whole(), prompts, reward_fn, self.config, self.generators["sampling"])
 
     def train(
         self,
@@ -282,7 +281,7 @@ class PPOTrainer:
                     rollout = self.collect([pool[i] for i in drawn], reward_fn)
                 history.append({"step": self.iteration + 1, **self.step(rollout)})
                 if ends.evaluation_due:
-                    history[-1] |= evaluation(self.models, pool, reward_fn, self.config)
+                    history[-1] |= evaluation(self.models.whole(), pool, reward_fn, self.config)
                 if ends(rollout, history[-1]):
                     break
         return history
@@ -314,8 +313,9 @@ class PPOTrainer:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write policy, adapters merged, value head and tokenizer as a model folder, once for all processes."""
+        policy = exported(self.policy)
         if self.processes.first:
-            self.policy.save_pretrained(folder)
+            policy.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:

@@ -3,6 +3,7 @@
     config.json, model.safetensors, ...    model and tokenizer, as `save_pretrained` writes them; with LoRA only the
                                            adapters, as `save_adapter` writes them
     training.safetensors, training.json    the trainer's `state_dict`, and the run's own record
+    parts/                                 of a sharded model, Adam's moments, a file a process
     manifest.json                          SHA-256 of every other file
 
 The folder is replaced as one, so a checkpoint is complete or absent. Of the reference model, the base of adapters, and
@@ -11,8 +12,10 @@ the training data, which never change, it holds only the hash.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +26,8 @@ from torch import nn
 
 from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.common.suggestions import require_fields
+from minirlhf.device.parts import as_part, is_part, load_parts, save_parts
+from minirlhf.device.processes import agreed, processes
 from minirlhf.io.files import StrPath, naming, read_json, replaced_folder, sha256, write_json
 from minirlhf.io.model_card import Origin
 from minirlhf.io.model_folder import read_tensors, write_tensors
@@ -41,6 +46,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.lora import adapters_off
+from minirlhf.models.sharded import is_sharded
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.trainer import PPOTrainer
@@ -53,10 +59,11 @@ from minirlhf.text.tokenizer import Tokenizer
 
 FORMAT = 2
 STATE_TENSORS, COUNTERS_FILE, MANIFEST_FILE = "training.safetensors", "training.json", "manifest.json"
+PARTS = "parts"
 # Settings that may change between two parts of a run: they say how long and how it runs, not what is computed.
 FREE_FIELDS: dict[str, set[str]] = {
-    "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout", "max_bad_steps",
-            "checkpoint_activations", "compile", "cuda_graphs"},
+    "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout",
+            "reward_workers", "max_bad_steps", "checkpoint_activations", "compile", "cuda_graphs", "sharding"},
     "sft": {"save_freq", "device"}, "reward_model": {"save_freq", "device"},
     "dpo": {"save_freq", "device", "reference_cache"},
 }  # fmt: skip
@@ -90,26 +97,37 @@ class Trainable(Protocol):
 def save_checkpoint(trainer: Trainable, folder: StrPath, run: Mapping[str, Any] | None = None) -> None:
     """Write everything that the trainer's next step depends on, in place of an older checkpoint if there is one.
 
-    run: what `Run` keeps with it, in training.json.
+    run: what `Run` keeps with it, in training.json. Of several processes one calls it; all, if the model is sharded.
     Raises FileExistsError for a symbolic link or a folder that holds something else, OSError if it cannot be written,
     and as `state_dict`.
     """
-    folder = Path(folder)
+    folder, group = Path(folder), processes()
     if folder.is_symlink():
         raise FileExistsError(f"{folder} is a symbolic link, and checkpoints are not written through links")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
         raise FileExistsError(f"{folder} is not empty, and no checkpoint; choose another folder")
     state = trainer.state_dict()
+    parts = {name: x for name, x in state["tensors"].items() if is_part(x)}
     # JSON has no infinity.
     config = {name: "inf" if x == math.inf else x for name, x in state["counters"]["config"].items()}
     counters = {"format": FORMAT, "kind": trainer.kind, **state["counters"], "config": config, "run": run}
-    with replaced_folder(folder) as staged:
-        # Before the model, whose index then says that this file is not part of it.
-        write_tensors(staged / STATE_TENSORS, state["tensors"])
-        write_json(staged / COUNTERS_FILE, counters)
+    together = is_sharded(trained(trainer))
+    first = group.first or not together
+    with replaced_folder(folder) if first else contextlib.nullcontext(folder) as staged:
+        if first:
+            shutil.rmtree(staged / PARTS, ignore_errors=True)  # by another number of processes
+        if together:
+            staged = group.broadcast("the folder of the checkpoint", staged)
+        if parts:
+            save_parts(staged / PARTS, parts)
+        with agreed("the state") if together else contextlib.nullcontext():
+            if first:  # before the model, whose index then says that this file is not part of it
+                write_tensors(staged / STATE_TENSORS, {n: x for n, x in state["tensors"].items() if n not in parts})
+                write_json(staged / COUNTERS_FILE, counters)
         _save_model(trainer, staged)
-        sums = {name: sha256(staged / name) for name in _file_names(staged) if name != MANIFEST_FILE}
-        write_json(staged / MANIFEST_FILE, {"sha256": sums})
+        if first:
+            sums = {name: sha256(staged / name) for name in _file_names(staged) if name != MANIFEST_FILE}
+            write_json(staged / MANIFEST_FILE, {"sha256": sums})
 
 
 def _save_model(trainer: Any, folder: Path) -> None:
@@ -137,7 +155,7 @@ def read_checkpoint(folder: StrPath) -> State:
         raise DamagedCheckpoint(f"{folder} is damaged, or no checkpoint: {error}") from error
     there = _file_names(folder)
     for name, expected in sums.items():
-        if name not in there:  # nor is a name followed that leads out of the folder
+        if name not in there:  # also of a name that leads out of the folder
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
         if sha256(folder / name) != expected:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is not as it was written")
@@ -216,7 +234,7 @@ def load_checkpoint(
             reward = RewardModel.from_pretrained(folder, device=config.device)
             _restore(folder, reward, reward.network, counters)
             trainer = RewardModelTrainer(reward, data, config)
-        trainer.load_state_dict(state)
+        _load_state(trainer, folder, state)
     return trainer
 
 
@@ -238,9 +256,9 @@ def restore_checkpoint(trainer: Trainable, folder: str | os.PathLike[str]) -> No
         saved = type(network).from_pretrained(folder)
     with torch.no_grad():
         for p, value in zip(network.parameters(), saved.parameters(), strict=True):
-            p.copy_(value)
+            p.copy_(as_part(value, p))
     with naming(folder):
-        trainer.load_state_dict(state)
+        _load_state(trainer, folder, state)
 
 
 def parameter_hash(trainer: Trainable) -> str:
@@ -270,10 +288,20 @@ def _load_with_reference(folder: Path, state: State, ref_policy: Any, overrides:
         with naming(folder):
             kind: Any = PPOTrainer if is_ppo else DPOTrainer
             trainer = kind(policy, source, Tokenizer.from_pretrained(folder), config)
-            trainer.load_state_dict(state)
+            _load_state(trainer, folder, state)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; it is the reference of {folder}: pass ref_policy") from error
     return trainer
+
+
+def _load_state(trainer: Trainable, folder: Path, state: State) -> None:
+    """Give a trainer its state, with the parts that only it knows how to cut."""
+    tensors = state["tensors"]
+    if (folder / PARTS).is_dir():
+        named = [(name, p) for name, p in trained(trainer).named_parameters() if f"optimizer.step.{name}" in tensors]
+        like = {f"optimizer.{key}.{name}": p for name, p in named for key in ("exp_avg", "exp_avg_sq")}
+        tensors.update(load_parts(folder / PARTS, like))
+    trainer.load_state_dict(state)
 
 
 def _base(model: Any) -> Any:

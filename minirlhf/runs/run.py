@@ -30,10 +30,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
-from minirlhf.device.processes import agreed, processes, restarted
+from minirlhf.device.launch import restarted
+from minirlhf.device.processes import agreed, processes
 from minirlhf.io.files import PARTIAL, flush_folder, read_json, read_jsonl, remove_partial, write_json
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
+from minirlhf.models.sharded import is_sharded
 from minirlhf.rl.rollout import Rollout
 from minirlhf.runs.checkpoint import (
     COUNTERS_FILE,
@@ -43,6 +45,7 @@ from minirlhf.runs.checkpoint import (
     parameter_hash,
     restore_checkpoint,
     save_checkpoint,
+    trained,
 )
 from minirlhf.runs.locks import LOCK_FILE, FolderLock
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, RunLog, finite
@@ -148,11 +151,14 @@ class Run(Generic[Trainer]):
                     remove_partial(folder, folder / CHECKPOINTS)
             _check_shared(folder)
             with agreed("the first checkpoint"):
+                record = None
                 if group.first:
                     log = RunLog(folder)
                     undo.callback(shutil.rmtree, folder / CHECKPOINTS, ignore_errors=True)
                     record = {"log": log.flush(), "rewards": {}}
+                if group.first or is_sharded(trained(trainer)):
                     save_checkpoint(trainer, _checkpoint(folder, trainer.steps_done), record)
+                if group.first:
                     undo.callback((folder / LOGGERS_FILE).unlink, missing_ok=True)
                     choose_loggers(folder, loggers)
                     write_json(folder / CONFIG_FILE, config)
@@ -303,7 +309,11 @@ class Run(Generic[Trainer]):
                     failed = "what comes before the first step"
                 if self._saving:
                     failed = f"saving step {done} of {steps}"
-                elif not self.trainer.interrupted and self.trainer.steps_done == done > self._saved:
+                elif (
+                    not self.trainer.interrupted
+                    and self.trainer.steps_done == done > self._saved
+                    and not is_sharded(trained(self.trainer))  # whose checkpoint needs all processes
+                ):
                     with contextlib.suppress(Exception):  # the first error is the one to report
                         self._write()  # without the other processes, which may have ended
                 raise RunFailed(
@@ -329,8 +339,10 @@ class Run(Generic[Trainer]):
         self._saving = False
 
     def _write(self) -> None:
+        record = None
         if self._log is not None:
             record = {"log": self._log.flush(), "rewards": {str(step): x for step, x in self._rewards.items()}}
+        if record is not None or is_sharded(trained(self.trainer)):
             save_checkpoint(self.trainer, _checkpoint(self.folder, self._recorded), record)
         self._saved = self._recorded
         self._rotate()
@@ -396,6 +408,18 @@ class _StopRequest:
 
 def _checkpoint(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / f"step-{step:06d}"
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run that no other process is writing, to be read without going on with it.
+
+    Raises BlockingIOError if another process works in the folder, FileNotFoundError if it is no run.
+    """
+    FolderLock.check(folder)
+    steps = _steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"{folder} is no run: it has no {CHECKPOINTS}/step-...")
+    return _checkpoint(folder, steps[-1])
 
 
 def _steps(folder: Path) -> list[int]:

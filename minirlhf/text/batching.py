@@ -117,3 +117,24 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"{name} must be 1-D with at least one token id, got {ids.dtype} of shape {tuple(ids.shape)}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")
+
+
+def checked_pairs(
+    queries: Sequence[Ids], responses: Sequence[Ids], vocab_size: int, n_positions: int
+) -> tuple[list[Ids], list[Ids]]:
+    """Queries and responses, each 1-D, also where it is a batch of one, (1, T), as other tokenizers return it.
+
+    Raises ValueError for more of one than of the other, bad ids, or a pair without room in `n_positions`.
+    """
+    if len(queries) != len(responses):
+        raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
+    columns: list[list[Ids]] = []
+    for name, sequences in (("query", queries), ("response", responses)):
+        columns.append([x[0] if isinstance(x, Tensor) and x.ndim == 2 and len(x) == 1 else x for x in sequences])
+        for i, ids in enumerate(columns[-1]):
+            check_ids(f"{name} {i}", torch.as_tensor(ids), vocab_size)
+    longest = max((len(q) + len(r) for q, r in zip(*columns, strict=True)), default=0)
+    if longest - 1 > n_positions:  # the last token is not fed
+        more = f"{longest} tokens, more than the model's {n_positions} positions"
+        raise ValueError(f"the longest query with its response has {more}")
+    return columns[0], columns[1]

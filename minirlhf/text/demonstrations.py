@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minirlhf.io.files import StrPath
 from minirlhf.text.chat import ASSISTANT, Message, check_messages
-from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
+from minirlhf.text.text_files import json_object, numbered_lines, parsed, split_by_hash, text_of
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,10 @@ def read_demonstrations(path: StrPath, encoding: str = "utf-8") -> list[Demonstr
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise ValueError(f"{path} must be named .txt (a text a line) or .jsonl (texts, or prompts and responses)")
-    found: list[Demonstration | Conversation] = []
-    for number, line in numbered_lines(path, encoding):
-        if kind == ".txt" and not line.strip():
-            continue
-        try:
-            found.append(Demonstration("", line) if kind == ".txt" else _from_json(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not found:
-        raise ValueError(f"{path} holds no texts")
-    return found
+    lines = numbered_lines(path, encoding)
+    if kind == ".jsonl":
+        return parsed(path, lines, lambda line: [_from_json(line)], "texts")
+    return parsed(path, lines, lambda line: [Demonstration("", line)] if line.strip() else [], "texts")
 
 
 def split_demonstrations(

@@ -19,7 +19,7 @@ from typing import Any
 
 from minirlhf.common.validation import is_finite
 from minirlhf.io.files import StrPath
-from minirlhf.text.text_files import json_object, numbered_lines, split_by_hash, text_of
+from minirlhf.text.text_files import json_object, numbered_lines, parsed, split_by_hash, text_of
 
 MAX_ANSWERS = 9  # K = 4 to 9 in InstructGPT, section 3.5
 MAX_SCORED = 64  # scored answers to one prompt: at most 2,016 pairs
@@ -77,15 +77,9 @@ def read_rankings(path: StrPath, encoding: str = "utf-8") -> list[Ranking]:
         raise ValueError(f"{path} must be named .jsonl (pairs) or .tsv (lists)")
     lines = numbered_lines(path, encoding)
     header = kind == ".tsv" and bool(lines) and lines[0][1].split("\t")[0].strip().lower() == "prompt"
-    rankings: list[Ranking] = []
-    for number, line in lines[1:] if header else lines:
-        try:
-            rankings += _json_rankings(line) if kind == ".jsonl" else [_list(line, header)]
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not rankings:
-        raise ValueError(f"{path} holds no rankings")
-    return rankings
+    if kind == ".jsonl":
+        return parsed(path, lines, _json_rankings, "rankings")
+    return parsed(path, lines[1:] if header else lines, lambda line: [_list(line, header)], "rankings")
 
 
 def pair_ranking(content: Mapping[str, Any]) -> Ranking:

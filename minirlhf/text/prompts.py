@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.text.chat import ChatPrompt, Message, check_prompt
-from minirlhf.text.text_files import json_object, numbered_lines, text_of
+from minirlhf.text.text_files import json_object, numbered_lines, parsed, text_of
 from minirlhf.text.tokenizer import Tokenizer
 
 Prompt = str | list[Message]  # a text, or the messages of a chat that the model answers
@@ -53,10 +53,11 @@ def as_prompts(prompts: Iterable[Prompt] | os.PathLike[str], tokenizer: Tokenize
 
 def require_room(prompts: Iterable[str], tokenizer: Tokenizer, positions: int, gen_len: int) -> None:
     """Raise ValueError for a prompt that leaves no room for `gen_len` tokens in a model's positions."""
+    room = max(0, positions - gen_len)
     for prompt in prompts:
-        if (length := len(tokenizer.encode_prompt(prompt))) > positions - gen_len:
-            room = f"the model's {positions} positions less gen_len={gen_len} leave room for {positions - gen_len}"
-            raise ValueError(f"prompt {prompt[:20]!r}... has {length} tokens; {room}")
+        if (length := len(tokenizer.encode_prompt(prompt))) > room:
+            said = f"the model's {positions} positions less gen_len={gen_len} leave room for {room}"
+            raise ValueError(f"prompt {prompt[:20]!r}... has {length} tokens; {said}")
 
 
 def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[Prompt]:
@@ -70,15 +71,8 @@ def read_prompts(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[
     kind = path.suffix.lower()
     if kind not in ("", ".txt", ".text", ".jsonl"):
         raise ValueError(f"{path} must be .txt (a prompt a line) or .jsonl (objects with a prompt), not {kind}")
-    found: list[Prompt] = []
-    for number, line in numbered_lines(path, encoding):
-        try:
-            found.append(line if kind != ".jsonl" else _prompt_of(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not found:
-        raise ValueError(f"{path} holds no prompts")
-    return found
+    lines = numbered_lines(path, encoding)
+    return parsed(path, lines, lambda line: [_prompt_of(line) if kind == ".jsonl" else line], "prompts")
 
 
 def read_pool(prompts: Sequence[Prompt], encoding: str = "utf-8") -> list[Prompt]:

@@ -38,6 +38,22 @@ def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> lis
     return [(number, line.removesuffix("\r")) for number, line in lines if line.strip(" \r")]
 
 
+def parsed(path: Path, lines: Sequence[tuple[int, str]], parse: Callable[[str], list[T]], what: str) -> list[T]:
+    """What `parse` makes of the numbered lines of a file, which must be something.
+
+    Raises ValueError with file and line where `parse` does, and for no result, named by `what`.
+    """
+    found: list[T] = []
+    for number, line in lines:
+        try:
+            found += parse(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no {what}")
+    return found
+
+
 def json_object(line: str) -> dict[str, Any]:
     """The JSON object of a line. Raises ValueError for anything else."""
     try:

@@ -42,7 +42,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Read the tokenizer of a model folder, whichever kind its files are of.
+        """Read the tokenizer of a model folder, of any supported kind.
 
         See `read_tokenizer` for the files and errors.
         """

@@ -19,6 +19,7 @@ import minirlhf
 from conftest import VOCAB, make_bert, make_gpt2
 from minirlhf import GPT2, SamplingConfig, SentimentReward, Tokenizer
 from minirlhf.commands import models as program
+from minirlhf.commands import runs
 from minirlhf.commands.main import main
 from minirlhf.commands.runs import SAMPLING
 from minirlhf.commands.table import COMMANDS
@@ -32,17 +33,12 @@ GOOD, BAD = "房间干净，服务很好，非常满意", "房间很脏，服务
 
 
 @pytest.fixture
-def run(capsys):
+def run(cli):
     """Exit code, lines of stdout, stderr."""
 
     def call(*arguments):
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        shown = capsys.readouterr()
-        return code, shown.out.splitlines(), shown.err
+        code, out, err = cli(*arguments)
+        return code, out.splitlines(), err
 
     return call
 
@@ -137,6 +133,19 @@ def test_the_starter_weights_say_that_they_are_chinese(run):
         model = WRITER if arguments[0] == "generate" else SCORER
         code, out, err = run(*arguments, "--model", model)
         assert code == 0 and out and re.fullmatch("warning: the starter weights are Chinese: .*\n", err)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("command", "more"), [("doctor", []), ("evaluate", ["--reference", WRITER])])
+def test_commands_on_a_run_say_that_the_starter_weights_are_chinese(run, monkeypatch, command, more):
+    def enough(*args, **options):
+        raise ValueError("enough")
+
+    monkeypatch.setattr(runs, "load_scorer", enough)
+    monkeypatch.setattr(runs.examination, "doctor", enough)
+    models = ["--policy", WRITER, "--reward", SCORER, "--prompts", "The room", *more]
+    warning = "warning: the starter weights are Chinese: .*\n"
+    assert re.fullmatch(f"{warning}error: enough\n", run(command, *models)[2])
 
 
 @pytest.mark.filterwarnings("default")

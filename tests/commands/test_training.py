@@ -5,13 +5,13 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from minirlhf import GPT2, PPOConfig, RewardModel, Run
 from minirlhf.commands import training
-from minirlhf.commands.main import main
 from minirlhf.evaluation import results
 from minirlhf.io import starter as starter_module
 from minirlhf.runs.locks import FolderLock
@@ -20,20 +20,10 @@ SMALL = ["--steps", 8, "--batch-size", 4, "--minibatch-size", 4, "--gen-len", 4,
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(cli, monkeypatch, tmp_path):
     """Exit code, stdout, stderr; in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
+    return cli
 
 
 def started(folder):
@@ -125,14 +115,23 @@ def test_without_arguments_it_is_the_default_run_on_the_starter_weights(run, mon
 
 
 @pytest.mark.filterwarnings("default")
-def test_english_prompts_and_the_starter_weights(run, monkeypatch):
-    def enough(*args):
+@pytest.mark.parametrize(("command", "option"), [
+    ("train", "--prompts"), ("sft", "--texts"), ("reward-model", "--rankings"), ("dpo", "--pairs"),
+])  # fmt: skip
+def test_english_texts_and_the_starter_weights(run, monkeypatch, command, option):
+    def enough(*args, **options):
         raise ValueError("enough")
 
     monkeypatch.setattr(training, "load_decoder", enough)
-    shown = run("train", "--prompts", "The room")[2].splitlines()
-    assert shown[0].startswith("warning: the starter weights are Chinese") and shown[1:] == ["error: enough"]
-    assert run("train", "--prompts", "酒店")[2] == "error: enough\n"
+    monkeypatch.setattr(training.RewardModel, "from_trunk", enough)
+    ranked = option in ("--rankings", "--pairs")
+    for language, said in (("the room is {}", True), ("酒店有{}", False)):
+        lines = [language.format(i) + (f"\t{language.format(i)}!" if ranked else "") for i in range(60)]
+        file = Path("ranked.tsv" if ranked else "texts.txt")
+        file.write_text("\n".join(lines), encoding="utf-8")
+        shown = run(command, option, file)[2].splitlines()
+        assert [line.startswith("warning: the starter weights are Chinese") for line in shown[:-1]] == [True] * said
+        assert shown[-1] == "error: enough"
 
 
 def test_the_judge_s_settings_are_flags(tiny):

@@ -55,6 +55,14 @@ def test_batches_are_halved_until_they_fit(room, tried):
     assert seen == tried and len(caught) == len(tried) - 1
 
 
+def test_an_attempt_may_be_the_only_one():
+    """Other processes would wait inside it for this one."""
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        for attempt in sizes_that_fit(8, once=True):
+            with attempt:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
 def test_what_does_not_fit_at_all_and_other_errors_are_raised():
     def never(size):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")

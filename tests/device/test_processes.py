@@ -1,10 +1,17 @@
 """W processes compute what one computes: the same tokens and texts, weights to 1e-10 in float64, and figures."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from ranks import CASES, OF_FOUR, compute, together
+from ranks import CASES, OF_FOUR, compute, ppo, scripts, together
 
-from minirlhf.device.processes import Processes, _require_nccl, agreed, processes, tells
+from minirlhf import GPT2
+from minirlhf.device.launch import tells
+from minirlhf.device.processes import agreed, processes
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,44 @@ def test_several_processes_compute_what_one_computes(alone, several, size, name)
             assert torch.equal(found["weights"][parameter], several[size][0][name]["weights"][parameter]), rank
 
 
+@pytest.mark.timeout(300)
+def test_every_example_runs_on_two_processes(tiny, tmp_path):
+    """Each ends without an error, leaves what it leaves alone, and only the first process prints."""
+    pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
+    texts = [f"{word}{a}{b}" for word in ("酒店", "房间") for a in "很好差脏" for b in "位置前台早餐"]
+    pairs = [dict(prompt=text[:2], chosen=f"{text[2:]}好", rejected=f"{text[2:]}差") for text in texts]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    policy, reward, cpu = ("--policy", tiny / "policy"), ("--reward", tiny / "reward"), ("--device", "cpu")
+    data, sizes = ("--texts", tmp_path / "texts.txt"), ("--steps", 8, "--batch-size", 4)
+    dpo = ["dpo.py", *policy, *reward, "--batch-size", 4, "--epochs", 1, "--gen-len", 4]
+    commands = {
+        "sft": ["sft_reviews.py", *data, "--model", tiny / "policy", "--max-length", 16, "--tokens-per-batch", 64],
+        "reward": ["reward_model.py", "--rankings", tmp_path / "pairs.jsonl", *policy, "--judge", tiny / "reward",
+                   *sizes],
+        "dpo": [*dpo, "--pairs", tmp_path / "pairs.jsonl"],
+        "online": [*dpo, "--online", "--rounds", 2, "--samples", 10, "--n", 2],
+        "ppo": ["positive_reviews.py", *policy, *reward, *sizes, "--group-size", 2, "--gen-len", 4],
+        "bad": ["positive_reviews.py", *policy, *reward, "--batch-size", 2, "--group-size", 2],
+    }  # fmt: skip
+    commands = {name: [EXAMPLES / script, *rest, *cpu, "--output", tmp_path / name]
+                for name, (script, *rest) in commands.items()}  # fmt: skip
+    outcomes = together(2, scripts, commands)
+    errors = sorted(map(str, (found.pop("bad")[0] for found in outcomes)))
+    del commands["bad"]
+    assert errors[0] == "1" and errors[1].startswith("error: PPOConfig.batch_size must be at least 4"), errors
+    assert not (tmp_path / "bad").exists()
+    for rank, found in enumerate(outcomes):
+        assert isinstance(found, dict), found
+        for name, (error, shown) in found.items():
+            assert error is None and bool(shown.strip()) == (rank == 0), (name, error, shown)
+    for name in commands:
+        assert (tmp_path / name / "summary.json").is_file()
+        assert GPT2.from_pretrained(tmp_path / name / "policy").config.n_positions == 32
+    rounds = [(tmp_path / "online" / f"round-{n}" / "metrics.jsonl").read_text() for n in (1, 2)]
+    assert all(len(lines.splitlines()) >= 1 for lines in rounds)
+
+
 def figures(stats):
     return {name: value for name, value in stats.items() if not name.startswith("time/")}
 
@@ -60,37 +105,6 @@ def test_alone_there_is_no_process_group_and_nothing_is_exchanged(monkeypatch):
     assert raised.value is error and tells(error)
 
 
-@pytest.mark.parametrize(("count", "unit", "shares"), [
-    (8, 1, [(0, 2), (2, 5), (5, 8)]), (8, 2, [(0, 2), (2, 4), (4, 8)]), (3, 1, [(0, 1), (1, 2), (2, 3)]),
-    (2, 1, [(0, 2)] * 3), (4, 2, [(0, 4)] * 3),
-])  # fmt: skip
-def test_groups_stay_whole_and_too_few_are_computed_by_all(count, unit, shares):
-    group = Processes()
-    group.size = 3
-    for rank, (start, stop) in enumerate(shares):
-        group.rank = rank
-        assert group.share(count, unit) == slice(start, stop)
-
-
-def test_every_row_is_dealt_once_and_a_process_without_one_has_a_row_of_no_weight():
-    group = Processes()
-    group.size = 4
-    for count in range(1, 10):
-        counted = []
-        for rank in range(4):
-            group.rank = rank
-            rows, factor = group.deal(count)
-            assert len(rows) and (factor == 1.0 or rows.tolist() == [0])
-            counted += rows.tolist() if factor else []
-        assert sorted(counted) == [*range(count)]
-
-
-def test_gpu_tensors_are_exchanged_by_nccl_only():
-    _require_nccl("cpu:gloo,cuda:nccl")
-    with pytest.raises(ValueError, match="'cpu:gloo,cuda:gloo', not by NCCL; let minirlhf start the process group"):
-        _require_nccl("cpu:gloo,cuda:gloo")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nccl_with_one_process(tmp_path):
@@ -106,3 +120,24 @@ def test_nccl_with_one_process(tmp_path):
         assert group.on and torch.equal(total, x) and torch.equal(group.gather_rows(3, x)[0], x)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_sharded_step_of_one_process_is_an_ordinary_one(tmp_path, record_property):
+    """Through NCCL; the memory that each takes is recorded."""
+    settings, weights = dict(device="cuda", precision="fp32", steps=16, ppo_epochs=1), {}
+    for sharding in (None, "full"):
+        torch.cuda.reset_peak_memory_stats()
+        if sharding:
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'sharded'}", rank=0, world_size=1
+            )
+        try:
+            weights[sharding] = ppo(dtype=torch.float32, sharding=sharding, **settings)["weights"]
+        finally:
+            if sharding:
+                torch.distributed.destroy_process_group()
+        record_property(f"bytes with sharding={sharding}", torch.cuda.max_memory_allocated())
+    for name, value in weights[None].items():
+        assert (weights["full"][name] - value).abs().mean() < 1e-5

@@ -1,5 +1,6 @@
 """The documentation keeps its word: its code runs, its files and names exist, its glossary is complete."""
 
+import importlib
 import importlib.util
 import inspect
 import re
@@ -16,6 +17,7 @@ from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, DPOTrainer, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.commands.main import build_parser
 from minirlhf.commands.table import COMMANDS
+from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.rl import advantages
 from test_architecture import WINGS
 
@@ -143,30 +145,21 @@ def test_the_commands_of_the_command_line_are_understood():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_linked_file_and_heading_exists(page):
-    folder = (REPO / page).parent
-    for link in links(read(page)):
+def test_what_a_page_links_to_or_names_exists(page):
+    """Files and headings; [trainer.py](.../trainer.py), and [`gae`](file that defines it)."""
+    text, folder = read(page), (REPO / page).parent
+    for link in links(text):
         path, _, anchor = link.partition("#")
         target = (folder / path).resolve() if path else REPO / page
         assert target.exists(), link
         if anchor and not re.fullmatch(r"L\d+", anchor):
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_is_named_exists(page):
-    named = re.findall(r"`((?:tests|examples|minirlhf|weights|docs)/[\w./-]+)`", read(page))
-    named += re.findall(r"\b((?:examples|tests|weights)/[\w/-]+\.\w+)", "\n".join(blocks(read(page), "sh")))
+    named = re.findall(r"`((?:tests|examples|minirlhf|weights|docs)/[\w./-]+)`", text)
+    named += re.findall(r"\b((?:examples|tests|weights)/[\w/-]+\.\w+)", "\n".join(blocks(text, "sh")))
     assert [name for name in named if not (REPO / name).exists()] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_link_with_the_name_of_a_file_or_function_leads_to_it(page):
-    """[trainer.py](.../trainer.py), and [`gae`](file that defines it)."""
-    folder = (REPO / page).parent
-    for name, link in re.findall(r"\[([\w./-]+\.\w+)\]\(([^)#]+)\)", read(page)):
+    for name, link in re.findall(r"\[([\w./-]+\.\w+)\]\(([^)#]+)\)", text):
         assert link.endswith(name)
-    for name, link in re.findall(r"\[`(\w+)`\]\(([^)]+\.py)(?:#L\d+)?\)", read(page)):
+    for name, link in re.findall(r"\[`(\w+)`\]\(([^)]+\.py)(?:#L\d+)?\)", text):
         source = (folder / link).read_text(encoding="utf-8")
         assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b.* = ", source, re.MULTILINE), (name, link)
 
@@ -177,8 +170,18 @@ def test_links_to_functions_lead_to_their_lines():
     assert line_numbers.renewed(text) == text and len(re.findall(line_numbers.LINK, text)) > 20
 
 
-def test_every_page_of_docs_is_reached_from_the_readme():
-    assert {link for link in links(read("README.md")) if link.startswith("docs/")} == set(DOCS)
+def test_every_page_of_docs_is_reached_from_the_readme_and_has_its_place_in_the_site():
+    reached, waiting = set(), ["README.md"]
+    while waiting:
+        page = waiting.pop()
+        found = {(REPO / page).parent.joinpath(link.split("#")[0]).resolve() for link in links(read(page))}
+        names = {path.relative_to(REPO).as_posix() for path in found if path.suffix == ".md"}
+        waiting += names - reached
+        reached |= names
+    assert set(DOCS) <= reached
+    nav = re.findall(r"^ +- (?:.*: )?(\S+\.md)$", read("mkdocs.yml").split("\nnav:\n")[1], re.MULTILINE)
+    assert len(nav) == len(set(nav))
+    assert {f"docs/{page}" for page in nav if (REPO / "docs" / page).exists()} == set(DOCS)
 
 
 @pytest.mark.parametrize("page", DOCS)
@@ -206,6 +209,14 @@ def test_the_wings_are_listed_in_their_order():
     assert "    " + "  ".join(WINGS) + "\n" in read("CONTRIBUTING.md")
 
 
+def test_the_reference_has_every_public_name_once():
+    names = re.findall(r"^::: minirlhf\.(\w+)$", read("docs/reference.md"), re.MULTILINE)
+    assert sorted(names) == sorted(minirlhf.__all__)
+    for name in re.findall(r"^::: minirlhf\.([\w.]+\.\w+)$", read("docs/reference.md"), re.MULTILINE):
+        module, _, last = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"minirlhf.{module}"), last), name
+
+
 def test_the_test_of_every_promise_exists():
     tests = {path.name: path.read_text(encoding="utf-8") for path in (REPO / "tests").rglob("*.py")}
     defined = {name for text in tests.values() for name in re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)}
@@ -228,16 +239,12 @@ def test_the_changes_begin_with_the_version():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_tables_are_whole(page):
+def test_tables_are_whole_and_no_placeholder_is_left(page):
     """All rows of a table have as many cells as its head; `\\Vert` stands for a bar inside a formula."""
+    assert re.findall(r"\w*PLACEHOLDER\w*|TODO|XXX", read(page)) == []
     for table in re.findall(r"(?:^\|.*\n)+", read(page), re.MULTILINE):
         rows = [re.sub(r"\$[^$]*\$|`[^`]*`", "", row).rstrip() for row in table.splitlines()]
         assert all(row.endswith("|") for row in rows) and len({row.count("|") for row in rows}) == 1, table
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_no_placeholder_is_left(page):
-    assert re.findall(r"\w*PLACEHOLDER\w*|TODO|XXX", read(page)) == []
 
 
 @pytest.mark.parametrize("mark", ["main", "tests"])
@@ -252,7 +259,7 @@ def test_the_readme_is_short_and_the_chinese_one_has_the_same_content():
     assert len(english.splitlines()) <= 160 and len(chinese.splitlines()) <= 160
     for found in (
         lambda text: [re.sub(r"\s*#.*", "", line) for b in blocks(text, "(?:python|sh)") for line in b.splitlines()],
-        lambda text: [link for link in links(text) if not link.startswith("README")],
+        lambda text: [link.replace(".zh-CN", "") for link in links(text) if not link.startswith("README")],
         lambda text: [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)],
         lambda text: [line.count("|") for line in text.splitlines() if line.startswith("|")],
         lambda text: [len(block.splitlines()) for block in blocks(text, "text")],
@@ -260,6 +267,14 @@ def test_the_readme_is_short_and_the_chinese_one_has_the_same_content():
         lambda text: len(re.findall(r"^(?:- |\d\. )", text, re.MULTILINE)),
     ):
         assert found(english) and found(chinese) == found(english)
+
+
+def test_the_six_rows_of_a_step_are_those_of_the_docs():
+    (rows,) = (block for block in blocks(read("README.md"), "text") if block.startswith("token "))
+    (whole,) = (block for block in blocks(read("docs/details.md"), "text") if "token  logprob" in block)
+    assert len(rows.splitlines()) == 7 and set(rows.splitlines()) <= set(whole.splitlines())
+    assert "score 0.99" in read("README.md") and "score 0.99" in whole
+    assert rows in read("README.zh-CN.md")
 
 
 def test_the_chinese_readme_is_in_chinese():
@@ -349,6 +364,16 @@ def test_the_presets_of_the_table_are_those_of_the_config():
                 assert actual == expected, (field, config, value)
                 checked.append(field)
     assert len(checked) == 5 * (len(table) - 2 + 3)  # three rows have two fields
+
+
+def test_the_table_of_names_elsewhere_is_that_of_the_errors():
+    for page in ("docs/from_trl.md", "docs/from_trl.zh-CN.md"):
+        rows = [row.strip("| ").split(" | ") for row in read(page).split("|---|---|---|\n")[2].splitlines()]
+        table = {name: field.strip("`") for field, names, *_ in rows for name in re.findall(r"`(\w+)`", names)}
+        assert table == {name: field or "-" for name, (field, _) in FIELD_NAMES.items()}
+        if "zh-CN" not in page:
+            remarks = {names: remark for _, names, remark in (row if len(row) == 3 else [*row, ""] for row in rows)}
+            assert set(remarks.values()) == {remark for _, remark in FIELD_NAMES.values()}
 
 
 def test_the_size_of_the_sampling_sets():

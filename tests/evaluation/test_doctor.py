@@ -35,6 +35,8 @@ from minirlhf.evaluation.doctor.doctor import CHECKS
 from minirlhf.evaluation.doctor.memory import total
 from minirlhf.evaluation.doctor.setup import PROMPT_LENGTHS, Setup, words
 from minirlhf.io.model_folder import read_tensors, write_tensors
+from minirlhf.models.lora import add_lora
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.sentiment import CANARIES
 from minirlhf.rl.config import PRESETS
@@ -45,6 +47,12 @@ SMALL = dict(n_embd=16, n_layer=1, n_head=2)
 DEFAULTS = dict(batch_size=4, minibatch_size=2, forward_batch_size=2, gen_len=5, ppo_epochs=1, lr=1e-3, device="cpu")
 NEGATIVE_FIRST = {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
 POSITIVE_FIRST = {0: "positive (stars 4 and 5)", 1: "negative (stars 1, 2 and 3)"}
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """The forecast of every run is made from fewer samples."""
+    monkeypatch.setattr(run_checks, "FORECAST", 128)
 
 
 def gpt2(seed=0, kind=GPT2, **sizes):
@@ -371,9 +379,8 @@ def test_a_batch_that_does_not_fit_is_found():
     status, findings = examine(batch_size=10**10)
     assert status["memory"] == "fail" and others(status, "memory") == {"ok"}
     assert "batch_size" in findings["memory"].remedy
-    assert "most of it for update" in examine(
-        batch_size=10**9, forward_batch_size=10**9, minibatch_size=10**9, gen_len=50
-    )[1]["memory"].detail  # fmt: skip
+    of_update = only("memory", batch_size=10**9, forward_batch_size=10**9, minibatch_size=10**9, gen_len=50)
+    assert "most of it for update" in of_update.detail
 
 
 def test_the_need_is_compared_with_what_is_free_and_what_the_models_hold(monkeypatch):
@@ -452,6 +459,21 @@ def test_what_auto_has_chosen_is_said(monkeypatch):
     status, findings = examine(sharp(), sharp())  # what the doctor would find in bf16 is why it is not taken
     assert "; precision auto: fp32 (bf16 rounds too much: " in findings["precision"].detail
     assert others(status, "precision") == {"ok"} and status["precision"] == "warn"
+
+
+def test_a_policy_with_lora_is_its_own_reference():
+    """As for PPOTrainer; the findings are those with a copy of the base in its place."""
+    settings = {**DEFAULTS, "lora": dict(rank=2), "file": io.StringIO()}
+    alone, beside = (doctor(gpt2(), given, Tokenizer(VOCAB), **settings) for given in (None, gpt2()))
+    assert [(f.name, f.status) for f in alone] == [(f.name, f.status) for f in beside]
+    assert {f.status for f in alone} <= {"ok", "skip"} and {f.name: f for f in alone}["weights"].status == "ok"
+    with_adapters = gpt2()
+    add_lora(with_adapters, LoRAConfig(rank=2), seed=0)
+    findings = doctor(with_adapters, None, Tokenizer(VOCAB), **{**DEFAULTS, "file": io.StringIO()})
+    assert {f.status for f in findings} <= {"ok", "skip"}
+    for config in (PPOConfig(**DEFAULTS), PPOConfig(**DEFAULTS, lora=dict(rank=2), reference="own")):
+        with pytest.raises(ValueError, match="is its own base only with lora"):
+            doctor(gpt2(), None, Tokenizer(VOCAB), config=config)
 
 
 def test_what_a_base_in_bf16_costs_is_told():

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import __main__ as benchmark
-from benchmark import floor, load, peer_trl, peer_trl_group, peers, report
+from benchmark import floor, load, peer_trl, peer_trl_group, peers, report, studies
 from benchmark.load import Load
 from benchmark.work import SIZES, Sample, Work, characters, iteration, peak_memory
 from conftest import make_bert, make_gpt2
@@ -168,6 +168,21 @@ def test_an_iteration_is_timed_by_phases():
     assert parts <= seconds["iteration"] + 1e-3  # clocks are read one after the other
     assert trainer.iteration == 1 and not torch.equal(trainer.policy.decoder.wte.weight, before)
     assert samples["iteration"].peak_mb == max(s.peak_mb for s in samples.values())
+    assert {s.matmul for s in samples.values()} == {trainer.precision.matmul} == {"default"}  # it is small
+
+
+def test_methods_train_on_as_many_sequences_in_as_many_steps():
+    heads, steps = [], []
+    for config in benchmark.WAYS["methods"].values():
+        work = dataclasses.replace(TINY, batch=8, minibatch=4, config=config)
+        trainer = work.trainer()
+        rollout = trainer.collect(work.drawn, studies.nothing)
+        assert list(rollout.prompts) == work.prompts and len(rollout) == 8 == len(work.lengths().prompts)
+        heads.append(trainer.policy.value_head is not None)
+        steps.append(trainer.step(rollout)["ppo/updates"])
+    assert heads == [True, False, False] and steps == [8, 8, 8]
+    assert studies.timed(trainer, 8, 1)["generate s"] > 0
+    assert len(Work(config={"group_size": 4}).drawn) == 32
 
 
 def test_memory_is_the_most_of_its_phase():
@@ -204,7 +219,7 @@ def test_transformers_does_the_same_work():
     assert any(not torch.equal(p, q) for p, q in zip(peer.policy.parameters(), before, strict=True))
 
 
-LINES = [{"peer": "x", "phase": p, "seconds": s, "peak_mb": m, "top_p": 1} for p, s, m in (
+LINES = [{"peer": "x", "phase": p, "seconds": s, "peak_mb": m, "matmul": "onednn", "top_p": 1} for p, s, m in (
     ("generate", 1.5, 10), ("score", 0.5, 30), ("step", 4, 20))]  # fmt: skip
 
 
@@ -215,7 +230,7 @@ def printing(*lines) -> str:
 def test_commands_that_time_themselves():
     command = printing("loading ...", *map(json.dumps, LINES), "[1]", '{"peer": "x"}', "3")
     assert peers.run_command(command) == [
-        Sample("x", "generate", 1.5, 10), Sample("x", "score", 0.5, 30), Sample("x", "step", 4.0, 20),
+        *(Sample("x", *row, "onednn") for row in (("generate", 1.5, 10), ("score", 0.5, 30), ("step", 4.0, 20))),
         Sample("x", "iteration", 6.0, 30),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="printed no timing: it said nothing"):
@@ -339,6 +354,12 @@ def test_the_report_says_whose_load_it_was():
     assert "does not say" in said((None, False, False))
 
 
+def test_the_report_names_the_library_of_each_side():
+    made = {"command": "x", "date": "y", "machine": {}, "products by": {"us": "onednn", "old": "default"}}
+    text = report.markdown(made)
+    assert "fp32 products of us: through oneDNN\n" in text and "of old: through PyTorch's default\n" in text
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -352,8 +373,9 @@ def timed(call, monkeypatch, tmp_path):
 SMALL = ["--size", "tiny", "--quick", "--batch", 3, "--new-tokens", 2]
 
 
-def test_everything_at_once_in_turns_with_a_command(timed, tmp_path):
-    """Both sides are processes, so that each has its own memory."""
+def test_everything_at_once_in_turns_with_a_command(timed, tmp_path, monkeypatch):
+    """Both sides are processes, so that each has its own memory. Whatever else runs here, no turn is repeated."""
+    monkeypatch.setattr(Load, "shared", False)
     tables = ["iteration", "scaling", "ragged", "overhead"]
     options = ["--precision", "bf16", "--threads", 1, "--config", "cliprange=0.1", "--output", "out"]
     error, shown = timed(*tables, *SMALL, *options, "--peer-command", printing(*map(json.dumps, LINES)))
@@ -367,6 +389,7 @@ def test_everything_at_once_in_turns_with_a_command(timed, tmp_path):
     assert result["machine"]["torch"] == torch.__version__ and result["work"]["batch"] == 3
     ours = "minirlhf bf16 minibatch 16 cliprange=0.1"
     rows = [row for row in result["iteration"] if row["peer"] == ours]
+    assert result["products by"] == {"x": "onednn"} and "fp32 products of x: through oneDNN" in shown
     assert rows and all(row["times the floor"] > 0 and row["peak MB"] > 50 for row in rows)
     assert all(turn["own cores"] > 0 for turn in result["load"] if turn["turn"] == ours) and "Load: " in shown
     order = [peer for peer, _ in itertools.groupby(s["peer"] for s in result["samples"])]
@@ -399,9 +422,9 @@ def test_all_weights_against_adapters(monkeypatch):
     monkeypatch.setattr(peers, "Meter", lambda: SimpleNamespace(load=lambda: QUIET))
     monkeypatch.setattr(sys, "argv", ["x", "lora", "--size", "tiny", "--batch", "3", "--repeats", "1"])
     args = benchmark.read_arguments()
-    rows = benchmark.time_ways(benchmark.work_of(args, "fp32"), args)
+    rows = benchmark.time_ways(benchmark.work_of(args, "fp32"), benchmark.WAYS["lora"], args)
     assert seen == [(None, False), (None, True), ("fp32", False), ("bf16", False), ("fp32", True)]
-    assert [row["way"] for row in rows] == list(benchmark.WAYS)
+    assert [row["way"] for row in rows] == list(benchmark.WAYS["lora"])
     assert rows[0] == {"way": "all weights", "update s": 2.0, "iteration s": 4.0, "peak MB": 1000.0,
                        "time over the first": 1.0, "memory over the first": 1.0}  # fmt: skip
     assert (rows[2]["time over the first"], rows[2]["memory over the first"]) == (0.5, 0.3)
@@ -438,7 +461,7 @@ def test_trl_s_groups_are_the_same_work_and_the_same_adapters():
     tokenizer, c = ours.tokenizers()[0], ours.ppo()
     theirs = peer_trl_group.characters()
     prompts = peer_trl_group.PROMPTS
-    assert ours.prompts == prompts * 2 and [len(ids) for ids in ours.lengths().prompts] == [3] * 32
+    assert ours.drawn == prompts * 2 and [len(ids) for ids in ours.lengths().prompts] == [3] * 32
     assert theirs(prompts)["input_ids"] == [tokenizer.encode_prompt(prompt) for prompt in prompts]
     named = (peer_trl_group.MINIBATCH, peer_trl_group.EPOCHS, peer_trl_group.NEW_TOKENS)
     assert named == (c.minibatch_size, c.ppo_epochs, c.gen_len)
@@ -467,11 +490,11 @@ def test_the_same_tables_on_a_gpu(timed, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["speed"], "tables are iteration, scaling, ragged, overhead, lora, got 'speed'"),
+    (["speed"], "tables are iteration, scaling, ragged, overhead, lora, methods, got 'speed'"),
     (["--against", "transformers", "--peer-command", "true"], "one after the other"),
     (["--config", "lrr=1"], "did you mean 'lr'"),
     (["--policy", "nowhere"], "nowhere"),
-    (["--size", "qwen3-0.6b"], "the size qwen3-0.6b is for the table lora"),
+    (["--size", "qwen3-0.6b"], "the size qwen3-0.6b is for the tables lora, methods"),
     (["--precision", "tf32"], "'tf32' needs a GPU"),
     (["--batch", "0"], 2),
     (["--config", "lr"], 2),

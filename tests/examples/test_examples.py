@@ -193,6 +193,24 @@ def test_a_killed_run_resumes_to_the_same_end(runs, tmp_path):
     assert mine == theirs
 
 
+def test_a_killed_run_of_a_method_resumes_to_the_same_end(tiny, tmp_path, call):
+    """GRPO, whose policy has no value head: killed before the line of step 4, with the last save at 2."""
+    plain, run = tmp_path / "plain", tmp_path / "run"
+    arguments = [*models(tiny), *SMALL, "--steps", 4 * BATCH, "--algorithm", "grpo"]
+    assert call(SCRIPT, *arguments, "--output", plain)[0] is None
+    killed = process(script, tmp_path / "output", run, "metrics.jsonl", 11, SCRIPT, *arguments, "--output", run)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert [line["step"] for line in lines(run / "metrics.jsonl", whole=True)] == [1, 2, 3]
+    assert call(SCRIPT, "--resume", run)[0] is None
+    assert figures(run) == figures(plain) and json.loads((run / "config.json").read_text())["algorithm"] == "grpo"
+    mine, theirs = snapshot(run), snapshot(plain)
+    assert "policy/model.safetensors" in mine and not any("value_head" in name for name in mine)
+    for each in (mine, theirs):
+        del each["metrics.jsonl"], each["config.json"]
+    assert mine == theirs
+
+
 def test_ctrl_c_and_sigterm_stop_a_run_and_print_the_command_that_goes_on(tiny, tmp_path):
     """In a folder whose name the shell would take apart; the command is run as it was printed."""
     pytest.importorskip("tqdm")

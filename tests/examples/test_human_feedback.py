@@ -5,6 +5,7 @@ import os
 import pty
 import runpy
 import select
+import socket
 import sys
 import termios
 import time
@@ -128,7 +129,8 @@ def test_a_person_is_the_reward_of_ppo_and_comes_back_later(policy, tmp_path):
     (["--policy", "nowhere"], "nowhere"), (["--gen-len", "40"], "--gen-len"), (["--top-p", "2"], "top_p"),
     (["--output", "thesis.txt"], "thesis.txt"), (["--train", "full"], "exists and is not empty"),
     (["--prompts", "gbk.txt"], "gbk.txt, line 1 is not utf-8"),
-    (["--train", "run", "--batch-size", "0"], "PPOConfig.steps"),
+    (["--train", "run", "--batch-size", "0"], "PPOConfig.steps"), (["--web", "--port", "0"], "--port must be 1 to"),
+    (["--web", "--port", "PORT"], "Address already in use"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(policy, tmp_path, monkeypatch, capsys, arguments, named):
     monkeypatch.chdir(tmp_path)
@@ -137,9 +139,11 @@ def test_bad_input_is_one_line_and_writes_nothing(policy, tmp_path, monkeypatch,
         (tmp_path / name).write_text("keep me")
     (tmp_path / "gbk.txt").write_bytes("酒店".encode("gbk"))
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--policy", str(policy), "--output", "f.jsonl", *arguments])
+    monkeypatch.setitem(sys.modules, "gradio", None)  # is not installed
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as exit, socket.create_server(("127.0.0.1", 0)) as server:
+        arguments = [argument.replace("PORT", str(server.getsockname()[1])) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--policy", str(policy), "--output", "f.jsonl", *arguments])
         runpy.run_path(str(SCRIPT), run_name="__main__")
     error = exit.value.code
     assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error and named in error

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import minirlhf
 import shared
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -50,6 +51,34 @@ def test_prompts_come_from_a_file_if_the_only_one_names_it(tmp_path):
     assert shared.prompt_pool(["酒店", "p.jsonl"]) == ["酒店", "p.jsonl"]
     with pytest.raises(FileNotFoundError):
         shared.prompt_pool(["nowhere.jsonl"])
+
+
+ENGLISH = {
+    "controlled_sentiment.py": ["--policy", "english"],  # its prompts are Chinese
+    "dpo.py": ["--pairs", "english.tsv"],
+    "explain_step.py": ["--prompt", "the room"],
+    "human_feedback.py": ["--prompts", "the room"],
+    "judge_reward.py": ["--prompts", "the room", "--base-url", "http://127.0.0.1:1/v1", "--model", "m"],
+    "positive_reviews.py": ["--prompts", "english.txt"],
+    "reward_model.py": ["--rankings", "english.tsv", "--judge", "none"],
+    "sft_reviews.py": ["--texts", "english.txt"],
+}
+
+
+@pytest.mark.parametrize("script", ENGLISH)
+def test_english_and_the_starter_weights_meet_with_a_warning(script, tmp_path, call, monkeypatch):
+    def enough(*args, **options):
+        raise ValueError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(minirlhf, "load_decoder", enough)
+    monkeypatch.setattr(minirlhf.SentimentReward, "from_pretrained", enough)
+    Path("english.txt").write_text("".join(f"the room {i}\n" for i in range(60)), encoding="utf-8")
+    Path("english.tsv").write_text("".join(f"good {i}\tbad {i}\n" for i in range(60)), encoding="utf-8")
+    minirlhf.Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "room"]).save_pretrained("english")
+    with pytest.warns(UserWarning, match="Chinese"):
+        error, shown = call(EXAMPLES / script, *ENGLISH[script])
+    assert error.startswith("error: ") and shown == ""  # before anything was done
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "shared.py"))

@@ -1,12 +1,12 @@
 """Files and folders that are whole or not there."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import stat
 import subprocess
-import sys
 
 import pytest
 
@@ -234,17 +234,20 @@ def test_a_folder_in_one_that_may_not_be_written_is_filled(tmp_path, monkeypatch
     save_twice(parent / "model")
 
 
+def killed_while_saving(folder):
+    with replaced_folder(folder) as staged:
+        atomic_write(staged / "a", b"2")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_killed_save_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path):
     folder = tmp_path / "model"
     with replaced_folder(folder) as staged:
         atomic_write(staged / "a", b"1")
-    program = (
-        "import os, sys\nfrom minirlhf.io.files import *\n"
-        "with replaced_folder(sys.argv[1]) as staged:\n"
-        "    atomic_write(staged / 'a', b'2')\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", program, str(folder)]).returncode == -signal.SIGKILL
+    child = multiprocessing.get_context("fork").Process(target=killed_while_saving, args=(folder,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert (folder / "a").read_bytes() == b"1" and len(names(tmp_path)) == 2
     with replaced_folder(folder) as staged:
         atomic_write(staged / "a", b"3")

@@ -1,4 +1,4 @@
-"""Where the starter weights are found, and the word that they are Chinese."""
+"""Where the starter weights are found, and what comes from them."""
 
 import shutil
 import sys
@@ -8,7 +8,7 @@ import pytest
 import minirlhf
 from minirlhf import GPT2, NGramScorer, SentimentReward, Tokenizer
 from minirlhf.io import starter as module
-from minirlhf.io.starter import FOLDERS, is_foreign, warn_of_language
+from minirlhf.io.starter import FOLDERS
 
 
 def test_a_checkout_has_them_and_they_load():
@@ -35,14 +35,14 @@ def test_the_package_counts_before_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHECKOUT", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"pip install 'minirlhf\[starter\]'"):
         minirlhf.starter()
-    warn_of_language(["hello"], "anything")  # nothing to warn of
 
 
-def test_the_word_that_they_are_chinese():
+def test_a_model_with_their_vocabulary_descends_from_them(tmp_path):
     own = minirlhf.starter()
-    assert is_foreign(["hello"]) and not is_foreign(["酒店 hotel", "wifi"]) and not is_foreign([])
-    for folders in ([own.policy], [None, "x", own.reward]):
-        with pytest.warns(UserWarning, match="the starter weights are Chinese"):
-            warn_of_language(["The room", "was 好", "clean"], *folders)
-    for texts, folders in ((["酒店"], [own.policy]), (["hello"], ["elsewhere"])):
-        warn_of_language(texts, *folders)  # a warning is an error in these tests
+    assert own.descends(own.policy) and own.descends(own.second_scorer)
+    assert not own.descends(str(tmp_path)) and not own.descends("my_module:my_reward")
+    tokenizer = Tokenizer.from_pretrained(own.policy)
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    assert own.descends(str(tmp_path / "tuned")) and str(tmp_path / "tuned") not in own
+    Tokenizer([*tokenizer.vocab, "a word of their own"]).save_pretrained(tmp_path / "other")
+    assert not own.descends(str(tmp_path / "other"))

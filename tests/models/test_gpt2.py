@@ -479,6 +479,7 @@ def test_positions_count_real_tokens_so_padding_may_be_wider_than_the_context():
     torch.testing.assert_close(
         model.hidden_states(ids, mask)[:, 4:], model.hidden_states(ids[:, 4:]), atol=1e-5, rtol=1e-5
     )
+    assert model.hidden_states(ids, torch.tensor([[0, 0] + [1] * 8])).isfinite().all()  # as many as there are positions
     with pytest.raises(ValueError, match="10 tokens is longer than the model's 8 positions"):
         model.hidden_states(ids)
     with pytest.raises(ValueError, match="9 tokens is longer"):

@@ -5,7 +5,7 @@ import torch
 from small_trainer import DEFAULTS, PROMPTS, SMALL, batch, figures, make_trainer, reward, same, weights
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import ActorCritic, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf import ActorCritic, DPOTrainer, PPOConfig, PPOTrainer, Tokenizer
 
 
 def test_models_and_tokenizer_of_different_vocabularies_are_refused():
@@ -18,6 +18,15 @@ def test_models_and_tokenizer_of_different_vocabularies_are_refused():
     ):
         with pytest.raises(ValueError, match=r"vocabulary|tokens"):
             PPOTrainer(policy, reference, Tokenizer(tokens), **DEFAULTS)
+
+
+def test_a_tokenizer_of_another_library_is_refused_with_what_to_do():
+    class BertTokenizerFast:
+        pass
+
+    for kind in (PPOTrainer, DPOTrainer):
+        with pytest.raises(ValueError, match=r"minirlhf\.Tokenizer, got a BertTokenizerFast: save it"):
+            kind(make_gpt2(0, **SMALL), make_gpt2(1, **SMALL), BertTokenizerFast())
 
 
 def test_a_reference_that_shares_parameters_is_refused():

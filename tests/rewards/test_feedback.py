@@ -211,6 +211,34 @@ def test_without_posix_modules_keys_come_with_enter_and_files_are_locked_by_the_
         assert [keyboard.read() for _ in range(3)] == ["2", "\n", ""]
 
 
+@pytest.mark.parametrize("index", [0, 1, 2, -1])
+def test_any_line_can_be_taken_back_and_the_others_stay(tmp_path, index, monkeypatch):
+    path = tmp_path / "f.jsonl"
+    session(path, "132312")
+    kept = lines(path)
+    with FeedbackFile(path) as file:
+        if index not in (2, -1):  # a disk that is full keeps them all
+            with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+                patched.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left")))
+                file.undo(index)
+            assert lines(path) == file.records == kept
+        assert file.undo(index) == kept.pop(index)
+        assert lines(path) == file.records == kept and file.unanswered() == index % 3
+        with pytest.raises(BlockingIOError, match="in use by another process"):
+            FeedbackFile(path)
+        file.append({"round": 7, "prompt": "", "answers": ["a", "b"], "scores": [1, 2]})
+    assert lines(path)[:2] == kept and lines(path)[2]["round"] == 7
+    with FeedbackFile(path) as file, pytest.raises(IndexError):
+        file.undo(3)
+
+
+def test_a_round_that_was_skipped_comes_again_in_the_next_session(tmp_path):
+    path = tmp_path / "f.jsonl"
+    session(path, "s12s")
+    done, person = session(path, "1221")
+    assert done and [line["round"] for line in lines(path)] == [1, 0, 2] and "问1" not in person.shown
+
+
 def test_two_sessions_never_share_a_file(tmp_path):
     with FeedbackFile(tmp_path / "f.jsonl"), pytest.raises(BlockingIOError, match="in use by another process"):
         FeedbackFile(tmp_path / "f.jsonl")

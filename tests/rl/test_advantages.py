@@ -155,6 +155,21 @@ def test_a_group_of_equal_scores_has_no_advantage_at_all(name, score):
     assert found.dtype == torch.float32 and torch.equal(found, torch.zeros(14, 3))
 
 
+def test_the_advantages_of_ppo_in_rlhf_book_are_ours_before_whitening():
+    """The score at the last token, its values, no whitening; A + V are its returns, as ours."""
+    for mask, _, values, _, scores in batches():
+        rewards = np.zeros(mask.shape)
+        rewards[np.arange(len(mask)), mask.sum(1) - 1] = scores
+        advantages, returns = gae(*tensors(rewards, values, mask), 0.98, 0.9)
+        for b, n in enumerate(mask.sum(1)):
+            running, after = 0.0, 0.0
+            for t in reversed(range(n)):
+                running = (scores[b] if t == n - 1 else 0.98 * after) - values[b, t] + 0.98 * 0.9 * running
+                after = values[b, t]
+                close(advantages[b, t], running)
+                close(returns[b, t], running + values[b, t])
+
+
 def test_returns_to_go_worked_by_hand():
     # gamma 1/2: row 0, rewards 1 0 4: 1 + 0 + 1 = 2, 0 + 2 = 2, 4; row 1, reward 6: 6. Their mean is 3.5.
     batch, config = rollout_of([[1.0, 0, 4], [6.0, NAN, NAN]], [[1, 1, 1], [1, 0, 0]], 1, gamma=0.5)
@@ -179,6 +194,8 @@ def test_reinforce_plus_plus_is_the_return_to_go_whitened_over_the_batch():
     # TRL: epsilon 1e-4; without scaling of rewards, Dr. GRPO.
     ("grpo", 1e-4, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-4)),
     ("dr_grpo", 0.0, lambda r: r - r.mean()),
+    # rlhf-book: epsilon 1e-8, also for GSPO and DAPO; RLOO as verl, Dr. GRPO as TRL.
+    ("grpo", 1e-8, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-8)),
 ])  # fmt: skip
 def test_what_other_libraries_compute(name, eps, theirs):
     """Equal but for GRPO's epsilon, by which the advantages differ by the factor (std + 1e-6) / (std + epsilon)."""

@@ -10,6 +10,7 @@ from small_trainer import DEFAULTS, NAN, PROMPTS, SMALL, make_trainer, reward
 
 from conftest import VOCAB, make_gpt2
 from minirlhf import ActorCritic, PPOConfig, PPOTrainer, Tokenizer
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rl.kl import KL_ESTIMATORS
 from minirlhf.rl.presets import DEFAULT_METHOD, KL_PLACEMENTS, METHODS, PRESETS, PPOOverrides, starter_run
 
@@ -64,7 +65,9 @@ BAD_FIELDS = [
     ("logprobs_full_softmax", "no"),
     *(("cliprange_high", value) for value in (0, -1.0, NAN, "1")),
     *(("drop_flat_groups", value) for value in (-1, 0.5, None)),
+    *(("reward_workers", value) for value in (-1, 0.5, None)),
     ("policy_ratio", "other"),
+    ("sharding", "half"),
 ]
 
 
@@ -72,6 +75,15 @@ BAD_FIELDS = [
 def test_a_bad_setting_is_refused_by_its_name(field, value):
     with pytest.raises(ValueError, match=field):
         make_trainer(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("precision", "auto"), ("precision", "fp16"), ("reference", "shared"), ("reference", "adapters off"),
+    ("lora", LoRAConfig()), ("compile", True), ("cuda_graphs", True),
+])  # fmt: skip
+def test_what_sharding_cannot_be_combined_with_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"PPOConfig\.{field} must be .* with sharding='full'"):
+        PPOConfig(**{"precision": "fp32", "sharding": "full", field: value})
 
 
 def test_settings_cannot_be_changed_afterwards():

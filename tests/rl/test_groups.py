@@ -21,6 +21,31 @@ def spread_of(*prompts):
     return reward
 
 
+def test_a_group_computes_its_prompt_once():
+    """Tokens that layers get in the reference's pass and in the update: the distinct beginnings of a prompt's rows.
+
+    The last token of a row predicts none.
+    """
+    trainer = make_trainer(advantages="dr_grpo", group_size=8, batch_size=16, minibatch_size=16, forward_batch_size=16,
+                           gen_len=3, ppo_epochs=1)  # fmt: skip
+    seen = {}
+    for name, model in (("policy", trainer.policy.decoder), ("reference", trainer.reference)):
+        first = next(module for module in model.modules() if type(module).__name__ == "MLP")
+        first.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][..., 0].numel()))
+    prompts = ["酒店很好，房间干净，服务", "早餐很好，位置"]
+    rollout = trainer.collect(prompts, spread_of())
+    widths = [len(trainer.tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    at = len(seen["policy"])
+    trainer.step(rollout)
+    rows = [row[real.bool()].tolist() for row, real in zip(rollout.tokens, rollout.mask, strict=True)]
+    beginnings = {(prompt, *row[:n]) for prompt, row in zip(rollout.prompts, rows, strict=True)
+                  for n in range(1, len(row))}  # fmt: skip
+    assert seen["policy"][at:] == [len(beginnings)]  # the update
+    assert seen["reference"] == [len(beginnings)]
+    assert len(beginnings) <= sum(widths) + 16 * 2  # each prompt once
+    assert len(beginnings) < 0.4 * (8 * sum(widths) + 16 * 2)
+
+
 def test_flat_groups():
     assert flat_groups(torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), 2).tolist() == [True, False, True]
     assert flat_groups(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0]), 3).tolist() == [False, True]

@@ -44,6 +44,39 @@ def test_k3_is_never_negative_and_exact_near_zero():
     close(k3[2:5], torch.tensor([5e-9, 0.0, 5e-9]), rtol=0.05, atol=0)  # x^2/2 + O(x^3), fp32
 
 
+def test_the_cases_of_rlhf_book():
+    """Its tests of k1 and k3: about x^2 / 2 near 0 in fp32, e - 2 at a log-ratio of -1, log p - log q."""
+    ratios, zero = torch.tensor([1e-4, 1e-6, -1.0]), torch.zeros(3)
+    k3 = kl_estimate(ratios, zero, "k3")
+    assert k3[0].item() == pytest.approx(5e-9, rel=0.05) and k3[1].item() == pytest.approx(5e-13, abs=1e-12)
+    assert k3[2].item() == pytest.approx(math.e - 2)
+    policy, reference = torch.tensor([-0.5, -1.5, -2.0]), torch.tensor([-1.0, -1.0, -3.0])
+    assert kl_estimate(policy, reference, "k1").tolist() == [0.5, -0.5, 1.0]
+
+
+def test_rlhf_books_older_k3_is_ours_with_the_arguments_swapped_and_estimates_no_kl():
+    """exp(x) - 1 - x of x = log(p / q): over samples of p its mean is chi^2(p, q) - KL(p || q)."""
+    rng = np.random.default_rng(4)
+    p, q = rng.dirichlet(np.ones(7)), rng.dirichlet(np.ones(7))
+    theirs = np.exp(np.log(p / q)) - 1 - np.log(p / q)
+    close(kl_estimate(torch.tensor(np.log(q)), torch.tensor(np.log(p)), "k3"), theirs)
+    kl, chi = sum(p * np.log(p / q)), sum((p - q) ** 2 / q)
+    assert sum(p * theirs) == pytest.approx(chi - kl) and abs(chi - 2 * kl) > 0.1
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [
+    # verl's "kl", "mse" and "low_var_kl", which it holds within 10; TRL's "kl" and "mse" of PPO
+    ("k1", lambda x: x), ("k2", lambda x: x * x / 2), ("k3", lambda x: min(math.exp(-x) + x - 1, 10.0)),
+])  # fmt: skip
+def test_the_estimators_of_verl(kind, theirs):
+    """Equal but for its limit of k3, which takes the gradient from tokens at a log-ratio below -2.6."""
+    for x in (-2.3, -0.5, 0.0, 1.5, 9.0):
+        assert kl_estimate(torch.tensor(x, dtype=torch.float64), torch.tensor(0.0), kind).item() == pytest.approx(
+            theirs(x), rel=1e-12, abs=1e-15
+        )
+    assert (kind == "k3") == (kl_estimate(torch.tensor(-2.7), torch.tensor(0.0), kind).item() > 10)
+
+
 def test_an_unknown_estimator_is_refused_by_name():
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), "k4")

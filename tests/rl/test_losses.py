@@ -1,12 +1,15 @@
-"""The losses of PPO against the oracle and cases worked by hand."""
+"""The losses of PPO against the oracle, cases worked by hand, and what other libraries compute."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from ragged import DOUBLE, NAN, batches, close, tensors
+from ragged import DOUBLE, NAN, batches, close, spoil, tensors
 
 import oracle
 from minirlhf import PPOConfig
+from minirlhf.rl.kl import kl_estimate
 from minirlhf.rl.losses import log_ratio, policy_loss, token_weights, value_loss
 
 
@@ -97,3 +100,66 @@ def test_the_weights_of_tokens_worked_by_hand(averaging, expected):
     config = PPOConfig(loss_averaging=averaging, forward_batch_size=2, gen_len=4)
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
     close(token_weights(mask, config, DOUBLE), expected)
+
+
+# ---- what other libraries compute -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("averaging", "factor", "theirs"), [
+    # verl's "token-mean", TRL's "bnpo" and "dapo", DAPO of rlhf-book
+    ("tokens", 1, lambda rows, width: sum(map(sum, rows)) / sum(map(len, rows))),
+    # verl's "seq-mean-token-mean", TRL's "grpo", all losses of rlhf-book but DAPO: its Dr. GRPO among them
+    ("sequences", 1, lambda rows, width: sum(sum(row) / len(row) for row in rows) / len(rows)),
+    # TRL's "dr_grpo"
+    ("gen_len", 1, lambda rows, width: sum(map(sum, rows)) / (len(rows) * width)),
+    # verl's "seq-mean-token-sum" has no constant divisor: gen_len times ours
+    ("gen_len", "width", lambda rows, width: sum(map(sum, rows)) / len(rows)),
+    # verl's first "seq-mean-token-sum-norm" divides by the longest response of the batch, not by the rows as well
+    ("gen_len", "rows", lambda rows, width: sum(map(sum, rows)) / width),
+])  # fmt: skip
+def test_how_other_libraries_average(averaging, factor, theirs):
+    for mask, terms, _, _, _ in batches():
+        weights = token_weights(torch.tensor(mask), PPOConfig(loss_averaging=averaging, gen_len=mask.shape[1]), DOUBLE)
+        rows = [row[real].tolist() for row, real in zip(terms, mask, strict=True)]
+        times = {"width": mask.shape[1], "rows": len(rows)}.get(factor, factor)
+        close(times * (torch.tensor(terms) * weights).sum(), theirs(rows, mask.shape[1]))
+
+
+def of_rlhf_book(method, new, old, ref, advantage, low, high, beta):
+    """One row's terms of rlhf-book's GRPOLoss, GSPOLoss and DAPOLoss, whose KL is k3; DAPO has none."""
+    logs = [a - b for a, b in zip(new, old, strict=True)]
+    if method == "gspo":
+        logs = [sum(logs) / len(logs)] * len(logs)
+    clipped = [min(max(math.exp(x), 1 - low), 1 + high) for x in logs]
+    terms = [-min(math.exp(x) * advantage, y * advantage) for x, y in zip(logs, clipped, strict=True)]
+    return [t + beta * (math.exp(r - x) - 1 - (r - x)) for t, x, r in zip(terms, new, ref, strict=True)]
+
+
+@pytest.mark.parametrize(("method", "averaging", "beta"), [
+    ("grpo", "sequences", 0.3), ("gspo", "sequences", 0.3), ("dapo", "tokens", 0.0),
+])  # fmt: skip
+def test_the_losses_of_rlhf_book(method, averaging, beta):
+    """Theirs multiplies by the mask, so a NaN at padding would stay; what is there has no part in ours."""
+    for mask, logp, ref, noise, scores in batches():
+        new, old = logp, logp + 0.3 * noise
+        rows = [of_rlhf_book(method, *(x[b][mask[b]] for x in (new, old, ref)), scores[b], 0.2, 0.28, beta)
+                for b in range(len(mask))]  # fmt: skip
+        expected = oracle.token_mean(rows) if averaging == "tokens" else oracle.mean([oracle.mean(r) for r in rows])
+        real = torch.tensor(mask)
+        new, old, ref = (spoil(torch.tensor(x), real) for x in (new, old, ref))
+        rho = log_ratio(new, old, real, "sequence" if method == "gspo" else "token")
+        terms = policy_loss(rho, torch.tensor(scores)[:, None], 0.2, 0.28) + beta * kl_estimate(new, ref, "k3")
+        weights = token_weights(real, PPOConfig(loss_averaging=averaging), DOUBLE)
+        close(torch.where(real, terms, 0.0).mul(weights).sum(), expected)
+
+
+def test_rlhf_books_reinforce_and_rloo_weigh_a_token_by_the_length_of_its_response():
+    """-A log p, the mean over the response: the gradient of ours at a ratio of 1 times gen_len / length."""
+    for mask, logp, _, _, scores in batches():
+        theirs, ours = (torch.tensor(logp, requires_grad=True) for _ in range(2))
+        real, advantages = torch.tensor(mask), torch.tensor(scores)[:, None]
+        for row, n, advantage in zip(theirs, mask.sum(1), scores, strict=True):
+            (-advantage * row[:n].sum() / n / len(mask)).backward(retain_graph=True)
+        weights = token_weights(real, PPOConfig(loss_averaging="gen_len", gen_len=mask.shape[1]), DOUBLE)
+        (policy_loss(log_ratio(ours, torch.tensor(logp), real), advantages) * weights).sum().backward()
+        close(theirs.grad, (ours.grad * mask.shape[1] / real.sum(1, keepdim=True)).numpy())

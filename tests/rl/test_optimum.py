@@ -118,12 +118,13 @@ PPO = dict(lam=1.0, vf_coef=0.5, cliprange_value=10.0)
 ])  # fmt: skip
 def test_a_leash_with_a_fixed_beta_ends_at_its_fixed_point(estimator, placement, beta, whitened):
     leash = dict(kl_estimator=estimator, kl_placement=placement, init_kl_coef=beta)
-    count = 1024 if placement == "reward" else 512
+    # Terms of the exact KL do not vanish one by one at the optimum, as those of k1 do: more noise of the sample.
+    count = {"k1": 1024, "exact": 2048}.get(estimator, 512)
     ref, learned = trained(count=count, **PPO, **leash, whiten_advantages=whitened)
     expected = fixed_point(estimator, ref, beta)
     if placement == "loss":  # another point than the optimum
         assert 0.5 * (expected - fixed_point("k1", ref, beta)).abs().sum() > 0.04
-    compare(ref, learned, expected, {"k1": 1e-3, "exact": 2e-3}.get(estimator, 0.01))
+    compare(ref, learned, expected, 1e-3 if placement == "reward" else 0.01)
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "rloo_to_go", "reinforce++"])

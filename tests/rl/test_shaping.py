@@ -37,6 +37,15 @@ def test_token_rewards_worked_by_hand():
     assert rewards.tolist() == [[-0.5, 9.0, 0.0], [0.0, 2.0, 17.0]]
 
 
+def test_rlhf_book_takes_the_mean_of_the_kl_of_a_response_and_we_the_sum():
+    """Its reward of REINFORCE, RLOO and PPO is S - beta mean(KL): ours with beta over the length of the row."""
+    for mask, kl, _, _, scores in batches():
+        for b, n in enumerate(mask.sum(1)):
+            theirs = scores[b] - 0.3 * sum(kl[b][:n]) / n
+            ours = token_rewards(*tensors(scores[b : b + 1], kl[b : b + 1]), 0.3 / n, torch.tensor(mask[b : b + 1]))
+            close(ours.sum(), theirs)
+
+
 def test_token_rewards_of_a_row_without_tokens_are_zero():
     rewards = token_rewards(torch.tensor([5.0, 7.0]), torch.ones(2, 2), 1.0, torch.tensor([[0, 0], [1, 0]]))
     assert rewards.tolist() == [[0.0, 0.0], [6.0, 0.0]]

@@ -1,11 +1,13 @@
 """Do the tests notice a fault? Plants small ones in a copy of the package, one at a time, and runs the tests.
 
-    python tests/robustness/mutants.py [--wings rl --count 40]     # default 300 faults, hours; `make mutants`
-    python tests/robustness/mutants.py --list                      # what would be planted
+    python tests/robustness/mutants.py [--wings rl --sample 40]     # default 300 faults, hours; `make mutants`
+    python tests/robustness/mutants.py --sample 120 --seed 1        # others, at random
+    python tests/robustness/mutants.py --list                       # what would be planted
 
 A fault is one change of the syntax tree: another comparison, a number off by one, a sign, min for max, swapped
-arguments, a dropped statement and the like. The choice depends on the code of each fault alone. The tests of its wing
-run, those of its module first, until one fails; a timeout counts as noticed.
+arguments, a dropped statement and the like. Whether it is in a sample depends on its own code and the seed. First the
+tests of its module run (see `tests_of`), then those of its wing, until one fails; a timeout counts as noticed. With
+`--own` only the first: minutes in the place of hours, and what survives may be noticed by others.
 
 Results go to OUTPUT/results.jsonl, and a run that was stopped continues there. `equivalent_mutants.txt` beside this
 file names faults that change nothing that matters, with the reason; they do not count.
@@ -13,17 +15,20 @@ file names faults that change nothing that matters, with the reason; they do not
 
 import argparse
 import ast
+import contextlib
 import copy
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +45,18 @@ NAMES = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted fault. key: stable while its function's other code changes. source: of the whole file."""
+    """A planted fault. key: stable while its function's other code changes. make: gives the source of the file."""
 
     key: str
     file: str
     line: int
     what: str
-    source: str
+    make: Callable[[], str]
+
+    @property
+    def source(self) -> str:
+        """The whole file with the fault in it."""
+        return self.make()
 
 
 def mutants(file: str, text: str) -> Iterator[Mutant]:
@@ -54,12 +64,17 @@ def mutants(file: str, text: str) -> Iterator[Mutant]:
     tree = ast.parse(text)
     seen: dict[str, int] = {}
     for node, scope in _code(tree, ""):
-        shown = ast.unparse(node).split("\n")[0][:70]
         for what, change in _changes(node):
-            where = f"{file}::{scope}: {ast.unparse(node)[:200]}: {what}"
+            code = ast.unparse(node)
+            where = f"{file}::{scope}: {code[:200]}: {what}"
             seen[where] = seen.get(where, 0) + 1
-            key = hashlib.sha256(f"{where} {seen[where]}".encode()).hexdigest()[:12]
-            yield Mutant(key, file, node.lineno, f"{shown}: {what}", _planted(tree, node, change))
+            key, shown = _hash(f"{where} {seen[where]}"), code.split("\n")[0][:70]
+            make = functools.partial(_planted, tree, node, change)
+            yield Mutant(key, file, node.lineno, f"{shown}: {what}", make)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _code(node: ast.AST, scope: str) -> Iterator[tuple[ast.AST, str]]:
@@ -134,11 +149,11 @@ def _planted(tree: ast.Module, node: ast.AST, change) -> str:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def chosen(repo: Path, wings: list[str], count: int) -> list[Mutant]:
-    """The first `count` faults of these wings by their keys."""
+def chosen(repo: Path, wings: list[str], count: int, seed: int = 0) -> list[Mutant]:
+    """A sample of `count` faults of these wings, in the order of the hashes of seed and key."""
     found = [mutant for wing in wings for path in sorted((repo / "minirlhf" / wing).rglob("*.py"))
              for mutant in mutants(str(path.relative_to(repo)), path.read_text(encoding="utf-8"))]  # fmt: skip
-    return sorted(found, key=lambda mutant: mutant.key)[:count]
+    return sorted(found, key=lambda mutant: _hash(f"{seed} {mutant.key}"))[:count]
 
 
 def workspace(repo: Path, folder: Path) -> Path:
@@ -150,43 +165,75 @@ def workspace(repo: Path, folder: Path) -> Path:
     return folder
 
 
-def tests_of(repo: Path, file: str) -> list[str]:
-    """The test files of a module's wing, those that carry its name first."""
+def tests_of(repo: Path, file: str) -> tuple[list[str], list[str], list[str]]:
+    """Test files of a module's wing: those that carry its name, then those that import it or the oracle; the others."""
     wing, module = Path(file).parts[1], Path(file).stem
-    paths = sorted((repo / "tests" / wing).rglob("test_*.py"), key=lambda path: (module not in path.stem, path))
-    return [str(path.relative_to(repo)) for path in paths]
+    imported = re.compile(rf"minirlhf\.{wing}\.{module} |minirlhf\.{wing} import .*\b{module}\b|^import oracle$", re.M)
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for path in sorted((repo / "tests" / wing).rglob("test_*.py")):
+        place = 0 if module in path.stem else 1 if imported.search(path.read_text(encoding="utf-8")) else 2
+        found[place].append(str(path.relative_to(repo)))
+    return found
+
+
+def stages(repo: Path, file: str, own: bool) -> list[list[str]]:
+    """The files of `tests_of` one after the other; own: without the others, if there is a choice."""
+    first, second, others = tests_of(repo, file)
+    return list(filter(None, (first, second, [] if own and first + second else others)))
 
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[str, float]:
-    """ "survived", "noticed" or "timeout", and the seconds that it took."""
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "addopts="]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    settings = dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    """ "survived", "noticed" or "timeout", and the seconds that it took.
+
+    The process of the tests is forked from one that has imported the large packages, and nothing of ours.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch", "transformers"])
+    process = context.Process(target=_tests_in_a_fork, args=(str(folder), tests))
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-    try:
-        outcome = "survived" if process.wait(timeout) == 0 else "noticed"
-    except subprocess.TimeoutExpired:
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
         outcome = "timeout"
-    finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and the processes that its tests started
-            process.wait()
+        process.kill()
+        process.join()
+    else:
+        outcome = "survived" if process.exitcode == 0 else "noticed"
     return outcome, time.perf_counter() - start
 
 
-def plant(mutant: Mutant, folder: Path, repo: Path, timeout: float) -> dict[str, object]:
-    """Run the tests with the fault in its place, and put the file back."""
-    path = folder / mutant.file
+def _tests_in_a_fork(folder: str, tests: list[str]) -> None:
+    import pytest
+
+    os.setsid()
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True
+    os.environ |= dict(PYTHONPATH=folder, PYTHONDONTWRITEBYTECODE="1")
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "addopts=", "--assert=plain"]
+    sys.exit(pytest.main([*options, *tests]))
+
+
+def plant(mutant: Mutant, folder: Path, repo: Path, timeout: float, own: bool) -> dict[str, object]:
+    """Run the tests with the fault in its place, and put the file back. own: only those of its module."""
+    path, spent = folder / mutant.file, 0.0
     before = path.read_bytes()
     try:
         path.write_text(mutant.source, encoding="utf-8")
-        outcome, seconds = run_tests(folder, tests_of(repo, mutant.file), timeout)
+        for tests in stages(repo, mutant.file, own):
+            outcome, seconds = run_tests(folder, tests, timeout)
+            spent += seconds
+            if outcome != "survived":
+                break
     finally:
         path.write_bytes(before)
     return dict(key=mutant.key, file=mutant.file, line=mutant.line, what=mutant.what, outcome=outcome,
-                seconds=round(seconds, 1))  # fmt: skip
+                seconds=round(spent, 1), own=own)  # fmt: skip
 
 
 def report(results: list[dict[str, object]], equivalent: set[str]) -> str:
@@ -203,12 +250,15 @@ def report(results: list[dict[str, object]], equivalent: set[str]) -> str:
 def main(arguments: list[str] | None = None, repo: Path = REPO, equivalent: Path = EQUIVALENT) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wings", nargs="+", choices=WINGS, default=list(WINGS))
-    parser.add_argument("--count", type=int, default=300, help="faults to plant (%(default)s)")
+    parser.add_argument("--sample", type=int, default=300, help="faults to plant (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--own", action="store_true", help="run no other tests than those of the fault's module")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the tests of a wing (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/mutants"), help="folder of the results (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the faults, and plant none")
     args = parser.parse_args(arguments)
-    wanted = chosen(repo, args.wings, args.count)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of all tests
+    wanted = chosen(repo, args.wings, args.sample, args.seed)
     if args.list:
         print("\n".join(f"{m.key}  {m.file}:{m.line}  {m.what}" for m in wanted))
         return
@@ -216,20 +266,23 @@ def main(arguments: list[str] | None = None, repo: Path = REPO, equivalent: Path
     log = args.output / "results.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     results = {result["key"]: result for result in map(json.loads, lines)}
-    todo = [mutant for mutant in wanted if mutant.key not in results]
+    known = {key for key, r in results.items() if args.own or not r.get("own") or r["outcome"] != "survived"}
+    todo = [mutant for mutant in wanted if mutant.key not in known]
     with tempfile.TemporaryDirectory() as temporary, log.open("a", encoding="utf-8") as file:
         folder = workspace(repo, Path(temporary))
         for wing in args.wings if todo else ():
-            outcome, seconds = run_tests(folder, tests_of(repo, f"minirlhf/{wing}/x.py"), args.timeout)
+            files = {m.file for m in todo if m.file.startswith(f"minirlhf/{wing}/")}
+            tests = sorted({test for file in files for part in stages(repo, file, args.own) for test in part})
+            outcome, seconds = run_tests(folder, tests, args.timeout) if tests else ("survived", 0.0)
             if outcome != "survived":
                 sys.exit(f"error: without a fault the tests of {wing} do not pass within {args.timeout:.0f} s")
             print(f"{wing}: the tests take {seconds:.0f} s", flush=True)
         for mutant in todo:
-            result = results[mutant.key] = plant(mutant, folder, repo, args.timeout)
+            result = results[mutant.key] = plant(mutant, folder, repo, args.timeout, args.own)
             file.write(json.dumps(result) + "\n")
             file.flush()
-            told = f"{result['outcome']}: {mutant.file}:{mutant.line} {mutant.what}"
-            print(f"{len(results)} of {len(wanted)} {told}", flush=True)
+            told = f"{result['outcome']} in {result['seconds']} s: {mutant.file}:{mutant.line} {mutant.what}"
+            print(f"{sum(m.key in results for m in wanted)} of {len(wanted)} {told}", flush=True)
     names = equivalent.read_text(encoding="utf-8").splitlines() if equivalent.exists() else []
     found = [results[mutant.key] for mutant in wanted]
     print(report(found, {line.split()[0] for line in names if line.strip() and not line.startswith("#")}))

@@ -1,10 +1,15 @@
 """Processes that train together, forked as in `lives`, and the cases that one and several of them must agree on."""
 
+import contextlib
 import errno
+import io
 import os
 import pickle
+import runpy
+import shutil
 import signal
 import socket
+import sys
 import time
 import traceback
 
@@ -12,7 +17,7 @@ import lives
 import torch
 from lives import context, process
 
-from conftest import VOCAB, exact, make_gpt2, make_llama
+from conftest import VOCAB, FewSamples, exact, make_gpt2, make_llama
 from minirlhf import (
     ActorCritic,
     DPOTrainer,
@@ -24,10 +29,15 @@ from minirlhf import (
     best_of_n,
     evaluate,
 )
+from minirlhf.device.parts import full, is_part
 from minirlhf.device.processes import processes
+from minirlhf.evaluation import evaluate as evaluate_module
+from minirlhf.evaluation import results
+from minirlhf.models import prepared
 from minirlhf.rewards.reward_model import DecoderScorer
+from minirlhf.rl.presets import METHODS, PRESETS
 from minirlhf.runs import run as run_module
-from minirlhf.runs.checkpoint import save_checkpoint
+from minirlhf.runs.checkpoint import restore_checkpoint, save_checkpoint
 from minirlhf.runs.run import Run
 from minirlhf.supervised.reward_modelling import RewardModelTrainer, RewardTrainingConfig, evaluate_rankings
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, perplexity
@@ -118,7 +128,7 @@ def models(dtype=torch.float64, make=make_gpt2):
 
 
 def weights(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+    return {name: full(p.detach()).clone() for name, p in module.named_parameters()}
 
 
 def ppo(reward=reward, dtype=torch.float64, make=make_gpt2, **settings):
@@ -203,10 +213,23 @@ def counted():
     return found
 
 
+def every_method():
+    """A step of each preset without a value head; the weights of all."""
+    found = {}
+    for name in METHODS:
+        preset = {**PRESETS[name], "group_size": 2 if PRESETS[name].get("group_size", 1) > 1 else 1}
+        one = ppo(**{**preset, "minibatch_size": 4, "steps": 8, "ppo_epochs": 1, "lr": 1e-3})
+        found |= {f"{name} {parameter}": value for parameter, value in one["weights"].items()}
+    return dict(weights=found)
+
+
+FULL = dict(sharding="full", precision="fp32")
 CASES = {
     "PPO": ppo,
+    "every method": every_method,
     "fp32": lambda: ppo(dtype=torch.float32, steps=16, ppo_epochs=1),
     "minibatches smaller than W": lambda: ppo(minibatch_size=1, steps=8, ppo_epochs=1),
+    "reward workers": lambda: ppo(reporting, reward_workers=2, steps=8, ppo_epochs=1),
     "uneven": lambda: ppo(reporting, batch_size=7, minibatch_size=5, steps=7, loss_averaging="sequences"),
     "exact KL": lambda: ppo(make=make_llama, whiten_scope="minibatch", kl_estimator="exact", steps=16, ppo_epochs=1),
     "micro-batches": lambda: ppo(by_token, loss_averaging="micro_batches", target_kl=1e-9, steps=8),
@@ -222,12 +245,35 @@ CASES = {
     "DPO": dpo,
     "DPO, packed": lambda: dpo(make_llama, packing=True, batch_size=1, epochs=1),
     "measured": measured,
+    "sharded": lambda: ppo(**FULL, checkpoint_activations=True, steps=16),
+    "sharded, exact KL": lambda: ppo(
+        make=make_llama, **FULL, kl_estimator="exact", whiten_scope="minibatch", steps=16, ppo_epochs=1
+    ),
+    "sharded, uneven": lambda: ppo(**FULL, batch_size=7, minibatch_size=3, steps=7, advantages="reinforce"),
 }
 OF_FOUR = ("PPO", "minibatches smaller than W", "flat groups drawn again", "own tokens", "SFT", "measured")
 
 
 def compute(names):
     return {name: CASES[name]() for name in names}
+
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
+
+
+def scripts(commands):
+    """Run scripts one after the other, as users start them: by name, the error of each, or None, and what it prints."""
+    evaluate_module.EvaluationConfig = results.EvaluationConfig = FewSamples
+    found = {}
+    for name, (path, *arguments) in commands.items():
+        sys.argv, sys.path[:0], error = [str(path), *map(str, arguments)], [str(path.parent)], None
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(io.StringIO()):
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as end:
+                error = end.code
+        found[name] = error, shown.getvalue()
+    return found
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
@@ -263,6 +309,10 @@ def faults(folder):
     found["queries"] = told(here.step, [[6, 7], [8]], [[9], [9, 10 + rank]], [0.0, 1.0])
     found["too few rows"] = told(trainer, batch_size=2, minibatch_size=2, group_size=2)
     found["config"] = told(trainer, lr=1e-3 * (1 + rank))
+    version = prepared.__version__
+    prepared.__version__ = f"{version}.{rank}"
+    found["version"] = told(trainer)
+    prepared.__version__ = version
     found["scope"] = told(here.collect, PROMPTS, type("Odd", (Counter,), {"scope": "rank"})())
     found["out of step"] = told(processes().gather, f"part {rank}", None)
 
@@ -281,6 +331,29 @@ def faults(folder):
     assert not rank or not os.path.exists("run")
     os.chdir(folder)
     found["full disk"] = told(run_with_a_full_disk, folder / "full", rank)
+    return found
+
+
+def sharded(folder):
+    """A sharded run that is stopped after step 3 and resumed; what each process holds of the model, and figures."""
+    found, settings = {}, dict(sharding="full", precision="fp32")
+    with Run.start(folder / "run", lives.new_trainer(**settings), {}) as run:
+        here = run.trainer
+        found["held"] = sum(p.to_local().numel() for p in here.policy.parameters())
+        here.train(lives.PROMPTS, reward, run.record, stop_when=lambda stats: here.iteration == 3)
+        found["moments"] = {x.device_mesh.size() for x in here.state_dict()["tensors"].values() if is_part(x)}
+    if processes().first:
+        shutil.copytree(folder / "run", folder / "copy", symlinks=True)
+    other = lives.new_trainer(**settings)  # as torchrun --max-restarts makes it
+    restore_checkpoint(other, folder / "run" / "checkpoints" / "step-000003")
+    assert all(torch.equal(x, weights(here.policy)[name]) for name, x in weights(other.policy).items())
+    with Run.resume(folder / "run", lives.reference()) as run:
+        run.trainer.train(lives.PROMPTS, reward, run.record)
+        run.trainer.save_pretrained(folder / "policy")
+        found["done"], found["weights"] = run.trainer.iteration, weights(run.trainer.policy)
+    # In 16 bits the copy that samples and scores computes what the parts compute.
+    bits = trainer(sharding="full", precision="bf16", checkpoint_activations=True)
+    found["ratio error"] = bits.step(bits.collect(PROMPTS[:4], reward))["ppo/policy/first_ratio_error"]
     return found
 
 

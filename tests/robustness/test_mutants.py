@@ -60,11 +60,36 @@ def repo(tmp_path):
         "from minirlhf.rl.toy import less, twice\n\n\ndef test():\n"
         "    assert less(1, 2) and not less(2, 2)\n    twice(3)\n"
     )
+    (tmp_path / "repo/tests/rl/test_other.py").write_text("def test():\n    pass\n")
     return tmp_path / "repo"
 
 
+def test_a_sample_depends_on_its_seed_and_on_the_code_of_each_fault(repo):
+    first, second = (mutants.chosen(repo, ["rl"], 2, seed) for seed in (0, 1))
+    every = mutants.chosen(repo, ["rl"], 99, 0)
+    assert len(every) == 3 and [m.key for m in first] == [m.key for m in every[:2]] != [m.key for m in second]
+    (repo / "minirlhf/rl/a.py").write_text("x = 1\n")
+    assert [m.key for m in mutants.chosen(repo, ["rl"], 99, 0) if "toy" in m.file] == [m.key for m in every]
+
+
+def test_tests_of_a_module_carry_its_name_import_it_or_compare_with_the_oracle(repo):
+    lines = dict(
+        by_name="from minirlhf.rl.toy import x", from_wing="from minirlhf.rl import a, toy",
+        loops="import numpy\nimport oracle", near="from minirlhf.rl.toys import x",
+    )  # fmt: skip
+    for name, text in lines.items():
+        (repo / f"tests/rl/test_{name}.py").write_text(f"{text}\n")
+    every = [f"tests/rl/test_{name}.py" for name in ("toy", "by_name", "from_wing", "loops", "near", "other")]
+    assert mutants.tests_of(repo, "minirlhf/rl/toy.py") == (every[:1], every[1:4], every[4:])
+    assert mutants.stages(repo, "minirlhf/rl/toy.py", own=True) == [every[:1], every[1:4]]
+    assert mutants.stages(repo, "minirlhf/rl/near.py", own=False)[:2] == [[every[4]], [every[3]]]
+    (repo / every[3]).unlink()
+    (alone,) = mutants.stages(repo, "minirlhf/rl/none.py", own=True)  # there is no choice
+    assert len(alone) == 5
+
+
 def test_survivors_are_named_and_a_run_goes_on(repo, tmp_path, capsys):
-    arguments = ["--wings", "rl", "--output", str(tmp_path / "out")]
+    arguments = ["--wings", "rl", "--own", "--output", str(tmp_path / "out")]
     mutants.main([*arguments, "--list"], repo)
     listed = capsys.readouterr().out.splitlines()
     keys = {line.split("  ")[2]: line.split()[0] for line in listed}
@@ -81,6 +106,16 @@ def test_survivors_are_named_and_a_run_goes_on(repo, tmp_path, capsys):
     mutants.main(arguments, repo, tmp_path / "same.txt")  # all of them are known
     assert capsys.readouterr().out.splitlines() == [*survivors, out[-1]]
     assert (tmp_path / "out/results.jsonl").read_text() == before
+
+    (repo / "tests/rl/test_other.py").write_text(
+        "import importlib\n\n\ndef test():\n    assert importlib.import_module('minirlhf.rl.toy').twice(3) == 6\n"
+    )
+    arguments.remove("--own")  # the survivors are tried with the other tests of the wing
+    mutants.main(arguments, repo, tmp_path / "same.txt")
+    out = capsys.readouterr().out.splitlines()
+    assert f"noticed {counted} of {counted} planted faults" in out[-1]
+    added = (tmp_path / "out/results.jsonl").read_text().removeprefix(before)
+    assert added.count("\n") == 2 and added.count("noticed") == 2
     assert "a < b" in (repo / "minirlhf/rl/toy.py").read_text()
 
 

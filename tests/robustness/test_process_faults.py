@@ -20,6 +20,7 @@ import torch
 from ranks import live, together
 
 from folders import snapshot
+from minirlhf import ActorCritic
 from minirlhf.io.files import read_jsonl
 
 KILLS = int(os.environ.get("MINIRLHF_KILLS", "1"))
@@ -44,15 +45,10 @@ ERRORS = {
     "scores": ("ValueError", "rank 1: scores must be 3 numbers, one a text, got shape (2,)"),
     "prompts": ("ValueError", f"prompts {EQUAL}: number 1 is 'w' on rank 0 and 'x' on rank 1"),
     "number of prompts": ("ValueError", f"prompts {EQUAL}: their number is 5 on rank 0 and 4 on rank 1"),
-    "queries": (
-        "ValueError",
-        f"queries, responses and scores {EQUAL}: number 3 is [9, 10] on rank 0 and [9, 11] on",
-    ),
-    "too few rows": (
-        "ValueError",
-        "PPOConfig.batch_size must be at least 4: each of 2 processes needs group_size",
-    ),
+    "queries": ("ValueError", f"queries, responses and scores {EQUAL}: number 3 is [9, 10] on rank 0 and [9, 11] on"),
+    "too few rows": ("ValueError", "PPOConfig.batch_size must be at least 4: each of 2 processes needs group_size"),
     "config": ("ValueError", f"versions, settings and shapes {EQUAL}: lr is 0.001 on rank 0 and 0.002 on rank 1"),
+    "version": ("ValueError", f"versions, settings and shapes {EQUAL}: minirlhf is "),
     "scope": ("ValueError", "the scope of a reward must be 'rows' or 'batch', got 'rank'"),
     "out of step": ("RuntimeError", f"what the processes do {EQUAL}: 'part 0' on rank 0 and 'part 1' on rank 1"),
     "NaN": ("FloatingPointError", "optimizer steps in a row were skipped"),
@@ -125,6 +121,25 @@ def test_a_run_is_stopped_on_all_processes_after_the_same_step_and_goes_on_with_
         assert (folder / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
 
 
+def test_a_sharded_run_goes_on_sharded_and_alone(tmp_path, undisturbed):
+    """Each of two processes holds half of the model and its moments; the run is that of whole models."""
+    outcome = together(2, ranks.sharded, tmp_path)
+    assert all(isinstance(found, dict) for found in outcome), outcome
+    assert live(tmp_path / "copy") == lives.STEPS  # by one process, with whole models
+    for folder in (tmp_path / "run", tmp_path / "copy"):
+        for line, expected in zip(figures(folder), figures(undisturbed), strict=True):
+            assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert (folder / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
+    whole = outcome[0]["weights"]
+    saved = ActorCritic.from_pretrained(tmp_path / "policy")
+    for name, p in saved.named_parameters():
+        assert torch.equal(whole[name], outcome[1]["weights"][name]) and torch.equal(whole[name], p)
+    assert sum(found["held"] for found in outcome) == sum(p.numel() for p in saved.parameters())
+    for found in outcome:
+        assert found["moments"] == {2} and found["done"] == lives.STEPS
+        assert found["held"] < 0.6 * sum(p.numel() for p in saved.parameters()) and found["ratio error"] < 1e-5
+
+
 # ---- torchrun -------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +148,7 @@ def torchrun(folder, *options, **environment):
     script = folder.parent / "script.py"
     script.write_text(
         "import os, sys, lives, ranks\nfrom pathlib import Path\nfrom shared import run_script\n"
-        "from minirlhf.runs.run import Run\nfrom minirlhf.device.processes import restarted\n"
+        "from minirlhf.runs.run import Run\nfrom minirlhf.device.launch import restarted\n"
         "def main():\n"
         "    kill = None if restarted() or 'KILL' not in os.environ else tuple(map(int, os.environ['KILL'].split()))\n"
         "    lives.go_on = lambda folder: Run.start(folder, lives.new_trainer(), {})\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.evaluation.doctor import model_checks, run_checks
 from minirlhf.evaluation.doctor.memory import available_memory
 from minirlhf.evaluation.doctor.setup import FAIL, OK, SKIP, Model, Result, Setup, Skipped
+from minirlhf.generation.generate import language_model
 from minirlhf.io.files import StrPath
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.loading import load_decoder
@@ -76,7 +78,8 @@ def doctor(
     """Examine a PPO run before it starts; print a line a check, and return the findings.
 
     policy, reference, tokenizer, reward: as for PPOTrainer and its `train`, or the folders to load them from.
-        reference, tokenizer: None: from the policy's folder. reward: None: its checks are skipped.
+        reference, tokenizer: None: from the policy's folder; a policy with LoRA is its own reference without a folder.
+        reward: None: its checks are skipped.
     positive_label: of a reward that is given as the folder of a classifier, as SentimentReward takes it.
     config: a PPOConfig; **overrides replace its fields by name. prompts: the pool of the run; None: words of the
         vocabulary.
@@ -93,8 +96,13 @@ def doctor(
     config = PPOConfig.with_overrides(config, **overrides)
     device = resolve_device(config.device)
     folder = policy if isinstance(policy, (str, os.PathLike)) else None
-    if folder is None and (reference is None or tokenizer is None):
-        raise ValueError("reference and tokenizer must be given with a policy that is not a folder")
+    if isinstance(policy, torch.nn.Module):
+        lora = config.lora or language_model(policy).lora
+        if tokenizer is None or (reference is None and not dataclasses.replace(config, lora=lora).adapters_off):
+            raise ValueError(
+                "reference and tokenizer must be given with a policy that is not a folder; reference=None is its own "
+                "base only with lora and reference='adapters off'"
+            )
     findings = []
     gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(gpus), torch.enable_grad():  # dropout draws from the global generator

@@ -108,7 +108,9 @@ def weights(setup: Setup) -> Result:
     trainer = PPOTrainer(policy, reference, untouched.tokenizer, setup.config, **PLAIN_STEP)  # raises if they share
     scores = torch.linspace(1, 2, len(rollout)).to(rollout.scores)  # something to learn, whatever the reward
     stats = trainer.step(dataclasses.replace(rollout, scores=scores))
-    heads = {"policy": untied_error(trainer.policy), "reference": untied_error(reference)}
+    heads = {"policy": untied_error(trainer.policy)}
+    if reference is not None:
+        heads["reference"] = untied_error(reference)
     moved = distance(trainer.policy.decoder, untouched.policy.decoder)
 
     tie = "let lm_logits use the token embedding itself, or a head of its own by tie_word_embeddings=False"
@@ -177,7 +179,8 @@ def memory(setup: Setup) -> Result:
     if setup.available is None:
         raise Skipped(f"{detail}; this system does not say how much is available")
     kind, models = trainer.device.type, (setup.policy, setup.reference)
-    own = sum(weight_bytes(model) for model in models if next(model.parameters()).device.type == kind)
+    given = [model for model in models if model is not None and next(model.parameters()).device.type == kind]
+    own = sum(weight_bytes(model) for model in given)
     room = setup.available + own  # the need counts the models themselves
     detail += f"; {_gib(room)} available on the {kind}"
     if bytes <= FULL * room:

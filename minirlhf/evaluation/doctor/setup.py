@@ -40,6 +40,7 @@ class Result(NamedTuple):
 class Setup:
     """The parts of a run as given to `doctor`, and what checks leave for later.
 
+    reference: None: the policy's own base.
     prompts: the pool; None: the run's own are not known, and words of the vocabulary stand for them.
     available: bytes free on the device before anything was copied; None: unknown.
     trainer: of copies of both models, in fp32. rollout: what it collected. precision: of the run. None until the
@@ -47,7 +48,7 @@ class Setup:
     """
 
     policy: Model
-    reference: Model
+    reference: Model | None
     tokenizer: Tokenizer
     reward: RewardFunction | None
     config: PPOConfig
@@ -60,7 +61,8 @@ class Setup:
 
     def modules(self) -> dict[str, nn.Module]:
         """Policy, reference and the classifier of a SentimentReward by name, as given."""
-        found: dict[str, nn.Module] = {"policy": self.policy, "reference": self.reference}
+        found: dict[str, nn.Module] = {"policy": self.policy}
+        found |= {} if self.reference is None else {"reference": self.reference}
         return found | ({"classifier": self.reward.model} if isinstance(self.reward, SentimentReward) else {})
 
     def experience(self) -> tuple[PPOTrainer, Rollout]:
