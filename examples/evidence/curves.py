@@ -23,8 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "healthy": {},
     "collapse": dict(init_kl_coef=0.0, lr=1e-3, lr_schedule="constant"),  # no leash, and steps eight times as large
     "hacked": dict(init_kl_coef=0.02),  # a reward that counts a word, and hardly a leash
-    # Scores from 0 to 10 beside a penalty that is made for scores from 0 to 1, and steps that stay large
-    "leash": dict(score_scale=10.0, lr=3e-4, lr_schedule="constant"),
+    # Scores from 0 to 10 beside a penalty that is made for scores from 0 to 1, and large steps; no token is cut off
+    "leash": dict(score_scale=10.0, lr=1e-3, lr_schedule="constant", top_p=1.0),
 }
 
 

@@ -116,9 +116,10 @@ class Board:
                 del self._seen[person]
             self._change.notify_all()
             left = self._unsampled + len(self._ready) + len(self._open)
-            state = {"done": self._total - left, "total": self._total, "ended": self.ended, "ranked": self._ranked,
-                     "undo": bool(self._past.get(person) or self._past.get(None)), "name": None,
-                     "error": printable(str(self._error or ""))}  # fmt: skip
+            state: dict[str, object] = dict(
+                done=self._total - left, total=self._total, ended=self.ended, ranked=self._ranked, name=None,
+                undo=bool(self._past.get(person) or self._past.get(None)), error=printable(str(self._error or "")),
+            )  # fmt: skip
             if person in self._open:
                 name, _, question = self._open[person]
                 prompt, *answers = ("\n".join(map(printable, text.split("\n"))) for text in

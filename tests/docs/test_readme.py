@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import inspect
 import re
 import shlex
 import sys
@@ -117,16 +116,11 @@ def test_the_options_in_its_commands_are_the_script_s(monkeypatch):
 
     commands = [line for block in blocks(read("README.md"), "sh") for line in block.splitlines()]
     commands = [line.split("positive_reviews.py")[1].split() for line in commands if "positive_reviews.py" in line]
-    assert len(commands) == 5
     seen = []
     for arguments in commands:
-        if "--resume" in arguments:
-            assert "resume=" in inspect.getsource(positive_reviews.read_settings)
-            continue
         monkeypatch.setattr(sys, "argv", ["positive_reviews.py", *arguments])
-        args, config = positive_reviews.read_settings()
-        seen.append((args, config))
-    (plain, own), (mine, config), (original, recipe), _ = seen
+        seen.append(positive_reviews.read_settings())
+    (plain, own), (mine, config), (original, recipe) = seen
     assert own.iterations == 80 and Path(plain.policy).parent == REPO / "weights"
     assert mine.prompts == ["房间", "早餐", "服务员"] and (config.steps, config.seed) == (6400, 3)
     assert original.policy == "GPT2_FOLDER" and recipe.precision == "bf16" and recipe.minibatch_size == 1

@@ -96,7 +96,8 @@ def test_two_processes_leave_the_run_of_one(tiny, runs, tmp_path):
 def test_a_policy_may_be_a_llama(call, tiny, tmp_path):
     make_llama(0, n_embd=16, n_layer=1, n_head=2, n_positions=32).save_pretrained(tmp_path / "llama")
     Tokenizer(VOCAB).save_pretrained(tmp_path / "llama")
-    arguments = ["--policy", tmp_path / "llama", "--reward", tiny / "reward", *SMALL, "--output", tmp_path / "run"]
+    sizes = ["--steps", "8", "--batch-size", "4", "--group-size", "2", "--gen-len", "3"]
+    arguments = ["--policy", tmp_path / "llama", "--reward", tiny / "reward", *sizes, "--output", tmp_path / "run"]
     error, _ = call(SCRIPT, *arguments)
     assert error is None and figures(tmp_path / "run")[-1]["objective/kl"] != 0
     assert isinstance(load_decoder(tmp_path / "run" / "policy"), Llama)

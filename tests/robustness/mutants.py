@@ -209,6 +209,8 @@ def _tests_in_a_fork(folder: str, tests: list[str]) -> None:
 
     os.setsid()
     os.chdir(folder)
+    for name in [name for name in sys.modules if name.split(".")[0] == "minirlhf"]:
+        del sys.modules[name]  # of a server that other tests have started
     sys.path.insert(0, folder)
     sys.dont_write_bytecode = True
     os.environ |= dict(PYTHONPATH=folder, PYTHONDONTWRITEBYTECODE="1")
