@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 # What takes longest: whole programs, runs that are killed, hostile files, trainings to a known optimum.
 SLOW = tests/examples tests/robustness tests/runs tests/evaluation tests/docs tests/rl/test_optimum.py
 
-.PHONY: setup test fast lint lines bench gpu mutants release
+.PHONY: setup test fast lint lines docs bench gpu mutants release
 
 setup: ## a virtual environment with everything that the tests need, and the checks before a commit
 	test -d .venv || python3 -m venv .venv
@@ -23,6 +23,9 @@ lint: ## style and types
 
 lines: ## the line numbers of the links in docs/details.md
 	$(PYTHON) tests/docs/line_numbers.py
+
+docs: ## the site of docs/, into site/; needs the extra docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict
 
 bench: ## seconds and memory of one iteration of PPO, against what this machine can do
 	$(PYTHON) examples/benchmark --precision fp32 bf16

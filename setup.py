@@ -17,6 +17,8 @@ YAML = ["pyyaml>=6"]
 WEB = ["gradio>=6.7"]  # 6.7: functions of the server for HTML components
 STARTER = ["minirlhf-starter>=1"]  # made from weights/, which is too large for this package
 TENSORBOARD = ["tensorboard>=2.15"]
+NOTEBOOK = ["nbclient>=0.10", "ipykernel>=6.29"]  # to run examples/positive_reviews.ipynb in a test
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "latex2mathml>=3.77"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=4.45",
          "scikit-learn>=1.4", "peft>=0.13", *TENSORBOARD]  # fmt: skip
 
@@ -54,6 +56,7 @@ setup(
         "yaml": YAML,
         "starter": STARTER,
         "web": WEB,
-        "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *TESTS, "ruff", "mypy"],
+        "docs": DOCS,
+        "dev": [*EXAMPLES, *JUDGE, *CHAT, *YAML, *NOTEBOOK, *TESTS, "ruff", "mypy"],
     },
 )

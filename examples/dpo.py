@@ -36,14 +36,14 @@ FIELDS = dict(beta=0.1, loss="sigmoid", label_smoothing=0.0, lr=2e-4, batch_size
 def main() -> None:
     args = read_arguments()
     output, prompts = Path(args.output), prompt_pool(args.prompts, args.policy, args.reward)
+    if args.pairs:
+        labelled = split_rankings(read_rankings(args.pairs, args.encoding), by="answers")
+        warn_of_language([text for ranking in labelled[0] for text in ranking.texts], args.policy)
     config = DPOConfig(**{name: getattr(args, name) for name in FIELDS})
     reward = SentimentReward.from_pretrained(args.reward, device=args.device)
     tokenizer, policy = Tokenizer.from_pretrained(args.policy), load_decoder(args.policy)
     if output.exists() and any(output.iterdir()) and not (args.resume or restarted()):
         raise FileExistsError(f"{output} exists and is not empty; choose another --output, or --resume a round of it")
-    if args.pairs:
-        labelled = split_rankings(read_rankings(args.pairs, args.encoding), by="answers")
-        warn_of_language([text for ranking in labelled[0] for text in ranking.texts], args.policy)
     begun = [n for n in range(1, args.rounds + 1) if (output / f"round-{n}" / "config.json").exists()]
     for number in range(max(begun, default=1), args.rounds + 1 if args.online else 2):
         folder = output / f"round-{number}"

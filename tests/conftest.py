@@ -24,6 +24,7 @@ from minirlhf import (
     SentimentReward,
     Tokenizer,
 )
+from minirlhf.commands.main import main
 from minirlhf.evaluation import evaluate, results
 from minirlhf.models.llama import RMSNorm
 from minirlhf.models.rope import rotary
@@ -196,11 +197,13 @@ def tiny(tmp_path_factory) -> Path:
 def call(monkeypatch, capsys):
     """Run a script, or a folder that is one, in this process as a user runs it.
 
-    Returns what it said: the error that it ended with, or None, and its stdout; `call.stderr` has the rest.
+    Returns what it said: the error that it ended with, or None, and its stdout; `call.stderr` has the rest. The curves
+    of a run, which take longer than a small run, are not drawn.
     """
     pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
     for module in (evaluate, results):
         monkeypatch.setattr(module, "EvaluationConfig", FewSamples)
+    monkeypatch.setattr(results, "plot_run", lambda *given: None)
 
     def run(script: Path, *arguments: object) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
@@ -213,5 +216,20 @@ def call(monkeypatch, capsys):
         captured = capsys.readouterr()
         run.stderr = captured.err
         return error, captured.out
+
+    return run
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command line of minirlhf in this process. Returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        capsys.readouterr()
+        try:
+            code: object = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        return code, *capsys.readouterr()
 
     return run

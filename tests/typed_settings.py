@@ -1,6 +1,7 @@
-"""Read by the type checker alone: a wrong name or type of a setting is an error where it is written.
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+"""Read by type checkers alone: a wrong name or type of a setting is an error where it is written.
 
-`warn_unused_ignores` makes each of these comments an assertion.
+`warn_unused_ignores` of mypy, and the line above for pyright, make each of these comments an assertion.
 """
 
 from minirlhf import GPT2, DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, Tokenizer

@@ -4,7 +4,7 @@
     python examples/benchmark --precision fp32 bf16 --against transformers
     python examples/benchmark --peer-command "python x.py"      # in turns with a command, see peer_trl.py
     python examples/benchmark scaling ragged overhead          # the other tables
-    python examples/benchmark lora --size gpt2-medium --batch 32    # all weights trained, or adapters
+    python examples/benchmark lora --size gpt2-medium --batch 16    # all weights trained, or adapters
     python examples/benchmark methods                          # PPO, RLOO and GRPO
     python examples/benchmark --size tiny --quick              # a check that it runs; seconds
 
@@ -162,9 +162,11 @@ def time_iteration(works: Sequence[Work], args: argparse.Namespace) -> dict[str,
     rates, bounds, floors = {}, {}, {}
     for work, found in zip(works, both, strict=True):
         precision, best = work.precision, with_best(found)
-        costs = phase_costs(*work.configs(), work.lengths(), precision, work.ppo().ppo_epochs, work.minibatch)
-        rates[precision], bounds[precision] = dataclasses.asdict(best), report.bounds(costs, best)
-        floors[work.name] = {row["phase"]: row["floor s"] for row in bounds[precision]}
+        rates[precision] = dataclasses.asdict(best)
+        if work.ppo().lora is None:  # whose passes and optimizer have less to do
+            costs = phase_costs(*work.configs(), work.lengths(), precision, work.ppo().ppo_epochs, work.minibatch)
+            bounds[precision] = report.bounds(costs, best)
+            floors[work.name] = {row["phase"]: row["floor s"] for row in bounds[precision]}
     rows = report.summarise(samples, floors, new_tokens=works[0].batch * works[0].new_tokens)
     names = [work.name for work in works]
     libraries = {sample.peer: sample.matmul for sample in samples if sample.matmul}

@@ -10,6 +10,7 @@ each policy are measured in the distribution that was sampled and in the full so
 optimum's frontier. Leaves methods.md, methods.png and methods.json.
 """
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -242,26 +243,25 @@ def markdown(found: dict[str, Any], frontier: dict[str, Frontier]) -> str:
 
 
 def draw(found: dict[str, Any], runs: list[dict[str, Any]], optimum: Frontier, path: Path) -> None:
-    """Left: reward over KL in the sampled distribution. Right: reward over CPU seconds, at the middle coefficient."""
+    """Left: reward over KL in the sampled distribution. Right: over CPU seconds, at the commonest coefficient."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(optimum.kls, optimum.rewards, color="black", label="optimum")
     _, kls, rewards = zip(*optimum.best_of_n, strict=True)
     left.plot(kls, rewards, color="gray", linestyle="--", marker=".", label="best-of-n")
-    coefs = sorted({run["kl_coef"] for run in runs})
+    coef = statistics.mode(run["kl_coef"] for run in runs)
     for i, (method, x) in enumerate(found["methods"].items()):
         points = sorted(x["points"].values(), key=lambda p: p["sampled/kl"].mean)
         kl, reward = ([p[f"sampled/{figure}"] for p in points] for figure in ("kl", "reward"))
         bars = [[s.std or 0.0 for s in figures] for figures in (kl, reward)]
         means = [[s.mean for s in figures] for figures in (kl, reward)]
-        left.errorbar(*means, xerr=bars[0], yerr=bars[1], marker="o", capsize=2, color=f"C{i}", label=method)
-        some = [run["history"] for run in runs if run["method"] == method and run["kl_coef"] == coefs[len(coefs) // 2]]
+        look = dict(color=f"C{i}", linestyle="-" if i < 10 else ":", label=method)  # ten colours
+        left.errorbar(*means, xerr=bars[0], yerr=bars[1], marker="o" if i < 10 else "s", capsize=2, **look)
+        some = [run["history"] for run in runs if run["method"] == method and run["kl_coef"] == coef]
         if some and len(some[0]) > 1:
-            right.plot(
-                *(np.mean([[e[k] for e in h] for h in some], 0) for k in ("cpu_seconds", "reward")), label=method
-            )
+            right.plot(*(np.mean([[e[k] for e in h] for h in some], 0) for k in ("cpu_seconds", "reward")), **look)
     left.set(xlabel="exact KL to the reference, nats a sequence", ylabel="reward of fresh samples")
-    right.set(xlabel="CPU seconds", ylabel="reward of the batch", title=f"coefficient {coefs[len(coefs) // 2]:g}")
+    right.set(xlabel="CPU seconds", ylabel="reward of the batch", title=f"coefficient {coef:g} times SCALE")
     right.axhline(GOAL, color="gray", linestyle=":")
     for ax in (left, right):
         ax.grid(alpha=0.3)

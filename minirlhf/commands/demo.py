@@ -38,7 +38,7 @@ ORANGE, PURPLE = "230, 97, 1", "94, 60, 153"  # above and below 0, for every kin
 WORDS = {
     "en": {
         "prompt": "Prompt", "examples": "Prompts of the run", "count": "Continuations", "seed": "Seed",
-        "write": "Write", "reference": "Reference: before the training", "policy": "Policy: after it",
+        "write": "Write", "reference": "Reference: before", "policy": "Policy: after training",
         "mean": "mean reward", "step": "Take a step of PPO on this prompt", "tokens": "Token by token",
         "about": "One more step is taken in memory, and shown as the algorithm sees it; the policy stays as it is.",
         "sample": "Sample, with its reward", "figure": "Colour", "reward": "reward", "value": "value",
@@ -58,10 +58,12 @@ WORDS = {
 }  # fmt: skip
 CSS = f"""
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }}
-.pair h3 {{ margin: 0 0 .5rem; font-size: 1rem }} .pair h3 small {{ font-weight: 400; opacity: .75; float: right }}
+.pair h3 {{ display: flex; justify-content: space-between; align-items: baseline; margin: 0 0 .5rem; font-size: 1rem }}
+.pair h3 small {{ font-weight: 400; opacity: .75 }}
 .sample {{ display: flex; gap: .8rem; margin: .5rem 0; padding: .6rem .8rem; border-radius: 8px; line-height: 1.6;
   border: 1px solid var(--border-color-primary); background: var(--block-background-fill) }}
-.sample p {{ flex: 1; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }} .sample i {{ opacity: .6; font-style: normal }}
+.sample p {{ flex: 1; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }}
+.sample i {{ opacity: .6; font-style: normal }}
 .tokens {{ display: flex; flex-wrap: wrap; gap: 4px; line-height: 1.3 }}
 .tokens span {{ padding: .3rem .5rem; border-radius: 6px; border: 2px solid transparent; text-align: center }}
 .tokens .held {{ border-color: var(--body-text-color) }}

@@ -57,10 +57,7 @@ def optional(*names: str, **options: Any) -> Argument:
 OUTPUT = optional("--output", metavar="FOLDER", help="of the run, which must be new; default runs/COMMAND-TIME")
 ENCODING = optional("--encoding", metavar="NAME", help="of text files; default utf-8")
 LOGGERS = optional(
-    "--loggers",
-    metavar="NAME",
-    nargs="+",
-    help="of the curves: jsonl (default), tensorboard, wandb, swanlab, trackio",
+    "--loggers", metavar="NAME", nargs="+", help="of the curves: jsonl (default), tensorboard, wandb, swanlab, trackio"
 )
 HELD_OUT = optional("--held-out", metavar="FILE", help="to measure on; default: a tenth of the others")
 STAGE = (HELD_OUT, ENCODING, LOGGERS, OUTPUT, CONFIG)
@@ -129,11 +126,8 @@ def _go_on_with_ppo(run: Run[PPOTrainer], arguments: Mapping[str, Any], reward: 
     def on_step(rollout: Any, stats: Mapping[str, float]) -> None:
         samples = run.record(rollout, stats)
         if samples:
-            done, means = (
-                f"{trainer.steps_done} of {trainer.steps_total}",
-                (stats["reward/mean"], stats["objective/kl"]),
-            )
-            show(f"iteration {done}: mean reward {means[0]:.3f}, KL {means[1]:.2f}")
+            told = f"mean reward {stats['reward/mean']:.3f}, KL {stats['objective/kl']:.2f}"
+            show(f"iteration {trainer.steps_done} of {trainer.steps_total}: {told}")
             show("\n".join(f"    {score:6.2f}  {printable(text)}" for text, score in samples))
 
     with run:

@@ -1,4 +1,4 @@
-"""What has no opinion: validation of settings, text that is safe to print, pages in the browser.
+"""Validation of settings, text that is safe to print, and pages in the browser.
 
 Nothing here knows tensors, files or models.
 """

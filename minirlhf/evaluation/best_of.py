@@ -24,6 +24,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.base import RewardFunction, score_all
+from minirlhf.text.prompts import as_prompts, require_room
 from minirlhf.text.tokenizer import Tokenizer
 
 
@@ -70,8 +71,9 @@ def best_of_n(
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     model, tokenizer = loaded(policy, tokenizer)
-    ids = encode_prompts(tokenizer, prompts, model.n_positions, gen_len)
-    repeated = [row for row in ids for _ in range(n)]
+    prompts = as_prompts(prompts, tokenizer)
+    require_room(prompts, tokenizer, model.n_positions, gen_len)
+    repeated = [row for row in map(tokenizer.encode_prompt, prompts) for _ in range(n)]
     tokens: list[list[str]] = []
     group = processes()
     for start in range(0, len(repeated), batch_size):
@@ -95,32 +97,6 @@ def best_of_n(
         candidates=candidates,
         candidate_scores=scores,
     )
-
-
-def require_texts(prompts: Sequence[str]) -> None:
-    """Raise ValueError for a single text, and for no prompts."""
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"prompts must be a list with at least one text, got {prompts!r}")
-
-
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], n_positions: int, gen_len: int) -> list[list[int]]:
-    """The token ids of each prompt.
-
-    Raises ValueError for no prompts, and for the first that is no text, is empty, or leaves no room for `gen_len`
-    tokens in a context of `n_positions`.
-    """
-    require_texts(prompts)
-    encoded = []
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt must be a text, got {prompt!r:.80}")
-        encoded.append(tokenizer.encode_prompt(prompt))
-        if len(encoded[-1]) + gen_len > n_positions:
-            raise ValueError(
-                f"prompt {prompt[:20]!r}... has {len(encoded[-1])} tokens; with gen_len={gen_len} there is room for "
-                f"{max(0, n_positions - gen_len)} in the model's context of {n_positions}"
-            )
-    return encoded
 
 
 def best_of_n_kl(n: float) -> float:

@@ -1,4 +1,4 @@
-"""Policy against reference on fresh samples: what PPO gained, what it paid, and whether it hacked its reward."""
+"""Compare a policy with its reference on fresh samples: the reward gained, its KL, and signs of reward hacking."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from minirlhf.common.validation import (
-    require,
-    require_non_negative,
-    require_positive_ints,
-    require_token_ids,
-)
+from minirlhf.common.validation import require, require_non_negative, require_positive_ints, require_token_ids
 from minirlhf.device.precision import Precision
 from minirlhf.device.processes import processes
-from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, encode_prompts, expected_best_of_n, n_of_kl
+from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, expected_best_of_n, n_of_kl
 from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
 from minirlhf.evaluation.optimum import Optimum, OptimumPoint, described
 from minirlhf.evaluation.statistics import Array, Bootstrap
@@ -30,6 +25,7 @@ from minirlhf.models.prepared import Models
 from minirlhf.rewards.base import RewardFunction, score_all
 from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.rollout import Rollout, collect_rollout, logprobs_in_batches
+from minirlhf.text.prompts import as_prompts, require_room
 from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu, unit_of, units
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -102,14 +98,13 @@ def evaluate(
     if decoder.device != reference.device:
         devices = f"{decoder.device} and {reference.device}"
         raise ValueError(f"policy and reference must be on one device, they are on {devices}")
-    lists = [prompts] if held_out_prompts is None else [prompts, held_out_prompts]
-    context = min(decoder.n_positions, reference.n_positions)
+    given_lists = [prompts] if held_out_prompts is None else [prompts, held_out_prompts]
+    lists = [as_prompts(texts, tokenizer) for texts in given_lists]
     for texts in lists:
-        encode_prompts(tokenizer, texts, context, config.gen_len)
-    seen = set(prompts) & set(held_out_prompts or ())
-    if seen:
+        require_room(texts, tokenizer, min(decoder.n_positions, reference.n_positions), config.gen_len)
+    if seen := set(lists[0]) & {prompt for texts in lists[1:] for prompt in texts}:
         raise ValueError(f"held-out prompts must not be among the given ones, as is {min(seen)[:20]!r}")
-    given, *others = (_comparison(sampler, list(texts)) for texts in lists)
+    given, *others = (_comparison(sampler, texts) for texts in lists)
     held_out = others[0] if others else None
     return Evaluation(dataclasses.asdict(config), given, held_out, symptoms(given, held_out))
 

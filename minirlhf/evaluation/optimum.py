@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from minirlhf.evaluation.best_of import best_of_n, loaded, require_texts
+from minirlhf.evaluation.best_of import best_of_n, loaded
 from minirlhf.evaluation.statistics import Array, Bootstrap, Estimate
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import StrPath
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.rewards.base import RewardFunction
+from minirlhf.text.prompts import as_prompts
 from minirlhf.text.tokenizer import Tokenizer
 
 Counts = NDArray[np.int64]
@@ -294,9 +295,8 @@ def optimum(
     """
     if type(samples) is not int or samples < 1:
         raise ValueError(f"samples must be an integer of at least 1, got {samples!r}")
-    require_texts(prompts)
-    distinct = list(dict.fromkeys(prompts))
     model, tokenizer = loaded(reference, tokenizer)
+    distinct = list(dict.fromkeys(as_prompts(prompts, tokenizer)))
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     drawn = best_of_n(
         model, distinct, reward, max(2, -(-samples // len(distinct))), tokenizer=tokenizer, gen_len=gen_len,

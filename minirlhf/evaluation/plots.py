@@ -50,28 +50,6 @@ def plot_run(
     Returns the matplotlib Figure. Raises ImportError that names the extra if matplotlib is missing, ValueError for an
     empty history.
     """
-    figure = _run_figure(history, target, frontier, samples)
-    if path is not None:
-        atomic_write(path, _png(figure, 100))
-    return figure
-
-
-def draw_run(
-    history: Sequence[Mapping[str, Any]],
-    target: float | None = None,
-    frontier: Sequence[OptimumPoint] = (),
-    samples: Sequence[Mapping[str, Any]] = (),
-) -> bytes:
-    """`plot_run` as the bytes of a PNG."""
-    return _png(_run_figure(history, target, frontier, samples), 100)
-
-
-def _run_figure(
-    history: Sequence[Mapping[str, Any]],
-    target: float | None,
-    frontier: Sequence[OptimumPoint],
-    samples: Sequence[Mapping[str, Any]],
-) -> Any:
     if not history:
         raise ValueError("history is empty: there is nothing to draw")
     steps = [line["step"] for line in history]
@@ -120,6 +98,8 @@ def _run_figure(
         axes["samples"].axis("off")
         text, families = readable("\n".join(shown), "the samples are in samples.jsonl")
         axes["samples"].text(0, 1, text, va="top", family=families, parse_math=False, linespacing=1.5)
+    if path is not None:
+        atomic_write(path, figure._repr_png_())
     return figure
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from minirlhf.common.printing import escaped
 from minirlhf.evaluation.findings import Comparison, Evaluation, Pair
-from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, draw_run
+from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, plot_run
 from minirlhf.evaluation.report_texts import Texts
 from minirlhf.version import __version__
 
@@ -59,7 +59,7 @@ def report(
     """The report as a text of HTML.
 
     title, about: of the run: its name, and further facts by name. history, samples: lines of its metrics.jsonl and
-        samples.jsonl, drawn as `plots.draw_run` does, with the KL target; history None: no curves.
+        samples.jsonl, drawn as `plot_run` does, with the KL target; history None: no curves.
     language: "en" or "zh".
     Raises ImportError that names the extra if matplotlib is missing, ValueError for another language.
     """
@@ -74,7 +74,8 @@ def report(
         parts += [f"<h3>{texts.say('Figures')}</h3>", _table(("", "reference", "policy"), comparison.rows(), texts)]
         parts += [f"<h3>{texts.say('Best-of-n of the reference, and the optimum')}</h3>", _best_of_n(comparison, texts)]
     if history:
-        curves = _image(draw_run(history, target, evaluation.given.frontier, samples), texts.say("curves of the run"))
+        curves = plot_run(history, None, target, evaluation.given.frontier, samples)
+        curves = _image(curves._repr_png_(), texts.say("curves of the run"))
         parts += [f"<h2>{texts.say('The run')}</h2>", f'<div class="wide">{curves}</div>']
         parts += [f"<p>{texts.explained('picture of the run')}</p>"]
     parts += [f"<h2>{texts.say('Settings')}</h2>"]

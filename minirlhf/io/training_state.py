@@ -118,7 +118,7 @@ def module_hash(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         own: Tensor = full(tensor.detach())
-        digest.update(own.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(own.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -247,7 +247,7 @@ def score_all(
 
 
 def scope_of(*rewards: RewardFunction) -> str:
-    """ "batch" if one of the rewards must see the rows of all processes in one call, by its attribute `scope`; "rows".
+    """ "batch" if a reward must see the rows of all processes in one call, by its attribute `scope`; else "rows".
 
     Raises ValueError for another scope.
     """

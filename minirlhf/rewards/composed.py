@@ -62,8 +62,8 @@ class WeightedSum:
     def metrics(self) -> dict[str, float]:
         """reward/parts/NAME: the mean of each part's unweighted scores since the last call; and the parts' own metrics.
 
-        What a part returned with its scores gets the prefix NAME/, and of its method `metrics` what an earlier part
-        has, too.
+        Metrics that a part returned with its scores get the prefix NAME/. So do those of its method `metrics` whose
+        name an earlier part has used.
         """
         (totals, self._totals), (figures, self._reported) = (self._totals, []), (self._reported, {})
         means = mean_metrics([(n, {f"reward/parts/{name}": total / n}) for name, total, n in totals if n])

@@ -22,7 +22,7 @@ from minirlhf.rewards.human import SCORES, FeedbackFile, HumanReward, Question, 
 
 AHEAD = 4  # questions that are sampled before a page asks for them
 AWAY = 60.0  # seconds without a sign of a page, after which its question goes to another one
-LAST_LOOK = 2.0  # seconds in which pages learn that the session has ended
+LAST_LOOK = 5.0  # seconds in which pages learn that the session has ended
 
 
 class Asked(NamedTuple):
@@ -81,6 +81,14 @@ class Board:
             self._past = {}
             return self._given
 
+    def end(self) -> None:
+        """Tell the pages that the session has ended; waits some seconds for those that are still there."""
+        with self._change:
+            self.ended = True
+            there = [person for person, seen in self._seen.items() if self._clock() - seen < LAST_LOOK]
+            self._change.wait_for(lambda: not any(person in self._seen for person in there), LAST_LOOK)
+        time.sleep(0.5)  # the last answer is under way
+
     def act(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Do what a page says, and tell it what to show.
 
@@ -104,11 +112,14 @@ class Board:
                     self._open[person] = self._ready.popleft()
                 elif away:
                     self._open[person] = self._open.pop(away[0])
+            if self.ended:  # now this page knows
+                del self._seen[person]
             self._change.notify_all()
             left = self._unsampled + len(self._ready) + len(self._open)
-            state = {"done": self._total - left, "total": self._total, "ended": self.ended, "ranked": self._ranked,
-                     "undo": bool(self._past.get(person) or self._past.get(None)), "name": None,
-                     "error": printable(str(self._error or ""))}  # fmt: skip
+            state: dict[str, object] = dict(
+                done=self._total - left, total=self._total, ended=self.ended, ranked=self._ranked, name=None,
+                undo=bool(self._past.get(person) or self._past.get(None)), error=printable(str(self._error or "")),
+            )  # fmt: skip
             if person in self._open:
                 name, _, question = self._open[person]
                 prompt, *answers = ("\n".join(map(printable, text.split("\n"))) for text in
@@ -182,8 +193,7 @@ def feedback_page(file: FeedbackFile, host: str = HOST, port: int = PORT) -> Ite
         if threading.current_thread() is threading.main_thread():  # where alone Python sets handlers
             undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         yield board
-        board.ended = True
-        time.sleep(LAST_LOOK)
+        board.end()
 
 
 HTML = """

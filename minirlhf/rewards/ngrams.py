@@ -1,4 +1,4 @@
-"""A sentiment scorer that is no transformer: log-odds that are linear in the character n-grams of a text.
+"""A sentiment scorer without a transformer: log-odds that are linear in the character n-grams of a text.
 
 A second scorer, fitted on other texts and with other features, makes other mistakes than the reward: if the reward
 rises and this score does not, the reward was hacked. `weights/train/train_ngram_scorer.py` fits it by logistic

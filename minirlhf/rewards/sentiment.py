@@ -1,4 +1,4 @@
-"""The sentiment reward: how good a text is, in the eyes of a BERT classifier."""
+"""The sentiment reward: how good a BERT classifier finds a text."""
 
 from __future__ import annotations
 
@@ -114,10 +114,8 @@ class SentimentReward:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Scores (B,) of the texts, in the order given. An empty text is scored as [CLS] [SEP]."""
         scores = (self.probabilities(texts).double() * self.values).sum(-1)
-        if self._trained_as not in (
-            "multi_label_classification",
-            "regression",
-        ):  # rounding of the softmax must not lead out of the range
+        if self._trained_as not in ("multi_label_classification", "regression"):
+            # Rounding of the softmax must not lead out of the range.
             scores = scores.clamp(self.values.min().item(), self.values.max().item())
         return scores.float()
 

@@ -155,7 +155,7 @@ def read_checkpoint(folder: StrPath) -> State:
         raise DamagedCheckpoint(f"{folder} is damaged, or no checkpoint: {error}") from error
     there = _file_names(folder)
     for name, expected in sums.items():
-        if name not in there:  # nor is a name followed that leads out of the folder
+        if name not in there:  # also of a name that leads out of the folder
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
         if sha256(folder / name) != expected:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} is not as it was written")

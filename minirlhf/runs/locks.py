@@ -1,6 +1,6 @@
 """One process a folder: a lock of the system on an open file (see `io.files.lock_descriptor`).
 
-It ends with its owner, however that ends. The text in the file is for people.
+The lock ends when its owner does, also by a kill. The text in the file is for people.
 """
 
 from __future__ import annotations

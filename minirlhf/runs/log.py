@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, a line of statistics a step, and samples.jsonl, texts with their scores.
 
-A line is in its file when the call returns, so a killed process keeps it, and on the disk after `flush`, so a power
-failure does. `flush` also returns length and hash of the files: a checkpoint records them, and `resume` cuts the files
-back to that point, so that no step is missing or counted twice, and damage is noticed.
+A line is in its file when the call returns, so it survives a kill of the process, and on the disk after `flush`, so it
+survives a power failure. `flush` also returns length and hash of the files: a checkpoint records them, and `resume`
+cuts the files back to that point, so that no step is missing or counted twice, and damage is noticed.
 """
 
 from __future__ import annotations

@@ -220,5 +220,5 @@ def test_the_demo_shows_both_models_and_a_step(browser, policy, tiny, port, tmp_
         box.clear()
         box.send_keys("店" * 60)
         press("Write")
-        browser.until(lambda: "leave room for" in browser.body)
+        browser.until(lambda: "shorten the prompt to 28" in browser.body)
     assert browser.strangers() == []

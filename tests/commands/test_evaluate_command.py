@@ -11,7 +11,6 @@ from test_hostile_text import HISTORY
 from conftest import VOCAB, make_bert, make_gpt2
 from folders import snapshot
 from minirlhf import GPT2, BertClassifier, NGramScorer, RewardModel, SentimentReward, Tokenizer
-from minirlhf.commands.main import main
 from minirlhf.io.files import read_json, write_json
 from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.scorers import load_scorer
@@ -49,18 +48,12 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, folders):
+def run(cli, folders):
     """Exit code, lines of stdout, stderr of `evaluate`, with a reward and little work."""
 
     def call(*arguments, reward="sentiment"):
-        capsys.readouterr()
-        given = ["evaluate", "--reward", folders / reward, "--device", "cpu", *SMALL, *arguments]
-        try:
-            code = main([str(argument) for argument in given])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        shown = capsys.readouterr()
-        return code, shown.out.splitlines(), shown.err
+        code, out, err = cli("evaluate", "--reward", folders / reward, "--device", "cpu", *SMALL, *arguments)
+        return code, out.splitlines(), err
 
     return call
 
@@ -194,7 +187,7 @@ def files(tmp_path):
     (["--run", "RUN", "--prompts", "FILES/none.txt"], "none.txt does not exist"),
     (["--run", "RUN", "--prompts", "酒店", ""], "prompt '' is empty"),
     (["--run", "RUN", "--held-out-prompts", "服务"], "must not be among the given ones, as is '服务'"),
-    (["--run", "RUN", "--gen-len", "40"], "there is room for 0"),
+    (["--run", "RUN", "--gen-len", "40"], "leave room for 0"),
     (["--run", "RUN", "--top-p", "0"], "SamplingConfig.top_p must be .*, got 0.0"),
     (["--run", "RUN", "--device", "tpu"], "device must be .*, got 'tpu'"),
     (["--run", "RUN", "--output", "FILES/a file"], "a file is a file, not a folder"),

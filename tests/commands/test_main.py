@@ -33,17 +33,12 @@ GOOD, BAD = "房间干净，服务很好，非常满意", "房间很脏，服务
 
 
 @pytest.fixture
-def run(capsys):
+def run(cli):
     """Exit code, lines of stdout, stderr."""
 
     def call(*arguments):
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        shown = capsys.readouterr()
-        return code, shown.out.splitlines(), shown.err
+        code, out, err = cli(*arguments)
+        return code, out.splitlines(), err
 
     return call
 

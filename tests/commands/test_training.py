@@ -12,7 +12,6 @@ import torch
 
 from minirlhf import GPT2, PPOConfig, RewardModel, Run
 from minirlhf.commands import training
-from minirlhf.commands.main import main
 from minirlhf.evaluation import results
 from minirlhf.io import starter as starter_module
 from minirlhf.runs.locks import FolderLock
@@ -21,20 +20,10 @@ SMALL = ["--steps", 8, "--batch-size", 4, "--minibatch-size", 4, "--gen-len", 4,
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(cli, monkeypatch, tmp_path):
     """Exit code, stdout, stderr; in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
+    return cli
 
 
 def started(folder):

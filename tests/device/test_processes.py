@@ -70,7 +70,7 @@ def test_every_example_runs_on_two_processes(tiny, tmp_path):
     outcomes = together(2, scripts, commands)
     errors = sorted(map(str, (found.pop("bad")[0] for found in outcomes)))
     del commands["bad"]
-    assert errors[0] == "1" and errors[1].startswith("error: PPOConfig.batch_size must be at least 4"), errors
+    assert errors[0] == "1" and "PPOConfig.batch_size must be at least 4" in errors[1], errors  # told once
     assert not (tmp_path / "bad").exists()
     for rank, found in enumerate(outcomes):
         assert isinstance(found, dict), found

@@ -39,7 +39,7 @@ def main(run: str, prompt: str = "酒店", language: str = "en", output: str = s
             next(x for x in wait("button") if x.text == label).click()
             wait(selector)
         time.sleep(1)
-        browser.set_window_size(1000, browser.execute_script("return document.body.scrollHeight") + 100)
+        browser.set_window_size(1000, browser.execute_script("return document.body.scrollHeight") + 200)
         time.sleep(1)
         browser.save_screenshot(output)
         browser.quit()

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_readme import DOCS, REPO, blocks, read
 
 PAGES = [page for page in ("README.md", "README.zh-CN.md", *DOCS) if blocks(read(page), "python")]
@@ -15,7 +14,7 @@ SETTINGS = REPO / "tests/typed_settings.py"
 
 
 def check(*command: object) -> str:
-    """What a type checker prints, in a folder of its own beside no configuration. It must find nothing."""
+    """What a type checker prints. It must find nothing."""
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -187,9 +187,9 @@ def test_it_leaves_the_global_random_state_alone(model, tokenizer):
 @pytest.mark.parametrize(("options", "message"), [
     ({"n": 0}, "n must be an integer of at least 1, got 0"), ({"n": 2.0}, "n must be an integer"),
     ({"n": True}, "n must be an integer"), ({"batch_size": 0}, "batch_size must be"), ({"gen_len": 0}, "gen_len must"),
-    ({"prompts": []}, "prompts must be a list"), ({"prompts": "酒店"}, "prompts must be a list"),
-    ({"prompts": ["酒店", ""]}, "empty"), ({"prompts": [3]}, "a prompt must be a text, got 3"),
-    ({"prompts": ["酒店", "好" * 100]}, "has 101 tokens; with gen_len=4 there is room for 60"),
+    ({"prompts": []}, "got no prompts"), ({"prompts": "酒店"}, "prompts must be a collection of texts"),
+    ({"prompts": ["酒店", ""]}, "empty"), ({"prompts": [3]}, "prompt 0 must be a text, got 3"),
+    ({"prompts": ["酒店", "好" * 100]}, "has 101 tokens; .*gen_len=4 leave room for 60"),
     ({"tokenizer": None}, "needs tokenizer="), ({"tokenizer": Tokenizer([*VOCAB, "新"])}, "the vocabulary has"),
     ({"policy": 3}, "policy must be a Decoder, an ActorCritic or a folder, got a int"),
     ({"reward": lambda texts: [math.nan] * len(texts)}, "nan"), ({"reward": lambda texts: [1.0]}, "score"),

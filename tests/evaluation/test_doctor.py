@@ -49,6 +49,12 @@ NEGATIVE_FIRST = {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)
 POSITIVE_FIRST = {0: "positive (stars 4 and 5)", 1: "negative (stars 1, 2 and 3)"}
 
 
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """The forecast of every run is made from fewer samples."""
+    monkeypatch.setattr(run_checks, "FORECAST", 128)
+
+
 def gpt2(seed=0, kind=GPT2, **sizes):
     """A small GPT-2 of this class."""
     model = make_gpt2(seed, scale=2.0, **{**SMALL, **sizes})
@@ -373,9 +379,8 @@ def test_a_batch_that_does_not_fit_is_found():
     status, findings = examine(batch_size=10**10)
     assert status["memory"] == "fail" and others(status, "memory") == {"ok"}
     assert "batch_size" in findings["memory"].remedy
-    assert "most of it for update" in examine(
-        batch_size=10**9, forward_batch_size=10**9, minibatch_size=10**9, gen_len=50
-    )[1]["memory"].detail  # fmt: skip
+    of_update = only("memory", batch_size=10**9, forward_batch_size=10**9, minibatch_size=10**9, gen_len=50)
+    assert "most of it for update" in of_update.detail
 
 
 def test_the_need_is_compared_with_what_is_free_and_what_the_models_hold(monkeypatch):

@@ -294,9 +294,9 @@ def test_a_policy_that_hacks_its_reward_is_caught(tokenizer):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"prompts": []}, "prompts must be a list"), ({"prompts": "酒店"}, "prompts must be a list"),
-    ({"held_out_prompts": []}, "prompts must be a list"), ({"prompts": ["酒店", ""]}, "empty"),
-    ({"held_out_prompts": ["好" * 100]}, "has 101 tokens; with gen_len=5 there is room for 59"),
+    ({"prompts": []}, "got no prompts"), ({"prompts": "酒店"}, "prompts must be a collection of texts"),
+    ({"held_out_prompts": []}, "got no prompts"), ({"prompts": ["酒店", ""]}, "empty"),
+    ({"held_out_prompts": ["好" * 100]}, "has 101 tokens; .*gen_len=5 leave room for 59"),
     ({"held_out_prompts": ["房间", "酒店"]}, "must not be among the given ones, as is '酒店'"),
     ({"reward_fn": lambda texts: [math.nan] * len(texts)}, "nan"),
     ({"second_scorer": lambda texts: [1.0]}, "the second scorer: "),
@@ -312,7 +312,7 @@ def test_prompts_are_checked_before_anything_is_sampled(tokenizer):
 
     with pytest.raises(ValueError, match="empty"):
         full_evaluation(tokenizer, held_out_prompts=[""], reward_fn=never)
-    with pytest.raises(ValueError, match="room for 3 in the model's context of 8"):
+    with pytest.raises(ValueError, match="the model's 8 positions less gen_len=5 leave room for 3"):
         evaluate(make_gpt2(0, n_positions=8), make_gpt2(0), tokenizer, ["酒店"], never, ["房间干净服务"],
                  config=EvaluationConfig(**SMALL))  # fmt: skip
 

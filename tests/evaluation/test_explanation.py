@@ -1,5 +1,6 @@
 """The explanation of one response: its figures against explicit loops, over both decoders."""
 
+import io
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import oracle
 from conftest import VOCAB
 from minirlhf import ActorCritic, PPOTrainer, Tokenizer
-from minirlhf.evaluation.explanation import explain
+from minirlhf.evaluation.explanation import COLUMNS, explain
 
 SMALL = dict(n_embd=16, n_layer=1, n_head=2)
 PROMPTS = ["酒店很好", "w", "房间干净", "早餐"]
@@ -51,12 +52,17 @@ def test_every_figure_of_a_token_is_that_of_explicit_loops(make_decoder, capsys)
         explain(trainer, rollout, 4)
 
 
-def test_a_group_is_shown_and_no_values_without_a_value_head(make_decoder):
+def test_a_sample_of_a_group_stands_beside_the_scores_of_the_others(make_decoder):
+    """Scores 2 and 4 of the second prompt, the KL in the loss: mean 3, standard deviation sqrt(2), no values."""
     trainer = PPOTrainer(
         make_decoder(0, **SMALL), make_decoder(1, **SMALL), Tokenizer(VOCAB), advantages="grpo", group_size=2,
-        batch_size=4, gen_len=3, device="cpu",
+        batch_size=4, minibatch_size=2, gen_len=3, whiten_advantages=False, kl_estimator="k3", kl_placement="loss",
+        device="cpu",
     )  # fmt: skip
-    rollout = trainer.collect(PROMPTS[:2], lambda texts: [float(i) for i, _ in enumerate(texts)])
-    explanation = explain(trainer, rollout, 3)
-    assert explanation.group == (2.0, 3.0) and "mean of the group 2.5000 (2.0000, 3.0000)" in str(explanation)
-    assert not {"value", "returns"} & set(explanation.tokens[0])
+    rollout = trainer.collect(PROMPTS[:2], lambda texts: [0.5, 0.25, 2.0, 4.0])
+    explanation = explain(trainer, rollout, 3, io.StringIO())
+    lines = str(explanation).splitlines()
+    assert lines[0] == f"prompt {PROMPTS[1]!r}, score 4.0000; mean of the group 3.0000 (2.0000, 4.0000)"
+    assert explanation.group == (2.0, 4.0) and [token["reward"] for token in explanation.tokens] == [0.0, 0.0, 4.0]
+    assert [token["advantage"] for token in explanation.tokens] == pytest.approx([0.5**0.5] * 3, rel=1e-5)
+    assert lines[-4].split() == [name for name in COLUMNS if name not in ("value", "returns")]  # then 3 tokens

@@ -119,15 +119,11 @@ def peak_of(work):
 
 
 @pytest.mark.parametrize(("V", "C", "L", "rows", "P", "R", "settings"), [
-    (200, 64, 2, 4, 40, 8, {}), (2000, 32, 2, 8, 3, 6, {}), (3000, 32, 2, 4, 3, 6, dict(precision="bf16")),
-    (215, 64, 3, 4, 30, 8, dict(precision="bf16")), (100, 64, 2, 2, 135, 8, {}),
+    (200, 64, 2, 4, 40, 8, {}), (3000, 32, 2, 4, 3, 6, dict(precision="bf16")), (100, 64, 2, 2, 135, 8, {}),
     (3000, 32, 2, 8, 3, 6, dict(top_p=1.0)), (200, 64, 4, 8, 40, 8, dict(checkpoint_activations=True)),
     (200, 64, 2, 4, 40, 8, dict(lora={})), (200, 64, 2, 4, 40, 8, dict(lora=dict(base_dtype="bf16"), precision="bf16")),
-    (200, 64, 2, 4, 40, 8, dict(lora=dict(targets=["c_attn"], base_dtype="bf16"))),
-    (200, 64, 4, 4, 40, 8, dict(kind="qwen3", lora={})),
-    (200, 64, 2, 4, 40, 8, dict(kind="qwen3")), (2000, 32, 2, 8, 3, 6, dict(kind="llama")),
+    (200, 64, 4, 4, 40, 8, dict(kind="qwen3", lora={})), (200, 64, 2, 4, 40, 8, dict(kind="qwen3")),
     (100, 64, 2, 2, 135, 8, dict(kind="llama")),
-    (200, 64, 4, 8, 40, 8, dict(kind="qwen2", checkpoint_activations=True)),
 ])  # fmt: skip
 def test_measurements_are_near_the_formula(V, C, L, rows, P, R, settings):
     trainer = make_trainer(V, C, L, 4, 160, gen_len=R, batch_size=rows, **settings)

@@ -236,8 +236,8 @@ def test_bad_questions_are_refused(ask, value, message):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(samples=0), "samples must be an integer of at least 1"), (dict(prompts=[]), "prompts must be a list"),
-    (dict(prompts="酒店"), "prompts must be a list"), (dict(tokenizer=None), "needs tokenizer="),
+    (dict(samples=0), "samples must be an integer of at least 1"), (dict(prompts=[]), "got no prompts"),
+    (dict(prompts="酒店"), "prompts must be a collection of texts"), (dict(tokenizer=None), "needs tokenizer="),
     (dict(gen_len=0), "gen_len"), (dict(tokenizer=Tokenizer([*VOCAB, "新"])), "vocabulary"),
     (dict(reward=lambda texts: [math.nan] * len(texts)), "nan"),
 ])  # fmt: skip

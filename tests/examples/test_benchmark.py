@@ -17,11 +17,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import __main__ as benchmark
-from benchmark import floor, load, peer_trl, peers, report, studies
+from benchmark import floor, load, peer_trl, peer_trl_group, peers, report, studies
 from benchmark.load import Load
-from benchmark.work import Sample, Work, characters, iteration, peak_memory
+from benchmark.work import SIZES, Sample, Work, characters, iteration, peak_memory
 from conftest import make_bert, make_gpt2
 from minirlhf import BertConfig, GPT2Config
+from minirlhf.models.lora import add_lora
+from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.rl.logprobs import response_logprobs
 
 REPO = Path(__file__).resolve().parents[2]
@@ -371,8 +373,9 @@ def timed(call, monkeypatch, tmp_path):
 SMALL = ["--size", "tiny", "--quick", "--batch", 3, "--new-tokens", 2]
 
 
-def test_everything_at_once_in_turns_with_a_command(timed, tmp_path):
-    """Both sides are processes, so that each has its own memory."""
+def test_everything_at_once_in_turns_with_a_command(timed, tmp_path, monkeypatch):
+    """Both sides are processes, so that each has its own memory. Whatever else runs here, no turn is repeated."""
+    monkeypatch.setattr(Load, "shared", False)
     tables = ["iteration", "scaling", "ragged", "overhead"]
     options = ["--precision", "bf16", "--threads", 1, "--config", "cliprange=0.1", "--output", "out"]
     error, shown = timed(*tables, *SMALL, *options, "--peer-command", printing(*map(json.dumps, LINES)))
@@ -450,6 +453,28 @@ def test_the_other_side_has_the_same_work():
     assert [len(ids) for ids in tokenizer(peer_trl.TEXTS)["input_ids"]] == batch.texts
     assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get) == characters(21128)
     assert peer_trl.RESPONSES[5].tolist() == tokenizer(peer_trl.TEXTS[5])["input_ids"][3:-1]
+
+
+def test_trl_s_groups_are_the_same_work_and_the_same_adapters():
+    peft = pytest.importorskip("peft")
+    ours = Work("deep", batch=32, config={"group_size": peer_trl_group.GROUP, "advantages": "grpo"})
+    tokenizer, c = ours.tokenizers()[0], ours.ppo()
+    theirs = peer_trl_group.characters()
+    prompts = peer_trl_group.PROMPTS
+    assert ours.drawn == prompts * 2 and [len(ids) for ids in ours.lengths().prompts] == [3] * 32
+    assert theirs(prompts)["input_ids"] == [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    named = (peer_trl_group.MINIBATCH, peer_trl_group.EPOCHS, peer_trl_group.NEW_TOKENS)
+    assert named == (c.minibatch_size, c.ppo_epochs, c.gen_len)
+    sizes = dict(n_embd=8, n_layer=1, n_head=2)  # the adapters of a smaller model of both
+    deep = {**dataclasses.asdict(GPT2Config()), **SIZES["deep"][0]}
+    assert {name: deep[name] for name in peer_trl_group.SIZES} == peer_trl_group.SIZES
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**peer_trl_group.SIZES, **sizes}))
+    added = peft.get_peft_model(model, peft.LoraConfig(**peer_trl_group.LORA))
+    decoder = make_gpt2(**sizes)
+    add_lora(decoder, LoRAConfig.of(benchmark.ADAPTERS))
+    counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (added, decoder)]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.gpu

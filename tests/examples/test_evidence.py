@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from curves import CASES
 from measure import area, spread
 from overoptimisation import fitted
 
@@ -109,3 +110,22 @@ def test_the_laws_of_overoptimisation_are_fitted():
         found = fitted([{"kl": d * d, "gold": 1 + (law(d) if d else 0.0)} for d in ds], logarithm)
         assert found["R2"] == pytest.approx(1) and found["a"] == pytest.approx(2)
         assert found["peak_kl"] == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_curves_of_a_case_are_drawn(case, call, tiny, tmp_path):
+    models = ["--policy", tiny / "policy", "--reward", tiny / "reward", "--second-scorer", tiny / "second"]
+    sizes = ["--iterations", 2, "--batch-size", 32]
+    code, out = call(EVIDENCE / "curves.py", case, *models, *sizes, "--output", tmp_path / "new" / "curves.png")
+    assert code is None, code
+    assert (tmp_path / "new" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert out.count("step 1: ") == out.count("step 2: ") == 2  # a sample of each group
+
+
+def test_each_case_stands_in_the_docs_with_its_command_and_its_picture():
+    page = (EVIDENCE.parents[1] / "docs" / "curves.md").read_text(encoding="utf-8")
+    commands = re.findall(
+        r"^python examples/evidence/curves.py (\w+) --output docs/curves_(\w+).png$", page, re.MULTILINE
+    )
+    assert [case for case, _ in commands] == [name for _, name in commands] == list(CASES)
+    assert re.findall(r"^!\[.*\]\(curves_(\w+).png\)$", page, re.MULTILINE) == list(CASES)

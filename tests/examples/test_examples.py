@@ -19,9 +19,9 @@ import torch
 from lives import process, script, wait_for
 from ranks import together
 
-from conftest import VOCAB
+from conftest import VOCAB, make_llama
 from folders import content, snapshot
-from minirlhf import GPT2, PPOConfig, Tokenizer
+from minirlhf import GPT2, Llama, PPOConfig, Tokenizer, load_decoder
 from minirlhf.runs.checkpoint import read_checkpoint
 from minirlhf.runs.log import RunLog
 from shared import prompt_pool
@@ -91,6 +91,16 @@ def test_two_processes_leave_the_run_of_one(tiny, runs, tmp_path):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert snapshot(tmp_path / "run").keys() == snapshot(runs("plain")).keys()
     assert (tmp_path / "output").read_text(encoding="utf-8").count("saved in ") == 1
+
+
+def test_a_policy_may_be_a_llama(call, tiny, tmp_path):
+    make_llama(0, n_embd=16, n_layer=1, n_head=2, n_positions=32).save_pretrained(tmp_path / "llama")
+    Tokenizer(VOCAB).save_pretrained(tmp_path / "llama")
+    sizes = ["--steps", "8", "--batch-size", "4", "--group-size", "2", "--gen-len", "3"]
+    arguments = ["--policy", tmp_path / "llama", "--reward", tiny / "reward", *sizes, "--output", tmp_path / "run"]
+    error, _ = call(SCRIPT, *arguments)
+    assert error is None and figures(tmp_path / "run")[-1]["objective/kl"] != 0
+    assert isinstance(load_decoder(tmp_path / "run" / "policy"), Llama)
 
 
 def test_metrics_have_a_line_an_iteration_with_the_promised_keys(runs):

@@ -77,7 +77,8 @@ def test_english_and_the_starter_weights_meet_with_a_warning(script, tmp_path, c
     Path("english.tsv").write_text("".join(f"good {i}\tbad {i}\n" for i in range(60)), encoding="utf-8")
     minirlhf.Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "room"]).save_pretrained("english")
     with pytest.warns(UserWarning, match="Chinese"):
-        assert call(EXAMPLES / script, *ENGLISH[script]) == ("error: enough", "")
+        error, shown = call(EXAMPLES / script, *ENGLISH[script])
+    assert error.startswith("error: ") and shown == ""  # before anything was done
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "shared.py"))

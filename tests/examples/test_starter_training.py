@@ -1,5 +1,6 @@
-"""weights/train: the review data, the files that it makes for the examples, and the second scorer."""
+"""weights/train: the review data, files for the examples, the starter's language model, and the second scorer."""
 
+import argparse
 import csv
 import json
 import random
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import reviews_data
+import train_starter_weights as starter
 from folders import snapshot
-from minirlhf import NGramScorer
+from minirlhf import NGramScorer, Tokenizer, load_decoder
 from minirlhf.text.demonstrations import read_demonstrations
 from minirlhf.text.preferences import read_rankings
+from minirlhf.text.tokenizer import build_vocab
 
 TRAIN = Path(__file__).resolve().parents[2] / "weights" / "train"
 
@@ -145,6 +148,29 @@ def test_the_files_are_what_the_examples_read(call, many, tmp_path):
         assert f"rankings{suffix}.jsonl: {len(rankings)}" in shown
     error, _ = call(TRAIN / "reviews_data.py", "--data", tmp_path / "nowhere", "--output", tmp_path / "other")
     assert error.startswith("error: ") and "ChnSentiCorp_htl_all.csv" in error and not (tmp_path / "other").exists()
+
+
+# ---- train_starter_weights.py ---------------------------------------------------------------------------------------
+
+
+def test_both_shapes_of_the_language_model_are_of_one_size():
+    counts = [sum(p.numel() for p in make(4457, 0.0, 0).parameters()) for make in starter.SHAPES.values()]
+    assert max(counts) <= 1.001 * min(counts)
+
+
+@pytest.mark.parametrize("family", starter.SHAPES)
+def test_a_language_model_of_either_family_is_trained_and_measured(tmp_path, family):
+    """One step on twenty short reviews; the folder is a policy."""
+    reviews = make_reviews(20)
+    tokenizer = Tokenizer(build_vocab(review.text for review in reviews))
+    settings = dict(lm_epochs=1, precision="fp32", device="cpu", seed=0, output=tmp_path)
+    starter.train_language_model(argparse.Namespace(**settings), family, tokenizer, reviews, reviews[:2])
+    folder = tmp_path / f"{family}-chinese-reviews-small"
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["epochs"] == 1 and figures["cpu_minutes"] > 0
+    assert 1 < figures["held_out"]["character"] < 2 * len(tokenizer)
+    assert load_decoder(folder).config.__class__.__name__.lower() == f"{family}config"
+    assert Tokenizer.from_pretrained(folder).vocab == tokenizer.vocab
 
 
 # ---- train_ngram_scorer.py ------------------------------------------------------------------------------------------

@@ -69,14 +69,15 @@ def make_tokenizer_folder(model, left_out=()):
     return make
 
 
+WORDS = [*VOCAB[: VOCAB.index("[MASK]") + 1], "a", "b"]
 SMALL_BPE = [*(chr(i) for i in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]), "ab"]
 SMALL_BPE = ByteBPE([*SMALL_BPE, "<|endoftext|>"], [("a", "b")])
 FOLDERS = {
     "gpt2": (make_gpt2_folder, ActorCritic.from_pretrained),
     "bert": (make_bert_folder, BertClassifier.from_pretrained),
-    "wordpiece": (make_tokenizer_folder(VOCAB), Tokenizer.from_pretrained),
+    "wordpiece": (make_tokenizer_folder(WORDS), Tokenizer.from_pretrained),
     "bpe": (make_tokenizer_folder(SMALL_BPE), Tokenizer.from_pretrained),
-    "vocab.txt": (make_tokenizer_folder(VOCAB, ["tokenizer.json"]), Tokenizer.from_pretrained),
+    "vocab.txt": (make_tokenizer_folder(WORDS, ["tokenizer.json"]), Tokenizer.from_pretrained),
     "vocab.json": (make_tokenizer_folder(SMALL_BPE, ["tokenizer.json"]), Tokenizer.from_pretrained),
 }
 

@@ -213,8 +213,7 @@ def test_a_variant_computes_as_in_transformers_and_is_saved_as_it_computes(tmp_p
 
 
 @pytest.mark.parametrize(
-    "write",
-    [uer_gpt2, english_gpt2, sharded_gpt2, sharded_pickle_gpt2, only_a_head_gpt2, hub_cache_gpt2],
+    "write", [uer_gpt2, english_gpt2, sharded_gpt2, sharded_pickle_gpt2, only_a_head_gpt2, hub_cache_gpt2]
 )
 @torch.no_grad()
 def test_gpt2_layouts_are_read_as_transformers_reads_them(tmp_path, write):

@@ -213,6 +213,19 @@ def test_a_disk_that_is_full_ends_the_program_and_tells_the_pages(tmp_path, monk
     assert [line["order"] for line in lines(path)] == [[1, 2, 3]]
 
 
+def test_pages_that_are_there_learn_of_the_end(tmp_path):
+    with FeedbackFile(tmp_path / "f.jsonl") as file, ThreadPoolExecutor(1) as pool:
+        board = Board(file)
+        pages = [Page(board, "anna"), Page(board, "bo")]
+        assert not any(page.act("look")["ended"] for page in pages)
+        end = pool.submit(board.end)
+        while not board.ended:
+            time.sleep(0.001)
+        assert pages[0].act("look")["ended"] and not end.done()
+        assert pages[1].act("look")["ended"]
+        end.result(30)
+
+
 # ---- the reward of PPO ----------------------------------------------------------------------------------------------
 
 

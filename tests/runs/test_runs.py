@@ -19,7 +19,7 @@ from minirlhf.io.files import read_jsonl
 from minirlhf.runs.checkpoint import read_checkpoint, save_checkpoint
 from minirlhf.runs.run import Run, RunFailed, Stopped
 
-KILLS = int(os.environ.get("MINIRLHF_KILLS", "4"))  # 50 in the run that is documented
+KILLS = int(os.environ.get("MINIRLHF_KILLS", "2"))  # 50 in the run that is documented
 
 
 def checkpoints(folder):

@@ -1,6 +1,5 @@
 """Runs of supervised fine-tuning, of reward models and of DPO: cut anywhere, they end as if undisturbed."""
 
-import itertools
 import json
 import signal
 from dataclasses import replace
@@ -258,17 +257,18 @@ def test_weights_that_a_checkpoint_would_round_start_no_run(tmp_path, kind):
 COUNTERS = ["kind", "steps", "scaler", "data", "config", "origin", "frozen", "run"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [*itertools.product(KINDS, COUNTERS), ("dpo", "reference")])
-def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, name, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_we_did_not_write_is_refused_by_name(tmp_path, kind, monkeypatch):
     """Its sums are right, what it says is not."""
     save_checkpoint(new(kind), tmp_path / "state")
     path, manifest = tmp_path / "state" / "training.json", tmp_path / "state" / "manifest.json"
     counters = json.loads(path.read_text())
     monkeypatch.setattr("minirlhf.runs.checkpoint.sha256", lambda _: "x")
     manifest.write_text(json.dumps({"sha256": dict.fromkeys(json.loads(manifest.read_text())["sha256"], "x")}))
-    missing = {key: value for key, value in counters.items() if key != name}
-    bad = [missing, *({**counters, name: value} for value in (None, -1, [1], {"x": 1}))]
-    for content in bad[:1] + bad[2:] if name in ("origin", "run") else bad:  # these two may be None
-        path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=rf"state.*({name}|field)"):
-            load_checkpoint(tmp_path / "state", **given(kind))
+    for name in [*COUNTERS, *(["reference"] if kind == "dpo" else [])]:
+        missing = {key: value for key, value in counters.items() if key != name}
+        bad = [missing, *({**counters, name: value} for value in (None, -1, [1], {"x": 1}))]
+        for content in bad[:1] + bad[2:] if name in ("origin", "run") else bad:  # these two may be None
+            path.write_text(json.dumps(content))
+            with pytest.raises(ValueError, match=rf"state.*({name}|field)"):
+                load_checkpoint(tmp_path / "state", **given(kind))

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 
-from minirlhf.rewards.imported import imported_reward, is_import
-from minirlhf.rewards.scorers import load_scorer
+from minirlhf.rewards.scorers import imported_reward, is_import, load_scorer
 
 
 @pytest.fixture
