@@ -20,6 +20,7 @@ lint: ## style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	MINIRLHF_TYPES=1 $(PYTHON) -m pytest -q -n 0 tests/docs/test_typed_pages.py
 
 lines: ## the line numbers of the links in docs/details.md
 	$(PYTHON) tests/docs/line_numbers.py

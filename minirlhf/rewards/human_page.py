@@ -245,7 +245,7 @@ const person = sessionStorage.person ??= Math.random().toString(36).slice(2);  /
 const at = name => element.querySelector('.' + name);
 const make = (parent, tag, name, text = '') =>
   parent.appendChild(Object.assign(document.createElement(tag), {className: name, textContent: text}));
-let state = {}, marks = new Map(), busy = false, looking = false, serial = 0;  // marks: answer -> score, as clicked
+let state = {}, marks = new Map(), busy = false, looking = false, serial = 0;  // marks: answer -> score
 
 async function act(what, values = []) {
   if (busy || what === 'look' && looking) return;  // a slow reply is waited for, not overtaken by the next look

@@ -140,7 +140,7 @@ def test_the_judge_s_settings_are_flags(tiny):
     assert training._ppo_config(arguments, {}).score_scale == 0.25
     assert training._ppo_config(arguments, {"score_scale": 2.0}).score_scale == 2.0
     pytest.importorskip("openai")
-    found = training._reward(arguments, "cpu")
+    found = training.reward_of(arguments, "cpu")
     assert found.config.high == 4.0 and found.config.rubric == "r"
 
 
