@@ -40,7 +40,7 @@ class WeightedSum:
         self.scope = scope_of(*(reward for _, reward in parts.values()))
         # Sum and number of each part's unweighted scores; lists, as several threads may score at once.
         self._totals: list[tuple[str, float, int]] = []
-        self._reported: dict[str, float] = {}  # what parts returned with their last scores
+        self._reported: list[tuple[int, dict[str, float]]] = []  # rows, and what parts returned with their scores
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], tokens: Sequence[Sequence[str]] | None = None
@@ -52,7 +52,7 @@ class WeightedSum:
             weight = self.parts[name][0]
             if tokens is None and scores.ndim == 2:
                 scores = checked_scores(scores.sum(-1), len(prompts))
-            self._reported.update({f"{name}/{key}": value for key, value in metrics.items()})
+            self._reported.append((len(scores), {f"{name}/{key}": value for key, value in metrics.items()}))
             self._totals.append((name, scores.sum().item(), len(scores)))
             weighted.append(weight * scores)
         if tokens is not None and any(scores.ndim == 2 for scores in weighted):
@@ -65,9 +65,9 @@ class WeightedSum:
         Metrics that a part returned with its scores get the prefix NAME/. So do those of its method `metrics` whose
         name an earlier part has used.
         """
-        (totals, self._totals), (figures, self._reported) = (self._totals, []), (self._reported, {})
-        means = mean_metrics([(n, {f"reward/parts/{name}": total / n}) for name, total, n in totals if n])
-        figures = means | figures
+        (totals, self._totals), (reported, self._reported) = (self._totals, []), (self._reported, [])
+        means = [(n, {f"reward/parts/{name}": total / n}) for name, total, n in totals if n]
+        figures = mean_metrics(means) | mean_metrics([x for x in reported if x[0]])
         for name, (_, reward) in self.parts.items():
             if hasattr(reward, "metrics"):
                 for key, value in reward.metrics().items():

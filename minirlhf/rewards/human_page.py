@@ -70,16 +70,22 @@ class Board:
         for number in numbers:
             question = question_of(number)
             with self._change:
-                self._change.wait_for(lambda: self._error or len(self._ready) < AHEAD)
+                self._wait(lambda: self._error or len(self._ready) < AHEAD)
+                if self._error:
+                    raise self._error
                 self._unsampled -= 1
                 if len(question.answers) >= (2 if ranked else 1):
                     self._ready.append(Asked(next(self._names), number, question))
         with self._change:
-            self._change.wait_for(lambda: self._error or not (self._ready or self._open))
+            self._wait(lambda: self._error or not (self._ready or self._open))
             if self._error:
                 raise self._error
             self._past = {}
             return self._given
+
+    def _wait(self, predicate: Callable[[], object]) -> None:
+        while not self._change.wait_for(predicate, 1):  # in seconds, as on Windows Ctrl-C interrupts no endless wait
+            pass
 
     def end(self) -> None:
         """Tell the pages that the session has ended; waits some seconds for those that are still there."""
@@ -136,7 +142,7 @@ class Board:
         if values is not None:
             count = len(asked.question.answers)
             fine = sorted(values) == list(range(1, count + 1)) if self._ranked else set(values) <= set(SCORES)
-            if not fine or len(values) != count:
+            if not fine or len(values) != count or any(type(value) is not int for value in values):
                 raise ValueError(f"{values!r:.80} says nothing about {count} answers")
             record = as_record(asked.number, asked.question, values, self._ranked)
             self.file.append(record)
@@ -227,11 +233,11 @@ button:disabled { opacity: .4 }
 SCRIPT = r"""
 const words = navigator.language.startsWith('zh') ? {
   undo: '撤销 u', skip: '跳过 s', empty: '（空）', wait: '请稍候，马上有新的问题……',
-  ended: '全部完成，谢谢！可以关闭此页。', lost: '连不上程序：它已结束或正在重启。已答的都已保存。',
+  ended: '全部完成，谢谢！可以关闭此页。', lost: '连不上程序：它已结束或正在重启。',
   rank: '从好到差依次点击，或按数字键；退格键取消一个', score: '1（差）到 5（好）：点击，或按数字键；退格键取消一个',
 } : {
   undo: 'undo u', skip: 'skip s', empty: '(empty)', wait: 'The next question comes in a moment ...',
-  ended: 'All done, thank you! You can close this page.', lost: 'The program has ended; all answers are saved.',
+  ended: 'All done, thank you! You can close this page.', lost: 'Cannot reach the program: it has ended or is starting again.',
   rank: 'Click the answers, best first, or press their numbers; Backspace: one back',
   score: '1 (bad) to 5 (good): click, or press the number; Backspace: one back',
 };
@@ -239,11 +245,11 @@ const person = sessionStorage.person ??= Math.random().toString(36).slice(2);  /
 const at = name => element.querySelector('.' + name);
 const make = (parent, tag, name, text = '') =>
   parent.appendChild(Object.assign(document.createElement(tag), {className: name, textContent: text}));
-let state = {}, marks = new Map(), busy = false, serial = 0;  // marks: answer -> score, in the order of the clicks
+let state = {}, marks = new Map(), busy = false, looking = false, serial = 0;  // marks: answer -> score, as clicked
 
 async function act(what, values = []) {
-  if (busy) return;
-  busy = what !== 'look';
+  if (busy || what === 'look' && looking) return;  // a slow reply is waited for, not overtaken by the next look
+  what === 'look' ? looking = true : busy = true;
   const mine = ++serial;
   try {
     const news = await server.act({person, do: what, name: state.name ?? '', values});
@@ -253,7 +259,7 @@ async function act(what, values = []) {
     if (other) build();
     draw(news.error || (news.name ? '' : news.ended ? words.ended : words.wait));
   } catch (error) { if (!state.ended) draw(words.lost); }
-  finally { if (mine === serial) busy = false; }
+  finally { what === 'look' ? looking = false : busy = false; }
 }
 
 function build() {
@@ -287,7 +293,8 @@ function draw(note = '') {
 const next_answer = () => (state.answers ?? []).findIndex((_, i) => !marks.has(i));
 
 function mark(i, score = 0) {
-  if (busy || state.ranked && marks.delete(i)) return draw();
+  if (busy || i < 0) return;  // all are marked
+  if (state.ranked && marks.delete(i)) return draw();
   marks.set(i, score);
   if (state.ranked && marks.size === state.answers.length - 1) marks.set(next_answer(), 0);  // the last one follows
   draw();

@@ -81,10 +81,11 @@ def _scored(reward: RewardFunction, first: int, texts: Texts) -> Scored:
 
 
 def _answer(answer: Future[Scored], deadline: float | None, seconds: float | None) -> Scored:
-    if deadline is not None and seconds is not None:
-        wait([answer], max(0.0, deadline - time.monotonic()))
-        if not answer.done():
+    while not answer.done():
+        left = 1.0 if deadline is None else deadline - time.monotonic()
+        if left <= 0 and seconds is not None:
             raise took_too_long(seconds)
+        wait([answer], min(left, 1.0))  # again and again, as on Windows Ctrl-C interrupts no endless wait
     return answer.result()
 
 

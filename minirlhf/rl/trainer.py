@@ -150,7 +150,7 @@ class PPOTrainer:
         weights = factors * token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
         minibatch = minibatch.replace(weights=weights)
 
-        for attempt in sizes_that_fit(self.micro_batch_size, once=c.sharding is not None):
+        for attempt in sizes_that_fit(self.micro_batch_size, once=c.sharding is not None and self.processes.on):
             with attempt, self.precision.autocast():  # one context for all micro-batches: weights are cast once
                 self.optimizer.zero_grad(set_to_none=True)
                 totals: TensorStats = {}

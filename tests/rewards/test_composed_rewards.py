@@ -76,6 +76,10 @@ def test_means_are_over_all_samples_since_the_last_time():
     assert reward.metrics() == {}
     reward([""], [""])
     assert reward.metrics() == {"reward/parts/text": 0}
+    reward = WeightedSum({"own": (1, lambda texts: ([0.0] * len(texts), {"longest": max(map(len, texts))}))})
+    reward(["", ""], ["a", "aa"])  # what a part returned with its scores as well: 2 of two texts, 5 of one
+    reward([""], ["aaaaa"])
+    assert reward.metrics()["own/reward/longest"] == pytest.approx((2 * 2 + 5) / 3)
 
 
 def test_what_parts_report_is_passed_on_and_never_overwritten():

@@ -163,6 +163,7 @@ def test_an_answer_to_a_question_that_is_gone_is_not_taken_for_another(tmp_path)
 
 @pytest.mark.parametrize(("scores", "values"), [
     (False, [1, 2]), (False, [1, 1, 2]), (False, [0, 1, 2]), (True, [1, 2]), (True, [0, 1, 2]), (True, [1, 2, 6]),
+    (False, [True, 2, 3]), (True, [1.0, 2, 3]),
 ])  # fmt: skip
 def test_values_that_are_no_answer_are_refused_and_not_written(tmp_path, scores, values):
     path = tmp_path / "f.jsonl"
@@ -202,8 +203,13 @@ def test_rounds_without_two_answers_are_passed_over_and_texts_cannot_steer(tmp_p
 
 
 def test_a_disk_that_is_full_ends_the_program_and_tells_the_pages(tmp_path, monkeypatch):
-    path = tmp_path / "f.jsonl"
-    with pytest.raises(OSError, match="No space left"), asking(path) as board:
+    path, sampled = tmp_path / "f.jsonl", []
+
+    def question(number):
+        sampled.append(number)
+        return question_of(number)
+
+    with pytest.raises(OSError, match="No space left"), asking(path, rounds=99, questions=question) as board:
         page = Page(board)
         page.answer(1, 2, 3)
         page.see()
@@ -211,6 +217,7 @@ def test_a_disk_that_is_full_ends_the_program_and_tells_the_pages(tmp_path, monk
             patched.setattr("os.write", lambda fd, content: (_ for _ in ()).throw(OSError(28, "No space left")))
             assert "No space left" in page.answer(2, 1, 3)["error"]
     assert [line["order"] for line in lines(path)] == [[1, 2, 3]]
+    assert len(sampled) < 20  # the others are never sampled
 
 
 def test_pages_that_are_there_learn_of_the_end(tmp_path):
