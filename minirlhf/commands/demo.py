@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from minirlhf.commands.table import argument, command, integer
 from minirlhf.commands.training import ARGUMENTS, COMMAND, reward_of
 from minirlhf.common.printing import escaped, html_table, markdown
+from minirlhf.common.text import printable
 from minirlhf.common.web_page import HOST, PORT, require_web, served
 from minirlhf.evaluation.explanation import READING, Explanation, explain
 from minirlhf.evaluation.report_texts import LANGUAGES
@@ -30,7 +33,7 @@ from minirlhf.rl.rollout import Rollout, collect_rollout
 from minirlhf.runs.checkpoint import COUNTERS_FILE, load_checkpoint
 from minirlhf.runs.log import CONFIG_FILE
 from minirlhf.runs.run import newest_checkpoint
-from minirlhf.text.prompts import as_prompts
+from minirlhf.text.prompts import Prompt, as_prompts
 
 EXAMPLES = 20  # prompts of the run that are offered
 SHOWN = 16  # samples of a step, from the best to the worst, that can be chosen
@@ -80,7 +83,8 @@ CSS = f"""
 class Demo:
     """A run of PPO in memory, asked by several threads, of which one at a time works.
 
-    reward: a folder or module:function; None: the run's own. device: None: the run's own.
+    reward: a folder or module:function; None: the run's own, of a run that `minirlhf train` began. device: None: the
+    run's own.
     Raises BlockingIOError for a run that is being written, FileNotFoundError for a folder that is no run, ValueError
     for one of another kind, or one that does not say what its reward was, and as `load_checkpoint`.
     """
@@ -92,25 +96,34 @@ class Demo:
         started = read_json(run / CONFIG_FILE)
         arguments = started.get(ARGUMENTS)
         arguments = arguments if isinstance(arguments, dict) else {}
-        if reward is None and not isinstance(arguments.get("reward"), str):
+        if reward is None and started.get(COMMAND) != "train":  # what a script calls "reward" may be a part of it
             raise ValueError(f"{run} does not say what its reward was: give --reward")
-        of_itself = run / REFERENCE if (run / REFERENCE).is_dir() else None
-        self.trainer = load_checkpoint(checkpoint, of_itself, **({} if device is None else {"device": device}))
+        overrides = {} if device is None else {"device": device}
+        try:
+            self.trainer = load_checkpoint(checkpoint, **overrides)
+        except (FileNotFoundError, ValueError):
+            if not (run / REFERENCE).is_dir():
+                raise
+            # What the run left at its end; below adapters over a bf16 base it is rounded, so it comes second.
+            self.trainer = load_checkpoint(checkpoint, run / REFERENCE, **overrides)
         where = self.trainer.config.device
-        if reward is None and started.get(COMMAND) == "train":
-            self.reward: RewardFunction = reward_of(arguments, where)
-        else:
-            self.reward = load_scorer(reward or arguments["reward"], where, arguments.get("positive_label"))
-        pool = arguments.get("prompts") or []
-        self.chats = any(isinstance(prompt, list) for prompt in pool)
-        self.prompts = [prompt[-1]["content"] if isinstance(prompt, list) else prompt for prompt in pool[:EXAMPLES]]
+        self.reward: RewardFunction = (
+            reward_of(arguments, where)
+            if reward is None
+            else load_scorer(reward, where, arguments.get("positive_label"))
+        )
+        pool: list[Prompt] = arguments.get("prompts") or []
+        self.prompts: dict[str, Prompt] = {}  # of the run, by what the page shows of each
+        for prompt in pool[:EXAMPLES]:
+            self.prompts.setdefault(prompt[-1]["content"] if isinstance(prompt, list) else prompt, prompt)
+        self.chat = next((prompt for prompt in pool if isinstance(prompt, list)), None)  # None: no chats
         self._lock = threading.Lock()
 
     def continuations(self, text: str, count: int, seed: int) -> dict[str, Rollout]:
         """What reference and policy make of a prompt, sampled as in the run. Raises ValueError for a bad prompt."""
         t, c = self.trainer, self.trainer.config
         sampling = PPOConfig(gen_len=c.gen_len, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-                             eos_token_id=c.eos_token_id)  # fmt: skip
+                             eos_token_id=c.eos_token_id, reward_timeout=c.reward_timeout)  # fmt: skip
         found = {}
         with self._lock:
             for name, model in (("reference", with_value_head(t.reference, None)), ("policy", t.policy.eval())):
@@ -131,17 +144,26 @@ class Demo:
                 t.generators["sampling"].manual_seed(seed)
                 t.optimizer_steps = 0  # at the end of a schedule a step may change nothing
                 rollout = t.collect(self._prompts(text, c.batch_size // c.group_size), self.reward)
+                coef = t.kl_controller.coef
                 t.step(rollout)
+                t.kl_controller.coef = coef  # that the step had, not the one after it
                 order = rollout.scores.argsort(descending=True)
                 chosen = order[torch.linspace(0, len(order) - 1, min(SHOWN, len(order))).long()]
                 return [explain(t, rollout, i, io.StringIO()) for i in chosen.tolist()]
             finally:
                 t.policy.load_state_dict(weights)
+                t.optimizer.state.clear()  # a run without steps has no moments to load
                 t.load_state_dict(state)
                 t.interrupted = False
 
     def _prompts(self, text: str, count: int) -> list[str]:
-        return as_prompts([[{"role": "user", "content": text}] if self.chats else text], self.trainer.tokenizer) * count
+        prompt: Prompt = text
+        if text in self.prompts:
+            prompt = self.prompts[text]
+        elif self.chat is not None:
+            system = itertools.takewhile(lambda message: message["role"] == "system", self.chat)
+            prompt = [*system, {"role": "user", "content": text}]
+        return as_prompts([prompt], self.trainer.tokenizer) * count
 
 
 def pair_html(found: Mapping[str, Rollout], words: Mapping[str, str]) -> str:
@@ -188,18 +210,17 @@ def page_of(demo: Demo, title: str, language: str) -> Any:
         def call(*inputs: Any) -> Any:
             try:
                 return function(*inputs)
-            except (ValueError, OSError, RuntimeError) as error:
-                raise gradio.Error(escaped(error), print_exception=False) from error
+            except Exception as error:  # whatever a user's reward may raise
+                raise gradio.Error(escaped(error) or type(error).__name__, print_exception=False) from error
 
         return call
 
-    def write(text: str, count: int, seed: int) -> str:
-        return pair_html(demo.continuations(text, int(count), int(seed)), words)
+    def write(text: str, count: int, seed: int | None) -> str:  # None: the field was emptied
+        return pair_html(demo.continuations(text, int(count), int(seed or 0)), words)
 
-    def step(text: str, seed: int) -> tuple[Any, ...]:
-        found = demo.step(text, int(seed))
-        texts = ["".join(token["token"] for token in each.tokens) for each in found]
-        samples = [(f"{each.score:.3f}  {text}", i) for i, (each, text) in enumerate(zip(found, texts, strict=True))]
+    def step(text: str, seed: int | None) -> tuple[Any, ...]:
+        found = demo.step(text, int(seed or 0))
+        samples = [(f"{each.score:.3f}  {printable(each.response)}", i) for i, each in enumerate(found)]
         colours = [(words[name], name) for name in figures(found[0])]
         return (
             found,
@@ -217,9 +238,10 @@ def page_of(demo: Demo, title: str, language: str) -> Any:
 
     with gradio.Blocks(title=f"minirlhf: {title}", analytics_enabled=False) as page:
         gradio.Markdown(f"## {markdown(title)}")
-        prompt = gradio.Textbox(demo.prompts[0] if demo.prompts else "", label=words["prompt"], lines=1, autofocus=True)
-        if demo.prompts:
-            gradio.Examples(demo.prompts, prompt, label=words["examples"], examples_per_page=EXAMPLES)
+        prompts = list(demo.prompts)
+        prompt = gradio.Textbox(prompts[0] if prompts else "", label=words["prompt"], lines=1, autofocus=True)
+        if prompts:
+            gradio.Examples(prompts, prompt, label=words["examples"], examples_per_page=EXAMPLES)
         with gradio.Row(equal_height=True):
             count = gradio.Slider(1, 8, 4, step=1, label=words["count"])
             seed = gradio.Number(0, label=words["seed"], precision=0, minimum=0)
@@ -243,11 +265,13 @@ def page_of(demo: Demo, title: str, language: str) -> Any:
 
 @command(
     argument("run", metavar="RUN", help="folder of a run of PPO or a relative of it"),
-    argument("--reward", metavar="REWARD", help="folder or module:function; default: the run's own"),
+    argument("--reward", metavar="REWARD", help="folder or module:function; default: the run's own, if train began it"),
     argument("--host", default=HOST, help="0.0.0.0 lets other machines in; default %(default)s"),
     argument("--port", type=integer(1, 65535), default=PORT, metavar="N", help="default %(default)s"),
     argument("--language", choices=LANGUAGES, default="en", help="of the page; default %(default)s"),
-    argument("--device", help="auto, cpu or cuda[:index]; default: the run's own"),
+    argument(
+        "--device", help="auto, cpu or cuda[:index], of the kind of device that the run was on; default: the run's own"
+    ),
 )
 def demo(args: argparse.Namespace) -> None:
     """Show a run in the browser: policy beside reference, and one step of PPO token by token; Ctrl-C ends."""
@@ -255,4 +279,5 @@ def demo(args: argparse.Namespace) -> None:
     run = Path(args.run)
     page = page_of(Demo(run, args.reward, args.device), run.resolve().name, args.language)
     with contextlib.suppress(KeyboardInterrupt), served(page, args.host, args.port, CSS):
-        threading.Event().wait()
+        while True:  # an endless wait for a lock cannot be interrupted on Windows
+            time.sleep(3600)

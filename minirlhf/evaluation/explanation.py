@@ -39,13 +39,16 @@ class Explanation:
         logprob, old_logprob, ref_logprob: under the policy as it is now, as it was when it sampled, and the reference.
         kl: the KL estimate of the token before the update, as it was penalised. ratio: exp(logprob - old_logprob).
         clipped: whether clipping of the ratio keeps this token from moving the policy further. value, returns: left
-        out for a policy without a value head. Further names: token (its text), reward, advantage.
+        out for a policy without a value head. Further names: reward, advantage, and token: what it adds to the text, or
+        its name in the vocabulary if that is nothing (special tokens, all but the last of a character).
+    response: its text.
     """
 
     prompt: str
     score: float
     tokens: tuple[dict[str, Any], ...]
     group: tuple[float, ...] = ()
+    response: str = ""
 
     def rows(self) -> list[list[str]]:
         """The table: the names of the columns, and a row a token."""
@@ -102,15 +105,18 @@ def explain(trainer: PPOTrainer, rollout: Rollout, i: int, file: TextIO | None =
     group = rollout.scores.view(-1, rollout.group_size)[i // rollout.group_size] if rollout.group_size > 1 else ()
     known = {name: x for name, x in columns.items() if x is not None}  # without a value head some are missing
     numbers = torch.cat(list(known.values())).T.tolist()  # one list a token
-    texts = [trainer.tokenizer.vocab[token] for token in row.tokens[0, -width:].tolist()]
+    tokenizer, (prompt_ids, response_ids) = trainer.tokenizer, row.tokens[0].split([row.tokens.size(1) - width, width])
+    pieces = tokenizer.decode_response(prompt_ids, response_ids)
+    texts = [piece or tokenizer.vocab[token] for piece, token in zip(pieces, response_ids.tolist(), strict=True)]
     explanation = Explanation(
-        rollout.prompts[i] if rollout.prompts else trainer.tokenizer.decode(row.tokens[0, :-width]),
+        rollout.prompts[i] if rollout.prompts else tokenizer.decode(prompt_ids),
         rollout.scores[i].item(),
         tuple(
             {"token": text, **dict(zip(known, values, strict=True)), "clipped": cut > 0}
             for text, values, cut in zip(texts, numbers, (outside * row.advantages)[0].tolist(), strict=True)
         ),
         tuple(map(float, group)),
+        "".join(pieces),
     )
     show(explanation, file)
     return explanation

@@ -192,10 +192,9 @@ def test_ppo_waits_for_scores(browser, feedback, tmp_path):
 def test_the_demo_shows_both_models_and_a_step(browser, policy, tiny, port, tmp_path):
     settings = dict(steps=8, batch_size=8, minibatch_size=8, forward_batch_size=8, gen_len=4, lr=3e-2, device="cpu")
     trainer = PPOTrainer(load_decoder(policy), policy, Tokenizer(VOCAB), **settings)
-    arguments = {"reward": str(tiny / "second"), "prompts": ["酒店", "房间"]}
-    with Run.start(tmp_path / "run", trainer, {"arguments": arguments}) as run:
+    with Run.start(tmp_path / "run", trainer, {"arguments": {"prompts": ["酒店", "房间"]}}) as run:
         trainer.train(["酒店"], load_scorer(tiny / "second"), run.record, progress=False)
-    demo = Demo(tmp_path / "run")
+    demo = Demo(tmp_path / "run", str(tiny / "second"))
     with served(page_of(demo, "run <b>", "en"), HOST, port, CSS):
         browser.driver.get(f"http://{HOST}:{port}")
         browser.until(lambda: any(x.text == "Write" for x in browser.all("button")))

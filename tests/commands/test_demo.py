@@ -1,21 +1,28 @@
 """What stands behind the demo's page, without gradio: continuations, one step token by token, their HTML, bad input."""
 
+import contextlib
 import copy
+import dataclasses
 import html
 import io
 import re
+import shutil
 import socket
 import sys
+import threading
 import types
 
 import pytest
 import torch
 
 from minirlhf import PPOTrainer, Run, Tokenizer, explain, load_decoder
-from minirlhf.commands.demo import Demo, figures, pair_html, tokens_html
+from minirlhf.commands import demo as demo_module
+from minirlhf.commands.demo import Demo, figures, page_of, pair_html, tokens_html
 from minirlhf.commands.main import main
 from minirlhf.common.web_page import HOST
 from minirlhf.evaluation.explanation import Explanation
+from minirlhf.io.files import read_json, write_json
+from minirlhf.models.sharded import exported
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.runs.checkpoint import load_checkpoint
 from minirlhf.runs.locks import FolderLock
@@ -33,8 +40,8 @@ def run(tiny, tmp_path_factory):
     tokenizer, reward = Tokenizer.from_pretrained(tiny / "policy"), load_scorer(tiny / "second")
     trainer = PPOTrainer(load_decoder(tiny / "policy"), load_decoder(tiny / "policy"), tokenizer, **SETTINGS)
     folder = tmp_path_factory.mktemp("demo") / "run"
-    arguments = {"reward": str(tiny / "second"), "prompts": PROMPTS}
-    with Run.start(folder, trainer, {"arguments": arguments}) as started:
+    arguments = {"reward": str(tiny / "second"), "positive_label": None, "judge": {}, "prompts": PROMPTS}
+    with Run.start(folder, trainer, {"command": "train", "arguments": arguments}) as started:
         trainer.train(PROMPTS, reward, started.record, progress=False)
     trainer.reference.save_pretrained(folder / "reference")  # where else it came from is not known
     return folder
@@ -52,7 +59,7 @@ def everything(trainer):
 
 def test_continuations_are_those_of_the_saved_models(demo, run, tiny):
     found = demo.continuations("位置", 3, seed=5)
-    assert demo.prompts == PROMPTS and list(found) == ["reference", "policy"]
+    assert list(demo.prompts) == PROMPTS and list(found) == ["reference", "policy"]
     folders = {"reference": tiny / "policy", "policy": newest_checkpoint(run)}
     for name, rollout in found.items():
         model, tokenizer = load_decoder(folders[name]), Tokenizer.from_pretrained(tiny / "policy")
@@ -74,15 +81,46 @@ def test_a_step_is_the_one_that_the_trainer_takes_and_changes_nothing(demo, run,
     trainer.generators["sampling"].manual_seed(3)
     trainer.optimizer_steps = 0
     rollout = trainer.collect(["位置"] * 8, load_scorer(tiny / "second"))
+    coef = trainer.kl_controller.coef
     trainer.step(rollout)
+    assert trainer.kl_controller.coef != coef
+    trainer.kl_controller.coef = coef  # what the step's own rewards were made with
     expected = [explain(trainer, rollout, i, io.StringIO()) for i in range(8)]
     assert sorted(map(str, found)) == sorted(map(str, expected))
+    assert found[0].tokens[0]["reward"] == pytest.approx(-coef * found[0].tokens[0]["kl"])
     scores = [each.score for each in found]
     assert scores == sorted(scores, reverse=True)
     ratios = [token["ratio"] for each in found for token in each.tokens]
     assert max(abs(ratio - 1) for ratio in ratios) > 0.01  # the schedule has ended, the step moves all the same
     assert any(token["clipped"] for each in found for token in each.tokens)
     assert figures(found[0]) == ["advantage", "reward", "value", "clipping"]
+
+
+def test_adapters_over_a_rounded_base_find_the_base_and_a_step_leaves_no_moments(tiny, tmp_path):
+    """The reference of the run's end is rounded to bf16, unlike the base; and no step has been made."""
+    lora = dict(rank=2, base_dtype="bf16")
+    policy, tokenizer = load_decoder(tiny / "policy"), Tokenizer.from_pretrained(tiny / "policy")
+    trainer = PPOTrainer(policy, None, tokenizer, **{**SETTINGS, "lora": lora})
+    Run.start(tmp_path / "run", trainer, {}).__exit__(None, None, None)
+    exported(trainer.reference).save_pretrained(tmp_path / "run" / "reference")
+    demo = Demo(tmp_path / "run", str(tiny / "second"))
+    before = everything(demo.trainer)
+    assert not any(name.startswith("optimizer.") for name in before[0])
+    demo.step("位置", seed=3)
+    after = everything(demo.trainer)
+    assert before[1] == after[1] and before[0].keys() == after[0].keys()
+    assert all(torch.equal(x, after[0][name]) for name, x in before[0].items())
+
+
+def test_a_reward_that_hangs_is_given_up_as_in_the_run(demo, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(demo.trainer, "config", dataclasses.replace(demo.trainer.config, reward_timeout=0.05))
+    monkeypatch.setattr(demo, "reward", lambda texts: [0.0] * len(texts) if released.wait(20) else None)
+    try:
+        with pytest.raises(TimeoutError):
+            demo.continuations("位置", 1, 0)
+    finally:
+        released.set()
 
 
 def test_an_error_in_a_step_leaves_the_trainer_as_it_was(demo, monkeypatch):
@@ -103,11 +141,20 @@ def test_a_prompt_that_does_not_fit_is_refused(demo):
             demo.step(text, 0)
 
 
-def test_where_the_run_had_chats_the_prompt_is_what_the_user_says(demo, monkeypatch):
-    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}!{% endfor %}"
-    monkeypatch.setattr(demo, "chats", True)
-    monkeypatch.setattr(demo.trainer.tokenizer.model, "kept", {"chat_template": template})
-    assert demo.continuations("酒店", 2, 0)["policy"].prompts == ("user:酒店!",) * 2
+def test_chats_of_the_run_are_prompts_as_they_were_and_new_ones_begin_like_the_first(run, tiny, tmp_path):
+    def of(*turns):
+        return [{"role": role, "content": content} for role, content in turns]
+
+    folder = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    config = read_json(folder / "config.json")
+    pool = [of(("system", "店"), ("user", "酒店"), ("assistant", "好"), ("user", "房间")), of(("user", "位置"))]
+    write_json(folder / "config.json", {**config, "arguments": {**config["arguments"], "prompts": pool}})
+    demo = Demo(folder)
+    template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    demo.trainer.tokenizer.model.kept = {"chat_template": template}
+    assert list(demo.prompts) == ["房间", "位置"]
+    for text, prompt in {"房间": "s店u酒店a好u房间", "位置": "u位置", "早餐": "s店u早餐"}.items():
+        assert demo.continuations(text, 2, 0)["policy"].prompts == (prompt,) * 2
 
 
 # ---- HTML -----------------------------------------------------------------------------------------------------------
@@ -146,6 +193,30 @@ def test_both_sides_have_their_texts_rewards_and_mean():
     ]  # fmt: skip
 
 
+def test_the_page_takes_an_empty_seed_and_tells_every_error(demo, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'minirlhf[web]'")
+    write, *_ = [each.fn for each in page_of(demo, "run", "en").fns.values() if each.fn.__module__ == Demo.__module__]
+    assert write("位置", 2, None) == write("位置", 2, 0)
+
+    def fails(texts):
+        raise KeyError
+
+    monkeypatch.setattr(demo, "reward", fails)
+    with pytest.raises(gradio.Error, match="KeyError"):
+        write("位置", 2, 0)
+
+
+def test_ctrl_c_ends_the_page(run, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_module, "require_web", lambda *address: None)
+    monkeypatch.setattr(demo_module, "page_of", lambda *given: None)
+    monkeypatch.setattr(demo_module, "served", lambda *given: contextlib.nullcontext())
+    monkeypatch.setattr(demo_module.time, "sleep", interrupted)
+    assert main(["demo", str(run)]) == 0
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +250,8 @@ def test_other_folders_and_rewards_are_refused(run, tiny, tmp_path, error_of):
     other = tmp_path / "other"
     trainer = PPOTrainer(load_decoder(tiny / "policy"), tiny / "policy", Tokenizer.from_pretrained(tiny / "policy"),
                          **SETTINGS)  # fmt: skip
-    Run.start(other, trainer, {"arguments": {"prompts": PROMPTS}}).__exit__(None, None, None)
+    arguments = {"prompts": PROMPTS, "reward": str(tiny / "second")}  # a script's, which may reward something else
+    Run.start(other, trainer, {"arguments": arguments}).__exit__(None, None, None)
     assert error_of(other).endswith("does not say what its reward was: give --reward")
     (counters,) = other.glob("checkpoints/*/training.json")
     counters.write_text(counters.read_text().replace('"kind": "ppo"', '"kind": "sft"'))

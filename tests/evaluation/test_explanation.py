@@ -45,8 +45,9 @@ def test_every_figure_of_a_token_is_that_of_explicit_loops(make_decoder, capsys)
         assert [token[name] for token in explanation.tokens] == pytest.approx(column, rel=2e-4, abs=2e-4), name
     bound = [r > 1.2 if a > 0 else r < 0.8 for r, a in zip(ratios, advantages, strict=True)]
     assert [token["clipped"] for token in explanation.tokens] == bound and any(bound)
-    assert [token["token"] for token in explanation.tokens] == [VOCAB[i] for i in ids]
-    assert (explanation.prompt, explanation.score) == (PROMPTS[2], rollout.scores[2].item())
+    assert [token["token"].strip() for token in explanation.tokens] == [VOCAB[i].removeprefix("##") for i in ids]
+    assert (explanation.prompt, explanation.response) == (PROMPTS[2], rollout.responses[2])
+    assert explanation.score == rollout.scores[2].item()
     assert str(explanation) in capsys.readouterr().out
     with pytest.raises(ValueError, match="the rollout has rows 0 to 3, got 4"):
         explain(trainer, rollout, 4)

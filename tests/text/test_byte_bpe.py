@@ -12,6 +12,7 @@ from transformers import GPT2Tokenizer, GPT2TokenizerFast
 from conftest import make_gpt2
 from minirlhf import PPOTrainer, Tokenizer
 from minirlhf.evaluation.explanation import explain
+from minirlhf.rl.rollout import rollout_from_tokens
 from minirlhf.supervised.sft import encode_demonstrations
 from minirlhf.text.demonstrations import Demonstration
 from minirlhf.text.tokenizer_models import ByteBPE, byte_alphabet
@@ -213,9 +214,21 @@ def test_a_step_of_ppo(ours):
     assert stats["reward/shaped"] == pytest.approx(shaped, rel=1e-5)
     assert not torch.equal(trainer.policy.decoder.wte.weight, before)
     explanation = explain(trainer, rollout, 1)
-    assert [token["token"] for token in explanation.tokens] == [
-        VOCAB[i] for i in rollout.tokens[1, -6:][rollout.response_mask[1]]
-    ]
+    assert len(explanation.tokens) == lengths[1] and explanation.response == rollout.responses[1]
+
+
+def test_an_explanation_shows_what_each_token_adds_to_the_text(ours):
+    """Bytes of one character but the last, and the end, add nothing: they go by their names."""
+    single = {bytes([b]): i for i, b in enumerate(ours.model.bytes) for b in b if len(ours.model.bytes[i]) == 1}
+    prompt, *response = [torch.tensor([single[bytes([byte])]]) for byte in "a店 b\n".encode()]
+    response = torch.cat([*response, torch.tensor([ours.eos_id])])
+    models = [make_gpt2(0, **SIZES) for _ in range(2)]
+    trainer = PPOTrainer(*models, ours, batch_size=2, minibatch_size=2, gen_len=7, device="cpu")
+    longer = torch.cat([prompt, prompt])  # so that the first prompt is padded
+    rollout = rollout_from_tokens(trainer.models.whole(), [prompt, longer], [response] * 2, [0.0, 0.0], trainer.config)
+    explanation = explain(trainer, rollout, 0)
+    assert [token["token"] for token in explanation.tokens] == ["å", "º", "店", " ", "b", "\n", END]
+    assert (explanation.prompt, explanation.response) == ("a", "店 b\n")
 
 
 def test_the_piece_of_a_character_of_several_tokens_is_the_last_one_s(ours):
