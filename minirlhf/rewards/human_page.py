@@ -237,7 +237,8 @@ const words = navigator.language.startsWith('zh') ? {
   rank: '从好到差依次点击，或按数字键；退格键取消一个', score: '1（差）到 5（好）：点击，或按数字键；退格键取消一个',
 } : {
   undo: 'undo u', skip: 'skip s', empty: '(empty)', wait: 'The next question comes in a moment ...',
-  ended: 'All done, thank you! You can close this page.', lost: 'Cannot reach the program: it has ended or is starting again.',
+  ended: 'All done, thank you! You can close this page.',
+  lost: 'Cannot reach the program: it has ended or is starting again.',
   rank: 'Click the answers, best first, or press their numbers; Backspace: one back',
   score: '1 (bad) to 5 (good): click, or press the number; Backspace: one back',
 };
