@@ -92,6 +92,8 @@ def download(name: str, to: StrPath | None = None, revision: str = "main") -> Pa
     with _explained(name, to, revision):
         info = HfApi().model_info(name, revision=revision)
         files, commit = needed_files(name, [file.rfilename for file in info.siblings or ()]), str(info.sha)
+        if not re.fullmatch("[0-9a-f]{40}", commit):  # huggingface_hub takes it as the name of a folder
+            raise DownloadError(f"the server names the commit {commit!r} of {name}, which is no SHA-1")
         if to is not None:
             with replaced_folder(Path(to) / name) as staged, tempfile.TemporaryDirectory(dir=staged) as fresh:
                 for old in [path for path in staged.iterdir() if _is_weights(path.name) and path.name not in files]:

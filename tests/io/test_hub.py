@@ -426,6 +426,14 @@ def test_an_etag_that_would_be_a_path_is_refused(client, published, etag):
         download("owner/model", "weights")
 
 
+@pytest.mark.parametrize("commit", ["../../escaped", "main", COMMIT.upper()])
+def test_a_commit_that_would_be_a_path_is_refused(client, published, tmp_path, commit):
+    client.models["owner/model"], client.commit = published, commit
+    with pytest.raises(ValueError, match="which is no SHA-1"):
+        download("owner/model")
+    assert client.requests == [] and not list(tmp_path.rglob("escaped"))  # no file was asked for
+
+
 @pytest.mark.parametrize("cached", [False, True])  # from the cache huggingface_hub copies
 def test_nothing_is_written_through_a_link(client, published, tmp_path, cached):
     client.models["owner/model"] = published
