@@ -125,7 +125,7 @@ def test_the_curves_of_a_case_are_drawn(case, call, tiny, tmp_path):
 def test_each_case_stands_in_the_docs_with_its_command_and_its_picture():
     page = (EVIDENCE.parents[1] / "docs" / "curves.md").read_text(encoding="utf-8")
     commands = re.findall(
-        r"^python examples/evidence/curves.py (\w+) --output docs/curves_(\w+).png$", page, re.MULTILINE
+        r"^python examples/evidence/curves.py (\w+) --output runs/curves_(\w+).png$", page, re.MULTILINE
     )
     assert [case for case, _ in commands] == [name for _, name in commands] == list(CASES)
     assert re.findall(r"^!\[.*\]\(curves_(\w+).png\)$", page, re.MULTILINE) == list(CASES)
