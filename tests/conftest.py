@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,10 @@ from minirlhf.evaluation import evaluate, results
 from minirlhf.models.llama import RMSNorm
 from minirlhf.models.rope import rotary
 from minirlhf.rewards.sentiment import CANARIES
+
+# A busy machine takes any time for an example; every test has a timeout of its own.
+hypothesis.settings.register_profile("without a deadline", deadline=None)
+hypothesis.settings.load_profile("without a deadline")
 
 # Threads cost more than they bring at these sizes.
 torch.set_num_threads(1)
