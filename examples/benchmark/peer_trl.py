@@ -1,14 +1,14 @@
 """The benchmark's work done by TRL 0.11.4, the last with `PPOTrainer.step`, or the way of the original recipe; and its
-work in groups, 32 prompts with 4 responses each, by the GRPOTrainer or RLOOTrainer of a new TRL.
+work in groups, 32 prompts with 4 responses each, by the GRPOTrainer or RLOOTrainer of a new TRL, with peft if asked.
 
     python3 -m venv trl && trl/bin/pip install torch "numpy<2" transformers==4.45.2 accelerate==0.34.2 \\
         datasets==2.21.0 "pyarrow<18" rich trl==0.11.4
     python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py"
     python examples/benchmark --peer-command "trl/bin/python examples/benchmark/peer_trl.py --way recipe"
 
-    python3 -m venv new && new/bin/pip install torch transformers datasets accelerate trl # trl 1.16.0
+    python3 -m venv new && new/bin/pip install torch transformers datasets accelerate peft trl==1.16.0
     python examples/benchmark --config group_size=4 whiten_advantages=false adaptive_kl=false advantages=rloo \\
-        --peer-command "new/bin/python examples/benchmark/peer_trl.py --way rloo"
+        --peer-command "new/bin/python examples/benchmark/peer_trl.py --way rloo"    # "--lora 8" for adapters
 
 Nothing of ours is imported. Random models of the same sizes, the same batch; a JSON line a phase. TRL generates and
 scores in one batch. `--fused-adam` gives it the faster optimizer; jemalloc comes by LD_PRELOAD. "recipe": one prompt at
@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--minibatch", type=int, default=16, help="sequences an optimizer step of TRL")
     parser.add_argument("--fused-adam", action="store_true")
     parser.add_argument("--layers", type=int, default=12, help="of both models")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="with grpo or rloo: train adapters of this rank")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
@@ -154,7 +156,8 @@ def in_groups(args: argparse.Namespace) -> None:
             self.start = time.perf_counter()
 
         def on_train_end(self, *_: object, **__: object) -> None:
-            told(f"trl {trl.__version__} {args.way}", "iteration", time.perf_counter() - self.start)
+            name = f"trl {trl.__version__} {args.way}{'' if args.lora is None else ' with LoRA'}"
+            told(name, "iteration", time.perf_counter() - self.start)
 
     kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}
     kind, trainer = kinds[args.way]
@@ -170,7 +173,10 @@ def in_groups(args: argparse.Namespace) -> None:
             logging_steps=10**6, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         data = Dataset.from_dict({"prompt": prompts})
-        run = trainer(model, reward, config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+        adapters = {} if args.lora is None else {"peft_config": lora(args.lora)}
+        run = trainer(
+            model, reward, config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()], **adapters
+        )
         few = tokenizer(prompts[:8], return_tensors="pt").input_ids
         model.generate(few, do_sample=True, max_new_tokens=NEW_TOKENS, pad_token_id=0)
         reward(prompts[:8], prompts[:8])
@@ -194,6 +200,16 @@ def told(peer: str, phase: str, seconds: float) -> None:
 
 def gpt2(layers: int) -> transformers.GPT2LMHeadModel:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB, n_layer=layers))
+
+
+def lora(rank: int) -> Any:
+    """peft's settings of the adapters that we make for `lora={"rank": rank}`."""
+    import peft
+
+    layers = ["c_attn", "c_proj", "c_fc"]
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=layers, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
 
 
 def bert(layers: int) -> transformers.BertForSequenceClassification:

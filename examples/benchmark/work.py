@@ -33,7 +33,6 @@ TINY_BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, int
 SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
     "tiny": (dict(n_embd=32, n_layer=2, n_head=2, n_positions=640), TINY_BERT),
-    "deep": (dict(n_embd=512, n_layer=24, n_head=8), TINY_BERT),  # GPT-2 medium at half its width
     "gpt2-medium": (dict(vocab_size=50257, n_embd=1024, n_layer=24, n_head=16), TINY_BERT),
     "qwen3-0.6b": (
         dict(
