@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
 
 
 def require(config: object, name: str, fine: bool, allowed: str) -> None:
     """Raise ValueError for a field of a config unless it is fine."""
     if not fine:
         raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
+
+
+def require_config(config: Any, kind: type[Config]) -> Config:
+    """A config of this kind, its defaults for None. Raises ValueError for anything else, such as a dict."""
+    if config is not None and not isinstance(config, kind):
+        advice = f"of a dict it is {kind.__name__}(**config)"
+        raise ValueError(f"config must be a {kind.__name__}, got a {type(config).__name__}: {advice}")
+    return kind() if config is None else config
 
 
 def plain_numbers(config: object) -> None:

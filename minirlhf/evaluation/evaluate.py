@@ -11,13 +11,20 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from minirlhf.common.validation import require, require_non_negative, require_positive_ints, require_token_ids
+from minirlhf.common.validation import (
+    require,
+    require_config,
+    require_non_negative,
+    require_positive_ints,
+    require_token_ids,
+)
 from minirlhf.device.precision import Precision
 from minirlhf.device.processes import processes
 from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, expected_best_of_n, n_of_kl
 from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
 from minirlhf.evaluation.optimum import Optimum, OptimumPoint, described
 from minirlhf.evaluation.statistics import Array, Bootstrap
+from minirlhf.generation.generate import language_model
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, with_value_head
@@ -27,7 +34,7 @@ from minirlhf.rl.config import PPOConfig
 from minirlhf.rl.rollout import Rollout, collect_rollout, logprobs_in_batches
 from minirlhf.text.prompts import as_prompts, require_room
 from minirlhf.text.statistics import distinct_n, repeated_share, self_bleu, unit_of, units
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 
 MAX_N = 64  # candidates a prompt at most
 LARGEST_EXPONENT = 700.0  # a float holds its exponential
@@ -90,7 +97,9 @@ def evaluate(
     Raises ValueError for no prompts, an empty or too long one, one that is on both lists, models or tokenizer that do
     not fit each other, and scores that are not finite numbers; of prompts and models before anything is sampled.
     """
-    config = config or EvaluationConfig()
+    config = require_config(config, EvaluationConfig)
+    require_tokenizer(tokenizer)
+    reference = language_model(reference)
     sampler = _Sampler(with_value_head(policy, None), reference, tokenizer, reward_fn, second_scorer, config)
     decoder = sampler.policy.decoder
     decoder.fit_vocabulary(len(tokenizer), "policy")

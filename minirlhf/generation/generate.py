@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
+from minirlhf.common.validation import require_config
 from minirlhf.device.gpu import to_device
 from minirlhf.device.parts import is_part
 from minirlhf.device.precision import full_precision
 from minirlhf.generation.sampling import SamplingConfig, draw_uniforms, is_end, pack_set, sample
-from minirlhf.text.batching import Ids, left_pad
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.batching import Ids, checked_ids, left_pad
+from minirlhf.text.text_files import listed
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 
 if TYPE_CHECKING:
     from minirlhf.models.cache import KVCache
@@ -96,11 +99,12 @@ def generate(
     keep_sampling_sets, keep_states: whether the result has them.
     graphed: decodes every token after the first at fixed shapes, on a GPU by a CUDA graph. None: plain decoding, in
         which rows that have ended cost nothing. Both give the same samples.
-    Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, or a model in
-    training mode; FloatingPointError if logits have a NaN, or no finite maximum.
+    Raises ValueError for no prompts, an empty one, one that leaves no room in the model's context, arguments of another
+    type, or a model in training mode; FloatingPointError if logits have a NaN, or no finite maximum.
     """
+    sampling = require_config(sampling, SamplingConfig)
     *_, samples = _decode(
-        language_model(model), prompts, max_new_tokens, sampling or SamplingConfig(), eos_token_id, pad_token_id,
+        language_model(model), prompts, max_new_tokens, sampling, eos_token_id, pad_token_id,
         generator, keep_sampling_sets, keep_states, graphed, uniforms, share,
     )  # fmt: skip
     return samples.finished()
@@ -131,14 +135,14 @@ def _decode(
     share: slice | None = None,
 ) -> Iterator[_Samples]:
     """The samples of `generate` after each token: the same object, which grows."""
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts must be token ids, got texts: give [tokenizer.encode_prompt(text) for text in texts]")
+    prompts = _checked_prompts(prompts, model.vocab_size)
+    eos_token_id = _checked_ends(eos_token_id)
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change what is sampled; call model.eval()")
     if is_part(next(model.parameters())):
         raise ValueError("the model is sharded, and samples come from a whole copy: trainer.models.whole().policy")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     ids, prompt_mask = left_pad(prompts, pad_token_id)
     longest, padded = int(prompt_mask.sum(-1).max()), not bool(prompt_mask.all())
     if longest + max_new_tokens > model.n_positions:
@@ -182,6 +186,25 @@ def _decode(
             mask = sampled.mask[rows, : P + t + 1] if padded else None
             state = model.hidden_states(new.unsqueeze(-1), mask, cache)[:, -1]
             logits = model.lm_logits(state)
+
+
+def _checked_prompts(prompts: Sequence[Ids], vocab_size: int) -> list[Ids]:
+    """Prompts as a list. Raises ValueError for texts, another type, and bad ids."""
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be token ids of several prompts, got a {type(prompts).__name__}")
+    found = list(prompts)
+    if any(isinstance(prompt, str) for prompt in found):
+        raise ValueError("prompts must be token ids, got texts: give [tokenizer.encode_prompt(text) for text in texts]")
+    return [checked_ids(f"prompt {i}", prompt, vocab_size) for i, prompt in enumerate(found)]
+
+
+def _checked_ends(eos_token_id: int | Sequence[int] | None) -> list[int] | None:
+    """Ids as a list. Raises ValueError for anything else."""
+    several = isinstance(eos_token_id, (list, tuple))
+    ids: Any = eos_token_id if several else [] if eos_token_id is None else [eos_token_id]
+    if not all(isinstance(i, Integral) for i in ids):
+        raise ValueError(f"eos_token_id must be an id, several of them, or None, got {eos_token_id!r:.60}")
+    return None if eos_token_id is None else list(map(int, ids))
 
 
 class _Samples:
@@ -279,7 +302,7 @@ class TextGenerator:
         tokenizer: None: the model's own.
         Raises ValueError for an empty text or one without room, a bad setting, or a model without tokenizer.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else listed(text, "texts", "give a text, or a list of texts", "prompt")
         if type(n) is not int or n < 1:
             raise ValueError(f"n must be an integer of at least 1, got {n!r}")
         request = _Request(self, max_new_tokens, SamplingConfig(temperature, top_k, top_p), stop, seed, tokenizer)
@@ -323,14 +346,15 @@ class _Request:
         seed: int,
         tokenizer: Tokenizer | None,
     ):
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        self.stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
         if not all(isinstance(each, str) and each for each in self.stop):
             raise ValueError(f"stop must be texts with something in them, got {stop!r}")
         for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         self.model, self.max_new_tokens, self.sampling = model.language_model, max_new_tokens, sampling
-        self.tokenizer = tokenizer or _own_tokenizer(self.model)
+        self.tokenizer = _own_tokenizer(self.model) if tokenizer is None else tokenizer
+        require_tokenizer(self.tokenizer)
         self.model.fit_vocabulary(len(self.tokenizer))
         self.generator = torch.Generator(self.model.device).manual_seed(seed)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minirlhf.common.text import printable
 from minirlhf.io.files import check_content
 
 SAFE_TORCH = "2.6"  # up to 2.5 a crafted file could run code in spite of weights_only, CVE-2025-32434
@@ -103,5 +104,5 @@ def _is_plain(tensor: object) -> bool:
 def _complaint(error: Exception) -> str:
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
-        return f"is refused: it asks to load {asked[1]}, and weights need nothing but tensors"
-    return f"is not a readable file of tensors: {type(error).__name__} {str(error).split('. ')[0]}".rstrip()
+        return f"is refused: it asks to load {printable(asked[1])}, and weights need nothing but tensors"
+    return printable(f"is not a readable file of tensors: {type(error).__name__} {str(error).split('. ')[0]}".rstrip())

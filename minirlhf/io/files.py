@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from minirlhf.common.text import printable
+
 StrPath = str | os.PathLike[str]  # a path as users give it
 T = TypeVar("T")
 LOCKED_BYTE = 2**30  # of a file on Windows; far behind the text, because others cannot read a locked byte
@@ -91,11 +93,14 @@ def field(content: Mapping[str, Any], name: str, kind: type[T], where: object, d
 
 @contextlib.contextmanager
 def naming(path: StrPath) -> Iterator[None]:
-    """Put a path before the message of a ValueError that is raised inside, about content read from there."""
+    """Put a path before the message of a ValueError that is raised inside, about content read from there.
+
+    What the content would steer a terminal with becomes visible, as Python prints a message as it is.
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {printable(str(error))}") from error
 
 
 def write_json(path: StrPath, content: Mapping[str, Any]) -> None:

@@ -43,8 +43,12 @@ def locate(name_or_folder: StrPath) -> Path:
 
     Looks for `weights/NAME` under the current directory, then for the newest snapshot in the hub's cache (HF_HOME) that
     has a config and weights. Fetches nothing.
-    Raises FileNotFoundError that says how to get the model.
+    Raises FileNotFoundError that says how to get the model, ValueError for anything but a name or a path.
     """
+    if not isinstance(name_or_folder, (str, os.PathLike)):
+        raise ValueError(
+            f"a model is named by its folder, or by its name on the hub; got a {type(name_or_folder).__name__}"
+        )
     name = os.fspath(name_or_folder)
     if os.path.isdir(name):
         return Path(name)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from minirlhf.common.text import printable
 from minirlhf.device.parts import is_part
 from minirlhf.io.conversion import read_pickle, untied
 from minirlhf.io.files import (
@@ -49,9 +50,9 @@ MULTIMODAL = ("vision_config", "text_config", "audio_config")
 # Keys of a loaded config.json that do not hold of what is saved: how it was stored, by whom, and code beside it.
 NOT_KEPT = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels", "_num_labels", "auto_map"}
 # What training wrappers put into a tensor's name: torch.compile, fully sharded and checkpointed modules anywhere, then
-# DataParallel, Lightning and TRL at the start.
+# DataParallel, Lightning, TRL, peft and DeepSpeed at the start.
 INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-OUTER_WRAPPERS = re.compile(r"^(?:(?:module|model|pretrained_model)\.)+")
+OUTER_WRAPPERS = re.compile(r"^(?:(?:module|model|pretrained_model|base_model|_forward_module)\.)+")
 
 
 def read_folder(folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -166,7 +167,7 @@ def read_tensors(path: StrPath) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {printable(str(error))}") from error
 
 
 def read_metadata(path: StrPath) -> dict[str, str]:
@@ -176,7 +177,7 @@ def read_metadata(path: StrPath) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {printable(str(error))}") from error
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], origin: StrPath) -> None:
@@ -197,8 +198,11 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
         elif not torch.isfinite(tensor.float()).all():
             problems.append(f"{name} holds NaN or infinite values")
     if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"the weights in {origin} do not fit the model: {shown}")
+        missing = [problem for problem in problems if problem.startswith("missing ")]
+        others = problems[len(missing) :]
+        shown = [*missing[: max(10, 20 - len(others))], *others[: max(10, 20 - len(missing))]]
+        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        raise ValueError(f"the weights in {origin} do not fit the model: {printable('; '.join(shown))}{more}")
 
 
 def renamed(tensors: Mapping[str, Tensor], own_name: Callable[[str], str | None], origin: StrPath) -> dict[str, Tensor]:
@@ -212,7 +216,7 @@ def renamed(tensors: Mapping[str, Tensor], own_name: Callable[[str], str | None]
         bare = OUTER_WRAPPERS.sub("", INNER_WRAPPERS.sub("", published))
         own = own_name(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", bare)))
         if own in named:
-            raise ValueError(f"the weights in {origin} hold {own} twice, once as {published}")
+            raise ValueError(printable(f"the weights in {origin} hold {own} twice, once as {published}"))
         if own is not None:
             named[own] = tensor
     return named
@@ -223,8 +227,9 @@ def check_supported(content: Mapping[str, Any], folder: StrPath) -> None:
     for name, value in content.items():
         where = f"{folder}: {CONFIG_FILE} has {name}={value!r:.80}"
         if name in QUANTISED and value is not None:
-            method = value.get("quant_method", "unknown") if isinstance(value, Mapping) else "unknown"
-            raise ValueError(f"{where}: weights quantised by {method!s:.40} are not supported; use the folder of the "
+            found = value.get("quant_method", "unknown") if isinstance(value, Mapping) else "unknown"
+            method = printable(str(found)[:40])
+            raise ValueError(f"{where}: weights quantised by {method} are not supported; use the folder of the "
                              "same model in bf16, fp16 or fp32")  # fmt: skip
         experts = name in EXPERTS and value not in (None, 0, 1)
         if experts or (name == "model_type" and isinstance(value, str) and (value == "mixtral" or "moe" in value)):

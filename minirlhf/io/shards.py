@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from minirlhf.common.text import printable
 from minirlhf.io.files import read_json
 
 
@@ -49,7 +50,9 @@ def read_index(path: Path) -> dict[str, set[str]]:
         # A name under the rules of every system, without folders.
         plain = isinstance(shard, str) and shard not in ("", ".", "..") and shard.isprintable()
         if not (plain and PurePosixPath(shard).name == shard == PureWindowsPath(shard).name):
-            raise ValueError(f"{path} places {tensor} in {shard!r}, which is not the name of a file beside it")
+            raise ValueError(
+                f"{path} places {printable(tensor)} in {shard!r}, which is not the name of a file beside it"
+            )
         shards.setdefault(shard, set()).add(tensor)
     return shards
 
@@ -58,9 +61,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
+        raise ValueError(f"it names {printable(next(name for name in names if names.count(name) > 1))} twice")
     return content
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return printable(", ".join(names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -59,12 +59,13 @@ class ActorCritic(TextGenerator, nn.Module):
     """A decoder and a value head on its last hidden state: the policy of PPO.
 
     value_head: a ValueHead, or the kind of a new one; None: no values, for algorithms that need none.
+    Raises ValueError for a model of another library.
     """
 
     def __init__(self, decoder: Decoder, value_head: ValueHead | str | None = "linear"):
         super().__init__()
-        self.decoder = decoder
-        self.value_head = ValueHead(decoder.width, value_head) if isinstance(value_head, str) else value_head
+        self.decoder = language_model(decoder)
+        self.value_head = ValueHead(self.decoder.width, value_head) if isinstance(value_head, str) else value_head
 
     @property
     def language_model(self) -> Decoder:
@@ -96,10 +97,11 @@ class ActorCritic(TextGenerator, nn.Module):
         Raises as `load_decoder`, and ValueError for a head that does not fit.
         """
         decoder, tensors = load_with_value_head(folder, base)
-        path, stored = locate(folder) / VALUE_HEAD_FILE, "linear"  # as TRL's is
-        if path.is_file():
+        path, stored = locate(folder), "linear"  # as TRL's is
+        if (path / VALUE_HEAD_FILE).is_file():
             if tensors:
                 raise ValueError(f"{folder} holds two value heads, {VALUE_HEAD_FILE} and v_head.* among the weights")
+            path = path / VALUE_HEAD_FILE
             stored, tensors = read_metadata(path).get("kind", "linear"), read_tensors(path)
         if not tensors:
             return cls(decoder, value_head or "linear").eval()

@@ -24,7 +24,7 @@ from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.probes import language_model_probe
 from minirlhf.models.sharded import gathered, shard
 from minirlhf.models.static_decode import GraphedDecoder
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 from minirlhf.version import __version__
 
 if TYPE_CHECKING:
@@ -144,13 +144,6 @@ def make_equal(group: Processes, actor: ActorCritic, reference: Decoder, config:
     way_out = "small enough for sampling sets below 8 GiB, which all processes hold; or top_k=0 and top_p=1"
     validation.require(config, "batch_size", kept < MOST_SETS, way_out)
     group.copy_([*actor.parameters(), *reference.parameters()])
-
-
-def require_tokenizer(tokenizer: object) -> None:
-    """Raise ValueError for a tokenizer of another library."""
-    if not hasattr(tokenizer, "encode_prompt"):
-        advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
-        raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
 
 
 def load_reference(

@@ -112,6 +112,11 @@ class _Asked:
 
     def __init__(self, reward: RewardFunction, prompts: Sequence[str], responses: Sequence[str], tokens: Any):
         self.count, self.lengths = len(prompts), None  # type: int, list[int] | None
+        if not callable(reward):
+            got = f"{reward!r:.60} of type {type(reward).__name__}"
+            raise ValueError(
+                f"a reward must be callable, got {got}; a folder's is minirlhf.rewards.scorers.load_scorer(folder)"
+            )
         names, required = _positional(reward)
         given: list[list[Any]] = [list(prompts), list(responses)]
         if names[2:3] == ["tokens"]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 PositiveLabel: TypeAlias = "str | Sequence[str] | Mapping[str, float]"
 
@@ -96,16 +96,19 @@ def _all_different(numbers: Sequence[float | None]) -> list[float] | None:
 
 def _chosen(labels: Sequence[str], positive_label: PositiveLabel) -> list[float]:
     """The numbers that the caller gave. Raises ValueError for a label that does not exist and for a bad number."""
-    if isinstance(positive_label, Mapping):
-        given = dict(positive_label)
-    else:
-        given = dict.fromkeys([positive_label] if isinstance(positive_label, str) else positive_label, 1.0)
-    for label, value in given.items():
+    one = isinstance(positive_label, str) or not isinstance(positive_label, Iterable)
+    chosen: Any = [positive_label] if one else positive_label
+    given = [(x, chosen[x] if isinstance(chosen, Mapping) else 1.0) for x in chosen]
+    for label, value in given:
         if label not in labels:
             raise ValueError(f"positive_label must be one of {list(labels)}, got {label!r}")
-        if not isinstance(value, Real) or not math.isfinite(value):
+        try:
+            fine = isinstance(value, Real) and math.isfinite(value)
+        except OverflowError:  # an integer that no float holds
+            fine = False
+        if not fine:
             raise ValueError(f"positive_label must give {label!r} a finite number, got {value!r}")
-    return [float(given.get(label, 0.0)) for label in labels]
+    return [float(dict(given).get(label, 0.0)) for label in labels]
 
 
 def _plain(label: str) -> str:

@@ -20,6 +20,7 @@ from minirlhf.device.gpu import to_device
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import full_precision
 from minirlhf.device.random import eval_mode
+from minirlhf.generation.generate import language_model
 from minirlhf.io.files import StrPath, naming, read_json, replaced_folder
 from minirlhf.io.hub import locate
 from minirlhf.io.model_card import ModelCard, Origin
@@ -29,7 +30,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import check_vocabulary, fill, global_rng_kept, shapes_only
 from minirlhf.models.loading import DECODERS, decoder_class
 from minirlhf.text.batching import length_sorted_batches, right_pad
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 
 LABEL = "reward"  # the name of the only label, for other tools
 NORMALISATION = "reward_normalisation"  # key of config.json
@@ -43,6 +44,7 @@ class DecoderScorer(nn.Module):
 
     def __init__(self, decoder: Decoder, seed: int = 0):
         super().__init__()
+        decoder = language_model(decoder)
         self.config = decoder.config
         self.origin = decoder.origin
         self.decoder = decoder
@@ -101,6 +103,12 @@ class RewardModel(nn.Module):
         device: str | torch.device = "auto",
     ):
         super().__init__()
+        if not isinstance(network, (DecoderScorer, BertClassifier)):
+            advice = "RewardModel.from_pretrained(folder) loads what other libraries saved"
+            raise ValueError(
+                f"network must be a DecoderScorer or a BertClassifier, got a {type(network).__name__}: {advice}"
+            )
+        require_tokenizer(tokenizer)
         if isinstance(network, BertClassifier) and len(network.config.labels) != 1:
             raise ValueError(f"a reward model has one label, this classifier has {network.config.labels}")
         check_vocabulary(network.config.vocab_size, len(tokenizer))

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 
-from minirlhf.io.files import StrPath, read_json
+from minirlhf.io.files import StrPath, field, read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import CONFIG_FILE
 from minirlhf.models.loading import DECODERS
@@ -31,8 +31,9 @@ def load_scorer(folder: StrPath, device: str = "auto", positive_label: PositiveL
     """
     if is_import(folder):
         return imported_reward(str(folder))
-    config = read_json(locate(folder) / CONFIG_FILE)
-    kind = config.get("model_type")
+    path = locate(folder) / CONFIG_FILE
+    config = read_json(path)
+    kind = field(config, "model_type", str, path, "bert")
     if kind == MODEL_TYPE:
         return NGramScorer.from_pretrained(folder)
     id2label = config.get("id2label")

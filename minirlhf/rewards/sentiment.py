@@ -20,7 +20,7 @@ from minirlhf.models.bert import BertClassifier
 from minirlhf.models.probes import classifier_probe
 from minirlhf.rewards.labels import PositiveLabel, described, label_order, label_values
 from minirlhf.text.batching import length_sorted_batches, right_pad
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 
 # Good, fair and bad texts by which a reward in the wrong order is noticed.
 CHINESE_CANARIES = ("房间干净，服务很好，非常满意，推荐", "房间一般，服务一般", "房间很脏，服务太差，非常失望，差评")
@@ -62,6 +62,10 @@ class SentimentReward:
         device: str | torch.device = "auto",
         precision: str = "fp32",
     ):
+        if not isinstance(model, BertClassifier):
+            advice = "SentimentReward.from_pretrained(folder) loads what other libraries saved"
+            raise ValueError(f"model must be a BertClassifier, got a {type(model).__name__}: {advice}")
+        require_tokenizer(tokenizer)
         model.fit_vocabulary(len(tokenizer))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -175,4 +175,4 @@ class PPOConfig:
         Raises ValueError for an unknown name, with the field that is meant (see `field_names`).
         """
         require_fields(cls, overrides, FIELD_NAMES)
-        return dataclasses.replace(base or cls(), **overrides)
+        return dataclasses.replace(validation.require_config(base, cls), **overrides)

@@ -202,7 +202,7 @@ def rollout_from_tokens(
     Arguments and errors as of `PPOTrainer.step`.
     """
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
-    if responses is None or scores is None:
+    if queries is None or responses is None or scores is None:
         raise ValueError("step takes a Rollout, or queries, responses and scores")
     queries, responses = checked_pairs(queries, responses, model.vocab_size, model.n_positions)
     if len(queries) % config.group_size:

@@ -68,5 +68,5 @@ def load_trainer_state(trainer: PPOTrainer, state: State) -> None:
     trainer.precision.matmul = c["matmul"]
     trainer.iteration, trainer.optimizer_steps = c["iteration"], c["optimizer_steps"]
     trainer.bad_steps, trainer.kl_controller.coef = c["bad_steps"], c["kl_coef"]
-    if trainer.config.forward_batch_size == c["config"]["forward_batch_size"]:
+    if trainer.config.forward_batch_size == c["config"].get("forward_batch_size"):
         trainer.micro_batch_size = c["micro_batch_size"]

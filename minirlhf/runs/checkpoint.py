@@ -26,6 +26,7 @@ from torch import nn
 
 from minirlhf.common.field_names import FIELD_NAMES
 from minirlhf.common.suggestions import require_fields
+from minirlhf.device.cpu import MATMULS
 from minirlhf.device.parts import as_part, is_part, load_parts, save_parts
 from minirlhf.device.processes import agreed, processes
 from minirlhf.io.files import StrPath, naming, read_json, replaced_folder, sha256, write_json
@@ -189,6 +190,7 @@ PPO_COUNTERS: dict[str, Check] = {
     "bad_steps": is_count,
     "micro_batch_size": lambda value: is_count(value) and value > 0,
     "kl_coef": is_amount,
+    "matmul": lambda value: value in MATMULS,
 }
 SUPERVISED_COUNTERS: dict[str, Check] = {
     "steps": is_count,

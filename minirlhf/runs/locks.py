@@ -29,10 +29,11 @@ class FolderLock:
     def __init__(self, folder: StrPath):
         self._path = Path(folder) / LOCK_FILE
         self._file = _acquire(self._path)
-        self._file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-        self._file.flush()
+        if os.fstat(self._file.fileno()).st_nlink == 1:  # else it is also a file of another name, which is not ours
+            self._file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            self._file.flush()
 
     @staticmethod
     def check(folder: StrPath) -> None:

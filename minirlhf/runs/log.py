@@ -112,18 +112,26 @@ def finite(value: float) -> float | None:
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of a file that will be written; none if it does not exist. Raises OSError if it may not be written."""
+    """The bytes of a file that will be written; none if it does not exist. Raises OSError if it may not be written.
+
+    A file that has another name besides (`cp -al`, a stranger's archive) is replaced by a copy: that name keeps it.
+    """
     try:
         with open_for_writing(path, "r+b") as file:
-            return file.read()
+            content: bytes = file.read()
+            shared = os.fstat(file.fileno()).st_nlink > 1
     except FileNotFoundError:
         return b""
+    if shared:
+        atomic_write(path, content)
+    return content
 
 
 def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> tuple[list[bytes], int]:
     """The readable lines up to a step, in order, and how many of them were made from `rewards`, theirs being lost."""
     found = []
-    for line in (line.strip(b"\0") for line in content.split(b"\n")):  # what a power failure leaves unwritten
+    # NULs are what a power failure leaves unwritten; a line twice is a file that was put together wrongly.
+    for line in dict.fromkeys(line.strip(b"\0") for line in content.split(b"\n")):
         try:
             entry = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):

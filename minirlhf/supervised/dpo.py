@@ -24,19 +24,19 @@ from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import agreed, processes
 from minirlhf.device.random import eval_mode
-from minirlhf.io.model_folder import read_tensors, write_tensors
+from minirlhf.io.model_folder import check_tensors, read_tensors, write_tensors
 from minirlhf.io.training_state import State, module_hash, require_same_reference
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.lora import adapters_off, add_lora
-from minirlhf.models.prepared import check_pair, load_reference, require_base, require_tokenizer
+from minirlhf.models.prepared import check_pair, load_reference, require_base
 from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.dpo_config import DPOConfig, DPOOverrides
 from minirlhf.supervised.loop import Stats, SupervisedTrainer, check_positions, data_record, require_same_data
 from minirlhf.supervised.preference_pairs import Pairs, TokenPair, encode_pairs
 from minirlhf.supervised.sft import MicroBatch, Row, token_nll
 from minirlhf.text.batching import bucketed_batches, packed_rows
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -242,7 +242,7 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         if key not in self._known:
             first = self.processes.first
             with agreed("the cache of the reference"):
-                there = read_tensors(path)["logps"] if first and path is not None and path.is_file() else None
+                there = _read_cache(path, len(pairs)) if first and path is not None and path.is_file() else None
             known = self.processes.broadcast("the cache of the reference", there)
             self._known[key] = self._all_logps(self.reference, pairs) if known is None else known.to(self.device)
             with agreed("the cache of the reference"):
@@ -250,6 +250,15 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_tensors(path, {"logps": self._known[key]})
         return self._known[key]
+
+
+def _read_cache(path: Path, count: int) -> Tensor:
+    """Log-probabilities (count, 2) from a file. Raises ValueError that says what to do for a damaged one."""
+    try:
+        check_tensors(tensors := read_tensors(path), {"logps": (count, 2)}, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the file, and it is computed anew") from error
+    return tensors["logps"].float()
 
 
 # ---- losses, of log-probabilities (n, 2) of the chosen and the rejected response ------------------------------------

@@ -12,6 +12,7 @@ from minirlhf.common.validation import (
     require,
     require_above,
     require_bools,
+    require_config,
     require_one_of,
     require_positive_ints,
     require_unit_interval,
@@ -82,7 +83,7 @@ class DPOConfig(FitConfig):
         Raises ValueError for an unknown name, with the field that is meant.
         """
         require_fields(cls, overrides, FIELD_NAMES)
-        return dataclasses.replace(base or cls(), **overrides)
+        return dataclasses.replace(require_config(base, cls), **overrides)
 
 
 class DPOOverrides(TypedDict, total=False):
@@ -123,7 +124,7 @@ _NAMES: dict[tuple[str | None, str], str] = {
         "max_prompt_length max_completion_length max_len max_target_length",
     ("schedule", ""): "lr_scheduler_type lr_scheduler lr_schedule",
     ("warmup", "as a share of all steps"): "warmup_ratio warmup_steps lr_warmup_ratio",
-    ("betas", "both in a tuple"): "adam_beta1 adam_beta2 adam_betas",
+    ("betas", "both in a tuple"): "adam_beta1 adam_beta2 adam_betas beta1 beta2",
     ("max_grad_norm", "inf for no clipping"): "max_norm grad_clip clip_grad gradient_clipping",
     ("beta", ""): "tau kl_coef",
     ("loss", '"sigmoid" or "ipo"'): "loss_type ipo",

@@ -11,6 +11,7 @@ from typing import Any
 from minirlhf.io.files import naming
 from minirlhf.supervised.sft import LMSequence
 from minirlhf.text.preferences import Ranking, pair_ranking, read_rankings
+from minirlhf.text.text_files import listed
 from minirlhf.text.tokenizer import Tokenizer
 
 
@@ -47,6 +48,7 @@ class TokenPair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
+EXAMPLE = 'give [{"prompt": ..., "chosen": ..., "rejected": ...}, ...], or pathlib.Path("pairs.jsonl") for a file'
 Pairs = Iterable[Ranking | Mapping[str, Any] | TokenPair] | os.PathLike[str]
 
 
@@ -60,7 +62,8 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Pairs) -> list[TokenPair]:
     """
     found: list[TokenPair] = []
     opening = list(tokenizer.model.opening)
-    for i, pair in enumerate(read_rankings(pairs) if isinstance(pairs, os.PathLike) else pairs):
+    given = read_rankings(pairs) if isinstance(pairs, os.PathLike) else listed(pairs, "pairs", EXAMPLE)
+    for i, pair in enumerate(given):
         with naming(f"pair {i}"):
             if isinstance(pair, TokenPair):
                 found.append(pair)

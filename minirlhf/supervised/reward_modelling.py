@@ -18,12 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.common.validation import require_config
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.processes import agreed, processes
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches
 from minirlhf.text.preferences import Ranking
+from minirlhf.text.text_files import listed
+
+EXAMPLE = 'give [Ranking(prompt, (better, worse)), ...], or read_rankings("pairs.jsonl")'
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,12 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
     config: RewardTrainingConfig
 
     def __init__(self, model: RewardModel, rankings: Sequence[Ranking], config: RewardTrainingConfig | None = None):
-        config = config or RewardTrainingConfig()
-        if len(rankings) == 0:
-            raise ValueError("rankings is empty: there is nothing to train on")
+        config = require_config(config, RewardTrainingConfig)
+        if not isinstance(model, RewardModel):
+            raise ValueError(
+                f"model must be a RewardModel, got a {type(model).__name__}: RewardModel.from_trunk makes one"
+            )
+        rankings = checked_rankings(rankings, "train")
         self.encoded = _encode(model, rankings, config.max_length)
         self.margins = [ranking.margin for ranking in rankings]
         lengths = [max(map(len, answers)) for answers in self.encoded]
@@ -99,6 +106,17 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
         """Write the reward model and its tokenizer as a model folder, once for all processes."""
         if self.processes.first:
             self.model.save_pretrained(folder)
+
+
+def checked_rankings(rankings: Sequence[Ranking], purpose: str) -> list[Ranking]:
+    """The rankings as a list. Raises ValueError for none, with the purpose, and for anything but Rankings."""
+    found = listed(rankings, "rankings", EXAMPLE)
+    if not found:
+        raise ValueError(f"rankings is empty: there is nothing to {purpose} on")
+    for i, ranking in enumerate(found):
+        if not isinstance(ranking, Ranking):
+            raise ValueError(f"ranking {i} must be a Ranking, got a {type(ranking).__name__}: {EXAMPLE}")
+    return found
 
 
 def comparisons(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +153,7 @@ def evaluate_rankings(model: RewardModel, rankings: Sequence[Ranking], bins: int
 
     Raises ValueError for an empty list.
     """
-    if len(rankings) == 0:
-        raise ValueError("rankings is empty: there is nothing to measure on")
+    rankings = checked_rankings(rankings, "measure")
     texts, group = [text for ranking in rankings for text in ranking.texts], processes()
     with agreed("rankings"):
         scores = model.scores(texts[group.part(len(texts))])

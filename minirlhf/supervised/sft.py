@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.common.validation import require_bools, require_positive_ints
+from minirlhf.common.validation import require_bools, require_config, require_positive_ints
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import PRECISION_SETTINGS, full_precision
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import processes
 from minirlhf.device.random import eval_mode
+from minirlhf.generation.generate import language_model
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.lora import add_lora
 from minirlhf.models.lora_config import LoRAConfig
@@ -33,10 +34,12 @@ from minirlhf.models.probes import language_model_probe
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches, length_sorted_batches, packed_rows, right_pad
 from minirlhf.text.demonstrations import Conversation, Demonstration
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.text_files import listed
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 
 Row = Sequence[int]  # the sequences, by number, that stand in one row of a batch
 MicroBatch = Sequence[Row]
+EXAMPLE = 'give a list of texts or Demonstrations, or read_demonstrations("texts.jsonl")'
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         self, model: Decoder, tokenizer: Tokenizer, demonstrations: Sequence[Demonstration | Conversation | str],
         config: SFTConfig | None = None,
     ):  # fmt: skip
-        config = config or SFTConfig()
+        config = require_config(config, SFTConfig)
+        require_tokenizer(tokenizer)
+        model = language_model(model)
         model.fit_vocabulary(len(tokenizer))
         encoded = encode_demonstrations(tokenizer, demonstrations)
         self.sequences = cut(encoded, config.max_length)
@@ -171,7 +176,8 @@ def encode_demonstrations(
     Prompt and response are encoded separately, as they are when the response is sampled: no token spans both.
     Raises ValueError for no demonstrations, for an empty text, and as `Tokenizer.chat_turns`.
     """
-    if isinstance(demonstrations, str) or len(demonstrations) == 0:
+    demonstrations = listed(demonstrations, "texts", EXAMPLE, "text")
+    if not demonstrations:
         raise ValueError("texts must be a list with at least one text: there is nothing to learn from")
     chats = {i: _encoded_chat(tokenizer, d) for i, d in enumerate(demonstrations) if isinstance(d, Conversation)}
     plain = iter(_encoded_texts(tokenizer, [d for d in demonstrations if not isinstance(d, Conversation)]))

@@ -119,6 +119,15 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"{name} has token ids outside [0, {vocab_size}): {ids.min()} to {ids.max()}")
 
 
+def checked_ids(name: str, ids: Ids, vocab_size: int) -> Ids:
+    """What `check_ids` accepts as a tensor or becomes one. Raises as it does, and for anything that is no numbers."""
+    try:
+        check_ids(name, torch.as_tensor(ids), vocab_size)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} must be token ids, got {ids!r:.60} of type {type(ids).__name__}") from error
+    return ids
+
+
 def checked_pairs(
     queries: Sequence[Ids], responses: Sequence[Ids], vocab_size: int, n_positions: int
 ) -> tuple[list[Ids], list[Ids]]:
@@ -132,7 +141,7 @@ def checked_pairs(
     for name, sequences in (("query", queries), ("response", responses)):
         columns.append([x[0] if isinstance(x, Tensor) and x.ndim == 2 and len(x) == 1 else x for x in sequences])
         for i, ids in enumerate(columns[-1]):
-            check_ids(f"{name} {i}", torch.as_tensor(ids), vocab_size)
+            checked_ids(f"{name} {i}", ids, vocab_size)
     longest = max((len(q) + len(r) for q, r in zip(*columns, strict=True)), default=0)
     if longest - 1 > n_positions:  # the last token is not fed
         more = f"{longest} tokens, more than the model's {n_positions} positions"

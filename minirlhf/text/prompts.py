@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minirlhf.text.chat import ChatPrompt, Message, check_prompt
-from minirlhf.text.text_files import json_object, numbered_lines, parsed, text_of
-from minirlhf.text.tokenizer import Tokenizer
+from minirlhf.text.text_files import json_object, listed, numbered_lines, parsed, text_of
+from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 
 Prompt = str | list[Message]  # a text, or the messages of a chat that the model answers
-MOST_PROMPTS = 10_000_000  # more come only from a generator that never ends
 EXAMPLE = 'give a list of texts, such as ["酒店", "The room"], or pathlib.Path("prompts.txt") for a file'
 
 
@@ -27,16 +25,7 @@ def as_prompts(prompts: Iterable[Prompt] | os.PathLike[str], tokenizer: Tokenize
     """
     if isinstance(prompts, os.PathLike):
         prompts = read_prompts(prompts)
-    tables = {"DataFrame": 'df["prompt"]', "Dataset": 'dataset["prompt"]', "DatasetDict": 'dataset["train"]["prompt"]'}
-    kind = type(prompts).__name__
-    if kind in tables:
-        raise ValueError(f"prompts must be one column of texts, got a {kind}: give {tables[kind]}")
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        got = f"{prompts!r:.40} of type {kind}" if isinstance(prompts, (str, bytes)) else f"a {kind}"
-        raise ValueError(f"prompts must be a collection of texts, got {got}: {EXAMPLE}")
-    found: list[Any] = list(itertools.islice(prompts, MOST_PROMPTS + 1))
-    if len(found) > MOST_PROMPTS:
-        raise ValueError(f"got more than {MOST_PROMPTS} prompts: does the {kind} ever end?")
+    found: list[Any] = listed(prompts, "prompts", EXAMPLE, "prompt")
     for i, prompt in enumerate(found):
         if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(message, Mapping) for message in prompt):
             if tokenizer is None:
@@ -47,12 +36,15 @@ def as_prompts(prompts: Iterable[Prompt] | os.PathLike[str], tokenizer: Tokenize
             raise ValueError(f"prompt {i} must be a text, got {got}: {EXAMPLE}")
     if not found:
         raise ValueError(f"got no prompts: {EXAMPLE}")
-    texts = [prompt if isinstance(prompt, ChatPrompt) else str(prompt) for prompt in found]  # of numpy's texts, too
-    return sorted(texts) if isinstance(prompts, (set, frozenset)) else texts
+    return [prompt if isinstance(prompt, ChatPrompt) else str(prompt) for prompt in found]  # of numpy's texts, too
 
 
 def require_room(prompts: Iterable[str], tokenizer: Tokenizer, positions: int, gen_len: int) -> None:
-    """Raise ValueError for a prompt that leaves no room for `gen_len` tokens in a model's positions."""
+    """Raise ValueError for a prompt that leaves no room for `gen_len` tokens in a model's positions.
+
+    Also for a tokenizer of another library.
+    """
+    require_tokenizer(tokenizer)
     room = max(0, positions - gen_len)
     for prompt in prompts:
         if (length := len(tokenizer.encode_prompt(prompt))) > room:

@@ -4,23 +4,51 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minirlhf.io.files import check_content
+
 T = TypeVar("T")
+MOST_ITEMS = 10_000_000  # more come only from a generator that never ends
+TABLES = {"DataFrame": 'df["{}"]', "Dataset": 'dataset["{}"]', "DatasetDict": 'dataset["train"]["{}"]'}
+
+
+def listed(items: Any, what: str, example: str, column: str = "") -> list[Any]:
+    """The elements of a collection, a set sorted, so that its order is the same in every process.
+
+    what: the name of the elements, in the plural. example: how to give them. column: of a table that holds them; "" for
+        elements that are rows themselves, as those of a Dataset are.
+    Raises ValueError that names the type for anything else: a text and a mapping are no collections, and a table is
+    none of its columns.
+    """
+    kind = type(items).__name__
+    if kind in TABLES and column:
+        raise ValueError(f"{what} must be one column of texts, got a {kind}: give {TABLES[kind].format(column)}")
+    rows = 'df.to_dict("records")' if kind == "DataFrame" else 'dataset["train"]' if kind == "DatasetDict" else ""
+    if rows:
+        raise ValueError(f"{what} must be rows, got a {kind}: give {rows}")
+    if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable) or getattr(items, "ndim", 1) == 0:
+        got = f"{items!r:.40} of type {kind}" if isinstance(items, (str, bytes)) else f"a {kind}"
+        texts = " of texts" if column else ""
+        raise ValueError(f"{what} must be a collection{texts}, got {got}: {example}")
+    found = list(itertools.islice(items, MOST_ITEMS + 1))
+    if len(found) > MOST_ITEMS:
+        raise ValueError(f"got more than {MOST_ITEMS} {what}: does the {kind} ever end?")
+    return sorted(found, key=str) if isinstance(items, (set, frozenset)) else found
 
 
 def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[tuple[int, str]]:
     """The lines that are not empty, with their numbers from 1; a byte-order mark and all kinds of ends are accepted.
 
-    Raises FileNotFoundError, ValueError for an unknown encoding, or with the number of a line that is not in it.
+    Raises as `check_content`, ValueError for an unknown encoding, or with the number of a line that is not in it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    check_content(path)
     raw = path.read_bytes()
     try:
         text = raw.decode(encoding)

@@ -8,8 +8,9 @@ from files.
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch import Tensor
 
@@ -34,7 +35,12 @@ class Tokenizer:
     """
 
     def __init__(self, model: TokenizerModel | Sequence[str]):
-        self.model = model if isinstance(model, TokenizerModel) else WordPiece(model)
+        if not isinstance(model, TokenizerModel):
+            if isinstance(model, (str, Set, Mapping)) or not isinstance(model, Iterable):
+                advice = "of another library's save_pretrained, minirlhf.Tokenizer.from_pretrained(folder) loads it"
+                raise ValueError(f"a vocabulary must be a list of tokens by id, got a {type(model).__name__}: {advice}")
+            model = WordPiece(list(model))
+        self.model = model
         self.vocab = self.model.vocab
         self.special_ids = self.model.special_ids
         self.pad_id, self.eos_id = self.model.pad_id, self.model.eos_id
@@ -81,6 +87,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """`encode` over many texts at once, in parallel threads."""
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of texts, got a single one")
         room = self._room(max_length)
         return [self._framed(ids[:room]) for ids in self._encode_batch(texts)]
 
@@ -147,7 +155,10 @@ class Tokenizer:
         WordPiece: no spaces between Chinese characters, a space between Latin words. BPE: byte for byte; an incomplete
         character becomes U+FFFD. Raises ValueError for an id outside the vocabulary.
         """
-        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        try:
+            ids = [operator.index(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        except TypeError as error:
+            raise ValueError(f"expected token ids of one text, got {ids!r:.80}") from error
         for i in ids:
             if not 0 <= i < len(self.vocab):
                 raise ValueError(f"token id {i} is outside the vocabulary of {len(self.vocab)} tokens")
@@ -228,6 +239,13 @@ class Tokenizer:
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         checked = [_checked(text) for text in texts]
         return [encoding.ids for encoding in self.model.backend.encode_batch_fast(checked, add_special_tokens=False)]
+
+
+def require_tokenizer(tokenizer: object) -> None:
+    """Raise ValueError for a tokenizer of another library."""
+    if not hasattr(tokenizer, "encode_prompt"):
+        advice = "save it with save_pretrained(folder) and load it with minirlhf.Tokenizer.from_pretrained(folder)"
+        raise ValueError(f"the tokenizer must be a minirlhf.Tokenizer, got a {type(tokenizer).__name__}: {advice}")
 
 
 def _checked(text: object) -> str:

@@ -24,7 +24,9 @@ FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
     ("max_steps", "steps", "iterations times batch_size"), ("bf16", "precision", "bf16"),
     ("sampling_temperature", "temperature", ""), ("LR-Scheduler-Type", "lr_schedule", ""),
     ("repetition_penalty", None, "probabilities are known"), ("do_sample", None, "top_k=1"), ("log_with", None, "Run"),
-    ("reward_model_path", None, "PPOTrainer.train"),
+    ("reward_model_path", None, "PPOTrainer.train"), ("betas", None, "betas (0.9, 0.999)"), ("beta1", None, "AdamW"),
+    ("pad_token_id", None, "tokenizer"), ("num_iterations", "ppo_epochs", "passes"), ("vf_clip", "cliprange_value", ""),
+    ("num_sample_generations", None, "Run"), ("min_new_tokens", None, "probabilities"), ("n_steps", "batch_size", ""),
 ])  # fmt: skip
 def test_a_name_of_another_library_gives_the_field_and_its_unit(name, field, unit):
     with pytest.raises(ValueError, match=f"PPOConfig has no field '{name}'; ") as error:

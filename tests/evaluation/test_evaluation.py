@@ -300,6 +300,7 @@ def test_a_policy_that_hacks_its_reward_is_caught(tokenizer):
     ({"held_out_prompts": ["房间", "酒店"]}, "must not be among the given ones, as is '酒店'"),
     ({"reward_fn": lambda texts: [math.nan] * len(texts)}, "nan"),
     ({"second_scorer": lambda texts: [1.0]}, "the second scorer: "),
+    ({"reward_fn": "weights/reward"}, "a reward must be callable, got 'weights/reward' of type str; .*load_scorer"),
 ])  # fmt: skip
 def test_bad_input_to_evaluate_is_one_clear_error(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
@@ -315,6 +316,16 @@ def test_prompts_are_checked_before_anything_is_sampled(tokenizer):
     with pytest.raises(ValueError, match="the model's 8 positions less gen_len=5 leave room for 3"):
         evaluate(make_gpt2(0, n_positions=8), make_gpt2(0), tokenizer, ["酒店"], never, ["房间干净服务"],
                  config=EvaluationConfig(**SMALL))  # fmt: skip
+
+
+def test_what_other_libraries_have_is_refused_by_name(tokenizer):
+    for arguments, config, message in [
+        ((make_gpt2(0), torch.nn.Linear(1, 1), tokenizer), None, "got a torch Linear: save it with"),
+        ((make_gpt2(0), make_gpt2(1), "gpt2"), None, "must be a minirlhf.Tokenizer, got a str"),
+        ((make_gpt2(0), make_gpt2(1), tokenizer), {"samples": 4}, r"it is EvaluationConfig\(\*\*config\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate(*arguments, PROMPTS, reward, config=config)
 
 
 @pytest.mark.parametrize(("policy", "reference", "message"), [

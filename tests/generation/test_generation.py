@@ -1,5 +1,6 @@
 """Batched generation: rows as if alone, stops that cost nothing, and probabilities that are those of the sampler."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -202,8 +203,15 @@ def test_a_response_may_fill_the_whole_context(model):
 
 @pytest.mark.parametrize(
     ("prompts", "length", "message"),
-    [([], 3, "no sequences"), ([[5], []], 3, "1 is empty"), ([[5]], 0, "max_new_tokens")],
-)
+    [
+        ([], 3, "no sequences"), ([[5], []], 3, "prompt 1 must be 1-D with at least one"), ([[5]], 0, "max_new_tokens"),
+        ([[5]], 3.0, "max_new_tokens must be an integer"), ([[5]], "3", "max_new_tokens"), (None, 3, "got a NoneType"),
+        ([5, 6], 3, "prompt 0 must be 1-D"), ([[5, -1]], 3, r"outside \[0, "),
+        ([[5], [10**6]], 3, "prompt 1 .* outside"),
+        ([[1.5, 2]], 3, "prompt 0 must be 1-D .*float"), ({"input_ids": [[5]]}, 3, "got a dict"),
+        ([[None]], 3, r"prompt 0 must be token ids, got \[None\]"), (["酒店"], 3, "tokenizer.encode_prompt"),
+    ],
+)  # fmt: skip
 def test_bad_arguments_are_refused(model, prompts, length, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, length)
@@ -239,3 +247,20 @@ def test_a_padded_batch_may_be_wider_than_the_context(make_decoder):
     prompts = [[5, 6, 7, 8], [9]]
     alone = [generate(model, [prompt], 4, GREEDY).responses[0].tolist() for prompt in prompts]
     assert [row.tolist() for row in generate(model, prompts, 4, GREEDY).responses] == alone
+
+
+@pytest.mark.parametrize("end", ["x", 3.0, [[3]], {3}, torch.ones(2)], ids=repr)
+def test_ends_that_are_no_ids_are_refused(model, end):
+    with pytest.raises(ValueError, match="eos_token_id must be an id, several of them, or None"):
+        generate(model, PROMPTS, 2, eos_token_id=end)
+
+
+def test_settings_in_a_dict_are_refused_with_what_makes_them(model):
+    with pytest.raises(ValueError, match=r"got a dict: of a dict it is SamplingConfig\(\*\*config\)"):
+        generate(model, PROMPTS, 2, {"top_p": 0.9})
+
+
+def test_numpy_s_integers_are_ids(model):
+    given = dict(eos_token_id=7, generator=seeded()), dict(eos_token_id=np.int64(7), generator=seeded())
+    first, second = (generate(model, PROMPTS, 4, **options) for options in given)
+    assert torch.equal(first.tokens, second.tokens) and torch.equal(first.mask, second.mask)

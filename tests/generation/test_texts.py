@@ -132,6 +132,10 @@ def test_what_may_begin_a_stop_string_is_held_back(model, monkeypatch):
         (dict(top_p=0.0), "top_p"),
         (dict(max_new_tokens=1000), "leaves no room"),
         (dict(text=""), "is empty"),
+        (dict(text={"input_ids": [[5]]}), "texts must be a collection of texts, got a dict"),
+        (dict(text=None), "texts must be a collection of texts, got a NoneType"),
+        (dict(stop=None), "stop must be texts"),
+        (dict(tokenizer=len), "must be a minirlhf.Tokenizer, got a builtin_function_or_method"),
     ],
 )
 def test_bad_input_is_one_clear_error(model, given, message):

@@ -595,3 +595,9 @@ def test_a_revision_is_asked_for_and_the_last_one_fetched_is_found(client, publi
     assert names(first.parent.parent / "refs") == ["main", "v1"]
     with pytest.raises(FileNotFoundError, match=f"owner/model has no revision 'v7' at {client.endpoint}"):
         download("owner/model", revision="v7")
+
+
+@pytest.mark.parametrize("given", [None, 3, b"gpt2", len], ids=repr)
+def test_what_is_neither_a_name_nor_a_path_is_refused(given):
+    with pytest.raises(ValueError, match=f"a model is named by its folder.*got a {type(given).__name__}"):
+        locate(given)

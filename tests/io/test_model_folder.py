@@ -7,13 +7,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from conftest import names
+from conftest import VOCAB, names
+from minirlhf import Tokenizer
 from minirlhf.io import files
 from minirlhf.io.files import read_json, write_json
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import (
     cast,
     check_published,
+    check_supported,
     check_tensors,
     published_config,
     read_folder,
@@ -23,6 +25,7 @@ from minirlhf.io.model_folder import (
     write_folder,
     write_tensors,
 )
+from minirlhf.io.shards import read_shards
 
 # ---- safetensors ----------------------------------------------------------------------------------------------------
 
@@ -235,3 +238,30 @@ def test_check_tensors_passes_what_fits_and_lists_what_does_not():
     with pytest.raises(ValueError, match="in here do not fit") as caught:
         check_tensors({"a": torch.tensor([1.0, torch.inf]), "c": torch.ones(1)}, expected, "here")
     assert all(part in str(caught.value) for part in ("missing b (2,)", "unexpected c (1,)", "a holds NaN or infinite"))
+
+
+def test_names_of_strangers_cannot_steer_the_terminal_that_shows_the_error(tmp_path):
+    """Python prints the message of an error as it is."""
+    evil = "evil\x1b[31m\n"
+    save_file({evil: torch.ones(1)}, tmp_path / "a.safetensors")
+    write_json(tmp_path / "1.json", {"weight_map": {evil: "../a"}})
+    write_json(tmp_path / "2.json", {"weight_map": {evil + "2": "a.safetensors"}})
+    config = {"quantization_config": {"quant_method": "\x1b[31m"}}
+    for attempt in (
+        lambda: check_tensors({evil: torch.ones(1)}, {}, "folder"),
+        lambda: renamed({f"{evil}.beta": torch.ones(1), f"{evil}.bias": torch.ones(1)}, str, "folder"),
+        lambda: read_shards(tmp_path / "1.json", read_tensors),
+        lambda: read_shards(tmp_path / "2.json", read_tensors),
+        lambda: check_supported(config, "folder"),
+        lambda: Tokenizer([*VOCAB, "\x1b[31m", "\x1b[31m"]),
+    ):
+        with pytest.raises(ValueError) as caught:
+            attempt()
+        assert str(caught.value).isprintable(), caught.value
+
+
+def test_a_list_of_problems_shows_what_is_missing_and_what_is_there_instead():
+    """As of a folder whose names all have a prefix that is not known."""
+    stored, expected = {f"actor.{i}": torch.ones(1) for i in range(40)}, {str(i): (1,) for i in range(40)}
+    with pytest.raises(ValueError, match=r"missing 0 .*unexpected actor\.0 .*; and 60 more"):
+        check_tensors(stored, expected, "folder")

@@ -60,6 +60,11 @@ def test_value_head_dropout_is_off_in_evaluation_and_only_in_the_tanh_head():
         assert (0.3 < zeros < 0.7) if drops else zeros == 0
 
 
+def test_a_model_of_another_library_is_refused_with_the_line_that_converts_it():
+    with pytest.raises(ValueError, match=r"got a torch Linear: save it with model.save_pretrained\(folder\)"):
+        ActorCritic(torch.nn.Linear(1, 1))
+
+
 def test_unknown_value_head_is_refused():
     with pytest.raises(ValueError, match=r"linear, tanh.*'cubic'"):
         ValueHead(16, "cubic")

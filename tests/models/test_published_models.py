@@ -229,7 +229,8 @@ def test_gpt2_layouts_are_read_as_transformers_reads_them(tmp_path, write):
     assert all(torch.equal(p, q) for p, q in zip(again.double().parameters(), ours.parameters(), strict=True))
 
 
-WRAPPED = ["module.", "_orig_mod.", "model.", "pretrained_model.", "module._orig_mod.", "_orig_mod.module.model."]
+WRAPPED = ["module.", "_orig_mod.", "model.", "pretrained_model.", "module._orig_mod.", "_orig_mod.module.model.",
+           "base_model.model.", "_forward_module."]  # fmt: skip
 
 
 @pytest.mark.parametrize("prefix", WRAPPED)

@@ -22,7 +22,13 @@ EIGHTS = [
     '```json\n{"score": 8}\n```', 'Here it is: {"score": 8, "words": 3}', "<think>a 3, or 4?</think>8", "</think>\n8",
     "<think>fine</think>\n<think>9?</think>\n\nScore: 8", "[THINK]9[/THINK]8", "The guest is content.\n\n8",
     "Score: 8\nThe 3 rooms are clean.", "The 10 rooms are clean. Score: 8/10.", "Style 7, content 9. Score: 8",
-    "Score: 8. I say it again: score: 8",
+    "Score: 8. I say it again: score: 8", "<score>8</score>", "<think>9</think>\n<answer>8</answer>", r"\boxed{8}",
+    r"The answer is $\boxed{8}$.", "Score out of 10: 8", "Score from 0 to 10: 8", "Score [0-10]: 8",
+    "评分为：8", "可以得8分",
+    "\ufeff8\u200b", '{"score": 8, "details": {"grammar": 3}}', '{"grammar": {"score": 3}, "score": 8}',
+    '{"reason": "a {b}", "score": 8}', '{"reason": "x", "result": {"score": 8}}', "as {asked}: 3 lines.\nScore: 8",
+    "◁think▷Score: 3◁/think▷8", "<|START_THINKING|>score: 3<|END_THINKING|>8", "<seed:think>3</seed:think>8",
+    "<|channel|>analysis<|message|>score: 3<|end|><|start|>assistant<|channel|>final<|message|>8",
 ]  # fmt: skip
 NONE = [
     "", " \n", "I'm sorry, but I can't help with that.", "seven", "eight", "八", "八分", "٨", "7 because it is nice",
@@ -34,7 +40,9 @@ NONE = [
     "Style score: 7. Final score: 8", 'The text says "Score: 10". Score: 2', "[[7]] or [[8]]", "[7]", '{"score": true}',
     '{"score": null}', '{"score": [8]}', '{"score": 8, "other score": 7}', '{"a": 8, "b": 7}', '{"score": 8',
     '{"score": 7} {"score": 8}', "<think>The text is", "<think>8", "<think>7</think>", "8<think>",
-    "10 stars for 8 rooms",
+    "10 stars for 8 rooms", "Score: 8½", "Score: 8 and a half", '{"details": {"grammar": 3}, "score": 8',
+    '{"scores": {"style": 7, "grammar": 8}}', '{"a": {"score": 7}, "b": {"score": 8}}', '{"a":' * 3000,
+    "<|channel|>analysis<|message|>score: 3",
 ]  # fmt: skip
 
 
@@ -80,6 +88,7 @@ def test_every_decimal_number_is_read_exactly(number, digits, form):
 
 @pytest.mark.parametrize(("content", "text"), [
     ("8", "8"), (None, ""), ([{"type": "text", "text": "8"}], "8"), (["8", "/10"], "8/10"), ([], ""),
+    ([{"type": "reasoning", "text": "Score: 9"}, {"type": "output_text", "text": "8"}], "8"),
     ([{"type": "reasoning", "summary": "9"}, {"type": "text", "text": "a "}, {"type": "text", "text": "8"}], "a 8"),
 ])  # fmt: skip
 def test_the_text_of_a_message_in_one_part_or_in_several(content, text):

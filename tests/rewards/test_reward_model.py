@@ -153,6 +153,16 @@ def test_a_classifier_of_several_labels_is_refused():
         RewardModel(make_bert(), Tokenizer(VOCAB))
 
 
+def test_models_and_tokenizers_of_another_library_are_refused_by_name():
+    for attempt, message in [
+        (lambda: RewardModel(torch.nn.Linear(1, 1), Tokenizer(VOCAB)), r"got a Linear: RewardModel\.from_pretrained"),
+        (lambda: RewardModel(DecoderScorer(make_gpt2()), None), r"must be a minirlhf\.Tokenizer, got a NoneType"),
+        (lambda: DecoderScorer(torch.nn.Linear(1, 1)), "got a torch Linear: save it with"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attempt()
+
+
 def test_a_vocabulary_of_another_size_is_refused():
     with pytest.raises(ValueError, match=f"vocabulary has {len(VOCAB) + 1} tokens.*made for {len(VOCAB)}"):
         RewardModel(DecoderScorer(make_gpt2()), Tokenizer([*VOCAB, "extra"]))

@@ -58,3 +58,9 @@ def test_bad_ones_are_one_line_that_names_the_module(written, content, name, mes
     with pytest.raises(ValueError, match=rf"reward {name}.*{message}|{message}") as caught:
         imported_reward(name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_a_model_type_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ["gpt2"]}')
+    with pytest.raises(ValueError, match=r"config.json: model_type must be a text, got \['gpt2'\]"):
+        load_scorer(tmp_path)

@@ -51,7 +51,9 @@ def test_the_positive_label_is_bound_by_name(id2label, positive_label, column):
     ({0: "not positive", 1: "negative"}, None, "cannot tell the positive label among"),
     (LABELS, "positive", "positive_label must be one of"), (LABELS, ["positive"], "positive_label must be one of"),
     (LABELS, list(LABELS.values()), "must tell labels apart, but gives each of"),
-    (LABELS, [], "must tell labels apart"),
+    (LABELS, [], "must tell labels apart"), (LABELS, 1, "must be one of .*, got 1"),
+    (LABELS, [["x"]], "must be one of"),
+    (LABELS, {LABELS[0]: 10**400}, "a finite number, got 1000"), (LABELS, math.nan, "must be one of .*, got nan"),
     (LABELS, {LABELS[0]: math.nan}, "a finite number, got nan"), (LABELS, {LABELS[0]: "1"}, "a finite number, got '1'"),
 ])  # fmt: skip
 def test_a_positive_label_that_cannot_be_told_is_refused(id2label, positive_label, message):
@@ -157,6 +159,13 @@ def test_the_precision_auto_is_bf16_where_it_is_as_good(monkeypatch):
     ours = make_reward(precision="auto")
     assert ours.precision.name == "bf16" and str(ours.precision_choice).startswith("precision auto: bf16 (")
     assert torch.equal(ours(TEXTS), make_reward(precision="bf16")(TEXTS))
+
+
+def test_models_and_tokenizers_of_another_library_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"got a Linear: SentimentReward\.from_pretrained"):
+        SentimentReward(torch.nn.Linear(1, 1), Tokenizer(VOCAB))
+    with pytest.raises(ValueError, match=r"must be a minirlhf\.Tokenizer, got a str"):
+        SentimentReward(make_bert(), "bert")
 
 
 def test_a_vocabulary_of_another_size_is_refused():

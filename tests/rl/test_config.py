@@ -191,3 +191,10 @@ def test_gae_on_a_policy_without_a_value_head_is_refused(tokenizer):
     groups = dict(advantages="rloo", group_size=2)
     trainer = PPOTrainer(ActorCritic(policy, None), reference, tokenizer, **DEFAULTS, **groups)
     assert trainer.policy.value_head is None
+
+
+def test_a_dict_in_the_place_of_the_config_is_refused_with_what_makes_one():
+    with pytest.raises(
+        ValueError, match=r"config must be a PPOConfig, got a dict: of a dict it is PPOConfig\(\*\*config\)"
+    ):
+        PPOConfig.with_overrides({"lr": 1e-4})

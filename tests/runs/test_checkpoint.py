@@ -10,6 +10,7 @@ import torch
 from conftest import VOCAB, make_gpt2, make_llama
 from folders import snapshot
 from minirlhf import ActorCritic, PPOTrainer, Tokenizer
+from minirlhf.io.files import read_json, sha256, write_json
 from minirlhf.io.training_state import module_hash
 from minirlhf.runs import checkpoint
 from minirlhf.runs.checkpoint import DamagedCheckpoint, load_checkpoint, restore_checkpoint, save_checkpoint
@@ -273,6 +274,18 @@ def test_a_damaged_checkpoint_is_refused(saved, tmp_path, damage):
             resume(tmp_path / "state")
         shutil.copy(saved / path.name, path)
     assert resume(tmp_path / "state").iteration == 1
+
+
+@pytest.mark.parametrize("value", [None, "missing", 3, ["default"], "mkl"], ids=repr)
+def test_a_library_of_products_that_does_not_exist_is_refused(saved, tmp_path, value):
+    shutil.copytree(saved, tmp_path / "state")
+    counters, manifest = (read_json(tmp_path / "state" / name) for name in ("training.json", "manifest.json"))
+    counters = {name: x for name, x in {**counters, "matmul": value}.items() if x != "missing"}
+    write_json(tmp_path / "state/training.json", counters)
+    manifest["sha256"]["training.json"] = sha256(tmp_path / "state/training.json")
+    write_json(tmp_path / "state/manifest.json", manifest)
+    with pytest.raises(ValueError, match=r"training.json: the saved state holds no valid matmul"):
+        resume(tmp_path / "state")
 
 
 def test_a_model_folder_is_no_checkpoint_and_is_not_overwritten_by_one(tmp_path):

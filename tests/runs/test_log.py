@@ -154,3 +154,13 @@ def test_reading_names_a_damaged_line_in_the_middle(tmp_path, damage):
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl.*line 2"):
         read_jsonl(path)
+
+
+def test_a_line_that_stands_twice_counts_once(tmp_path):
+    log = a_log(tmp_path)
+    marks = log.flush()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(True)[1] + path.read_bytes())
+    with pytest.warns(UserWarning, match="metrics.jsonl is damaged"):
+        RunLog.resume(tmp_path, marks, 4, {})
+    assert steps(tmp_path) == [1, 2, 3, 4]

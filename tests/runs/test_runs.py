@@ -324,6 +324,21 @@ def test_nothing_is_written_through_a_link(copied, tmp_path, name):
     assert snapshot(tmp_path) == before
 
 
+def test_a_hard_link_in_a_run_leaves_its_other_name_as_it_was(copied, tmp_path):
+    """As `cp -al` and strangers' archives make them."""
+    others = {name: tmp_path / f"other {name}" for name in ("lock", "metrics.jsonl", "samples.jsonl")}
+    (copied / "lock").write_text("precious")
+    for name, other in others.items():
+        os.link(copied / name, other)
+    before = {name: other.read_bytes() for name, other in others.items()}
+    with Run.resume(copied, reference()) as run:
+        run.log({"more": 1.0}, [("酒店", 1.0)])
+        assert (copied / "lock").exists()
+    assert {name: other.read_bytes() for name, other in others.items()} == before
+    assert (copied / "metrics.jsonl").read_bytes().startswith(before["metrics.jsonl"])
+    assert len((copied / "metrics.jsonl").read_bytes()) > len(before["metrics.jsonl"])
+
+
 def test_a_checkpoint_that_is_a_link_is_no_checkpoint_of_the_run(copied, tmp_path, undisturbed):
     """It is neither loaded nor rotated away, and nothing is saved through it."""
     folder, victim = copied, tmp_path / "victim"

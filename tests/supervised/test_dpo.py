@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import oracle
 from conftest import MAKERS, VOCAB, exact, make_gpt2, make_tiny
@@ -305,6 +306,19 @@ def test_training_with_the_same_pairs_goes_on_and_with_others_is_refused():
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize(("content", "message"), [
+    ({"other": torch.zeros(6, 2)}, "missing logps"), ({"logps": torch.zeros(1, 2)}, r"logps has shape \(1, 2\)"),
+    ({"logps": torch.zeros(())}, "logps has shape"), ({"logps": torch.full((6, 2), math.nan)}, "logps holds NaN"),
+    ({"logps": torch.zeros(6, 2, dtype=torch.int64)}, "logps has dtype"),
+])  # fmt: skip
+def test_a_damaged_cache_of_the_reference_is_not_trained_on(tmp_path, content, message):
+    trainer(reference_cache=tmp_path).train(RANKINGS)
+    (path,) = tmp_path.iterdir()
+    save_file(content, path)
+    with pytest.raises(ValueError, match=f"{message}.*; remove the file, and it is computed anew"):
+        trainer(reference_cache=tmp_path).train(RANKINGS)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +332,8 @@ def test_several_functions_follow_a_step_and_one_that_returns_true_ends_the_trai
 
 
 @pytest.mark.parametrize(("pairs", "message"), [
-    ([], "pairs is empty"),
+    ([], "pairs is empty"), (None, "pairs must be a collection, got a NoneType: give"),
+    ({"prompt": ["酒店"], "chosen": ["好"], "rejected": ["差"]}, "pairs must be a collection, got a dict: give"),
     ([*RANKINGS, {"prompt": "酒店", "chosen": "好", "rejected": "好"}], "pair 6: answers 1 and 2 are equal: '好'"),
     ([*RANKINGS, {"prompt": "酒店", "chosen": "好", "rejected": " "}], "pair 6: answer 2 is empty"),
     ([{"prompt": "酒店", "chosen": "好", "rejected": "差" * 30}], r"pair 0: rejected has 34 tokens .* max_length=24"),

@@ -284,6 +284,15 @@ def test_nothing_to_train_or_measure_on_is_refused():
         evaluate_rankings(fresh(), [])
 
 
+@pytest.mark.parametrize(("rankings", "message"), [
+    ([{"prompt": "", "chosen": "好", "rejected": "差"}], r"ranking 0 must be a Ranking, got a dict: give \[Ranking\("),
+    (None, "rankings must be a collection, got a NoneType"), ("pairs.jsonl", "'pairs.jsonl' of type str: give"),
+])  # fmt: skip
+def test_what_is_no_ranking_is_refused_by_type_and_example(rankings, message):
+    with pytest.raises(ValueError, match=message):
+        RewardModelTrainer(fresh(), rankings, CONFIG)
+
+
 @pytest.mark.parametrize("trunk", ["gpt2", "bert"])
 def test_more_tokens_than_positions_are_refused_where_a_text_has_them(trunk):
     config = dataclasses.replace(CONFIG, max_length=128, tokens_per_batch=200)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, GPT2Config, SamplingConfig, Tokenizer, generate
+from minirlhf import GPT2, ActorCritic, GPT2Config, SamplingConfig, Tokenizer, generate
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity, token_nll
 from minirlhf.text.demonstrations import Conversation, Demonstration
 
@@ -95,6 +95,32 @@ def test_nothing_to_train_or_measure_on_is_refused(tokenizer):
     for attempt in (SFTTrainer, perplexity):
         with pytest.raises(ValueError, match="at least one text"):
             attempt(fresh(), tokenizer, [])
+
+
+class DataFrame(dict):
+    """As pandas has it: to go through it gives the names of its columns."""
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"text": ["酒店很好"]}, "texts must be a collection of texts, got a dict"), (None, "got a NoneType"),
+    (DataFrame(text=["酒店很好"]), r'got a DataFrame: give df\["text"\]'), ("酒店很好", "got '酒店很好' of type str"),
+    ([{"text": "酒店很好"}], "expected a text, got {'text': '酒店很好'} of type dict"),
+])  # fmt: skip
+def test_names_of_columns_are_not_learned(tokenizer, given, message):
+    with pytest.raises(ValueError, match=message):
+        SFTTrainer(fresh(), tokenizer, given)
+
+
+def test_what_other_libraries_have_is_refused_by_name_and_an_actor_critic_is_its_decoder(tokenizer):
+    model = ActorCritic(fresh())
+    assert SFTTrainer(model, tokenizer, (text for text in ["酒店很好"])).model is model.decoder
+    for arguments, message in [
+        ((torch.nn.Linear(1, 1), tokenizer, ["酒店"]), "got a torch Linear: save it with"),
+        ((fresh(), "gpt2", ["酒店"]), "the tokenizer must be a minirlhf.Tokenizer, got a str"),
+        ((fresh(), tokenizer, ["酒店"], {"epochs": 1}), r"got a dict: of a dict it is SFTConfig\(\*\*config\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SFTTrainer(*arguments)
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.text import prompts as module
+from minirlhf.text import text_files
 from minirlhf.text.prompts import as_prompts, read_prompts
 
 TEXTS = ["酒店", "The room", "房间"]
@@ -68,7 +68,7 @@ LETTERS = sorted(string.ascii_letters)
     ([3], "prompt 0 must be a text, got 3 of type int"), (["a", None], "prompt 1 must be a text, got None"),
     (["a", float("nan")], "prompt 1 must be a text, got nan of type float"), ([["a"]], r"got \['a'\] of type list"),
     ([{"role": "user", "content": "x"}], "of type dict"), (torch.ones(2), "prompt 0 must be a text, got tensor"),
-    ([b"a"], "of type bytes"), ([], "got no prompts"), (iter([]), "got no prompts"),
+    ([b"a"], "of type bytes"), (np.array("酒店"), "a ndarray"), ([], "got no prompts"), (iter([]), "got no prompts"),
 ])  # fmt: skip
 def test_anything_else_is_refused_by_type_and_example(pool, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -77,7 +77,7 @@ def test_anything_else_is_refused_by_type_and_example(pool, message):
 
 
 def test_a_generator_that_never_ends_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "MOST_PROMPTS", 1000)
+    monkeypatch.setattr(text_files, "MOST_ITEMS", 1000)
     with pytest.raises(ValueError, match="more than 1000 prompts: does the cycle ever end"):
         as_prompts(itertools.cycle(TEXTS))
     assert len(as_prompts(itertools.islice(itertools.cycle(TEXTS), 1000))) == 1000
@@ -129,3 +129,10 @@ def test_a_file_without_prompts_and_a_missing_one_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a.txt, line 1 is not utf-8"):
         as_prompts(tmp_path / "a.txt")
     assert read_prompts(tmp_path / "a.txt", "gbk") == ["酒店"]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_git_lfs_pointer_is_no_prompt(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    with pytest.raises(ValueError, match="is a git-lfs pointer"):
+        as_prompts(tmp_path / name)

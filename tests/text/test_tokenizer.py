@@ -265,3 +265,25 @@ def test_pieces_by_hand(tokenizer):
     assert tokenizer.decode_pieces(ids) == ["", "很", "hello", "x", "", " world", "好", "wifi", ""]
     assert tokenizer.decode_pieces(torch.tensor(ids)) == tokenizer.decode_pieces(ids)
     assert tokenizer.decode_pieces([]) == [] and tokenizer.decode_pieces(ids_of("[SEP]")) == [""]
+
+
+@pytest.mark.parametrize(
+    "vocab", [{token: i for i, token in enumerate(VOCAB)}, set(VOCAB), "abc", len], ids=lambda x: type(x).__name__
+)
+def test_a_vocabulary_without_an_order_is_refused(vocab):
+    """As the `get_vocab()` of other libraries is, or their tokenizer itself."""
+    with pytest.raises(
+        ValueError, match=f"must be a list of tokens by id, got a {type(vocab).__name__}: .*from_pretrained"
+    ):
+        Tokenizer(vocab)
+
+
+@pytest.mark.parametrize("ids", [None, 5, "5", [1.0], [[5, 6]], torch.tensor([[5, 6]])], ids=repr)
+def test_decoding_what_is_no_row_of_ids_is_refused(tokenizer, ids):
+    with pytest.raises(ValueError, match="expected token ids of one text, got"):
+        tokenizer.decode(ids)
+
+
+def test_one_text_is_no_batch_of_its_characters(tokenizer):
+    with pytest.raises(ValueError, match="texts must be a list of texts, got a single one"):
+        tokenizer.encode_batch("酒店")
