@@ -32,11 +32,12 @@ def plain_numbers(config: object) -> None:
 
 
 def require_token_ids(config: object, name: str) -> None:
-    """The named field is None, a token id or several; a list of ids becomes a tuple."""
+    """The named field is None, a token id or several; a list of ids becomes a tuple, numpy's numbers Python's."""
     value = getattr(config, name)
-    if isinstance(value, list):
-        object.__setattr__(config, name, tuple(value))
-    several = isinstance(value, (list, tuple)) and len(value) > 0
+    if isinstance(value, (list, tuple)):
+        value = tuple(i.item() if type(i).__module__ == "numpy" else i for i in value)
+        object.__setattr__(config, name, value)
+    several = isinstance(value, tuple) and len(value) > 0
     fine = all(type(i) is int and i >= 0 for i in (value if several else [value]))
     require(config, name, value is None or fine, "an id of at least 0, or a tuple of ids")
 

@@ -148,8 +148,10 @@ class Decoder(TextGenerator, nn.Module):
         cache: a KVCache to read from and to extend by the new tokens.
         segments: (B, T) int64, which of several sequences packed into its row a token belongs to. Tokens attend to
             their own segment only, and each segment has positions from 0. None: a row is one sequence.
-        Raises ValueError for a mask of the wrong shape or a sequence of more than `n_positions` real tokens.
+        Raises ValueError for ids or a mask of the wrong shape, or a sequence of more than `n_positions` real tokens.
         """
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            raise ValueError(f"ids must be a tensor (B, T), got {ids!r:.60}")
         T, past = ids.size(1), 0 if cache is None else cache.length
         shape = (len(ids), past + T)
         if attention_mask is not None and attention_mask.shape != shape:

@@ -228,7 +228,7 @@ class Llama(Decoder):
             problem = f"{folder}: {CONFIG_FILE} has sliding_window={content.get('sliding_window', 4096)!r:.40}"
             raise ValueError(f"{problem}, which is not supported; for texts no longer than it, set it to null, "
                              "use_sliding_window to false, and max_position_embeddings to its value")  # fmt: skip
-        old = ".rotary_emb.inv_freq"  # which first versions stored
+        old = "rotary_emb.inv_freq"  # which first versions stored
         return content, renamed(tensors, lambda name: None if name.endswith(old) else name, folder)
 
     @classmethod

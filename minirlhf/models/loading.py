@@ -6,6 +6,7 @@ import os
 
 from torch import Tensor
 
+from minirlhf.common.text import printable
 from minirlhf.io.files import StrPath, field, read_json
 from minirlhf.io.hub import locate
 from minirlhf.io.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE, check_supported
@@ -60,6 +61,6 @@ def load_with_value_head(folder: StrPath, base: Decoder | StrPath | None = None)
             base, head = decoder_class(base).with_value_head(base)
         except FileNotFoundError as error:
             missing = f"{folder} holds adapters, and their base was not found; {advice}"
-            raise FileNotFoundError(f"{missing}. {error}") from error
+            raise FileNotFoundError(f"{missing}. {printable(str(error))}") from error
     read_adapter(base, path)
     return base, head

@@ -7,6 +7,7 @@ short is skipped, and its text is scored again.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class ScoreCache:
             try:
                 entry = json.loads(line)
                 key, score = entry["key"], entry["score"]
-                if not isinstance(key, str) or not isinstance(score, float):
+                if not (isinstance(key, str) and isinstance(score, float) and math.isfinite(score)):
                     raise ValueError("not as it was written")
                 self.scores[key] = score
             except (ValueError, KeyError, TypeError, RecursionError):

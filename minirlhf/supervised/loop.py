@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minirlhf.common.progress import AfterSteps, OnStep
 from minirlhf.common.validation import (
+    is_finite,
     require,
     require_non_negative,
     require_one_of,
@@ -62,7 +63,8 @@ class FitConfig:
         require_positive(self, "lr", "max_grad_norm")
         require_unit_interval(self, "warmup", "lr_floor")
         require_non_negative(self, "weight_decay")
-        fits = isinstance(self.betas, tuple) and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        fits = isinstance(self.betas, tuple) and len(self.betas) == 2
+        fits = fits and all(is_finite(beta) and 0 <= beta < 1 for beta in self.betas)
         require(self, "betas", fits, "two numbers in [0, 1)")
         require(self, "seed", type(self.seed) is int, "an integer")
         require_one_of(self, "schedule", SCHEDULES)

@@ -123,6 +123,11 @@ def test_the_base_may_be_given_as_folder_or_model(base, folder, tmp_path):
     base.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"their base was not found; pass it: load_decoder\(.*base=FOLDER\)"):
         load_decoder(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "\x1b[31mx"}))
+    with pytest.raises(FileNotFoundError) as caught:
+        load_decoder(folder)
+    assert str(caught.value).isprintable()
     expected = load_decoder(folder, tmp_path / "moved")(IDS)
     assert torch.equal(load_decoder(folder, GPT2.from_pretrained(tmp_path / "moved"))(IDS), expected)
     assert torch.equal(ActorCritic.from_pretrained(folder, base=tmp_path / "moved")(IDS)[0], expected)

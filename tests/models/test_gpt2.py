@@ -206,6 +206,9 @@ def test_sequences_beyond_the_positions_are_refused():
 @torch.no_grad()
 def test_mask_of_another_shape_is_refused():
     model = make_gpt2(**SIZES)
+    for ids in (torch.tensor([5, 6]), [[5, 6]]):
+        with pytest.raises(ValueError, match=r"ids must be a tensor \(B, T\), got"):
+            make_gpt2()(ids)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\), expected \(2, 5\)"):
         model(random_ids(2, 5), torch.ones(2, 4))
     cache = model.new_cache(2, 8)

@@ -229,7 +229,7 @@ def test_other_spellings_of_a_checkpoint_load(folders, tmp_path):
     rewrite_tensors(tmp_path, lambda tensors: {
         **{name.removeprefix("model."): t for name, t in tensors.items()},
         "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-        "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+        "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "rotary_emb.inv_freq": torch.ones(2),
     })  # fmt: skip
     assert torch.equal(load_decoder(tmp_path)(random_ids(1, 5)), load_decoder(folders("qwen2"))(random_ids(1, 5)))
     rewrite_tensors(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["embed_tokens.weight"] + 1})

@@ -51,7 +51,8 @@ def test_a_line_is_as_documented_and_holds_nothing_else(tmp_path):
 DAMAGED = [
     b"not json", b"[]", b"7", b"null", b"{}", b'{"key": "a"}', b"\xff\xfe\x00", b'{"key": "a", "score": "7.0"}',
     b'{"key": "a", "score": 7}', b'{"key": ["a"], "score": 7.0}', b'{"key": "a", "sco{"key": "a", "score": 7.0}',
-    b"[" * 100000, b'{"key": "a", "score": ' + b"9" * 5000,
+    b"[" * 100000, b'{"key": "a", "score": ' + b"9" * 5000, b'{"key": "a", "score": NaN}',
+    b'{"key": "a", "score": 1e400}',
 ]  # fmt: skip
 
 

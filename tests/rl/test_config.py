@@ -5,6 +5,7 @@ import math
 import re
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 from small_trainer import DEFAULTS, NAN, PROMPTS, SMALL, make_trainer, reward
 
@@ -198,3 +199,8 @@ def test_a_dict_in_the_place_of_the_config_is_refused_with_what_makes_one():
         ValueError, match=r"config must be a PPOConfig, got a dict: of a dict it is PPOConfig\(\*\*config\)"
     ):
         PPOConfig.with_overrides({"lr": 1e-4})
+
+
+def test_numpy_s_numbers_are_ids_alone_and_in_a_list():
+    config = PPOConfig(eos_token_id=[np.int64(3), 4])
+    assert config.eos_token_id == (3, 4) and all(type(i) is int for i in config.eos_token_id)

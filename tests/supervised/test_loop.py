@@ -60,7 +60,8 @@ def same(model, other):
     *(("max_grad_norm", v) for v in (0, -1, math.nan)), *(("warmup", v) for v in (-0.1, 1.1, math.nan)),
     *(("lr_floor", v) for v in (-0.1, 1.1, math.nan)), *(("weight_decay", v) for v in (-0.1, math.nan)),
     ("schedule", "step"), ("precision", "fp8"), ("precision", None), ("precision", "auto"),
-    ("betas", [0.9, 0.9]), ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("max_length", 1), ("max_length", True),
+    ("betas", [0.9, 0.9]), ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("betas", ("a", "b")),
+    ("max_length", 1), ("max_length", True),
     ("tokens_per_batch", 127), ("tokens_per_batch", 4096.0), ("seed", 0.5),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(field, value):
