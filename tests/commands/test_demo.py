@@ -261,7 +261,5 @@ def test_other_folders_and_rewards_are_refused(run, tiny, tmp_path, error_of):
 def test_without_gradio_nothing_is_loaded(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", str(tmp_path / "nowhere"), "--port", "7999"]) == 1
-    assert (
-        capsys.readouterr().err
-        == "error: a page in the browser needs gradio: pip install gradio (minirlhf's extra web)\n"
-    )
+    needs = "a page in the browser needs gradio: pip install gradio (minirlhf's extra web)"
+    assert capsys.readouterr().err == f"error: {needs}\n"
