@@ -98,7 +98,8 @@ def test_alone_there_is_no_process_group_and_nothing_is_exchanged(monkeypatch):
         False,
     )
     assert alone.share(5) == slice(0, 5) and alone.gather("x", 1) == [1] and alone.gather_rows(3, x)[0] is x
-    assert torch.equal(alone.deal(3)[0], torch.arange(3)) and alone.deal(3)[1] == 1.0
+    [(rows, factor)] = alone.deal(3)
+    assert torch.equal(rows, torch.arange(3)) and factor == 1.0
     error = ValueError("mine")
     with pytest.raises(ValueError) as raised, agreed("nothing"):
         raise error
