@@ -26,7 +26,7 @@ lines: ## the line numbers of the links in docs/details.md
 	$(PYTHON) tests/docs/line_numbers.py
 
 docs: ## the site of docs/, into site/; needs the extra docs
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 bench: ## seconds and memory of one iteration of PPO, against what this machine can do
 	$(PYTHON) examples/benchmark --precision fp32 bf16

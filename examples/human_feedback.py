@@ -6,7 +6,7 @@ At a terminal, or with --web in the browser, where several people work at once, 
     python examples/reward_model.py --rankings runs/feedback.jsonl      # a reward model learns from the rankings
     python examples/human_feedback.py --train runs/mine      # your scores are the reward of PPO, 4 samples a step
     python examples/human_feedback.py --train runs/mine      # the same once more: continue where you stopped
-    python examples/human_feedback.py --web                  # any of these in the browser (pip install 'minirlhf[web]')
+    python examples/human_feedback.py --web                  # any of these in the browser (pip install -e '.[web]')
 
 Keys: numbers, best first (or scores), u undo, s skip, q quit (of a page: Ctrl-C in its terminal). Every answer is on
 the disk before the next question.

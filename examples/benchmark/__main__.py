@@ -32,7 +32,7 @@ sys.path.insert(
 from benchmark import report, studies
 from benchmark.floor import DTYPES, Rates, measure_rates, phase_costs, with_best
 from benchmark.peers import TransformersPeer, Turn, in_turns, run_command
-from benchmark.work import SIZES, Sample, Work, iteration
+from benchmark.work import PROMPT_POOL, SIZES, Sample, Work, iteration
 from minirlhf.common.printing import show
 from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import Precision
@@ -196,7 +196,8 @@ def own_command(work: Work, args: argparse.Namespace) -> list[str]:
     script = str(Path(__file__).parent)
     command = [sys.executable, script, "--json-lines", "--repeats", "1", "--size", work.size, "--batch", work.batch,
                "--new-tokens", work.new_tokens, "--minibatch", work.minibatch, "--precision", work.precision,
-               "--device", work.device, "--threads", args.threads or torch.get_num_threads()]  # fmt: skip
+               "--device", work.device, "--different-prompts", work.different_prompts,
+               "--threads", args.threads or torch.get_num_threads()]  # fmt: skip
     for name, folder in (("--policy", work.policy), ("--reward", work.reward)):
         command += [name, folder] if folder is not None else []
     changes = [f"{name}={json.dumps(value)}" for name, value in work.config.items()]
@@ -219,7 +220,7 @@ def write(result: dict[str, Any], output: Path) -> None:
 def work_of(args: argparse.Namespace, precision: str) -> Work:
     batch = args.batch if not args.quick else min(args.batch, 8)
     return Work(args.size, args.policy, args.reward, batch, args.new_tokens, args.device, precision, args.minibatch,
-                dict(args.config))  # fmt: skip
+                args.different_prompts, dict(args.config))  # fmt: skip
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -248,6 +249,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=at_least_one, default=128, help="sequences an iteration")
     parser.add_argument("--new-tokens", type=at_least_one, default=16)
     parser.add_argument("--minibatch", type=at_least_one, default=16, help="sequences an optimizer step")
+    parser.add_argument("--different-prompts", type=at_least_one, default=Work.different_prompts, metavar="N",
+                        help="of a batch (%(default)s); beginnings that rows share are computed once")  # fmt: skip
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--config", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="of PPOConfig")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -265,6 +268,8 @@ def read_arguments() -> argparse.Namespace:
         raise ValueError(f"tables are {', '.join(TABLES)}, got {unknown[0]!r}")
     if "model_type" in SIZES[args.size][0] and not args.json_lines and not set(args.tables) <= WAYS.keys():
         raise ValueError(f"the size {args.size} is for the tables {', '.join(WAYS)}: the others count a GPT-2's work")
+    if args.different_prompts > len(PROMPT_POOL):
+        raise ValueError(f"--different-prompts is {args.different_prompts}, there are {len(PROMPT_POOL)}")
     if args.against and args.peer_command:
         raise ValueError("--against shares a process and --peer-command does not: run one after the other")
     return args

@@ -33,7 +33,7 @@ class TransformersPeer:
         try:
             import transformers
         except ImportError as error:
-            raise ImportError("--against transformers needs transformers: pip install 'minirlhf[dev]'") from error
+            raise ImportError("--against transformers needs transformers: pip install -e '.[dev]'") from error
         transformers.logging.set_verbosity_error()
         self.work, self.config, self.device = work, work.ppo(), torch.device(work.device)
         self.name = f"transformers {transformers.__version__} {work.precision} minibatch {work.minibatch}"

@@ -244,7 +244,7 @@ def figure(size: tuple[float, float] = (9, 4)) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'minirlhf[examples]'") from error
+        raise ImportError("pictures need matplotlib: pip install -e '.[examples]'") from error
     return Figure(figsize=size, layout="constrained")
 
 

@@ -29,6 +29,8 @@ from minirlhf.device.precision import Precision
 from minirlhf.models.rope import RopeConfig
 from shared import PROMPTS  # 3 tokens each, with [CLS]
 
+# Those of the example, then any two of these characters: also 3 tokens each.
+PROMPT_POOL = [*dict.fromkeys([*PROMPTS, *map("".join, itertools.product("酒店周围位置前台房间早餐", repeat=2))])]
 TINY_BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "uer": ({}, {}),  # GPT-2 base and BERT base, the defaults of their configs
@@ -66,7 +68,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Work:
-    """What to do: models (a name in SIZES, or folders), sequences, new tokens, and settings."""
+    """What to do: models (a name in SIZES, or folders), sequences, new tokens, prompts to draw from, and settings."""
 
     size: str = "uer"
     policy: str | None = None
@@ -76,6 +78,7 @@ class Work:
     device: str = "cpu"
     precision: str = "fp32"
     minibatch: int = 16
+    different_prompts: int = len(PROMPTS)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # more fields of PPOConfig
 
     @property
@@ -87,7 +90,7 @@ class Work:
     @property
     def drawn(self) -> list[str]:
         """The prompts that are collected: one a group."""
-        return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch // self.group_size)]
+        return [PROMPT_POOL[i % self.different_prompts] for i in range(self.batch // self.group_size)]
 
     @property
     def prompts(self) -> list[str]:

@@ -2,6 +2,7 @@
 
     python examples/evidence/methods.py                                # hours on two CPU cores; docs/algorithms.md
     python examples/evidence/methods.py --methods ppo rloo --seeds 0 --kl-coefs 0.1 --iterations 20
+    python examples/evidence/methods.py --methods trl --trl-python trl/bin/python        # TRL 0.11.4; see peer_trl.py
 
 Each run is a method, a KL coefficient and a seed; DPO takes the coefficient as its beta, and methods whose gradient is
 not on the scale of the reward take a multiple of it (SCALE). A finished run is a line in
@@ -10,8 +11,13 @@ each policy are measured in the distribution that was sampled and in the full so
 optimum's frontier. Leaves methods.md, methods.png and methods.json.
 """
 
+import functools
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +55,7 @@ History = list[dict[str, float]]
 def main() -> None:
     args = command_line(
         __doc__,
-        methods=([*METHODS], "which"),
+        methods=([*METHODS], "which; also trl"),
         seeds=([0, 1, 2], "of each method at each coefficient"),
         kl_coefs=([0.05, 0.15, 0.4], "strengths of the KL penalty"),
         iterations=(80, f"batches of {BATCH} samples"),
@@ -59,10 +65,14 @@ def main() -> None:
         policy=(POLICY, "GPT-2 folder"),
         reward=(REWARD, "folder of a classifier or of a reward model"),
         second_scorer=(SECOND_SCORER, "folder of character n-grams"),
+        trl_python=("", "Python with TRL 0.11.4, for the method trl"),
         output=("runs/methods", "folder; a stopped script goes on there"),
     ).parse_args()
-    if unknown := [name for name in args.methods if name not in METHODS]:
-        raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
+    if unknown := [name for name in args.methods if name not in (*METHODS, "trl")]:
+        raise ValueError(f"--methods must be of {', '.join(METHODS)}, trl, got {', '.join(unknown)}")
+    if "trl" in args.methods and not args.trl_python:
+        raise ValueError("--methods trl needs --trl-python")
+    METHODS["trl"] = functools.partial(by_trl, args)
     torch.set_num_threads(args.threads)
     reference, tokenizer = GPT2.from_pretrained(args.policy).eval(), Tokenizer.from_pretrained(args.policy)
     reward = load_scorer(args.reward, device="cpu")
@@ -82,9 +92,9 @@ def main() -> None:
 
 
 def one_run(task: Task, name: str, coef: float, seed: int, args: Any) -> dict[str, Any]:
-    wall, cpu = time.perf_counter(), time.process_time()
+    watch = stopwatch()
     policy, history = METHODS[name](task, name, coef * SCALE.get(name, 1), seed, args.iterations)
-    seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    seconds = watch()
     found = task.measure(policy, args.samples, seed)
     return {"method": name, "kl_coef": coef, "seed": seed, **seconds, **found, "history": history}
 
@@ -136,6 +146,22 @@ def by_dpo(task: Task, name: str, coef: float, seed: int, iterations: int) -> tu
     return policy.eval(), history
 
 
+def by_trl(args: Any, task: Task, name: str, coef: float, seed: int, iterations: int) -> tuple[GPT2, History]:
+    """PPO of TRL with the settings of ours, in the environment where it is installed."""
+    own = starter_run("ppo")
+    settings = dict(kl_coef=coef, lr=own["lr"], epochs=own["ppo_epochs"], minibatch=own["minibatch_size"],
+                    cliprange=own["cliprange"], iterations=iterations, seed=seed, threads=args.threads)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        command = [args.trl_python, str(Path(__file__).with_name("peer_trl.py")), "--prompts", *task.prompts]
+        folders = dict(policy=args.policy, reward=args.reward, output=folder)
+        for option, value in {**settings, **folders}.items():
+            command += [f"--{option.replace('_', '-')}", str(value)]
+        own_modules = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        lines = subprocess.run(command, env=own_modules, stdout=subprocess.PIPE, text=True, check=True).stdout
+        history = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+        return GPT2.from_pretrained(folder).eval(), history
+
+
 METHODS: dict[str, Callable[[Task, str, float, int, int], tuple[GPT2, History]]] = {
     **dict.fromkeys(["ppo", *PRESET_METHODS], by_policy_gradient),
     **dict.fromkeys(["dpo_offline", "dpo_online"], by_dpo),
@@ -143,8 +169,13 @@ METHODS: dict[str, Callable[[Task, str, float, int, int], tuple[GPT2, History]]]
 
 
 def stopwatch() -> Callable[[], dict[str, float]]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    return lambda: {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    """Seconds by the clock and of all cores since now, those of processes that were started and have ended too."""
+
+    def spent() -> dict[str, float]:
+        return {"seconds": time.perf_counter(), "cpu_seconds": sum(os.times()[:4])}
+
+    start = spent()
+    return lambda: {name: now - start[name] for name, now in spent().items()}
 
 
 # ---- what came out --------------------------------------------------------------------------------------------------

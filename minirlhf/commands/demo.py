@@ -51,12 +51,12 @@ WORDS = {
     "zh": {
         "prompt": "提示词", "examples": "训练用的提示词", "count": "续写条数", "seed": "随机种子",
         "write": "续写", "reference": "参考模型：训练之前", "policy": "策略：训练之后",
-        "mean": "平均奖励", "step": "用这个提示词走一步 PPO", "tokens": "逐个 token 看",
+        "mean": "平均奖励", "step": "用这个提示词走一步 PPO", "tokens": "逐个词元看",
         "about": "在内存里再走一步，按算法看到的样子显示；策略本身保持不变。",
         "sample": "样本及其奖励", "figure": "着色依据", "reward": "奖励", "value": "价值",
         "advantage": "优势", "clipping": "裁剪：ratio - 1，被裁剪的加框", "table": "全部数值",
-        "reading": "优势为正的 token 比预期好：PPO 提高它的概率，走完这一步它的 ratio 大于 1；优势为负则小于 1。"
-                   "reward 是 KL 惩罚，最后一个 token 还加上得分；clipped 为 yes 时 ratio 已出界，这批数据不再推动它。",
+        "reading": "优势为正的词元比预期好：PPO 提高它的概率，走完这一步它的 ratio 大于 1；优势为负则小于 1。"
+                   "reward 是 KL 惩罚，最后一个词元还加上得分；clipped 为 yes 时 ratio 已出界，这批数据不再推动它。",
     },
 }  # fmt: skip
 CSS = f"""

@@ -108,7 +108,8 @@ def read_settings(path: str) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError(f"{path} needs PyYAML: pip install 'minirlhf[yaml]', or write the file as .json") from error
+        told = f"{path} needs PyYAML: pip install pyyaml (minirlhf's extra yaml), or write the file as .json"
+        raise ImportError(told) from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -137,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _free(output: Path) -> Path:
     """The output folder. Raises before any work if it cannot be one, or holds another evaluation already."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the report needs matplotlib: pip install 'minirlhf[examples]'")
+        raise ImportError("the report needs matplotlib: pip install matplotlib (minirlhf's extra examples)")
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, not a folder")
     for name in (EVALUATION_FILE, REPORT_FILE):

@@ -30,7 +30,7 @@ def require_web(host: str = HOST, port: int = PORT) -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError("a page in the browser needs gradio: pip install 'minirlhf[web]'") from error
+        raise ImportError("a page in the browser needs gradio: pip install gradio (minirlhf's extra web)") from error
     return gradio
 
 

@@ -237,7 +237,7 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'minirlhf[examples]'") from error
+        raise ImportError("pictures need matplotlib: pip install matplotlib (minirlhf's extra examples)") from error
 
     class Picture(Figure):
         def _repr_png_(self) -> bytes:  # a notebook shows it

@@ -13,12 +13,12 @@ EXPLAINED = (
     (
         "second scorer gained",
         "the same gain by a scorer that the policy was not trained on",
-        "策略没有用来训练的另一个打分器看到的提升",
+        "策略没有用它训练的另一个裁判看到的提升",
     ),
     (
         "second scorer",
         "mean score by a scorer that the policy was not trained on",
-        "策略没有用来训练的另一个打分器的平均分",
+        "策略没有用它训练的另一个裁判的平均分",
     ),
     (
         "KL exact that the optimum needs",
@@ -98,18 +98,18 @@ CHINESE = {
     "policy": "策略",
     "KL": "KL",
     "reward": "奖励",
-    "second scorer": "第二打分器",
+    "second scorer": "第二个裁判",
     "reward over KL: policy, best-of-n and optimum": "奖励与 KL：策略、best-of-n 与最优",
-    "second scorer over KL: policy, best-of-n and optimum": "第二打分器与 KL：策略、best-of-n 与最优",
+    "second scorer over KL: policy, best-of-n and optimum": "第二个裁判与 KL：策略、best-of-n 与最优",
     "curves of the run": "训练曲线",
 }
 
 # Sentences of `findings`, with figures in them.
 SENTENCES = (
-    (r"the reward rose by (.*), the second scorer did not: (.*)", r"奖励提升了 \1，第二打分器却没有：\2"),
+    (r"the reward rose by (.*), the second scorer did not: (.*)", r"奖励提升了 \1，第二个裁判却没有：\2"),
     (
         r"the second scorer rose by (.*), less than (.*) of the (.*) that best-of-n brings it at equal KL",
-        r"第二打分器提升了 \1，不到相同 KL 下 best-of-n 所带来的 \3 的 \2",
+        r"第二个裁判提升了 \1，不到相同 KL 下 best-of-n 所带来的 \3 的 \2",
     ),
     (
         r"the reward rose by (.*) on the given prompts, and by (.*) on held-out ones(?:: (.*) and (.*) of what .*)?",

@@ -46,7 +46,7 @@ def save_results(
         figures = {**found.summary(), "optimum": found.optimum}
         summary |= figures
         if importlib.util.find_spec("matplotlib") is None:
-            told.insert(0, "no picture of the curves: pip install 'minirlhf[examples]' for matplotlib")
+            told.insert(0, "no picture of the curves: pip install matplotlib (minirlhf's extra examples)")
         else:
             target = config.target if config.adaptive_kl else None
             samples = read_jsonl(output / SAMPLES_FILE)

@@ -51,6 +51,6 @@ def starter() -> Starter:
         if all((folder / "config.json").is_file() for folder in folders):
             return Starter(str(folders[0]), str(folders[1]), str(folders[2]))
     raise FileNotFoundError(
-        "the starter weights are not here: pip install 'minirlhf[starter]', or name your own models "
-        "(--policy and --reward)"
+        "the starter weights are not here: `pip install ./weights` in minirlhf's repository installs them (minirlhf's "
+        "extra starter), or name your own models (--policy and --reward)"
     )

@@ -78,8 +78,8 @@ def import_openai() -> Any:
         import openai
     except ImportError as error:
         raise ImportError(
-            'ChatJudge asks an endpoint through the openai client: pip install "minirlhf[judge]", or give complete=, a '
-            "callable from messages to the text of the answer"
+            "ChatJudge asks an endpoint through the openai client: pip install openai (minirlhf's extra judge), or "
+            "give complete=, a callable from messages to the text of the answer"
         ) from error
     return openai
 

@@ -185,7 +185,9 @@ def check_loggers(names: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(f"the logger {name} needs the package {name}: pip install 'minirlhf[{name}]'") from error
+            raise ImportError(
+                f"the logger {name} needs its package: pip install {name} (minirlhf's extra {name})"
+            ) from error
 
 
 def _table(samples: Samples) -> str:

@@ -125,7 +125,7 @@ def _compiled(template: str) -> Any:
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise ImportError("chat templates need jinja2: pip install 'minirlhf[chat]'") from error
+        raise ImportError("chat templates need jinja2: pip install jinja2 (minirlhf's extra chat)") from error
 
     class Generation(Extension):
         """`{% generation %}`, which marks the assistant's text for other tools, writes what stands in it."""

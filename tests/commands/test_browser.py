@@ -19,8 +19,8 @@ from minirlhf.common.web_page import HOST, served
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.scorers import load_scorer
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'minirlhf[web]' selenium")
-pytest.importorskip("gradio", reason="needs gradio: pip install 'minirlhf[web]' selenium")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[web]' selenium")
+pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[web]' selenium")
 PROGRAMS = [next(filter(None, map(shutil.which, names)), None) for names in
             (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))]  # fmt: skip
 if None in PROGRAMS:

@@ -194,7 +194,7 @@ def test_both_sides_have_their_texts_rewards_and_mean():
 
 
 def test_the_page_takes_an_empty_seed_and_tells_every_error(demo, monkeypatch):
-    gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'minirlhf[web]'")
+    gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[web]'")
     write, *_ = [each.fn for each in page_of(demo, "run", "en").fns.values() if each.fn.__module__ == Demo.__module__]
     assert write("位置", 2, None) == write("位置", 2, 0)
 
@@ -261,4 +261,5 @@ def test_other_folders_and_rewards_are_refused(run, tiny, tmp_path, error_of):
 def test_without_gradio_nothing_is_loaded(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", str(tmp_path / "nowhere"), "--port", "7999"]) == 1
-    assert capsys.readouterr().err == "error: a page in the browser needs gradio: pip install 'minirlhf[web]'\n"
+    needs = "a page in the browser needs gradio: pip install gradio (minirlhf's extra web)"
+    assert capsys.readouterr().err == f"error: {needs}\n"

@@ -47,5 +47,5 @@ def test_an_address_of_another_machine_is_refused(gradio, free_port):
 
 def test_without_gradio_the_extra_is_named(monkeypatch, free_port):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"needs gradio: pip install 'minirlhf\[web\]'$"):
+    with pytest.raises(ImportError, match=r"needs gradio: pip install gradio \(minirlhf's extra web\)$"):
         require_web(HOST, free_port)

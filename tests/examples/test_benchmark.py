@@ -182,7 +182,8 @@ def test_methods_train_on_as_many_sequences_in_as_many_steps():
         steps.append(trainer.step(rollout)["ppo/updates"])
     assert heads == [True, False, False] and steps == [8, 8, 8]
     assert studies.timed(trainer, 8, 1)["generate s"] > 0
-    assert len(Work(config={"group_size": 4}).drawn) == 32
+    work = Work(config={"group_size": 4}, different_prompts=144)
+    assert len(work.drawn) == len(set(work.drawn)) == 32 and len(set(work.lengths().prompts[0])) == 3
 
 
 def test_memory_is_the_most_of_its_phase():
@@ -486,6 +487,7 @@ def test_the_same_tables_on_a_gpu(timed, tmp_path):
     (["--config", "lrr=1"], "did you mean 'lr'"),
     (["--policy", "nowhere"], "nowhere"),
     (["--size", "qwen3-0.6b"], "the size qwen3-0.6b is for the tables lora, methods"),
+    (["--different-prompts", "145"], "--different-prompts is 145, there are 144"),
     (["--precision", "tf32"], "'tf32' needs a GPU"),
     (["--batch", "0"], 2),
     (["--config", "lr"], 2),

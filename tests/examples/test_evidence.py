@@ -55,6 +55,32 @@ def test_a_method_that_is_not_there_is_named(call, tiny, tmp_path):
     assert re.fullmatch("error: --methods must be of ppo, .*, got trpo", code) and not (tmp_path / "out").exists()
 
 
+TRAINS_NOTHING = """#!/bin/sh
+echo "a line of a library"
+echo '{"reward": 0.5, "kl": 0.0, "seconds": 2.0, "cpu_seconds": 1.0}'
+while [ $# -gt 0 ]; do
+    [ "$1" = --policy ] && from=$2
+    [ "$1" = --output ] && to=$2
+    shift
+done
+cp "$from"/* "$to"
+"""
+
+
+def test_what_trl_trained_is_measured_as_ours_is(call, tiny, tmp_path):
+    python, folder = tmp_path / "python", tmp_path / "out"
+    python.write_text(TRAINS_NOTHING)
+    python.chmod(0o755)
+    given = [*options(tiny, folder), "--seeds", 0, "--methods", "trl"]
+    code, _ = call(EVIDENCE / "methods.py", *given)
+    assert code == "error: --methods trl needs --trl-python"
+    code, _ = call(EVIDENCE / "methods.py", *given, "--trl-python", python)
+    assert code is None, code
+    [run] = runs(folder)
+    assert run["history"] == [{"reward": 0.5, "kl": 0.0, "seconds": 2.0, "cpu_seconds": 1.0}]
+    assert abs(run["sampled"]["kl"]) < 1e-6 and abs(run["full"]["kl"]) < 1e-6 < run["seconds"]
+
+
 def test_areas_and_intervals_worked_by_hand():
     # From (0, .5) to (1, 1) it is a triangle of 1/4 above .5; from there to 2 a rectangle of 1/2.
     assert area([1.0], [1.0], 0.5, 2.0) == pytest.approx(0.75, rel=1e-3)

@@ -33,7 +33,7 @@ def test_the_package_counts_before_the_checkout(tmp_path, monkeypatch):
     assert minirlhf.starter().policy == str(module.CHECKOUT / FOLDERS[0])
     assert "minirlhf_starter" not in sys.modules  # looked for, and not imported
     monkeypatch.setattr(module, "CHECKOUT", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"pip install 'minirlhf\[starter\]'"):
+    with pytest.raises(FileNotFoundError, match=r"`pip install ./weights` in minirlhf's repository"):
         minirlhf.starter()
 
 

@@ -410,7 +410,7 @@ def test_a_key_that_a_header_cannot_carry_is_refused_before_any_text(server, mon
 
 def test_without_the_client_a_callable_still_judges(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r'pip install "minirlhf\[judge\]", or give complete='):
+    with pytest.raises(ImportError, match=r"pip install openai \(minirlhf's extra judge\), or give complete="):
         judge_of(None, base_url="http://host")
     assert judge_of(Model())(["aa"]) == [2]
 

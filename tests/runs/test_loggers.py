@@ -107,7 +107,7 @@ def test_a_run_without_other_loggers_has_no_file_of_them(tmp_path):
     [
         (["wanbd"], ValueError, "did you mean 'wandb'"),
         ("wandb", ValueError, r"give \['wandb'\]"),
-        (["nothing"], ImportError, r"pip install 'minirlhf\[nothing\]'"),
+        (["nothing"], ImportError, r"pip install nothing \(minirlhf's extra nothing\)"),
     ],
 )
 def test_unknown_and_missing_loggers_are_refused_before_any_write(tmp_path, monkeypatch, names, kind, message):

@@ -61,7 +61,7 @@ class NGramTeacher:
             from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
             from sklearn.linear_model import LogisticRegression
         except ImportError as error:
-            raise ImportError("the teacher needs scikit-learn: pip install 'minirlhf[dev]'") from error
+            raise ImportError("the teacher needs scikit-learn: pip install -e '.[dev]'") from error
         self.counts = CountVectorizer(analyzer="char", ngram_range=(1, 4), min_df=3, dtype=np.float32)
         counts = self.counts.fit_transform(texts)
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
