@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from minirlhf.commands.models import trained_model
 from minirlhf.commands.table import AS_JSON, DEVICE, EOS, REWARD, SEED, argument, command, integer
 from minirlhf.common.printing import show
 from minirlhf.common.text import json_line
@@ -86,7 +87,8 @@ def evaluate(args: argparse.Namespace) -> None:
         run = Path(args.run)
         started, history = read_json(run / CONFIG_FILE), read_jsonl(run / METRICS_FILE)
         samples = read_jsonl(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
-        args.policy, args.reference = args.policy or str(run / "policy"), args.reference or str(run / "reference")
+        args.policy = args.policy or str(run / "policy" if (run / "policy").is_dir() else trained_model(args.run))
+        args.reference = args.reference or str(run / "reference")
     if args.policy is None or args.reference is None:
         raise ValueError("give --run, or --policy and --reference")
     ppo, arguments = (x if isinstance(x := started.get(key), dict) else {} for key in ("ppo", "arguments"))

@@ -173,6 +173,8 @@ def files(tmp_path):
     (tmp_path / "gbk.txt").write_bytes("酒店\n服务\n".encode("gbk"))
     (tmp_path / "empty.txt").write_bytes(b"\n \n")
     (tmp_path / "a file").write_bytes(b"x")
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
     return tmp_path
 
 
@@ -180,6 +182,7 @@ def files(tmp_path):
     (["--policy", "RUN/policy"], "give --run, or --policy and --reference"), ([], "give --run, or"),
     (["--policy", "RUN/policy", "--reference", "RUN/reference"], "give --prompts, or a --run whose config.json"),
     (["--run", "nowhere"], "nowhere/config.json does not exist"),
+    (["--run", "FILES/unfinished"], "unfinished has not come to its end.*or name a checkpoint"),
     (["--policy", "nowhere", "--reference", "RUN/reference", "--prompts", "酒"], "nowhere.* does not exist"),
     (["--run", "RUN", "--prompts", "FILES/gbk.txt"], "gbk.txt, line 1 is not utf-8 .*--encoding, for instance gbk"),
     (["--run", "RUN", "--prompts", "FILES/gbk.txt", "--encoding", "klingon"], "encoding must be .*, got 'klingon'"),
