@@ -250,7 +250,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=at_least_one, default=16)
     parser.add_argument("--minibatch", type=at_least_one, default=16, help="sequences an optimizer step")
     parser.add_argument("--different-prompts", type=at_least_one, default=Work.different_prompts, metavar="N",
-                        help="(%(default)s) of a batch; what rows share of their beginning is computed once")  # fmt: skip
+                        help="of a batch (%(default)s); beginnings that rows share are computed once")  # fmt: skip
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--config", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="of PPOConfig")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -7,18 +7,21 @@ stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from minirlhf.commands import chat, demo, models, runs, training  # noqa: F401  (they enter their commands)
 from minirlhf.commands.table import COMMANDS
 from minirlhf.common.printing import error_line, show
 from minirlhf.common.text import printable
+from minirlhf.device.launch import started_together, tells
+from minirlhf.device.processes import processes
 from minirlhf.runs.run import RunFailed, Stopped
 from minirlhf.version import __version__
 
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _shown_once():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
@@ -63,14 +66,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (Stopped, RunFailed) as end:  # what was done is saved
         told = f"{' '.join(str(end).split())}; to go on: minirlhf resume {shlex.quote(str(end.folder))}"
-        show(printable(told) if isinstance(end, Stopped) else error_line(told), sys.stderr)
+        if tells(end):
+            show(printable(told) if isinstance(end, Stopped) else error_line(told), sys.stderr)
         return 130 if isinstance(end, Stopped) else 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        show(error_line(error), sys.stderr)
+        if tells(error):
+            show(error_line(error), sys.stderr)
         return 1
     else:
         return code or 0
     return 0
+
+
+@contextlib.contextmanager
+def _shown_once() -> Iterator[None]:
+    """Of several processes that torchrun started, let only the first one show what they do."""
+    with contextlib.ExitStack() as quiet:
+        if started_together() and not processes().first:
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:

@@ -172,14 +172,14 @@ def _train_measured(
     run: Run[Any],
     train: Callable[[Callable[..., object]], None],
     measure: Callable[[], dict[str, float]],
-    save: Callable[[dict[str, Any]], None],
+    name: str,
     algorithm: str,
     figure: str,
     title: str,
 ) -> None:
     """Train to the end, measured before the first step and at every checkpoint, and save the model and a summary.
 
-    save: writes the model, with what its card says of the training; only the first process calls it.
+    name: of the model's folder in the run's.
     figure: of those that `measure` returns, the one whose change is in the summary, under `title`.
     """
     with run:
@@ -188,15 +188,10 @@ def _train_measured(
         train(lambda batch, stats: run.record(batch, {**stats, **(measure() if run.due else {})}))
         measured = [line[figure] for line in run.history() if figure in line]
         summary = {title: {"before": measured[0], "after": measured[-1]}}
+        run.trainer.save_pretrained(run.folder / name, {"algorithm": algorithm, **summary})
         if run.trainer.processes.first:
-            save({"algorithm": algorithm, **summary})
             write_json(run.folder / "summary.json", summary)
     show(f"saved in {run.folder}")
-
-
-def _save_policy(run: Run[Any], summary: dict[str, Any]) -> None:
-    run.trainer.model.save_pretrained(run.folder / "policy", summary=summary)
-    run.trainer.tokenizer.save_pretrained(run.folder / "policy")
 
 
 SFT = (
@@ -230,8 +225,7 @@ def _go_on_with_sft(run: Run[SFTTrainer], arguments: Mapping[str, Any], data: An
         show(f"step {trainer.steps_done} of {trainer.steps_total}: held-out perplexity {shown}")
         return {f"perplexity/{name}": value for name, value in figures.items()}
 
-    save = functools.partial(_save_policy, run)
-    _train_measured(run, trainer.train, measure, save, "SFT", "perplexity/token", "perplexity a token")
+    _train_measured(run, trainer.train, measure, "policy", "SFT", "perplexity/token", "perplexity a token")
 
 
 def _demonstrations(arguments: Mapping[str, Any]) -> tuple[list[Demonstration | Conversation], ...]:
@@ -258,7 +252,7 @@ def reward_model(args: argparse.Namespace) -> None:
     config = RewardTrainingConfig(**REWARD_MODEL_SETTINGS[0].of(given))
     output, data = _new_output(given, "reward-model"), _rankings(arguments)
     warn_of_language([text for ranking in data[0] for text in ranking.texts], arguments["model"])
-    model = RewardModel.from_trunk(arguments["model"], config.seed, device=config.device)
+    model = RewardModel.from_trunk(arguments["model"], config.seed, device="cpu")
     trainer = RewardModelTrainer(model, data[0], config)
     started = {COMMAND: "reward-model", ARGUMENTS: arguments, "settings": dataclasses.asdict(config)}
     _go_on_with_reward_model(Run.start(output, trainer, started, loggers=_loggers(given)), arguments, data)
@@ -276,10 +270,7 @@ def _go_on_with_reward_model(run: Run[RewardModelTrainer], arguments: Mapping[st
         trainer.train(on_step)
         trainer.model.normalise([text for ranking in rankings for text in ranking.texts])
 
-    def save(summary: dict[str, Any]) -> None:
-        trainer.model.save_pretrained(run.folder / "reward", summary=summary)
-
-    _train_measured(run, train, measure, save, "reward model", "held_out/accuracy", "held-out accuracy")
+    _train_measured(run, train, measure, "reward", "reward model", "held_out/accuracy", "held-out accuracy")
 
 
 def _rankings(arguments: Mapping[str, Any]) -> tuple[list[Ranking], list[Ranking]]:
@@ -324,8 +315,7 @@ def _go_on_with_dpo(run: Run[DPOTrainer], arguments: Mapping[str, Any], data: An
         return {f"held_out/{name}": value for name, value in figures.items()}
 
     train = functools.partial(trainer.train, pairs)
-    save = functools.partial(_save_policy, run)
-    _train_measured(run, train, measure, save, "DPO", "held_out/rewards/accuracies", "held-out accuracy")
+    _train_measured(run, train, measure, "policy", "DPO", "held_out/rewards/accuracies", "held-out accuracy")
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------

@@ -42,20 +42,20 @@ def matmul_precision(setting: str) -> Iterator[None]:
 def onednn_matmul() -> contextlib.AbstractContextManager[None]:
     """A context in which fp32 matrix products go through oneDNN instead of MKL, with the same rounding.
 
-    PyTorch takes oneDNN where products of "medium" precision are allowed. Where these round more than fp32 (CPUs with
-    AMX compute them in bf16), nothing changes.
+    PyTorch takes oneDNN where products of "medium" precision are allowed and the CPU has AVX-512 or more. Without it,
+    and where these products round more than fp32 (CPUs with AMX compute them in bf16), nothing changes.
     """
-    return matmul_precision("medium") if _medium_is_full() else contextlib.nullcontext()
+    return matmul_precision("medium") if _offers_onednn() else contextlib.nullcontext()
 
 
 @functools.cache
 def fastest_matmul(n_in: int, n_out: int) -> str:
     """The library, of MATMULS, that multiplies faster by a matrix (n_in, n_out) here; timed once a process.
 
-    oneDNN needs 10 to 20% less time than MKL with AVX-512, and more than MKL with AVX2. Both are timed in turns, and
-    the best of four turns counts, within about 50 ms.
+    oneDNN needs 10 to 20% less time than MKL with AVX-512; with AVX2 PyTorch has no way to it. Both are timed in turns,
+    and the best of four turns counts, within about 50 ms.
     """
-    if not _medium_is_full():
+    if not _offers_onednn():
         return "default"
     rows = max(1, min(512, round(MATMUL_FLOP / (2 * n_in * n_out))))
     x, weight = torch.ones(rows, n_in), torch.ones(n_in, n_out)
@@ -70,9 +70,16 @@ def fastest_matmul(n_in: int, n_out: int) -> str:
     return "onednn" if best["onednn"] < MATMUL_GAIN * best["default"] else "default"
 
 
+def onednn_has_bf16() -> bool:
+    """Whether oneDNN takes products in bf16 on this CPU: any with AVX-512, where it computes them by way of fp32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @functools.cache
-def _medium_is_full() -> bool:
-    """Whether a product of "medium" precision is measured to be as exact as any in fp32."""
+def _offers_onednn() -> bool:
+    """Whether a product of "medium" precision goes through oneDNN, and is measured to be as exact as any in fp32."""
+    if not onednn_has_bf16():
+        return False
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 256, 256, generator=generator)[i] for i in (0, 1))
     with matmul_precision("medium"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minirlhf.device.cpu import onednn_has_bf16
 from minirlhf.device.precision import LARGE_MODEL, PRECISION_SETTINGS, Precision, is_large
 from minirlhf.device.random import eval_mode
 
@@ -90,8 +91,7 @@ def has_native_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # oneDNN says yes to any AVX-512, on which it computes bf16 by way of fp32.
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not onednn_has_bf16():
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
         return True

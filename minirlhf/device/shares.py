@@ -25,21 +25,14 @@ class Shares:
         """The rows of this process, of `count`; perhaps none."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def deal(self, count: int) -> tuple[Tensor, float]:
-        """Every W-th of `count` rows, int64, and 1.0, the factor of their weights; row 0 and 0.0 if there are too few.
+    def deal(self, count: int, most: int | None = None) -> list[tuple[Tensor, float]]:
+        """Every W-th of `count` rows, int64, in passes of at most `most`, and 1.0, the factor of their weights.
 
-        A process without a row computes one that does not count, so that all have the same gradients to sum.
+        All processes have equally many passes, so that each has gradients to sum and, of a sharded model, parts to
+        exchange: in the place of a pass that it has no rows for, a process computes row 0 with the factor 0.0.
+        most: None: one pass.
         """
-        rows = torch.arange(count)[self.rank :: self.size]
-        return (rows, 1.0) if len(rows) else (torch.zeros(1, dtype=torch.int64), 0.0)
-
-    def deal_evenly(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Every W-th of `count` rows, int64, equally many on all processes, and factors (count, 1) of their weights.
-
-        A process that would have a row less computes row 0 as well, whose factor is 0 there. device: of the factors.
-        """
-        rows = torch.arange(self.rank, -(-count // self.size) * self.size, self.size)
-        factors = torch.ones(count, 1, device=device)
-        if rows[-1] >= count:
-            rows[-1], factors[0] = 0, 0.0
-        return rows, factors
+        most = most or count
+        rows, passes = torch.arange(count)[self.rank :: self.size], -(-count // (self.size * most))
+        dealt = [(part, 1.0) for part in rows.split(most) if len(part)]
+        return dealt + [(torch.zeros(1, dtype=torch.int64), 0.0)] * (passes - len(dealt))

@@ -136,7 +136,8 @@ def _decode(
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change what is sampled; call model.eval()")
     if is_part(next(model.parameters())):
-        raise ValueError("the model is sharded, and samples come from a whole copy: trainer.models.whole().policy")
+        copy = "trainer.models.whole().policy, or models.sharded.gathered(model)"
+        raise ValueError(f"the model is sharded, and samples come from a whole copy: {copy}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     ids, prompt_mask = left_pad(prompts, pad_token_id)

@@ -22,7 +22,7 @@ from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.probes import language_model_probe
-from minirlhf.models.sharded import gathered, shard
+from minirlhf.models.sharded import begins_on, gathered, is_to_be_sharded, shard
 from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.text.tokenizer import Tokenizer
 from minirlhf.version import __version__
@@ -101,14 +101,12 @@ def prepare(
     if reference is None or config.adapters_off:
         reference = adapters_off(actor.decoder)
     device, group = resolve_device(config.device), processes()
-    sharded = config.sharding == "full" and group.on  # alone there is one part
     if device.type == "cpu":
         keep_freed_memory()
         limit_threads()
-    at_first = torch.device("cpu") if sharded else device  # until each process takes its part of it
-    actor = actor.to(at_first).eval()
+    actor = actor.to(begins_on(config)).eval()
     actor.decoder.checkpoint_activations = config.checkpoint_activations
-    reference = reference.to(at_first).eval().requires_grad_(False)
+    reference = reference.to(begins_on(config)).eval().requires_grad_(False)
     if config.reference == "shared":
         share_frozen_parameters(actor.decoder, reference)
     if config.compile:
@@ -122,7 +120,7 @@ def prepare(
     batch_size = 128 if device.type == "cpu" else 1024
     precision = Precision(choice.name, device, actor)
     precision.matmul = group.broadcast("matmul", precision.matmul)
-    for model in (actor, reference) if sharded else ():
+    for model in (actor, reference) if is_to_be_sharded(config) else ():
         shard(model, device, choice.name)
     models = Models(actor, reference, tokenizer, precision, graphed, batch_size)
     return models, config, choice, source

@@ -28,6 +28,7 @@ from minirlhf.models.bert import BertClassifier
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.layers import check_vocabulary, fill, global_rng_kept, shapes_only
 from minirlhf.models.loading import DECODERS, decoder_class
+from minirlhf.models.sharded import gathered
 from minirlhf.text.batching import length_sorted_batches, right_pad
 from minirlhf.text.tokenizer import Tokenizer
 
@@ -177,15 +178,16 @@ class RewardModel(nn.Module):
     def scores(self, texts: Sequence[str]) -> Tensor:
         """Scores (B,) before the normalisation, fp32 on the CPU, computed in batches of similar length.
 
-        The sigmoid of a difference is the probability that one answer is preferred to the other.
+        The sigmoid of a difference is the probability that one answer is preferred to the other. Of a sharded model
+        all processes must call it.
         """
         if isinstance(texts, str):
             raise ValueError("texts must be a list of texts, got a single one")
         sequences = self.tokenizer.encode_batch(texts, self.max_length)
-        scores = torch.empty(len(texts))
-        with eval_mode(self):
+        scores, whole = torch.empty(len(texts)), gathered(self)
+        with eval_mode(whole):
             for batch in length_sorted_batches([len(s) for s in sequences], self.batch_size):
-                scores[batch] = self.score([sequences[i] for i in batch]).float().cpu()
+                scores[batch] = whole.score([sequences[i] for i in batch]).float().cpu()
         return scores
 
     def normalise(self, texts: Sequence[str]) -> None:

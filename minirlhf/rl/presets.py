@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from minirlhf.common import validation
 from minirlhf.models.lora_config import LoRAConfig
+from minirlhf.models.sharded import require_shardable
 from minirlhf.rl.advantages import COMPARES_GROUPS
 
 if TYPE_CHECKING:
@@ -272,10 +273,9 @@ def require_combinations(config: PPOConfig) -> None:
         f"one that pulls the policy towards the reference with kl_estimator={c.kl_estimator!r} "
         f"({', '.join(allowed)}; docs/kl.md says why)",
     )  # fmt: skip
+    require_shardable(c)
     if c.sharding is not None:
         sharded = "with sharding='full'"
-        require(c, "precision", c.precision in ("fp32", "tf32", "bf16"), f"'fp32', 'tf32' or 'bf16' {sharded}")
-        require(c, "lora", c.lora is None, f"None {sharded}: adapters need no sharding")
         require(c, "reference", c.reference in (None, "own"), f"'own' {sharded}")
         require(c, "compile", not c.compile, f"False {sharded}")
         require(c, "cuda_graphs", not c.cuda_graphs, f"False {sharded}: each iteration samples from a new copy")

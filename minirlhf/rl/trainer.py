@@ -146,16 +146,16 @@ class PPOTrainer:
             minibatch = with_advantages(minibatch, c)
         if c.loss_averaging != "micro_batches":  # similar lengths side by side, so that micro-batches have less padding
             minibatch = minibatch.rows(minibatch.lengths.sum(-1).argsort(descending=True, stable=True))
-        mine, factors = self.processes.deal_evenly(len(minibatch), self.device)  # all rows, and ones, if alone
-        weights = factors * token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
+        weights = token_weights(minibatch.response_mask, c, minibatch.logprobs.dtype)
         minibatch = minibatch.replace(weights=weights)
 
         for attempt in sizes_that_fit(self.micro_batch_size, once=c.sharding is not None and self.processes.on):
             with attempt, self.precision.autocast():  # one context for all micro-batches: weights are cast once
                 self.optimizer.zero_grad(set_to_none=True)
                 totals: TensorStats = {}
-                for rows in mine.split(attempt.size):
-                    loss, sums = self._loss(minibatch.rows(rows))
+                for rows, factor in self.processes.deal(len(minibatch), attempt.size):  # all rows, if alone
+                    part = minibatch.rows(rows)
+                    loss, sums = self._loss(part.replace(weights=part.weights * factor))
                     self.precision.backward(loss)
                     totals = {name: totals.get(name, 0.0) + value.detach() for name, value in sums.items()}
         self.micro_batch_size = attempt.size

@@ -64,8 +64,8 @@ PARTS = "parts"
 FREE_FIELDS: dict[str, set[str]] = {
     "ppo": {"steps", "save_freq", "forward_batch_size", "device", "reward_timeout",
             "reward_workers", "max_bad_steps", "checkpoint_activations", "compile", "cuda_graphs", "sharding"},
-    "sft": {"save_freq", "device"}, "reward_model": {"save_freq", "device"},
-    "dpo": {"save_freq", "device", "reference_cache"},
+    "sft": {"save_freq", "device", "sharding"}, "reward_model": {"save_freq", "device", "sharding"},
+    "dpo": {"save_freq", "device", "sharding", "reference_cache"},
 }  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def load_checkpoint(
             _restore(folder, model, model, counters)
             trainer = SFTTrainer(model, Tokenizer.from_pretrained(folder), data, config)
         else:
-            reward = RewardModel.from_pretrained(folder, device=config.device)
+            reward = RewardModel.from_pretrained(folder, device="cpu")
             _restore(folder, reward, reward.network, counters)
             trainer = RewardModelTrainer(reward, data, config)
         _load_state(trainer, folder, state)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.common.progress import OnStep, functions_of
-from minirlhf.device.placement import resolve_device
+from minirlhf.device.precision import SIXTEEN_BITS
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import agreed, processes
 from minirlhf.device.random import eval_mode
@@ -31,6 +31,7 @@ from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.prepared import check_pair, load_reference, require_base, require_tokenizer
 from minirlhf.models.probes import language_model_probe
+from minirlhf.models.sharded import begins_on, gathered, is_to_be_sharded, shard
 from minirlhf.supervised.dpo_config import DPOConfig, DPOOverrides
 from minirlhf.supervised.loop import Stats, SupervisedTrainer, check_positions, data_record, require_same_data
 from minirlhf.supervised.preference_pairs import Pairs, TokenPair, encode_pairs
@@ -70,9 +71,9 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         require_tokenizer(tokenizer)
         model, self.tokenizer = language_model(policy), tokenizer
         model.fit_vocabulary(len(tokenizer), "policy")
-        device = resolve_device(config.device)
         reference, self.reference_source = None, None  # type: Decoder | None, str | None
         config = dataclasses.replace(config, lora=config.lora or model.lora)
+        device = begins_on(config)
         if not config.reference_free:
             reference, self.reference_source = load_reference(ref_policy)
             if config.adapters_off:
@@ -96,6 +97,8 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         self._seen: list[Tensor] = []  # of a step, (2, n, 2): by the policy and by the reference
         self._counts: list[bool] = []  # which of them count: see `Processes.deal`
         super().__init__(model, config, [], (), model.origin)
+        if self.reference is not None and is_to_be_sharded(config):
+            shard(self.reference, self.device, config.precision)
 
     def train(  # type: ignore[override]
         self, pairs: Pairs, on_step: OnStep | Sequence[OnStep] | None = None, progress: bool = True
@@ -158,7 +161,7 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         parts: list[tuple[list[MicroBatch], float]] = []
         total = sum(len(row) for rows in batch for row in rows)
         for rows in batch:
-            dealt, factor = self.processes.deal(len(rows))
+            [(dealt, factor)] = self.processes.deal(len(rows))
             mine: MicroBatch = [rows[i] for i in dealt]
             parts.append(([mine], factor * sum(map(len, mine)) / total))
         self._counts = [share > 0 for _, share in parts]
@@ -171,12 +174,6 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         ref_logps = self.ref_logps[[i for row in rows for i in row]]
         self._seen.append(torch.stack([logps.detach(), ref_logps]))
         return self._losses(logps, ref_logps).mean()
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write policy and tokenizer as a model folder, once for all processes."""
-        if self.processes.first:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:
         """See `SupervisedTrainer.state_dict`; of the reference, hash and source."""
@@ -222,7 +219,8 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
 
     @torch.no_grad()
     def _all_logps(self, model: Decoder, pairs: Sequence[TokenPair]) -> Tensor:
-        """Log-probabilities (n, 2) of all these pairs, in eval mode."""
+        """Log-probabilities (n, 2) of all these pairs, in eval mode, by a whole copy of a sharded model."""
+        model = gathered(model, SIXTEEN_BITS.get(self.precision.name))
         passes = self._passes(pairs, range(len(pairs)), torch.Generator().manual_seed(0))
         with eval_mode(model), self.precision.autocast():
             found = self.processes.spread(

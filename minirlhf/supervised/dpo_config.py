@@ -100,6 +100,7 @@ class DPOOverrides(TypedDict, total=False):
     max_grad_norm: float
     precision: str
     device: str
+    sharding: Literal["full"] | None
     seed: int
     save_freq: int
     batch_size: int

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,14 @@ from minirlhf.common.validation import (
     require_positive_ints,
     require_unit_interval,
 )
+from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import PRECISIONS, Precision
 from minirlhf.device.processes import agreed, processes
 from minirlhf.device.random import DropoutStream
 from minirlhf.device.schedules import SCHEDULES, lr_factor
 from minirlhf.io.model_card import Origin
 from minirlhf.io.training_state import State, frozen, load_moments, moments, require_fp32
+from minirlhf.models.sharded import exported, is_to_be_sharded, require_shardable, shard
 from minirlhf.version import __version__
 
 Batch = TypeVar("Batch", bound=Sequence[Any])
@@ -51,6 +54,7 @@ class FitConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     precision: str = "fp32"  # of the forward passes
     device: str = "auto"  # auto, cpu or cuda[:index]
+    sharding: Literal["full"] | None = None  # full: each of several processes holds a part of the model
     seed: int = 0  # of shuffling, masking and dropout
     save_freq: int = 100  # optimizer steps between two checkpoints of a run
 
@@ -67,12 +71,14 @@ class FitConfig:
         require(self, "seed", type(self.seed) is int, "an integer")
         require_one_of(self, "schedule", SCHEDULES)
         require_one_of(self, "precision", self.PRECISIONS)
+        require_shardable(self)
 
 
 class SupervisedTrainer(Generic[Batch]):
     """Minimises a loss over epochs of batches; a subclass has `kind`, `loss` and `parts`.
 
-    model: trained in place; dropout is on in training, unless `with_dropout` is False, and off afterwards.
+    model: trained in place; dropout is on in training, unless `with_dropout` is False, and off afterwards. With
+        `sharding` a subclass puts it where `sharded.begins_on` says, and each process takes its part of it here.
     epochs: the batches of each epoch, shuffled. They must depend on data and config only, so that a resumed run
         gets the same ones.
     data: every text or ranking as a string, to recognise them. origin: where the model came from.
@@ -82,6 +88,8 @@ class SupervisedTrainer(Generic[Batch]):
 
     kind: ClassVar[str]
     with_dropout: ClassVar[bool] = True
+    entry: ClassVar[str] = "hidden_states"  # the model's method that `loss` calls, see `sharded.shard`
+    tokenizer: Any = None  # saved beside the model, unless the model saves it
 
     @agreed("the training")
     def __init__(
@@ -93,16 +101,18 @@ class SupervisedTrainer(Generic[Batch]):
         origin: Origin | None = None,
     ):
         self.model, self.config, self.epochs, self.origin = model, config, epochs, origin
-        self.data = data_record(data)
-        self.device = next(model.parameters()).device
+        self.data, sharded = data_record(data), is_to_be_sharded(config)
+        self.device = resolve_device(config.device) if sharded else next(model.parameters()).device
         self.precision = Precision(config.precision, self.device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.processes = processes()
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         versions = {"minirlhf": __version__, "torch": torch.__version__, "device": self.device.type}
         settings = {**versions, **dataclasses.asdict(config), **self.data, **shapes}
         self.processes.same("versions, settings, data and shapes", settings)
         self.processes.copy_(list(model.parameters()))
+        if sharded:
+            shard(model, self.device, config.precision, self.entry)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -126,7 +136,7 @@ class SupervisedTrainer(Generic[Batch]):
         Of several processes each has other rows, and one without a row has any, with the share 0. The batch must be a
         sequence of which `loss` is a mean, or a subclass has parts of its own.
         """
-        rows, factor = self.processes.deal(len(batch))
+        [(rows, factor)] = self.processes.deal(len(batch))
         mine: Any = [batch[i] for i in rows]
         return [(mine, factor * len(rows) / len(batch))]
 
@@ -194,6 +204,17 @@ class SupervisedTrainer(Generic[Batch]):
     def _require_consistent(self) -> None:
         if self.interrupted:
             raise RuntimeError(f"training stopped within step {self.steps_done + 1}; go back to its last checkpoint")
+
+    def save_pretrained(self, folder: str | os.PathLike[str], summary: Mapping[str, Any] | None = None) -> None:
+        """Write the model, adapters merged, and its tokenizer as a model folder, once for all processes.
+
+        summary: of the training, for the model card. All processes must call it.
+        """
+        model: Any = exported(self.model)
+        if self.processes.first:
+            model.save_pretrained(folder, summary=summary)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> State:
         """Everything besides the weights that the next step depends on; of the data, the hash.

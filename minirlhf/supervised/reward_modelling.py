@@ -9,7 +9,6 @@ Left out: the language-model loss beside the ranking loss, ensembles, early stop
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.device.placement import resolve_device
 from minirlhf.device.processes import agreed, processes
+from minirlhf.models.sharded import begins_on
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches
@@ -71,6 +70,7 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
     """
 
     kind = "reward_model"
+    entry = "score"
     model: RewardModel
     config: RewardTrainingConfig
 
@@ -84,7 +84,7 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
         check_positions(max(lengths), model.max_length, config.max_length)
         generator, sizes = torch.Generator().manual_seed(config.seed), [len(answers) for answers in self.encoded]
         epochs = [bucketed_batches(lengths, config.tokens_per_batch, generator, sizes) for _ in range(config.epochs)]
-        model.to(resolve_device(config.device))
+        model.to(begins_on(config))
         model.mean, model.std = 0.0, 1.0  # the old ones belong to the old weights
         data = [f"{margin!r} {answers}" for margin, answers in zip(self.margins, self.encoded, strict=True)]
         super().__init__(model, config, epochs, data, model.network.origin)
@@ -94,11 +94,6 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
         scores = self.model.score([ids for i in batch for ids in self.encoded[i]])
         margins = torch.tensor([self.margins[i] for i in batch]).to(scores)
         return ranking_loss(scores, [len(self.encoded[i]) for i in batch], margins)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the reward model and its tokenizer as a model folder, once for all processes."""
-        if self.processes.first:
-            self.model.save_pretrained(folder)
 
 
 def comparisons(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.common.validation import require_bools, require_positive_ints
-from minirlhf.device.placement import resolve_device
 from minirlhf.device.precision import PRECISION_SETTINGS, full_precision
 from minirlhf.device.precision_choice import choose_precision
 from minirlhf.device.processes import processes
@@ -30,6 +28,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.lora import add_lora
 from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.models.probes import language_model_probe
+from minirlhf.models.sharded import begins_on, gathered
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches, length_sorted_batches, packed_rows, right_pad
 from minirlhf.text.demonstrations import Conversation, Demonstration
@@ -111,7 +110,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
             raise ValueError(f"no response has a token within max_length={config.max_length}: nothing to learn")
         check_positions(max(len(s.ids) for s in self.sequences), model.n_positions, config.max_length)
         config = dataclasses.replace(config, lora=add_lora(model, config.lora, config.seed))
-        model.to(resolve_device(config.device))
+        model.to(begins_on(config))
         self.tokenizer = tokenizer
         self.width = min(config.max_length, model.n_positions)  # of a packed row
         choice = choose_precision(config.precision, model, language_model_probe(model))
@@ -140,7 +139,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         """This process's rows of each micro-batch, with their share of all tokens that the step predicts."""
         parts = []
         for micro in batch:
-            rows, factor = self.processes.deal(len(micro))
+            [(rows, factor)] = self.processes.deal(len(micro))
             mine = [micro[i] for i in rows]
             parts.append(([mine], factor * self._predicted(mine)))
         total = sum(map(self._predicted, batch))
@@ -155,12 +154,6 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
         rows = [[self.sequences[i] for i in row] for micro in batch for row in micro]
         nll, count = token_nll(self.model, rows, self.tokenizer.pad_id, self.width if self.config.packing else None)
         return nll.sum() / count
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write model, its adapters merged, and tokenizer as a model folder, once for all processes."""
-        if self.processes.first:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
 
 
 def encode_demonstrations(
@@ -260,6 +253,8 @@ def perplexity(
     sequences = cut(encode_demonstrations(tokenizer, texts), max_length)
     if not sequences:
         raise ValueError(f"no response has a token within max_length={max_length}: there is nothing to measure")
+
+    model = gathered(model)
 
     def measured(batch: Sequence[int]) -> tuple[float, int]:
         nll, count = token_nll(model, [[sequences[i]] for i in batch], tokenizer.pad_id)

@@ -38,7 +38,7 @@ def precision():
 def test_the_setting_is_put_back_after_an_error_too(precision, setting):
     precision(setting)
     with cpu.onednn_matmul():
-        assert torch.get_float32_matmul_precision() == ("medium" if cpu._medium_is_full() else setting)
+        assert torch.get_float32_matmul_precision() == ("medium" if cpu._offers_onednn() else setting)
     with pytest.raises(ZeroDivisionError), tf32_matmul():
         assert torch.get_float32_matmul_precision() == "high"
         raise ZeroDivisionError
@@ -57,9 +57,20 @@ def test_products_stay_as_exact_as_fp32():
 
 def test_where_medium_rounds_more_nothing_is_changed(precision, monkeypatch):
     precision("highest")
-    monkeypatch.setattr(cpu, "_medium_is_full", lambda: False)
+    monkeypatch.setattr(cpu, "_offers_onednn", lambda: False)
     with cpu.onednn_matmul():
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_without_a_way_to_onednn_there_is_no_choice(precision, monkeypatch):
+    """As with AVX2, where "medium" changes nothing: the same library was timed twice, and the noise chose."""
+    monkeypatch.setattr(cpu, "onednn_has_bf16", lambda: False)
+    assert not cpu._offers_onednn.__wrapped__()
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        x, weight = (torch.randn(252, 768, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+        expected = x @ weight.T
+        precision("medium")
+        assert torch.equal(x @ weight.T, expected)
 
 
 @pytest.mark.parametrize(("onednn", "expected"), [(0.5, "onednn"), (0.99, "default"), (2.0, "default")])
@@ -71,7 +82,7 @@ def test_the_library_is_the_one_that_was_faster(monkeypatch, onednn, expected):
         now[0] += onednn if torch.get_float32_matmul_precision() == "medium" else 1.0
         return now[0]
 
-    monkeypatch.setattr(cpu, "_medium_is_full", lambda: True)
+    monkeypatch.setattr(cpu, "_offers_onednn", lambda: True)
     monkeypatch.setattr(cpu.time, "perf_counter", clock)
     assert cpu.fastest_matmul.__wrapped__(64, 256) == expected
 

@@ -11,7 +11,8 @@ from minirlhf import GPT2
 from minirlhf.device.launch import tells
 from minirlhf.device.processes import agreed, processes
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLES = REPO / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_several_processes_compute_what_one_computes(alone, several, size, name)
 
 
 @pytest.mark.timeout(300)
-def test_every_example_runs_on_two_processes(tiny, tmp_path):
+def test_every_example_and_a_command_run_on_two_processes(tiny, tmp_path):
     """Each ends without an error, leaves what it leaves alone, and only the first process prints."""
     pytest.importorskip("tqdm"), pytest.importorskip("matplotlib")
     texts = [f"{word}{a}{b}" for word in ("酒店", "房间") for a in "很好差脏" for b in "位置前台早餐"]
@@ -56,8 +57,10 @@ def test_every_example_runs_on_two_processes(tiny, tmp_path):
     policy, reward, cpu = ("--policy", tiny / "policy"), ("--reward", tiny / "reward"), ("--device", "cpu")
     data, sizes = ("--texts", tmp_path / "texts.txt"), ("--steps", 8, "--batch-size", 4)
     dpo = ["dpo.py", *policy, *reward, "--batch-size", 4, "--epochs", 1, "--gen-len", 4]
+    sft = [*data, "--model", tiny / "policy", "--max-length", 16, "--tokens-per-batch", 64]
     commands = {
-        "sft": ["sft_reviews.py", *data, "--model", tiny / "policy", "--max-length", 16, "--tokens-per-batch", 64],
+        "sft": ["sft_reviews.py", *sft],
+        "command": [REPO / "minirlhf" / "__main__.py", "sft", *sft, "--sharding", "full", "--precision", "fp32"],
         "reward": ["reward_model.py", "--rankings", tmp_path / "pairs.jsonl", *policy, "--judge", tiny / "reward",
                    *sizes],
         "dpo": [*dpo, "--pairs", tmp_path / "pairs.jsonl"],
@@ -75,7 +78,7 @@ def test_every_example_runs_on_two_processes(tiny, tmp_path):
     for rank, found in enumerate(outcomes):
         assert isinstance(found, dict), found
         for name, (error, shown) in found.items():
-            assert error is None and bool(shown.strip()) == (rank == 0), (name, error, shown)
+            assert not error and bool(shown.strip()) == (rank == 0), (name, error, shown)
     for name in commands:
         assert (tmp_path / name / "summary.json").is_file()
         assert GPT2.from_pretrained(tmp_path / name / "policy").config.n_positions == 32
@@ -98,7 +101,8 @@ def test_alone_there_is_no_process_group_and_nothing_is_exchanged(monkeypatch):
         False,
     )
     assert alone.share(5) == slice(0, 5) and alone.gather("x", 1) == [1] and alone.gather_rows(3, x)[0] is x
-    assert torch.equal(alone.deal(3)[0], torch.arange(3)) and alone.deal(3)[1] == 1.0
+    [(rows, factor)] = alone.deal(3)
+    assert torch.equal(rows, torch.arange(3)) and factor == 1.0
     error = ValueError("mine")
     with pytest.raises(ValueError) as raised, agreed("nothing"):
         raise error

@@ -1,7 +1,6 @@
 """Which rows each process computes."""
 
 import pytest
-import torch
 
 from minirlhf.device.shares import Shares
 
@@ -15,23 +14,18 @@ def test_groups_stay_whole_and_too_few_are_computed_by_all(count, unit, shares):
         assert Shares(rank, 3).share(count, unit) == slice(start, stop)
 
 
-def test_every_row_is_dealt_once_and_a_process_without_one_has_a_row_of_no_weight():
-    for count in range(1, 10):
-        counted = []
-        for rank in range(4):
-            rows, factor = Shares(rank, 4).deal(count)
-            assert len(rows) and (factor == 1.0 or rows.tolist() == [0])
-            counted += rows.tolist() if factor else []
-        assert sorted(counted) == [*range(count)]
-
-
+@pytest.mark.parametrize("most", [None, 1, 2, 3, 20])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_rows_are_dealt_evenly_and_each_weighs_something_on_one_process_only(size):
-    for count in range(1, 10):
-        total, counts = torch.zeros(count), set()
+def test_every_row_is_dealt_once_in_equally_many_passes(size, most):
+    """A process without rows for a pass has one of no weight."""
+    for count in range(1, 14):
+        counted, passes = [], set()
         for rank in range(size):
-            rows, factors = Shares(rank, size).deal_evenly(count)
-            assert factors.shape == (count, 1)
-            total[rows] += factors[rows, 0]
-            counts.add(len(rows))
-        assert counts == {-(-count // size)} and torch.equal(total, torch.ones(count))
+            dealt = Shares(rank, size).deal(count, most)
+            passes.add(len(dealt))
+            assert all(factor == 1.0 or (factor, rows.tolist()) == (0.0, [0]) for rows, factor in dealt)
+            assert all(1 <= len(rows) <= (most or count) for rows, _ in dealt)
+            counted.append([row for rows, factor in dealt if factor for row in rows.tolist()])
+        each = -(-count // size)  # rows of the first process
+        assert passes == {1 if most is None else -(-each // most)}
+        assert [counted[i % size][i // size] for i in range(count)] == [*range(count)]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from conftest import make_gpt2
-from minirlhf import GPT2, ActorCritic, generate
+from conftest import VOCAB, make_gpt2
+from minirlhf import GPT2, ActorCritic, RewardModel, Tokenizer, generate
 from minirlhf.device.parts import full, is_part
 from minirlhf.models.sharded import exported, gathered, is_sharded, shard
+from minirlhf.rewards.reward_model import DecoderScorer
 
 IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
 
@@ -44,3 +45,18 @@ def test_passes_gradients_and_copies_are_those_of_the_whole_model(group, tmp_pat
     exported(parted).decoder.float().save_pretrained(tmp_path / "policy")
     loaded = GPT2.from_pretrained(tmp_path / "policy")
     assert all(torch.equal(p.float(), q) for p, q in zip(whole.decoder.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_reward_model_scores_and_is_exported_with_its_normalisation(group, tmp_path):
+    texts, tokenizer = ["酒店很好", "房间脏，太差", "w"], Tokenizer(VOCAB)
+    whole, parted = (RewardModel(DecoderScorer(make_gpt2(0, n_layer=2)), tokenizer, device="cpu") for _ in range(2))
+    shard(parted, torch.device("cpu"), "fp32", "score")
+    for model in (whole, parted):
+        model.normalise(texts)
+        model.score([[7, 8, 9], [10]]).sum().backward()
+    for p, q in zip(whole.parameters(), parted.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(full(q.grad), p.grad))
+    assert (whole.mean, whole.std) == (parted.mean, parted.std) and torch.equal(parted(texts), whole(texts))
+    assert gathered(parted).tokenizer is tokenizer
+    exported(parted).save_pretrained(tmp_path / "reward")
+    assert torch.equal(RewardModel.from_pretrained(tmp_path / "reward", device="cpu")(texts), whole(texts))

@@ -17,7 +17,7 @@ import lives
 import torch
 from lives import context, process
 
-from conftest import VOCAB, FewSamples, exact, make_gpt2, make_llama
+from conftest import VOCAB, FewSamples, exact, make_bert, make_gpt2, make_llama
 from minirlhf import (
     ActorCritic,
     DPOTrainer,
@@ -156,18 +156,19 @@ TEXTS = ["酒店很好", "房间干净，服务很好。", Demonstration("早餐
 
 def sft(make=make_gpt2, **settings):
     model, losses = exact(make(2, scale=2.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SIZES)), []
+    model.checkpoint_activations = "sharding" in settings
     limits = dict(epochs=2, max_length=12, tokens_per_batch=36, device="cpu")
     trainer = SFTTrainer(model, Tokenizer(VOCAB), TEXTS, SFTConfig(**{**limits, **settings}))
     trainer.train(lambda batch, stats: losses.append(stats))
     return dict(weights=weights(model), stats=losses, figures=perplexity(model, Tokenizer(VOCAB), TEXTS, batch_size=3))
 
 
-def reward_model():
-    llama = exact(make_llama(3, scale=2.0, **SIZES))
-    model, stats = RewardModel(DecoderScorer(llama), Tokenizer(VOCAB), device="cpu").double(), []
+def reward_model(network=None, **settings):
+    network = network or DecoderScorer(exact(make_llama(3, scale=2.0, **SIZES)))
+    model, stats = RewardModel(network, Tokenizer(VOCAB), device="cpu").double(), []
     words = ["酒店很好", "房间干净", "早餐", "脏", "差", "失望", "满意"]
     rankings = [Ranking("位置", tuple(words[i : i + 2 + i % 2])) for i in range(5)]
-    config = RewardTrainingConfig(max_length=12, tokens_per_batch=60, device="cpu")
+    config = RewardTrainingConfig(**{**dict(max_length=12, tokens_per_batch=60, device="cpu"), **settings})
     RewardModelTrainer(model, rankings, config).train(lambda batch, told: stats.append(told))
     figures = evaluate_rankings(model, rankings)
     return dict(weights=weights(model), stats=stats, figures=dict(loss=figures.loss, accuracy=figures.accuracy))
@@ -191,6 +192,11 @@ def measured():
                               best_of_prompts=4, resamples=20)  # fmt: skip
     found = evaluate(policy, reference, tokenizer, PROMPTS, reward, second_scorer=by_token, config=config)
     return dict(tokens=[drawn.candidate_scores], texts=[drawn.responses], figures=found.given.summary())
+
+
+def bert():
+    names = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "id2label": {0: "reward"}}
+    return make_bert(3, scale=2.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **names)
 
 
 class Counter:
@@ -250,6 +256,11 @@ CASES = {
         make=make_llama, **FULL, kl_estimator="exact", whiten_scope="minibatch", steps=16, ppo_epochs=1
     ),
     "sharded, uneven": lambda: ppo(**FULL, batch_size=7, minibatch_size=3, steps=7, advantages="reinforce"),
+    # With micro-batches of one row and of several.
+    "SFT, sharded": lambda: sft(**FULL, tokens_per_batch=12, accumulation=2),
+    "DPO, sharded": lambda: dpo(make_llama, **FULL, batch_size=5),
+    "reward model, sharded": lambda: reward_model(**FULL, tokens_per_batch=36),
+    "BERT, sharded": lambda: reward_model(bert(), **FULL, tokens_per_batch=36),
 }
 OF_FOUR = ("PPO", "minibatches smaller than W", "flat groups drawn again", "own tokens", "SFT", "measured")
 

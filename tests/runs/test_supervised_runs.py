@@ -1,16 +1,19 @@
 """Runs of supervised fine-tuning, of reward models and of DPO: cut anywhere, they end as if undisturbed."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from lives import process
+from ranks import together
 
 from conftest import VOCAB, make_llama
 from folders import snapshot
 from minirlhf import GPT2, DPOTrainer, GPT2Config, Llama, RewardModel, Run, Tokenizer, load_decoder
+from minirlhf.device.processes import processes
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.runs import RunFailed, load_checkpoint, save_checkpoint
@@ -189,6 +192,60 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, kind, settings):
         assert seen == losses[done:]
         save_checkpoint(again, tmp_path / "end")
         assert snapshot(tmp_path / "end") == snapshot(tmp_path / "whole")
+
+
+# ---- of sharded models ----------------------------------------------------------------------------------------------
+
+
+def train_undropped(run, until=None):
+    """Each of several processes has dropout of its own, so without it; with figures at every save."""
+    trainer = run.trainer
+    trainer.with_dropout = False
+
+    def record(batch, stats):
+        run.record(batch, {**stats, **(measure(trainer) if run.due else {})})
+        return trainer.steps_done == until
+
+    with run:
+        train(trainer, record)
+    return trainer
+
+
+def sharded(folder):
+    """By kind, the numbers that this process holds of the model's, and the steps of a run that stopped and went on."""
+    found = {}
+    for kind in KINDS:
+        run = Run.start(folder / kind, new(kind, epochs=2, save_freq=3, sharding="full", precision="fp32"), {})
+        trainer = train_undropped(run, until=3)
+        parts = [(p.to_local().numel(), p.numel()) for p in trainer.model.parameters()]
+        held, of = map(sum, zip(*parts, strict=True))
+        trainer.save_pretrained(folder / f"{kind} export", {"algorithm": "sharded"})
+        if processes().first:
+            shutil.copytree(folder / kind, folder / f"{kind} copy")
+        found[kind] = held, of, train_undropped(Run.resume(folder / kind, **given(kind))).steps_done
+    return found
+
+
+def test_a_sharded_run_goes_on_sharded_and_alone(tmp_path):
+    """The run is that of whole models, and what is exported is whole."""
+    outcome = together(2, sharded, tmp_path)
+    assert all(isinstance(found, dict) for found in outcome), outcome
+    for kind in KINDS:
+        train_undropped(Run.start(tmp_path / f"{kind} alone", new(kind, epochs=2, save_freq=3, precision="fp32"), {}))
+        export, checkpoint = tmp_path / f"{kind} export", tmp_path / f"{kind} copy" / "checkpoints" / "step-000003"
+        load = RewardModel.from_pretrained if kind == "reward_model" else load_decoder
+        for p, q in zip(load(export).parameters(), load(checkpoint).parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert "sharded" in (export / "README.md").read_text(encoding="utf-8")
+        train_undropped(Run.resume(tmp_path / f"{kind} copy", **given(kind)))  # by one process, with whole models
+        lines = read_jsonl(tmp_path / f"{kind} alone" / "metrics.jsonl")
+        for folder in (tmp_path / kind, tmp_path / f"{kind} copy"):
+            for line, expected in zip(read_jsonl(folder / "metrics.jsonl"), lines, strict=True):
+                assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        for found in outcome:
+            held, of, steps = found[kind]
+            assert held < 0.6 * of and steps == len(lines)
+        assert sum(found[kind][0] for found in outcome) == of
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

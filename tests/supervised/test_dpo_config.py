@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from minirlhf import DPOConfig
+from minirlhf import DPOConfig, LoRAConfig
 from minirlhf.supervised.dpo_config import FIELD_NAMES, DPOOverrides
 
 
@@ -38,7 +38,8 @@ def test_every_name_that_is_suggested_exists():
     ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing must be 0 with loss='ipo'"),
     ({"loss": "hinge"}, "loss must be one of sigmoid, ipo, got 'hinge'"), ({"batch_size": 0}, "batch_size"),
     ({"reference_free": 1}, "reference_free"), ({"packing": 1}, "packing"), ({"reference_cache": 3}, "reference_cache"),
-    ({"precision": "fp8"}, "precision"),
+    ({"precision": "fp8"}, "precision"), ({"sharding": "full"}, "precision must be .* with sharding='full', got .auto"),
+    ({"sharding": "full", "precision": "fp32", "lora": LoRAConfig()}, "lora must be None with sharding='full'"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=rf"DPOConfig\.{message}"):

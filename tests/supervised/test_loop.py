@@ -62,6 +62,7 @@ def same(model, other):
     ("schedule", "step"), ("precision", "fp8"), ("precision", None), ("precision", "auto"),
     ("betas", [0.9, 0.9]), ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("max_length", 1), ("max_length", True),
     ("tokens_per_batch", 127), ("tokens_per_batch", 4096.0), ("seed", 0.5),
+    ("sharding", "half"), ("sharding", True),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"FitConfig.{field} must be"):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCAB, make_gpt2
-from minirlhf import GPT2, GPT2Config, SamplingConfig, Tokenizer, generate
+from minirlhf import GPT2, GPT2Config, LoRAConfig, SamplingConfig, Tokenizer, generate
 from minirlhf.supervised.sft import SFTConfig, SFTTrainer, cut, encode_demonstrations, perplexity, token_nll
 from minirlhf.text.demonstrations import Conversation, Demonstration
 
@@ -132,6 +132,8 @@ def test_a_prompt_of_exactly_max_length_has_nothing_to_learn(tokenizer):
 @pytest.mark.parametrize(("changes", "field"), [
     ({"epochs": 0}, "epochs"), ({"precision": "fp8"}, "precision"),
     ({"accumulation": 0}, "accumulation"), ({"save_freq": 0}, "save_freq"), ({"packing": 1}, "packing"),
+    ({"sharding": "full"}, "precision must be .* with sharding='full', got 'auto'"),
+    ({"sharding": "full", "precision": "fp32", "lora": LoRAConfig()}, "SFTConfig.lora must be None with sharding"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(changes, field):
     with pytest.raises(ValueError, match=field):
