@@ -90,7 +90,7 @@ def test_a_gpu_that_cannot_compute_in_bf16_is_told_at_once(monkeypatch):
 
 @pytest.mark.parametrize(("size", "matmul"), [(10, "highest"), (1000, "medium")])
 def test_large_models_get_the_fast_products_in_both_passes(monkeypatch, size, matmul):
-    monkeypatch.setattr("minirlhf.device.cpu._medium_is_full", lambda: True)
+    monkeypatch.setattr("minirlhf.device.cpu._offers_onednn", lambda: True)
     monkeypatch.setattr("minirlhf.device.precision.fastest_matmul", lambda n_in, n_out: "onednn")
     monkeypatch.setattr("minirlhf.device.precision.LARGE_MODEL", 1000)
     model = torch.nn.Linear(size, 1, bias=False)
