@@ -22,7 +22,7 @@ from minirlhf.models.heads import ActorCritic, with_value_head
 from minirlhf.models.loading import load_decoder
 from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.probes import language_model_probe
-from minirlhf.models.sharded import begins_on, gathered, is_to_be_sharded, shard
+from minirlhf.models.sharded import gathered, initial_device, is_to_be_sharded, shard
 from minirlhf.models.static_decode import GraphedDecoder
 from minirlhf.text.tokenizer import Tokenizer, require_tokenizer
 from minirlhf.version import __version__
@@ -104,9 +104,9 @@ def prepare(
     if device.type == "cpu":
         keep_freed_memory()
         limit_threads()
-    actor = actor.to(begins_on(config)).eval()
+    actor = actor.to(initial_device(config)).eval()
     actor.decoder.checkpoint_activations = config.checkpoint_activations
-    reference = reference.to(begins_on(config)).eval().requires_grad_(False)
+    reference = reference.to(initial_device(config)).eval().requires_grad_(False)
     if config.reference == "shared":
         share_frozen_parameters(actor.decoder, reference)
     if config.compile:

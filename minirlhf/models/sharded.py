@@ -40,7 +40,7 @@ def is_to_be_sharded(config: Any) -> bool:
     return config.sharding == "full" and processes().on
 
 
-def begins_on(config: Any) -> torch.device:
+def initial_device(config: Any) -> torch.device:
     """Where the models of a stage begin: on its device, or the CPU, from which each process takes its part."""
     device = resolve_device(config.device)
     return torch.device("cpu") if is_to_be_sharded(config) else device

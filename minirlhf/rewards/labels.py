@@ -98,17 +98,18 @@ def _chosen(labels: Sequence[str], positive_label: PositiveLabel) -> list[float]
     """The numbers that the caller gave. Raises ValueError for a label that does not exist and for a bad number."""
     one = isinstance(positive_label, str) or not isinstance(positive_label, Iterable)
     chosen: Any = [positive_label] if one else positive_label
-    given = [(x, chosen[x] if isinstance(chosen, Mapping) else 1.0) for x in chosen]
-    for label, value in given:
+    numbers = dict.fromkeys(labels, 0.0)
+    for label in chosen:
         if label not in labels:
             raise ValueError(f"positive_label must be one of {list(labels)}, got {label!r}")
+        value = chosen[label] if isinstance(chosen, Mapping) else 1.0
         try:
-            fine = isinstance(value, Real) and math.isfinite(value)
+            numbers[label] = float(value) if isinstance(value, Real) else math.nan
         except OverflowError:  # an integer that no float holds
-            fine = False
-        if not fine:
+            numbers[label] = math.inf
+        if not math.isfinite(numbers[label]):
             raise ValueError(f"positive_label must give {label!r} a finite number, got {value!r}")
-    return [float(dict(given).get(label, 0.0)) for label in labels]
+    return [numbers[label] for label in labels]
 
 
 def _plain(label: str) -> str:

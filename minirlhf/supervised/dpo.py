@@ -31,7 +31,7 @@ from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.models.lora import adapters_off, add_lora
 from minirlhf.models.prepared import check_pair, load_reference, require_base
 from minirlhf.models.probes import language_model_probe
-from minirlhf.models.sharded import begins_on, gathered, is_to_be_sharded, shard
+from minirlhf.models.sharded import gathered, initial_device, is_to_be_sharded, shard
 from minirlhf.supervised.dpo_config import DPOConfig, DPOOverrides
 from minirlhf.supervised.loop import Stats, SupervisedTrainer, check_positions, data_record, require_same_data
 from minirlhf.supervised.preference_pairs import Pairs, TokenPair, encode_pairs
@@ -73,7 +73,7 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         model.fit_vocabulary(len(tokenizer), "policy")
         reference, self.reference_source = None, None  # type: Decoder | None, str | None
         config = dataclasses.replace(config, lora=config.lora or model.lora)
-        device = begins_on(config)
+        device = initial_device(config)
         if not config.reference_free:
             reference, self.reference_source = load_reference(ref_policy)
             if config.adapters_off:

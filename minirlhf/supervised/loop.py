@@ -80,7 +80,7 @@ class SupervisedTrainer(Generic[Batch]):
     """Minimises a loss over epochs of batches; a subclass has `kind`, `loss` and `parts`.
 
     model: trained in place; dropout is on in training, unless `with_dropout` is False, and off afterwards. With
-        `sharding` a subclass puts it where `sharded.begins_on` says, and each process takes its part of it here.
+        `sharding` a subclass puts it where `sharded.initial_device` says, and each process takes its part of it here.
     epochs: the batches of each epoch, shuffled. They must depend on data and config only, so that a resumed run
         gets the same ones.
     data: every text or ranking as a string, to recognise them. origin: where the model came from.

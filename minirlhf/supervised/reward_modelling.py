@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minirlhf.common.validation import require_config
 from minirlhf.device.processes import agreed, processes
-from minirlhf.models.sharded import begins_on
+from minirlhf.models.sharded import initial_device
 from minirlhf.rewards.reward_model import RewardModel
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches
@@ -91,7 +91,7 @@ class RewardModelTrainer(SupervisedTrainer[list[int]]):
         check_positions(max(lengths), model.max_length, config.max_length)
         generator, sizes = torch.Generator().manual_seed(config.seed), [len(answers) for answers in self.encoded]
         epochs = [bucketed_batches(lengths, config.tokens_per_batch, generator, sizes) for _ in range(config.epochs)]
-        model.to(begins_on(config))
+        model.to(initial_device(config))
         model.mean, model.std = 0.0, 1.0  # the old ones belong to the old weights
         data = [f"{margin!r} {answers}" for margin, answers in zip(self.margins, self.encoded, strict=True)]
         super().__init__(model, config, epochs, data, model.network.origin)

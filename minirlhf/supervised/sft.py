@@ -29,7 +29,7 @@ from minirlhf.models.decoder import Decoder
 from minirlhf.models.lora import add_lora
 from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.models.probes import language_model_probe
-from minirlhf.models.sharded import begins_on, gathered
+from minirlhf.models.sharded import gathered, initial_device
 from minirlhf.supervised.loop import FitConfig, SupervisedTrainer, check_positions
 from minirlhf.text.batching import bucketed_batches, length_sorted_batches, packed_rows, right_pad
 from minirlhf.text.demonstrations import Conversation, Demonstration
@@ -115,7 +115,7 @@ class SFTTrainer(SupervisedTrainer[Sequence[MicroBatch]]):
             raise ValueError(f"no response has a token within max_length={config.max_length}: nothing to learn")
         check_positions(max(len(s.ids) for s in self.sequences), model.n_positions, config.max_length)
         config = dataclasses.replace(config, lora=add_lora(model, config.lora, config.seed))
-        model.to(begins_on(config))
+        model.to(initial_device(config))
         self.tokenizer = tokenizer
         self.width = min(config.max_length, model.n_positions)  # of a packed row
         choice = choose_precision(config.precision, model, language_model_probe(model))
