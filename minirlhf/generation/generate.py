@@ -191,9 +191,9 @@ def _decode(
 
 def _checked_prompts(prompts: Sequence[Ids], vocab_size: int) -> list[Ids]:
     """Prompts as a list. Raises ValueError for texts, another type, and bad ids."""
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts must be token ids of several prompts, got a {type(prompts).__name__}")
-    found = list(prompts)
+    found = [prompts] if isinstance(prompts, str) else list(prompts)
     if any(isinstance(prompt, str) for prompt in found):
         raise ValueError("prompts must be token ids, got texts: give [tokenizer.encode_prompt(text) for text in texts]")
     return [checked_ids(f"prompt {i}", prompt, vocab_size) for i, prompt in enumerate(found)]

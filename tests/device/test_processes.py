@@ -73,7 +73,8 @@ def test_every_example_and_a_command_run_on_two_processes(tiny, tmp_path):
     outcomes = together(2, scripts, commands)
     errors = sorted(map(str, (found.pop("bad")[0] for found in outcomes)))
     del commands["bad"]
-    assert errors[0] == "1" and "PPOConfig.batch_size must be at least 4" in errors[1], errors  # told once
+    assert "PPOConfig.batch_size must be at least 4" in errors[1], errors
+    assert errors[0] in ("1", errors[1])  # told once, or twice if the process that they ask ended first
     assert not (tmp_path / "bad").exists()
     for rank, found in enumerate(outcomes):
         assert isinstance(found, dict), found

@@ -12,10 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import VOCAB, make_bert, make_gpt2
+from conftest import VOCAB, FewSamples, make_bert, make_gpt2
 from controlled_sentiment import ControlledSentiment, check_tags
 from minirlhf import PPOTrainer, SentimentReward, Tokenizer
-from minirlhf.evaluation.evaluate import EvaluationConfig
 from minirlhf.io.files import read_jsonl
 from minirlhf.rewards.base import call_reward, reward_by_token
 from minirlhf.rewards.composed import Increments, RepetitionPenalty, WeightedSum
@@ -388,8 +387,7 @@ def example(call, tmp_path):
 
 
 def test_the_example_trains_all_three_and_says_how_each_fares(example, tmp_path, monkeypatch):
-    few = functools.partial(EvaluationConfig, resamples=20, best_of_prompts=8)
-    monkeypatch.setattr("minirlhf.evaluation.evaluate.EvaluationConfig", few)
+    monkeypatch.setattr("minirlhf.evaluation.evaluate.EvaluationConfig", FewSamples)
     run = tmp_path / "run"
     error, out = example("--steps", 6, "--batch-size", 3, "--samples", 4, "--output", run)
     assert error is None

@@ -138,6 +138,7 @@ def test_a_character_that_was_cut_is_replaced_once(ours):
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(texts)
 def test_widths_add_up_to_the_characters_of_a_text(ours, text):
+    assume("<|endoftext|>" not in text)  # one token, which is no text
     visible = sum(not (char.isascii() and char.isspace()) for char in text)
     assert sum(ours.width(i) for i in ours.encode(text)) == visible
     assert ours.width(ours.eos_id) == 1
