@@ -20,9 +20,10 @@ import dataclasses, runpy, pkgutil, importlib, minirlhf
 for module in pkgutil.walk_packages(minirlhf.__path__, "minirlhf."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from minirlhf.evaluation import evaluate
+from minirlhf.evaluation import evaluate, results
 few = [("samples", int, 16), ("best_of_prompts", int, 4), ("resamples", int, 50)]
-evaluate.EvaluationConfig = dataclasses.make_dataclass("Few", few, bases=(evaluate.EvaluationConfig,), frozen=True)
+few = dataclasses.make_dataclass("Few", few, bases=(evaluate.EvaluationConfig,), frozen=True)
+evaluate.EvaluationConfig = results.EvaluationConfig = few
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
