@@ -1,6 +1,7 @@
 """Two processes of one thread against one process of two threads and of one, in turns: seconds of an iteration of PPO.
 
     python examples/benchmark/processes_speed.py                        # the default example: 2 x 1, 1 x 2, 1 x 1
+    python examples/benchmark/processes_speed.py --size uer --steps 2   # the same for random models of that size
     python examples/benchmark/processes_speed.py --reward-seconds 0.5   # a reward that sleeps, by several threads
 
 Each turn runs a few steps of `positive_reviews.py`'s settings in processes of their own. The first step is left out,
@@ -18,7 +19,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from minirlhf import GPT2, PPOConfig, PPOTrainer, SentimentReward, Tokenizer
+from benchmark.work import SIZES as MODELS
+from benchmark.work import Work
+from minirlhf import PPOConfig, PPOTrainer
 from minirlhf.common.printing import markdown_table, show
 from minirlhf.device.processes import processes
 from minirlhf.rl.presets import DEFAULT_METHOD, starter_run
@@ -30,6 +33,7 @@ WORKERS = (7, 3, 1, 0)  # threads that score, for a slow reward
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(MODELS), help="of random models, in the place of the folders")
     parser.add_argument("--policy", default=POLICY, help="GPT-2 folder (default %(default)s)")
     parser.add_argument("--reward", default=REWARD, help="BERT folder (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="of a turn (default %(default)s)")
@@ -77,9 +81,9 @@ def turn(args: argparse.Namespace) -> None:
 def iterations(args: argparse.Namespace, workers: int = 0) -> list[float]:
     """The seconds of each iteration but the first. workers: threads that score."""
     config = PPOConfig(**starter_run(DEFAULT_METHOD), reward_workers=workers)
-    policy, tokenizer = GPT2.from_pretrained(args.policy), Tokenizer.from_pretrained(args.policy)
-    trainer = PPOTrainer(policy, args.policy, tokenizer, config)
-    reward, seconds = SentimentReward.from_pretrained(args.reward), []
+    work = Work(policy=args.policy, reward=args.reward) if args.size is None else Work(size=args.size)
+    trainer = PPOTrainer(work.decoder(), work.decoder(), work.tokenizers()[0], config)
+    reward, seconds = work.reward_function(), []
 
     def slow(texts: list[str]) -> list[float]:
         time.sleep(args.reward_seconds * len(texts) / 16)

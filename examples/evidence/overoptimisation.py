@@ -1,7 +1,7 @@
 """When a proxy of the reward is optimised, where does the true reward peak? (Gao, Schulman & Hilton 2022)
 
     python examples/evidence/overoptimisation.py                       # hours on two CPU cores; docs/algorithms.md
-    python examples/evidence/overoptimisation.py --pairs 60 250 --seeds 0 --methods rloo --kl-coefs 0
+    python examples/evidence/overoptimisation.py --pairs 60 250 --trained 60 --seeds 0 --methods rloo --kl-coefs 0
 
 Gold is the logit of the shipped classifier. A proxy is a reward model trained on N pairs of samples that gold has
 labelled. Best-of-n, and policies trained until a KL of --until, are chosen by the proxy and scored by gold. A finished
@@ -47,6 +47,7 @@ def main() -> None:
         __doc__,
         pairs=([60, 250, 1000, 4000], "gold-labelled pairs of each proxy"),
         seeds=([0, 1, 2], "of each proxy and its policies"),
+        trained=([60, 1000], "of these numbers of pairs, those whose proxies policies are trained on"),
         methods=(["ppo", "rloo"], "which optimise the proxy"),
         kl_coefs=([0.0, 0.1], "of the KL penalty, with the proxy at variance 1"),
         until=(15.0, "nats of KL at which a policy has gone far enough"),
@@ -60,6 +61,8 @@ def main() -> None:
     ).parse_args()
     if unknown := [name for name in args.methods if name not in ("ppo", *METHODS)]:
         raise ValueError(f"--methods must be of ppo, {', '.join(METHODS)}, got {', '.join(unknown)}")
+    if extra := sorted(set(args.trained) - set(args.pairs)):
+        raise ValueError(f"--trained must be of --pairs, got {', '.join(map(str, extra))}")
     torch.set_num_threads(args.threads)
     sentiment = SentimentReward.from_pretrained(args.reward, device="cpu", precision="fp32")
 
@@ -80,7 +83,7 @@ def main() -> None:
             proxy, accuracy = trained_proxy(args.policy, pool, count, seed, output / f"proxy-{count}-{seed}")
             if not ledger.done(method="best-of-n", **key):
                 ledger.add({"method": "best-of-n", "accuracy": accuracy, **key, "curve": best_of_n(proxy, fresh)})
-            for name in args.methods:
+            for name in args.methods if count in args.trained else ():
                 for coef in args.kl_coefs:
                     if not ledger.done(method=name, kl_coef=coef, **key):
                         curve = optimised(task, proxy, name, coef, seed, args)

@@ -102,6 +102,8 @@ def test_overoptimisation_of_a_proxy_is_measured_and_resumed(call, tiny, tmp_pat
         "--second-scorer",
         tiny / "second",
         "--pairs",
+        *(8, 9),
+        "--trained",
         8,
         "--seeds",
         0,
@@ -118,11 +120,12 @@ def test_overoptimisation_of_a_proxy_is_measured_and_resumed(call, tiny, tmp_pat
     ]
     code, out = call(EVIDENCE / "overoptimisation.py", *given, "--methods", "rloo")
     assert code is None, code
-    assert [(run["method"], len(run["curve"])) for run in runs(folder)] == [("best-of-n", 4), ("rloo", 2)]
+    done = [("best-of-n", 8, 4), ("rloo", 8, 2), ("best-of-n", 9, 4)]  # the proxy of 9 pairs trains no policy
+    assert [(run["method"], run["pairs"], len(run["curve"])) for run in runs(folder)] == done
     assert (folder / "overoptimisation.png").read_bytes()[:4] == b"\x89PNG"
     assert (folder / "overoptimisation.md").read_text(encoding="utf-8") in out
     rows = json.loads((folder / "overoptimisation.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["best-of-n", "rloo"] and rows[0]["R2"]["mean"] <= 1
+    assert [row["method"] for row in rows] == ["best-of-n", "rloo", "best-of-n"] and rows[0]["R2"]["mean"] <= 1
     before = (folder / "runs.jsonl").read_bytes()
     code, _ = call(EVIDENCE / "overoptimisation.py", *given, "--methods", "rloo")
     assert code is None and (folder / "runs.jsonl").read_bytes() == before
