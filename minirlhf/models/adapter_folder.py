@@ -40,6 +40,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "lora_bias"), (False, None)),
     "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base as well
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
     **dict.fromkeys(("modules_to_save", "layers_to_transform", "exclude_modules", "trainable_token_indices",
                      "target_parameters", "layer_replication", "alora_invocation_tokens"), (None, [])),
@@ -99,6 +100,7 @@ def read_adapter(decoder: Decoder, folder: Path) -> None:
     targets: Any = content.get("target_modules")
     if not isinstance(targets, list):  # a pattern: the tensors say which layers it meant
         targets = [n for n in matrices(decoder) if published_name(decoder, n, "lora_A") in tensors]
+    targets = [name.removeprefix(decoder.prefix) if isinstance(name, str) else name for name in targets]
     rank = field(content, "r", int, config_path, 8)
     with naming(config_path):
         config = LoRAConfig(rank, content.get("lora_alpha", 8), content.get("lora_dropout", 0.0), tuple(targets))

@@ -31,6 +31,7 @@ FIXED_FIELDS = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
+    "is_causal": (True,),
 }
 LAYER_TENSORS = 12  # of one block
 TRANSFORMERS_EOS = 50256  # the token that transformers' GPT-2 config ends texts with unless told otherwise

@@ -216,7 +216,7 @@ class Llama(Decoder):
     def read_published(cls, folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Decoder.read_published`."""
         content, tensors = read_folder(folder)
-        check_published(content, folder, model_type=tuple(FAMILIES), fixed={})
+        check_published(content, folder, model_type=tuple(FAMILIES), fixed={"is_causal": (True,)})
         family = content.setdefault("model_type", "llama")
         missing = [name for name in SIZES if name not in content]
         if missing:
@@ -228,6 +228,9 @@ class Llama(Decoder):
             problem = f"{folder}: {CONFIG_FILE} has sliding_window={content.get('sliding_window', 4096)!r:.40}"
             raise ValueError(f"{problem}, which is not supported; for texts no longer than it, set it to null, "
                              "use_sliding_window to false, and max_position_embeddings to its value")  # fmt: skip
+        if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+            problem = f"{folder}: {CONFIG_FILE} has layer_types={kinds!r:.80}"
+            raise ValueError(f"{problem}; only 'full_attention' is supported: use a model whose layers all have it")
         old = "rotary_emb.inv_freq"  # which first versions stored
         return content, renamed(tensors, lambda name: None if name.endswith(old) else name, folder)
 

@@ -76,6 +76,8 @@ class RopeConfig:
         found = {} if found is None else found
         if not isinstance(found, Mapping):
             raise ValueError(f"{name} must be an object, got {found!r:.80}")
+        if nested := [key for key, value in found.items() if isinstance(value, Mapping)]:
+            raise ValueError(f"{name}[{nested[0]!r:.40}] is not supported: all layers must have the same embeddings")
         kind = found.get("rope_type", found.get("type", "default"))
         if kind not in ROPE_TYPES:
             raise ValueError(

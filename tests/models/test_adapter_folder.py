@@ -68,7 +68,7 @@ def test_peft_reads_what_we_write_and_a_merged_export_is_a_plain_model(base, tmp
         torch.testing.assert_close(weight, unloaded[name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("targets", [None, ["c_attn", "c_fc"], r".*\.1\.(attn|mlp)\.c_proj"], ids=str)
+@pytest.mark.parametrize("targets", [None, "all-linear", ["c_attn", "c_fc"], r".*\.1\.(attn|mlp)\.c_proj"], ids=str)
 @torch.no_grad()
 def test_we_read_what_peft_writes(base, tmp_path, targets):
     """Without a hash: peft stores none. None: its default, c_attn."""
@@ -191,6 +191,7 @@ def test_a_merged_export_removes_the_adapters_that_were_there(base, folder):
     (dict(rank_pattern={"c_fc": 2}), "rank_pattern"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save"),
     (dict(bias="all"), "bias='all'"),
+    (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'"),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
     path = folder / "adapter_config.json"

@@ -324,6 +324,7 @@ def test_one_error_names_every_tensor_that_is_wrong(folder):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "bert"}, "'bert' model, expected 'gpt2'"),
     ({"scale_attn_weights": False}, "scale_attn_weights=False; only True is supported"),
+    ({"is_causal": False}, "is_causal=False; only True is supported"),
 ])  # fmt: skip
 def test_a_config_that_computes_something_else_is_refused(folder, changes, message):
     rewrite_config(folder, **changes)

@@ -263,6 +263,8 @@ GPTQ, AWQ, BNB = ({"quant_method": method, "bits": 4} for method in ("gptq", "aw
      r"rope_parameters has rope_type='longrope', supported are default, linear, dynamic, llama3, yarn: use a check"),
     ("llama", {"rope_scaling": {"type": "su"}}, r"rope_scaling has rope_type='su', .* remove rope_scaling from"),
     ("llama", {"rope_parameters": [3]}, r"rope_parameters must be an object"),
+    ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}},
+     r"rope_parameters\['full_attention'\] is not supported: all layers must have the same"),
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, r"RopeConfig.factor must be given for rope_type='yarn'"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 1}},
      r"RopeConfig.high_freq_factor must be above low_freq_factor=4"),
@@ -280,6 +282,9 @@ GPTQ, AWQ, BNB = ({"quant_method": method, "bits": 4} for method in ("gptq", "aw
     ("mistral", {"sliding_window": 8}, r"sliding_window=8, which is not supported; for texts no longer than it, set"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, r"sliding_window=8, which is not supported"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, r"sliding_window=8"),
+    ("qwen3", {"layer_types": ["linear_attention", "full_attention"]}, r"layer_types=\['lin.* only 'full_attention' is"),
+    ("qwen2", {"layer_types": "sliding_attention"}, r"layer_types='sliding_attention'"),
+    ("llama", {"is_causal": False}, r"is_causal=False; only True is supported"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_with_the_field_and_what_to_do(tmp_path, family, changes, message):
     random_theirs(family).save_pretrained(tmp_path)
