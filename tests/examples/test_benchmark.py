@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import __main__ as benchmark
-from benchmark import floor, load, peer_trl, peers, report, studies
+from benchmark import floor, load, peer_trl, peers, report, scaling_model, studies
 from benchmark.load import Load
 from benchmark.work import Sample, Work, characters, iteration, peak_memory
 from conftest import make_bert, make_gpt2
@@ -47,6 +47,20 @@ def test_the_operations_of_a_layer_by_hand():
                       id2label={0: "a", 1: "b"})  # fmt: skip
     # Two texts of 1 and 3 tokens: layers 4 x 64, pairs (1 + 9) x 8, pooler and classes 2 x (8 + 8).
     assert floor.bert_flop(bert, [1, 3]) == 3 * (4 * 64 + 10 * 8) + 2 * 16
+
+
+def test_the_scaling_model_by_hand_and_its_table_in_the_docs():
+    """124 M fp32 gradients in a ring of 8: 2 x 7/8 x 496 MB at 300 GB/s. 8 of 64 rows on each of 8 GPUs."""
+    assert scaling_model.all_reduce_seconds(124e6, 8, 300e9) == pytest.approx(2.8933e-3, rel=1e-4)
+    machine = scaling_model.Machine(flops=1e6, reached=0.5, memory_bandwidth=1e3)
+    work = scaling_model.Work(rows=64, prompt=3, response=2, minibatch=32, epochs=3)
+    found = scaling_model.iteration(10, 8, work, machine)
+    # Two reads of 20 bytes and the prompts' 20 x 24 operations; 40 tokens by two models; 6 steps of 4 rows x 5 tokens.
+    assert found.generation == pytest.approx(2 * 0.02 + 480 / 5e5) and found.scoring == pytest.approx(1600 / 5e5)
+    assert found.update == pytest.approx(60 * 6 * 20 / 5e5) and found.limit == "generation"
+    assert scaling_model.memory(10, 8, False) == 240 and scaling_model.memory(10, 8, True) == 20 + 40
+    table = scaling_model.tables(scaling_model.Work(), scaling_model.Machine()).strip()
+    assert table in (REPO / "docs" / "processes.md").read_text(encoding="utf-8")
 
 
 def counted(run) -> int:

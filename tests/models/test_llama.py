@@ -282,7 +282,7 @@ GPTQ, AWQ, BNB = ({"quant_method": method, "bits": 4} for method in ("gptq", "aw
     ("mistral", {"sliding_window": 8}, r"sliding_window=8, which is not supported; for texts no longer than it, set"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, r"sliding_window=8, which is not supported"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, r"sliding_window=8"),
-    ("qwen3", {"layer_types": ["linear_attention", "full_attention"]}, r"layer_types=\['lin.* only 'full_attention' is"),
+    ("qwen3", {"layer_types": ["linear_attention", "full_attention"]}, r"layer_types=\['l.* only 'full_attention' is"),
     ("qwen2", {"layer_types": "sliding_attention"}, r"layer_types='sliding_attention'"),
     ("llama", {"is_causal": False}, r"is_causal=False; only True is supported"),
 ])  # fmt: skip
