@@ -218,21 +218,18 @@ class Llama(Decoder):
         content, tensors = read_folder(folder)
         check_published(content, folder, model_type=tuple(FAMILIES), fixed={"is_causal": (True,)})
         family = content.setdefault("model_type", "llama")
-        missing = [name for name in SIZES if name not in content]
-        if missing:
+        if missing := [name for name in SIZES if name not in content]:
             raise ValueError(f"{folder}: {CONFIG_FILE} lacks {', '.join(missing)}")
         kinds = content.get("layer_types")
-        windowed = bool(content.get("use_sliding_window")) or (isinstance(kinds, list) and "sliding_attention" in kinds)
+        windowed = content.get("use_sliding_window") or "sliding_attention" in str(kinds)
         # Absent, the window of a Mistral is one of 4096 tokens; Qwen's counts only where it is switched on.
         if windowed or (family == "mistral" and content.get("sliding_window", 4096) is not None):
             problem = f"{folder}: {CONFIG_FILE} has sliding_window={content.get('sliding_window', 4096)!r:.40}"
             raise ValueError(f"{problem}, which is not supported; for texts no longer than it, set it to null, "
                              "use_sliding_window to false, and max_position_embeddings to its value")  # fmt: skip
-        if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-            problem = f"{folder}: {CONFIG_FILE} has layer_types={kinds!r:.80}"
-            raise ValueError(f"{problem}; only 'full_attention' is supported: use a model whose layers all have it")
-        old = "rotary_emb.inv_freq"  # which first versions stored
-        return content, renamed(tensors, lambda name: None if name.endswith(old) else name, folder)
+        if set(map(str, kinds if isinstance(kinds, list) else [kinds])) - {"full_attention", "None"}:
+            raise ValueError(f"{folder}: {CONFIG_FILE} has layer_types={kinds!r:.80}; only full_attention is supported")
+        return content, renamed(tensors, lambda n: None if n.endswith("rotary_emb.inv_freq") else n, folder)
 
     @classmethod
     def read_config(cls, content: Mapping[str, Any], stored: int) -> LlamaConfig:
