@@ -48,7 +48,7 @@ def main() -> None:
     with run:  # no other process uses the folder, and Ctrl-C lets a step end
         trainer, config = run.trainer, run.trainer.config
         pool = trainer.check_prompts(args.prompts)
-        show(trainer.precision_choice)
+        show(f"advantages: {config.advantages}; {trainer.precision_choice}")
         show(f"reward: {reward.meaning}")
         bar = tqdm(range(trainer.iteration, config.iterations), initial=trainer.iteration, total=config.iterations)
         for iteration in bar:

@@ -19,7 +19,7 @@ from minirlhf.io.files import atomic_write
 
 Row = dict[str, Any]
 PHASES = ("generate", "score", "passes", "update", "step", "iteration")
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers")
+PACKAGES = ("numpy", "tokenizers", "safetensors", "transformers")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 OUTLIER = 1.2  # times the shortest
 LIBRARIES = {"onednn": "oneDNN", "default": "PyTorch's default"}
@@ -40,6 +40,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "load before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # with its build, which the package's version leaves out
         **{name: version for name in PACKAGES if (version := _version(name))},
         "fp32 products": torch.get_float32_matmul_precision(),
         "preloaded": [Path(name).name for name in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
 from minirlhf.evaluation.plots import plot_run
@@ -31,12 +33,15 @@ def save_results(
     trainer, config, output = run.trainer, run.trainer.config, run.folder
     name = algorithm or ("ppo" if config.advantages == "gae" else config.advantages)
     summary: dict[str, Any] = {"algorithm": name.upper(), "episodes": config.steps}
-    told = [f"saved in {output}"]
+    saved = shlex.quote(str(output / POLICY))
+    told = [f"saved in {output}; to sample from it: minirlhf generate --model {saved} --prompt TEXT"]
     if reward is not None:
         settings = EvaluationConfig(
             gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
             kl_coef=trainer.kl_controller.coef, seed=config.seed,
         )  # fmt: skip
+        if trainer.processes.first:
+            show(f"comparing policy and reference on {settings.samples} samples of each")
         whole = trainer.models.whole()
         found = evaluate(whole.policy, whole.reference, trainer.tokenizer, pool, reward, config=settings).given
     policy, reference = exported(trainer.policy), exported(trainer.reference)

@@ -119,10 +119,12 @@ class ActorCritic(TextGenerator, nn.Module):
         dtype: torch.dtype = torch.float32,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the decoder in the published layout and the value head beside it, where other tools ignore it.
+        """Write the decoder in the published layout and the value head, if any, beside it, where other tools ignore it.
 
         Adapters are merged; dtype, summary and errors as of `Decoder.save_pretrained`; all is written at one moment.
         """
+        if self.value_head is None:
+            return self.decoder.save_pretrained(folder, dtype, summary)
         config, tensors = merged(self.decoder).published(dtype)
         card = ModelCard("ActorCritic", self.decoder.origin, summary)
         write_folder(folder, config, tensors, card, beside=self._beside())

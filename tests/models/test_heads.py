@@ -126,6 +126,14 @@ def test_a_plain_gpt2_gets_a_new_value_head(tmp_path):
     assert torch.equal(values, torch.zeros(tokens.shape))
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_the_card_names_a_value_head_only_if_there_is_one(tmp_path, has_head):
+    ActorCritic(make_gpt2(**SIZES), "linear" if has_head else None).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("value head" in card, "ActorCritic.from_pretrained" in card) == (has_head, has_head)
+    assert ("GPT2.from_pretrained" in card) != has_head
+
+
 def test_a_value_head_of_another_kind_is_not_loaded_silently(tmp_path):
     make_actor_critic(kind="tanh").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tanh"):
