@@ -74,8 +74,8 @@ EXPLAINED = (
     (
         "picture of the run",
         "The reward of each batch and the KL that it cost, then how varied the samples still are (entropy) "
-        "and whether the value head follows (value loss).",
-        "每一批的奖励及其所花的 KL，样本还有多少变化（熵），以及价值头是否跟得上（价值损失）。",
+        "and whether the value head follows (value loss); without a value head, the norm of the gradient.",
+        "每一批的奖励及其所花的 KL，样本还有多少变化（熵），以及价值头是否跟得上（价值损失；没有价值头时是梯度范数）。",
     ),
 )
 

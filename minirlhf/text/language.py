@@ -32,7 +32,8 @@ def warn_of_language(texts: Sequence[str], *folders: str | None) -> None:
         own = starter()
         theirs = [folder for folder in folders if folder and own.descends(folder)]
         if theirs and is_foreign(texts):
-            warnings.warn(LANGUAGE_WORD, stacklevel=3)
+            first = next((text for text in texts if text.strip()), "")
+            warnings.warn(f"{LANGUAGE_WORD} (the first: {first!r:.60})", stacklevel=3)
         elif theirs or not set(own.prompts).isdisjoint(texts):
             for folder in folders:
                 if folder and folder not in theirs and _is_foreign_model(folder, "".join(own.prompts)):
