@@ -89,7 +89,10 @@ def prepare(
         own_source = require_base(actor.decoder, reference)
         source = source or own_source
     elif reference is None:
-        raise ValueError("ref_policy is None: only with lora and reference='adapters off' is it the policy's own base")
+        raise ValueError(
+            "ref_policy is None: only with lora and reference='adapters off' is it the policy's own base; "
+            "give the folder that the policy was loaded from"
+        )
     else:
         check_pair(actor.decoder, reference, len(tokenizer))
     actor.decoder.tokenizer = tokenizer  # for `policy.generate`
