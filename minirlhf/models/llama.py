@@ -220,15 +220,15 @@ class Llama(Decoder):
         family = content.setdefault("model_type", "llama")
         if missing := [name for name in SIZES if name not in content]:
             raise ValueError(f"{folder}: {CONFIG_FILE} lacks {', '.join(missing)}")
-        kinds = content.get("layer_types")
-        windowed = content.get("use_sliding_window") or "sliding_attention" in str(kinds)
+        kinds = kinds if isinstance(kinds := content.get("layer_types"), list) else [kinds]
+        windowed = content.get("use_sliding_window") or "sliding_attention" in kinds
         # Absent, the window of a Mistral is one of 4096 tokens; Qwen's counts only where it is switched on.
         if windowed or (family == "mistral" and content.get("sliding_window", 4096) is not None):
             problem = f"{folder}: {CONFIG_FILE} has sliding_window={content.get('sliding_window', 4096)!r:.40}"
             raise ValueError(f"{problem}, which is not supported; for texts no longer than it, set it to null, "
                              "use_sliding_window to false, and max_position_embeddings to its value")  # fmt: skip
-        if set(map(str, kinds if isinstance(kinds, list) else [kinds])) - {"full_attention", "None"}:
-            raise ValueError(f"{folder}: {CONFIG_FILE} has layer_types={kinds!r:.80}; only full_attention is supported")
+        if other := [kind for kind in kinds if kind not in (None, "full_attention")]:
+            raise ValueError(f"{folder}: {CONFIG_FILE} has {other[0]!r:.80} in layer_types, not only full_attention")
         return content, renamed(tensors, lambda n: None if n.endswith("rotary_emb.inv_freq") else n, folder)
 
     @classmethod
