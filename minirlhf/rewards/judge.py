@@ -198,10 +198,21 @@ class ChatJudge:
 
     def _ask_all(self, texts: Sequence[str]) -> dict[str, tuple[float | None, str]]:
         """`_ask` for each text, `concurrency` at a time; the first error ends them all."""
+        failed = threading.Event()  # set before a thread takes its next text, which would cost a request
         with self._answering() as complete:
+
+            def ask(text: str) -> tuple[float | None, str]:
+                if failed.is_set():
+                    return None, ""  # dropped with the others
+                try:
+                    return self._ask(complete, text)
+                except BaseException:
+                    failed.set()
+                    raise
+
             pool = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="chat-judge")
             try:
-                futures = {text: pool.submit(self._ask, complete, text) for text in texts}
+                futures = {text: pool.submit(ask, text) for text in texts}
                 for future in as_completed(futures.values()):
                     future.result()
                 return {text: future.result() for text, future in futures.items()}
