@@ -26,7 +26,7 @@ BATCH, NEW_TOKENS = 128, 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, help="GPT-2 folder")
-    parser.add_argument("--reward", required=True, help="folder of a classifier with one positive label")
+    parser.add_argument("--reward", required=True, help="folder of a classifier or of a reward model")
     parser.add_argument("--output", required=True, help="folder of the trained policy")
     parser.add_argument("--prompts", nargs="+", required=True, help="of equal numbers of tokens")
     parser.add_argument("--kl-coef", type=float, required=True)
@@ -47,7 +47,8 @@ def main() -> None:
     tokenizer.eos_token = tokenizer.pad_token
     policy, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(args.policy) for _ in range(2))
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward).eval()
-    [positive] = [i for i, label in classifier.config.id2label.items() if label.startswith("positive")]
+    labels, scale = classifier.config.id2label, getattr(classifier.config, "reward_normalisation", None)
+    positive = [i for i, label in labels.items() if label.startswith("positive")]
     config = PPOConfig(batch_size=BATCH, mini_batch_size=args.minibatch, ppo_epochs=args.epochs, learning_rate=args.lr,
                        init_kl_coef=args.kl_coef, adap_kl_ctrl=False, gamma=1, lam=0.95, cliprange=args.cliprange,
                        cliprange_value=0.2, vf_coef=0.1, max_grad_norm=1.0, seed=args.seed)  # fmt: skip
@@ -68,7 +69,9 @@ def main() -> None:
             written = [tokenizer.decode(r, skip_special_tokens=True).replace(" ", "") for r in responses]
             texts = [prompt + text for prompt, text in zip(prompts, written, strict=True)]
             batch = texts_tokenizer(texts, return_tensors="pt", padding=True)
-            scores = classifier(**batch).logits.softmax(-1)[:, positive]
+            logits = classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            scores = logits.softmax(-1)[:, positive] if scale is None else (logits - scale["mean"]) / scale["std"]
+            scores = scores.squeeze(-1)
         stats = trainer.step(queries, responses, list(scores))
         spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         print(json.dumps({"reward": float(scores.mean()), "kl": float(stats["objective/kl"]), **spent}), flush=True)

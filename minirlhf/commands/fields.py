@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import io
 import json
+import re
 import textwrap
 import tokenize
 import types
@@ -89,11 +90,9 @@ def settings_of(
     for each in settings:
         known |= each.flags
     read = read_settings(path)
-    own_names = {name: (own, "") for own, names in _NAMES.items() if own in known for name in names.split()}
     for name in read:
         if name not in known:
-            meant = suggest(str(name), list(known), FIELD_NAMES | own_names)
-            raise ValueError(f"{path}: there is no setting {name!r}; {meant}")
+            raise ValueError(f"{path}: there is no setting {name!r}; {_meant(str(name), list(known))}")
     return {name: _converted(path, name, value, known[name][1]) for name, value in read.items()} | given
 
 
@@ -202,6 +201,23 @@ def _json(text: str) -> Any:
 
 def _shown(value: object) -> str:
     return "none" if value is None else json.dumps(value) if isinstance(value, (dict, tuple)) else str(value)
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    own_names = {other: (own, "") for own, names in _NAMES.items() if own in known for other in names.split()}
+    return suggest(name, known, FIELD_NAMES | own_names)
+
+
+def flags_meant(unknown: Sequence[str], arguments: Sequence[Argument]) -> str:
+    """What is meant by those words of a command line that no argument takes; blank if nothing is near."""
+    known, told = [_dest(names) for names, _ in arguments if names[-1].startswith("--")], []
+    for word in unknown:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            meant = _meant(flag[2:].replace("-", "_"), known)
+            meant = re.sub(r"did you mean '(\w+)'", lambda m: f"did you mean --{m[1].replace('_', '-')}", meant)
+            told += [] if meant.startswith("the known names") else [f"{flag}: {meant}"]
+    return "; ".join(told)
 
 
 def _dest(names: Sequence[str]) -> str:

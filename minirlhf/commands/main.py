@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from minirlhf.commands import chat, demo, models, runs, training  # noqa: F401  (they enter their commands)
+from minirlhf.commands.fields import flags_meant
 from minirlhf.commands.table import COMMANDS
 from minirlhf.common.printing import error_line, show
 from minirlhf.common.text import printable
@@ -48,7 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, without the program's name; None: that of this process. Returns the exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        entry = COMMANDS.get(arguments.command)
+        meant = flags_meant(unknown, [*entry.arguments, *entry.flags]) if entry else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f' ({meant})' if meant else ''}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of another encoding: an escape is better than a crash
             stream.reconfigure(errors="backslashreplace")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,14 @@ def evaluate(args: argparse.Namespace) -> None:
         args.samples, drawn["gen_len"], sampling, drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
         kl_coef=history[-1].get("objective/kl_coef") if history else None,
     )  # fmt: skip
-    found = evaluation.evaluate(
-        load_decoder(args.policy).to(where), load_decoder(args.reference).to(where), tokenizer,
-        prompts, load_scorer(args.reward, args.device), held_out[0] if held_out else None,
-        None if args.second_scorer is None else load_scorer(args.second_scorer, args.device), config,
-    )  # fmt: skip
+    policy, reference = (load_decoder(folder).to(where) for folder in (args.policy, args.reference))
+    reward = load_scorer(args.reward, args.device)
+    second = None if args.second_scorer is None else load_scorer(args.second_scorer, args.device)
+    if sys.stderr.isatty():
+        scored = len(pools) * (2 * args.samples + config.best_of_prompts * max(config.best_of))
+        show(f"sampling and scoring at least {scored:,} texts ...", sys.stderr)
+    held_out_prompts = held_out[0] if held_out else None
+    found = evaluation.evaluate(policy, reference, tokenizer, prompts, reward, held_out_prompts, second, config)
     about = {"policy": args.policy, "reference": args.reference, "reward": args.reward,
              "second scorer": args.second_scorer}  # fmt: skip
     if output is not None:

@@ -20,7 +20,9 @@ _NAMES: dict[tuple[str | None, str], str] = {
         "num_train_steps max_steps total_steps total_training_steps iterations",
     ("steps", "steps counts episodes: epochs times the number of prompts"): "num_train_epochs",
     ("batch_size", "in sequences an iteration"): "rollout_batch_size n_steps",
-    ("minibatch_size", "in sequences an optimizer step"): "train_batch_size mini_batch_size ppo_mini_batch_size",
+    ("batch_size", "in sequences an iteration, of all processes"): "global_batch_size",
+    ("minibatch_size", "in sequences an optimizer step"):
+        "train_batch_size mini_batch_size ppo_mini_batch_size backward_batch_size global_backward_batch_size",
     ("minibatch_size", "batch_size / their number, in sequences"): "num_mini_batches num_minibatches nminibatches",
     ("forward_batch_size", "in sequences a forward pass"):
         "per_device_train_batch_size local_rollout_forward_batch_size micro_train_batch_size "
@@ -61,6 +63,7 @@ _NAMES: dict[tuple[str | None, str], str] = {
     ("whiten_scope", "advantages are whitened over a batch, a minibatch or a sequence"):
         "norm_adv adv_norm normalize_advantage",
     ("score_scale", "a factor; 1 for none"): "use_score_scaling reward_scale",
+    (None, "scores are not normalised by running statistics"): "use_score_norm",
     ("score_clip", "scores are clipped to +- this"): "reward_clip reward_clip_range cliprange_reward",
     ("init_kl_coef", "with adaptive_kl=False it stays"): "kl_coef kl_coeff kl_beta beta",
     ("init_kl_coef", 'with kl_placement="loss"'): "kl_loss_coef",
@@ -70,19 +73,29 @@ _NAMES: dict[tuple[str | None, str], str] = {
     ("kl_estimator", "k1 (TRL's kl), k2 (mse), k3 or exact (full)"): "kl_penalty kl_loss_type",
     ("kl_placement", '"loss" or "reward"'): "use_kl_loss",
     ("target_kl", "nats a token; None: no early stopping"): "early_stopping",
+    (None, "no minibatch is left out for its ratio; target_kl ends the epochs of a batch"): "ratio_threshold",
     ("precision", '"bf16", "fp16" or another'): "bf16 fp16 dtype torch_dtype mixed_precision",
     ("checkpoint_activations", ""): "gradient_checkpointing",
     ("compile", ""): "torch_compile",
-    ("lora", "a LoRAConfig"): "peft_config lora_config lora_r lora_rank lora_alpha lora_dropout lora_target_modules",
+    ("lora", "a LoRAConfig"):
+        "peft_config lora_config lora_r lora_rank lora_alpha lora_dropout lora_target_modules "
+        "is_peft_model",
     ("device", '"cpu"'): "use_cpu",
     ("seed", ""): "random_seed",
+    (None, "memory is kept between steps"): "optimize_cuda_cache optimize_device_cache",
+    (None, "torchrun starts several processes"): "world_size accelerator_kwargs",
     (None, "models are handed to PPOTrainer"): "model model_name model_name_or_path ref_model tokenizer",
+    (None, "the policy is a decoder"): "is_encoder_decoder",
+    (None, "prompts are handed to PPOTrainer.train"):
+        "dataset train_dataset query_dataset dataset_num_proc remove_unused_columns data_collator",
     (None, "rewards are callables that are handed to PPOTrainer.train"):
         "reward_model reward_model_path reward_fn reward_funcs",
     (None, "a Run, or on_step of PPOTrainer.train, logs"):
-        "log_with report_to logging_steps tracker_project_name num_sample_generations run_name",
-    (None, "the folder is an argument of Run.start"): "output_dir logging_dir",
+        "log_with report_to logging_steps tracker_project_name num_sample_generations run_name exp_name task_name "
+        "tracker_kwargs",
+    (None, "the folder is an argument of Run.start"): "output_dir logging_dir project_kwargs",
     (None, "keep_last of Run.start says how many checkpoints stay"): "save_total_limit",
     (None, "evaluate_every of PPOTrainer.train"): "eval_steps eval_strategy",
+    (None, "save_best of PPOTrainer.train keeps the best policy"): "compare_steps push_to_hub_if_best_kwargs",
 }  # fmt: skip
 FIELD_NAMES = {name: meant for meant, names in _NAMES.items() for name in names.split()}

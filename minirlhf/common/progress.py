@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ class AfterSteps:
             told = told or [f"loss {value:.3f}" for key, value in stats.items() if key.endswith("/loss")]
             self.bar.set_postfix_str(", ".join(told), refresh=False)
             self.bar.update()
+        scores: Any = getattr(batch, "scores", ())
+        if self.trainer.steps_done == 1 and len(scores) > 1 and bool((scores == scores[0]).all()):
+            same = f"all scores of the first batch are {scores[0]:g}"
+            warnings.warn(f"{same}: such a batch teaches nothing; does the reward see the responses?", stacklevel=3)
         value = stats.get(self.best_by, -math.inf)
         if self.folder is not None and value > self.best:
             self.best = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -20,6 +20,8 @@ def require_config(config: Any, kind: type[Config]) -> Config:
     """A config of this kind, its defaults for None. Raises ValueError for anything else, such as a dict."""
     if config is not None and not isinstance(config, kind):
         advice = f"of a dict it is {kind.__name__}(**config)"
+        if not isinstance(config, Mapping):
+            advice = "it comes after the models and the tokenizer, or by name, config=..."
         raise ValueError(f"config must be a {kind.__name__}, got a {type(config).__name__}: {advice}")
     return kind() if config is None else config
 

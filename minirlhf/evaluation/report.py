@@ -16,7 +16,7 @@ from minirlhf.evaluation.plots import FrontierPoint, draw_frontier, plot_run
 from minirlhf.evaluation.report_texts import Texts
 from minirlhf.version import __version__
 
-ROWS = 24  # samples shown for each list of prompts
+ROWS, MORE_ROWS = 6, 24  # samples of each list of prompts that are shown at once, and with those that unfold
 STYLE = """
 :root { color-scheme: light dark; --soft: #8882; --line: #8884; --good: #2a8a4a; --bad: #c0392b; }
 body { font: 16px/1.5 system-ui, "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", sans-serif;
@@ -64,11 +64,15 @@ def report(
     Raises ImportError that names the extra if matplotlib is missing, ValueError for another language.
     """
     texts = Texts(language)
-    parts = [f"<h1>{escaped(title)}</h1>", _conclusion(evaluation, texts)]
+    parts = [f"<h1>{escaped(title)}</h1>"]
     for name, comparison in evaluation.comparisons.items():
         parts += [f"<h2>{texts.say(f'Samples on the {name}')}</h2>"]
         parts += [f"<p>{texts.say('The first ones, unpicked; left before, right after.')}</p>"]
-        parts += [_pair(pair, texts) for pair in comparison.pairs[:ROWS]]
+        shown, more = comparison.pairs[:ROWS], comparison.pairs[ROWS:MORE_ROWS]
+        parts += [_pair(pair, texts) for pair in shown]
+        folded = "".join(_pair(pair, texts) for pair in more)
+        parts += [f"<details><summary>{texts.say('More')}</summary>{folded}</details>"] if more else []
+    parts += [f"<h2>{texts.say('Findings')}</h2>", _conclusion(evaluation, texts)]
     for name, comparison in evaluation.comparisons.items():
         parts += [f"<h2>{texts.say(f'On the {name}')}</h2>", _pictures(comparison, texts)]
         parts += [f"<h3>{texts.say('Figures')}</h3>", _table(("", "reference", "policy"), comparison.rows(), texts)]

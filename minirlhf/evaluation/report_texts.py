@@ -83,6 +83,8 @@ CHINESE = {
     "Samples on the given prompts": "给定提示词的样本",
     "Samples on the held-out prompts": "未训练提示词的样本",
     "The first ones, unpicked; left before, right after.": "最前面的样本，未经挑选；左为训练前，右为训练后。",
+    "More": "更多",
+    "Findings": "发现",
     "On the given prompts": "给定的提示词",
     "On the held-out prompts": "未训练的提示词",
     "Figures": "数字",

@@ -250,7 +250,9 @@ def check_published(
     supported = (model_type,) if isinstance(model_type, str) else model_type
     found = field(content, "model_type", str, f"{folder}: {CONFIG_FILE}", supported[0])
     if found not in supported:
-        raise ValueError(f"{folder} holds a {found!r} model, expected {' or '.join(map(repr, supported))}")
+        another = "; a classifier of another library may be a reward as a function of texts (docs/from_trl.md)"
+        raise ValueError(f"{folder} holds a {found!r} model, expected {' or '.join(map(repr, supported))}"
+                         f"{another if supported[0] == 'bert' else ''}")  # fmt: skip
     for name, values in fixed.items():
         if content.get(name, values[0]) not in values:
             allowed = " or ".join(repr(value) for value in values)

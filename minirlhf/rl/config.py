@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from minirlhf.common import validation
 from minirlhf.common.field_names import FIELD_NAMES
@@ -16,7 +16,7 @@ from minirlhf.rl.advantages import ADVANTAGES
 from minirlhf.rl.presets import PRESETS, PPOOverrides, require_combinations, require_method
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ class PPOConfig:
     # Optimizer steps in a row that may be skipped because their loss or gradient is not finite. More than the 16
     # halvings of fp16's first loss scale of 2**16.
     max_bad_steps: int = 20
+
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        """Names a field that does not exist, with the one that is meant, before Python's own error on arguments."""
+        require_fields(cls, fields, FIELD_NAMES)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         validation.plain_numbers(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -133,7 +134,8 @@ def checked_pairs(
 ) -> tuple[list[Ids], list[Ids]]:
     """Queries and responses, each 1-D, also where it is a batch of one, (1, T), as other tokenizers return it.
 
-    Raises ValueError for more of one than of the other, bad ids, or a pair without room in `n_positions`.
+    Raises ValueError for more of one than of the other, bad ids, or a pair without room in `n_positions`; warns if each
+    response begins with its query, as `generate` of transformers and TRL return it.
     """
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
@@ -142,6 +144,10 @@ def checked_pairs(
         columns.append([x[0] if isinstance(x, Tensor) and x.ndim == 2 and len(x) == 1 else x for x in sequences])
         for i, ids in enumerate(columns[-1]):
             checked_ids(f"{name} {i}", ids, vocab_size)
+    repeats = [torch.equal(torch.as_tensor(r)[: len(q)], torch.as_tensor(q)) for q, r in zip(*columns, strict=True)]
+    if len(repeats) > 1 and all(repeats) and min(map(len, columns[0])) > 1:
+        told = "each response begins with its query: responses are the new tokens alone, response[len(query):]"
+        warnings.warn(told, stacklevel=5)
     longest = max((len(q) + len(r) for q, r in zip(*columns, strict=True)), default=0)
     if longest - 1 > n_positions:  # the last token is not fed
         more = f"{longest} tokens, more than the model's {n_positions} positions"

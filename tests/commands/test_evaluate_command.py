@@ -1,8 +1,11 @@
 """`python -m minirlhf evaluate`: what it finds on the disk, what it prints and leaves, and bad input."""
 
+import io
 import json
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,12 @@ from minirlhf.io.files import read_json, write_json
 from minirlhf.rewards.reward_model import DecoderScorer
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rewards.sentiment import CANARIES
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
 
 SMALL = ["--samples", 6, "--best-of", 2, 3]
 
@@ -84,6 +93,15 @@ def test_a_run_is_evaluated_and_leaves_its_report(run, folders, tmp_path):
 
     code, _, err = run(*arguments)  # once more: what is there stays
     assert code == 1 and re.fullmatch(r"error: .*evaluation.json exists; choose another --output\n", err)
+
+
+def test_on_a_terminal_it_says_how_much_it_will_do(run, folders, monkeypatch):
+    monkeypatch.setattr("minirlhf.commands.runs.sys", SimpleNamespace(stderr=Terminal()))
+    code, out, err = run("--run", folders / "run", "--held-out-prompts", "房间")
+    assert code == 0 and out
+    assert sys.modules["minirlhf.commands.runs"].sys.stderr.getvalue() == (
+        "sampling and scoring at least 408 texts ...\n"  # 2 lists x (2 models x 6 samples + 64 prompts x 3)
+    )
 
 
 def test_as_json_it_prints_one_object(run, folders):

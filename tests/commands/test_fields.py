@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from typing import Literal
 
@@ -10,6 +11,7 @@ import pytest
 
 from minirlhf import LoRAConfig, PPOConfig
 from minirlhf.commands.fields import CONFIG, Settings, descriptions, flags, settings_of
+from minirlhf.commands.main import main
 from minirlhf.commands.table import COMMANDS, argument
 from minirlhf.commands.training import DPOConfig, RewardTrainingConfig, SFTConfig
 from minirlhf.rewards.judge import ChatJudgeConfig
@@ -162,6 +164,25 @@ def test_names_of_other_libraries_are_known(tmp_path, command, name, meant):
     args = argparse.Namespace(command=command, config=str(tmp_path / "s.json"))
     with pytest.raises(ValueError, match=rf"there is no setting '{name}'; .*did you mean '{meant}'\?"):
         COMMANDS[command].run(args)
+
+
+@pytest.mark.parametrize(("line", "meant"), [
+    ("train --learning_rate 1e-5", "--learning_rate: did you mean --lr?"),
+    ("train --max-new-tokens=8 --seed 1", "--max-new-tokens: in new tokens a prompt, .*did you mean --gen-len?"),
+    ("sft --texts t.txt --num_train_epochs 2", "--num_train_epochs: did you mean --epochs?"),
+    ("doctor --policy a --reward b --batchsize 3", "--batchsize: did you mean --batch-size?"),
+])  # fmt: skip
+def test_flags_of_other_libraries_are_known(capsys, line, meant):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert re.search(rf"error: unrecognized arguments: .*\({meant.replace('?', '[?]')}\)", capsys.readouterr().err)
+
+
+def test_flags_like_no_other_get_no_guess(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--frobnicate", "x"])
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: --frobnicate x\n")
 
 
 def test_without_pyyaml_the_extra_is_named_and_json_works(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_a_command_line_that_cannot_be_understood(run, arguments):
     (["generate", "--model", WRITER, "--prompt", "酒店", "--gen-len", "126"], "a prompt of 3 tokens leaves no room"),
     (["generate", "--model", SCORER, "--prompt", "酒店"], "model_type='bert', expected one of gpt2"),
     (["score", "--model", "nowhere", "酒店"], "nowhere.* does not exist"),
-    (["score", "--model", WRITER, "酒店"], "holds a 'gpt2' model, expected 'bert'"),
+    (["score", "--model", WRITER, "酒店"], "holds a 'gpt2' model, expected 'bert'; a classifier of another library"),
     (["download", "../gpt2"], "'../gpt2' is not the name of a model on the hub"),
     (["score", "--model", "no\x1b[2Jwhere\nat all", "酒店"], r"no\\x1b\[2Jwhere at all.* does not exist"),
 ])  # fmt: skip

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minirlhf.common.progress import AfterSteps
 from minirlhf.device.processes import Processes
@@ -40,6 +42,23 @@ def test_each_function_is_called_and_true_ends_the_training():
     assert seen == [("batch 0", 0.1), "last", ("batch 1", 0.5), "last"]
     assert run(Counter(), [0.1, 0.5], on_step=lambda *step: ["samples", "of a run"]) == 2  # only True itself ends it
     assert run(Counter(), [0.1, 0.5, 0.9], stop_when=lambda stats: stats["reward/mean"] > 0.3) == 2
+
+
+def test_a_first_batch_of_equal_scores_is_told():
+    def steps(*batches):
+        trainer = Counter()
+        with AfterSteps(trainer, progress=False) as ends:
+            for scores in batches:
+                trainer.steps_done += 1
+                ends(SimpleNamespace(scores=torch.tensor(scores)), {})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps([0.7])  # a batch of one has no spread
+        steps([0.5, 0.5, 0.5001], [1.0, 1.0])  # a policy may reach the best score
+    with pytest.warns(UserWarning, match="all scores of the first batch are 0.1: such a batch teaches nothing") as told:
+        steps([0.1, 0.1], [0.0, 0.0])
+    assert len(told) == 1
 
 
 def test_the_best_model_is_kept_and_a_resumed_training_replaces_only_what_is_worse(tmp_path):

@@ -1,6 +1,8 @@
 """Unknown names of settings: the field that is meant by meaning, then by spelling, and no hint that misleads."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 
@@ -34,6 +36,26 @@ def test_a_name_of_another_library_gives_the_field_and_its_unit(name, field, uni
     message = str(error.value)
     assert message.endswith(f"did you mean {field!r}?") if field else "did you mean" not in message
     assert unit in message
+
+
+def test_the_config_itself_says_which_field_is_meant():
+    with pytest.raises(ValueError, match="PPOConfig has no field 'learning_rate'; did you mean 'lr'"):
+        PPOConfig(learning_rate=1e-5)
+    config = PPOConfig(1280, 64, lr=1e-4)
+    assert (config.steps, config.batch_size, config.lr) == (1280, 64, 1e-4)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_every_field_of_trls_last_stepwise_config_is_known():
+    """The fields of `trl.PPOConfig`, 0.11.4, printed by `dataclasses.fields`."""
+    trl = """exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns tracker_kwargs
+    accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs steps learning_rate adap_kl_ctrl
+    init_kl_coef kl_penalty target horizon gamma lam cliprange cliprange_value vf_coef batch_size forward_batch_size
+    mini_batch_size gradient_accumulation_steps world_size ppo_epochs max_grad_norm optimize_cuda_cache
+    optimize_device_cache early_stopping target_kl compare_steps ratio_threshold use_score_scaling use_score_norm
+    score_clip whiten_rewards gradient_checkpointing is_encoder_decoder is_peft_model backward_batch_size
+    global_backward_batch_size global_batch_size dataset_num_proc"""
+    assert set(trl.split()) <= FIELDS | set(FIELD_NAMES)
 
 
 def test_every_field_that_is_suggested_exists_and_no_field_is_in_the_table():

@@ -77,6 +77,27 @@ def test_it_has_the_figures_pictures_and_samples():
     assert [tag for tag, _ in page.elements].count("table") == 4
 
 
+def test_it_begins_with_samples_a_few_and_the_rest_folded(undrawn):
+    text = report(evaluation(found=["the samples are alike"]), "A run", history=HISTORY)
+    order = [
+        text.index(part)
+        for part in (
+            "<h1>",
+            "Samples on the given",
+            "Samples on the held-out",
+            "<h2>Findings",
+            "the samples are alike",
+            "On the given prompts</h2>",
+            "Settings</h2>",
+        )
+    ]
+    assert order == sorted(order)
+    pairs = evaluation().given.pairs
+    many = dataclasses.replace(evaluation(), given=dataclasses.replace(evaluation().given, pairs=pairs * 30))
+    shown, folded, _ = re.split("<details>|</details>", report(many, history=HISTORY), maxsplit=2)
+    assert (shown.count('class="pair"'), folded.count('class="pair"')) == (6, 18)
+
+
 def test_without_second_scorer_held_out_prompts_and_run_it_has_less():
     x = after(second=None)
     x = dataclasses.replace(x, reference=dataclasses.replace(x.reference, second=None), second_gain=None,
@@ -122,9 +143,9 @@ def test_a_hostile_text_is_shown_and_never_obeyed(text, undrawn):
 
 
 def test_of_all_samples_the_first_are_shown(undrawn, monkeypatch):
-    monkeypatch.setattr("minirlhf.evaluation.report.ROWS", 2)
-    page = Page(report(evaluation([dataclasses.replace(PAIR, after=f"text {i};") for i in range(5)], held_out=False)))
-    assert "text 1;" in page and "text 2;" not in page
+    monkeypatch.setattr("minirlhf.evaluation.report.MORE_ROWS", 7)
+    page = Page(report(evaluation([dataclasses.replace(PAIR, after=f"text {i};") for i in range(9)], held_out=False)))
+    assert "text 6;" in page and "text 7;" not in page
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

@@ -1,5 +1,7 @@
 """What users of other libraries hand over: accepted where it is unambiguous, else refused with the conversion."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,23 @@ def test_models_and_tokenizers_of_transformers_are_refused_by_name(tokenizer, tm
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB), encoding="utf-8")
     with pytest.raises(ValueError, match=r"must be a minirlhf\.Tokenizer, got a BertTokenizer"):
         PPOTrainer(make_gpt2(), make_gpt2(), BertTokenizer(str(tmp_path / "vocab.txt")))
+
+
+def test_the_config_first_names_the_order(tokenizer):
+    named = "config must be a PPOConfig, got a .*Tokenizer: it comes after the models and the tokenizer, or by name"
+    with pytest.raises(ValueError, match=named):
+        PPOTrainer(PPOConfig(), make_gpt2(), make_gpt2(), tokenizer)
+
+
+def test_responses_that_repeat_their_queries_are_told(tokenizer):
+    """As `generate` of transformers and TRL return them; one row that does is a response like another."""
+    trainer = PPOTrainer(make_gpt2(), make_gpt2(), tokenizer, gen_len=4, batch_size=2, device="cpu")
+    queries = [[5, 6], [7, 8]]
+    with pytest.warns(UserWarning, match=r"each response begins with its query: .* response\[len\(query\):\]"):
+        trainer.step(*(list(map(torch.tensor, rows)) for rows in (queries, [[5, 6, 9], [7, 8, 3, 4]])), [0.5, 0.1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(*(list(map(torch.tensor, rows)) for rows in (queries, [[5, 6, 9], [7, 9]])), [0.5, 0.1])
 
 
 def test_a_batch_of_one_is_a_row(tokenizer):
