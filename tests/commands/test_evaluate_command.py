@@ -97,7 +97,7 @@ def test_a_run_is_evaluated_and_leaves_its_report(run, folders, tmp_path):
 
 def test_on_a_terminal_it_says_how_much_it_will_do(run, folders, monkeypatch):
     monkeypatch.setattr("minirlhf.commands.runs.sys", SimpleNamespace(stderr=Terminal()))
-    code, out, err = run("--run", folders / "run", "--held-out-prompts", "房间")
+    code, out, _ = run("--run", folders / "run", "--held-out-prompts", "房间")
     assert code == 0 and out
     assert sys.modules["minirlhf.commands.runs"].sys.stderr.getvalue() == (
         "sampling and scoring at least 408 texts ...\n"  # 2 lists x (2 models x 6 samples + 64 prompts x 3)
