@@ -144,9 +144,10 @@ def of_a_group(method, returns, ddof=1):
 
 
 def to_go_leave_one_out(group, gamma):
-    """Each token's return to go less the mean of the other rows' at the same place; a row that has ended has 0."""
+    """Each token's return to go less the mean of the other rows' there; a row that has ended keeps its last one."""
 
     def to_go(row, t):
+        t = min(t, len(row) - 1)
         return sum(gamma ** (k - t) * row[k] for k in range(t, len(row)))
 
     out = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +74,7 @@ def prepare(
     the config and the versions, between processes.
     """
     require_tokenizer(tokenizer)
-    reference, source = load_reference(ref_policy)
+    reference, source = load_reference(ref_policy, tokenizer)
     config = dataclasses.replace(config, lora=config.lora or language_model(policy).lora)
     if with_values and isinstance(policy, ActorCritic) and policy.value_head is None:
         advice = "pass the plain decoder, policy.decoder, to get a new one, or choose advantages without values"
@@ -148,11 +150,21 @@ def make_equal(group: Processes, actor: ActorCritic, reference: Decoder, config:
 
 
 def load_reference(
-    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None,
+    ref_policy: ActorCritic | Decoder | str | os.PathLike[str] | None, tokenizer: Tokenizer
 ) -> tuple[Decoder | None, str | None]:
-    """The decoder of a reference, and the folder or name that it was loaded from; None for a model that was given."""
+    """The decoder of a reference, and the folder or name that it was loaded from; None for a model that was given.
+
+    Raises ValueError for a folder whose own tokenizer, if it has one, gives ids to other tokens.
+    """
     if not isinstance(ref_policy, (str, os.PathLike)):
         return None if ref_policy is None else language_model(ref_policy), None
+    vocab: Sequence[str] = ()
+    with contextlib.suppress(OSError, ValueError):  # a reference needs no tokenizer
+        vocab = Tokenizer.from_pretrained(ref_policy).vocab
+    for i, (theirs, ours) in enumerate(zip(vocab, tokenizer.vocab, strict=False)):
+        if theirs != ours:
+            raise ValueError(f"ref_policy {ref_policy} has another vocabulary: token {i} is {theirs!r} there and "
+                             f"{ours!r} in the tokenizer")  # fmt: skip
     return load_decoder(ref_policy), absolute(ref_policy)
 
 

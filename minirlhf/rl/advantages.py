@@ -73,12 +73,15 @@ def rloo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
 def rloo_to_go(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
     """Leave-one-out on the return to go: R_i,t - mean of the other R_j,t, with R_i,t = sum_{k>=t} gamma^(k-t) r_i,k.
 
-    Unbiased as `rloo`, with less variance: a token does not pay for the KL of earlier ones. An ended row has 0 to go.
+    Unbiased as `rloo`, with less variance: a token does not pay for the KL of earlier ones. A row that has ended keeps
+    the return of its last token; 0 would give tokens that outlast the others the whole score, where `rloo` compares it.
     """
-    to_go = return_to_go(batch, config.gamma).unflatten(0, (-1, batch.group_size))  # (B / G, G, R)
+    to_go, mask = return_to_go(batch, config.gamma), batch.response_mask
+    held = torch.where(mask, to_go, to_go.gather(1, mask.sum(1, keepdim=True) - 1))
+    to_go = held.unflatten(0, (-1, batch.group_size))  # (B / G, G, R)
     flat = to_go.amin(1, keepdim=True) == to_go.amax(1, keepdim=True)
     advantages = less_the_others(to_go).masked_fill(flat, 0.0).flatten(0, 1)
-    return torch.where(batch.response_mask, advantages, 0.0), None
+    return torch.where(mask, advantages, 0.0), None
 
 
 def grpo(batch: Rollout, config: PPOConfig) -> tuple[Tensor, None]:
@@ -133,6 +136,8 @@ COMPARES_GROUPS = {"rloo", "rloo_to_go", "grpo", "dr_grpo"}  # these need at lea
 def with_advantages(batch: Rollout, config: PPOConfig) -> Rollout:
     """The batch with its advantages and returns; advantages whitened in the config's scope, if at all."""
     c, mask, per_row = config, batch.response_mask, config.whiten_scope == "sequence"
+    if batch.group_size != c.group_size:
+        raise ValueError(f"the rollout has groups of {batch.group_size}, the config group_size={c.group_size}")
     advantages, returns = ADVANTAGES[c.advantages](batch, c)
     if (returns is not None) != (c.advantages in USES_VALUES):
         raise ValueError(f"{c.advantages!r} must be in USES_VALUES if it gives returns, and only then")

@@ -204,9 +204,7 @@ def rollout_from_tokens(
     model, pad_id = models.policy.decoder, models.tokenizer.pad_id
     if queries is None or responses is None or scores is None:
         raise ValueError("step takes a Rollout, or queries, responses and scores")
-    queries, responses = checked_pairs(queries, responses, model.vocab_size, model.n_positions)
-    if len(queries) % config.group_size:
-        raise ValueError(f"{len(queries)} responses cannot be cut into groups of group_size={config.group_size}")
+    queries, responses = checked_pairs(queries, responses, model.vocab_size, model.n_positions, config.group_size)
     checked = checked_token_scores(scores, [len(ids) for ids in responses])
     query_ids, query_mask = left_pad(queries, pad_id)
     response_ids, response_mask = right_pad(responses, pad_id)

@@ -75,7 +75,7 @@ class DPOTrainer(SupervisedTrainer[list[MicroBatch]]):
         config = dataclasses.replace(config, lora=config.lora or model.lora)
         device = initial_device(config)
         if not config.reference_free:
-            reference, self.reference_source = load_reference(ref_policy)
+            reference, self.reference_source = load_reference(ref_policy, tokenizer)
             if config.adapters_off:
                 own_source = require_base(model, reference)
                 self.reference_source = self.reference_source or own_source

@@ -130,12 +130,14 @@ def checked_ids(name: str, ids: Ids, vocab_size: int) -> Ids:
 
 
 def checked_pairs(
-    queries: Sequence[Ids], responses: Sequence[Ids], vocab_size: int, n_positions: int
+    queries: Sequence[Ids], responses: Sequence[Ids], vocab_size: int, n_positions: int, group_size: int = 1
 ) -> tuple[list[Ids], list[Ids]]:
     """Queries and responses, each 1-D, also where it is a batch of one, (1, T), as other tokenizers return it.
 
-    Raises ValueError for more of one than of the other, bad ids, or a pair without room in `n_positions`; warns if each
-    response begins with its query, as `generate` of transformers and TRL return it.
+    group_size: rows side by side that share their query.
+    Raises ValueError for more of one than of the other, bad ids, a pair without room in `n_positions`, or rows of a
+    group that do not share their query; warns if each response begins with its query, as `generate` of transformers and
+    TRL return it.
     """
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries but {len(responses)} responses")
@@ -144,6 +146,11 @@ def checked_pairs(
         columns.append([x[0] if isinstance(x, Tensor) and x.ndim == 2 and len(x) == 1 else x for x in sequences])
         for i, ids in enumerate(columns[-1]):
             checked_ids(f"{name} {i}", ids, vocab_size)
+    if len(queries) % group_size:
+        raise ValueError(f"{len(queries)} responses cannot be cut into groups of group_size={group_size}")
+    for i, query in enumerate(columns[0]):
+        if not torch.equal(torch.as_tensor(query), torch.as_tensor(columns[0][i - i % group_size])):
+            raise ValueError(f"query {i} is not that of its group: with group_size={group_size} rows share theirs")
     repeats = [torch.equal(torch.as_tensor(r)[: len(q)], torch.as_tensor(q)) for q, r in zip(*columns, strict=True)]
     if len(repeats) > 1 and all(repeats) and min(map(len, columns[0])) > 1:
         told = "each response begins with its query: responses are the new tokens alone, response[len(query):]"

@@ -197,6 +197,7 @@ def test_a_response_may_fill_the_whole_context(model):
     room = model.n_positions
     result = generate(model, [[5]], room - 1, generator=seeded())
     assert result.tokens.shape == (1, room)
+    assert generate(model, [[5]], 1, generator=seeded()).tokens.shape == (1, 2)
     with pytest.raises(ValueError, match=str(room)):
         generate(model, [[5]], room)
 

@@ -33,7 +33,7 @@ from transformers import (
 from transformers import BertConfig as TheirBertConfig
 from transformers import GPT2Config as TheirGPT2Config
 
-from conftest import VOCAB, assert_relatively_close, make_bert, make_gpt2, rewrite_config
+from conftest import VOCAB, assert_relatively_close, make_bert, make_gpt2, make_llama, rewrite_config
 from minirlhf import (
     GPT2,
     ActorCritic,
@@ -78,6 +78,20 @@ ENGLISH_GPT2 = {
 }  # fmt: skip
 SMALL_GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=40, n_ctx=40)
 SMALL_BERT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+
+@pytest.mark.parametrize("layers", [1, 12, 24])
+@pytest.mark.parametrize("make", [make_gpt2, make_llama, make_bert])
+def test_as_many_layers_as_published_models_have_load_and_not_one_more(make, layers, tmp_path):
+    """What is stored bounds the layers that a config may ask for; small models would not notice a bound too low."""
+    name = "n_layer" if make is make_gpt2 else "num_hidden_layers"
+    width = {make_bert: dict(hidden_size=8, num_attention_heads=2)}.get(make, dict(n_embd=8, n_head=2))
+    model = make(**width, **{name if make is make_bert else "n_layer": layers})
+    model.save_pretrained(tmp_path)
+    assert getattr(type(model).from_pretrained(tmp_path).config, name) == layers
+    rewrite_config(tmp_path, **{name: layers + 1})
+    with pytest.raises(ValueError):
+        type(model).from_pretrained(tmp_path)
 
 
 def random_state(kind, config, seed: int = 0) -> dict[str, torch.Tensor]:

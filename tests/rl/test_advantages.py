@@ -111,10 +111,11 @@ def test_advantages_without_values_equal_the_oracle(name):
         if len(mask) % 2 and name != "reinforce":
             mask, rewards = np.repeat(mask, 2, 0), np.concatenate([rewards, rewards[::-1]])
         G = 1 if name == "reinforce" else 2
-        batch, config = rollout_of(rewards, mask, G, advantages=name, gamma=0.9)
+        gamma = 0.9 if "reinforce" in name or "to_go" in name else 1.0
+        batch, config = rollout_of(rewards, mask, G, advantages=name, gamma=gamma)
         found, returns = ADVANTAGES[name](batch, config)
         ragged = [[x for x, real in zip(*row, strict=True) if real] for row in zip(rewards, mask, strict=True)]
-        expected = oracle.without_values(name, ragged, G, 0.9, 1)
+        expected = oracle.without_values(name, ragged, G, gamma, 1)
         assert returns is None and not found[~batch.response_mask].any()
         close(found[batch.response_mask], [x for row in expected for x in row])
 
@@ -137,19 +138,20 @@ def test_advantages_of_a_group_worked_by_hand():
 
 
 def test_leave_one_out_to_go_worked_by_hand():
-    # To go: 3 2 | 4 (then ended, 0) | 1 1. The others' means at the first token: 2.5, 2, 3.5; at the second: .5, -, 1.
+    # To go: 3 2 | 4 (then ended, 4) | 1 1. The others' means at the first token: 2.5, 2, 3.5; at the second: 2.5, -, 3.
     rewards, mask = [[1.0, 2.0], [4.0, NAN], [0.0, 1.0]], [[1, 1], [1, 0], [1, 1]]
     batch, config = rollout_of(rewards, mask, 3, advantages="rloo_to_go")
-    assert ADVANTAGES["rloo_to_go"](batch, config)[0].tolist() == [[0.5, 1.5], [2.0, 0.0], [-2.5, 0.0]]
+    assert ADVANTAGES["rloo_to_go"](batch, config)[0].tolist() == [[0.5, -0.5], [2.0, 0.0], [-2.5, -2.0]]
 
 
 @pytest.mark.parametrize("name", ["rloo", "rloo_to_go", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("score", [0.1, 1 / 3, 1e-30, -7e8])
-def test_a_group_of_equal_scores_has_no_advantage_at_all(name, score):
+@pytest.mark.parametrize("lengths", [[3] * 14, [1, 3, 2, 1, 1, 3, 3] * 2], ids=["even", "ragged"])
+def test_a_group_of_equal_scores_has_no_advantage_at_all(name, score, lengths):
     """In fp32 the mean of equal numbers need not be that number, and 0 / 0 is NaN."""
-    rewards = torch.zeros(14, 3)
-    rewards[:, -1] = score
-    batch, config = rollout_of(rewards, torch.ones(14, 3), 7, advantages=name)
+    rewards, mask = torch.zeros(14, 3), torch.arange(3) < torch.tensor(lengths)[:, None]
+    rewards[torch.arange(14), torch.tensor(lengths) - 1] = score
+    batch, config = rollout_of(rewards, mask, 7, advantages=name)
     batch = batch.replace(token_rewards=rewards)
     found, _ = ADVANTAGES[name](batch, config)
     assert found.dtype == torch.float32 and torch.equal(found, torch.zeros(14, 3))

@@ -144,6 +144,19 @@ def test_a_method_that_compares_responses_needs_two_of_each_prompt(settings):
     PPOConfig(**settings, group_size=2)
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    *((dict(advantages=name, gamma=0.9), f"gamma must be 1 for '{name}', which compares whole returns")
+      for name in ("rloo", "grpo", "dr_grpo")),
+    (dict(advantages="rloo_to_go", whiten_rewards=True), "whiten_rewards must be False for 'rloo_to_go'"),
+    (dict(advantages="reinforce", value_head="tanh"), "value_head must be None for 'reinforce', which has no values"),
+    (dict(cliprange_high=0.1), "cliprange_high must be at least cliprange, 0.2, or None, got 0.1"),
+])  # fmt: skip
+def test_what_a_method_does_not_read_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**settings, group_size=2)
+    PPOConfig(advantages="rloo_to_go", group_size=2, gamma=0.9, cliprange_high=0.2)
+
+
 def test_reinforce_plus_plus_is_whitened():
     with pytest.raises(ValueError, match=r"whiten_advantages must be True for 'reinforce\+\+'"):
         PPOConfig(advantages="reinforce++", whiten_advantages=False)
@@ -156,12 +169,26 @@ def test_reinforce_plus_plus_is_whitened():
     ("dapo", "whiten_advantages", True),
     ("gspo", "policy_ratio", "token"),
     ("reinforce++", "whiten_scope", "sequence"),
+    ("dapo", "drop_flat_groups", 0),
+    ("dapo", "cliprange_high", None),
+    ("dapo", "cliprange_high", 0.2),
 ])  # fmt: skip
 def test_a_method_s_preset_stays_that_method(name, field, value):
     with pytest.raises(ValueError, match=f"{field} must be .* in preset '{re.escape(name)}', got {value!r}"):
         PPOConfig.preset(name, **{field: value})
     own = getattr(PPOConfig.preset(name), field)
     assert getattr(PPOConfig.preset(name, **{field: own}), field) == own != value
+
+
+@pytest.mark.parametrize(("name", "estimator", "placement"), [("grpo", "k1", "reward"), ("rloo", "k3", "loss")])
+def test_a_method_s_kl_stays_where_it_is(name, estimator, placement):
+    with pytest.raises(ValueError, match=f"kl_placement must be .* in preset '{name}', got {placement!r}"):
+        PPOConfig.preset(name, kl_estimator=estimator, kl_placement=placement)
+
+
+def test_the_original_recipe_takes_a_step_a_sample():
+    config = PPOConfig.preset("original")
+    assert (config.minibatch_size, config.batch_size, config.ppo_epochs, config.max_grad_norm) == (1, 128, 4, None)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -344,6 +344,15 @@ def test_a_run_draws_as_many_prompts_as_its_batches_have_groups():
 def test_token_lists_that_cannot_be_cut_into_groups_are_refused():
     with pytest.raises(ValueError, match="5 responses cannot be cut into groups of group_size=2"):
         make_trainer(group_size=2).step(*batch())
+    queries, responses, scores = batch([(3, 4), (3, 1), (3, 2), (3, 2)])
+    with pytest.raises(ValueError, match="query 1 is not that of its group"):
+        make_trainer(group_size=2).step(queries, responses, scores)
+    alike = [queries[i - i % 2] for i in range(4)]
+    trainer = make_trainer(group_size=2)
+    rollout = from_tokens(trainer, alike, responses, scores)
+    assert trainer.step(rollout)["reward/mean"] == pytest.approx(sum(scores) / 4)
+    with pytest.raises(ValueError, match="the rollout has groups of 2, the config group_size=1"):
+        make_trainer().step(rollout)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -452,7 +461,9 @@ def test_a_bad_batch_is_refused_before_anything_is_trained(name):
     assert trainer.iteration == 0
 
 
-@pytest.mark.parametrize("prompts", [[], ["酒店", ""], ["酒店", " \n"], ["酒店", "好" * 100], "酒店", ["酒店", None]])
+@pytest.mark.parametrize(
+    "prompts", [[], ["酒店", ""], ["酒店", " \n"], [*["酒店"] * 500, "好" * 100], "酒店", ["酒店", None]]
+)  # the long one would hardly be drawn in a batch of four
 def test_a_bad_pool_is_refused_before_any_training(prompts):
     trainer = make_trainer()
     before = weights(trainer)

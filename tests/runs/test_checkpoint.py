@@ -276,15 +276,18 @@ def test_a_damaged_checkpoint_is_refused(saved, tmp_path, damage):
     assert resume(tmp_path / "state").iteration == 1
 
 
-@pytest.mark.parametrize("value", [None, "missing", 3, ["default"], "mkl"], ids=repr)
-def test_a_library_of_products_that_does_not_exist_is_refused(saved, tmp_path, value):
+@pytest.mark.parametrize(("name", "value"), [
+    *(("matmul", value) for value in (None, "missing", 3, ["default"], "mkl")),
+    *(("micro_batch_size", value) for value in (None, "missing", 0, -1, 1.5, "2")),
+])  # fmt: skip
+def test_a_counter_that_no_trainer_has_is_refused(saved, tmp_path, name, value):
     shutil.copytree(saved, tmp_path / "state")
     counters, manifest = (read_json(tmp_path / "state" / name) for name in ("training.json", "manifest.json"))
-    counters = {name: x for name, x in {**counters, "matmul": value}.items() if x != "missing"}
+    counters = {key: x for key, x in {**counters, name: value}.items() if x != "missing"}
     write_json(tmp_path / "state/training.json", counters)
     manifest["sha256"]["training.json"] = sha256(tmp_path / "state/training.json")
     write_json(tmp_path / "state/manifest.json", manifest)
-    with pytest.raises(ValueError, match=r"training.json: the saved state holds no valid matmul"):
+    with pytest.raises(ValueError, match=rf"training.json: the saved state holds no valid {name}"):
         resume(tmp_path / "state")
 
 

@@ -28,8 +28,8 @@ def test_texts_are_foreign_if_most_have_no_chinese_character():
 
 @pytest.mark.parametrize("folders", [[OWN.policy], [None, "x", OWN.reward], [OWN.second_scorer, "module:function"]])
 def test_foreign_texts(folders):
-    with pytest.warns(UserWarning, match="the starter weights are Chinese"):
-        warn_of_language(ENGLISH, *folders)
+    with pytest.warns(UserWarning, match=r"the starter weights are Chinese.* \(the first: 'The room'\)$"):
+        warn_of_language(["  ", *ENGLISH], *folders)
     warn_of_language(CHINESE, *folders)
     warn_of_language([], *folders)
 
