@@ -18,6 +18,7 @@ from minirlhf.evaluation import evaluate as evaluation
 from minirlhf.evaluation.doctor import doctor as examination
 from minirlhf.evaluation.doctor.setup import FAIL
 from minirlhf.evaluation.evaluate import MAX_N, EvaluationConfig
+from minirlhf.evaluation.optimum import price_of_kl
 from minirlhf.evaluation.report import report
 from minirlhf.evaluation.report_texts import LANGUAGES
 from minirlhf.generation.sampling import SamplingConfig
@@ -44,11 +45,14 @@ SAMPLING: dict[str, Any] = dict(gen_len=16, temperature=1.0, top_k=0, top_p=1.0,
     argument("--precision", choices=PRECISION_SETTINGS, help="PPOConfig.precision"),
     argument("--batch-size", type=int, help="PPOConfig.batch_size"),
     argument("--gen-len", type=int, help="PPOConfig.gen_len"),
+    argument("--init-kl-coef", type=float, help="PPOConfig.init_kl_coef, for the forecast"),
+    argument("--target", type=float, help="PPOConfig.target, for the forecast"),
+    argument("--top-p", type=float, help="PPOConfig.top_p"),
     DEVICE,
 )
 def doctor(args: argparse.Namespace) -> int:
     """Examine a PPO run before it starts; the exit code is 1 if a check failed."""
-    names = ("precision", "batch_size", "gen_len", "device")
+    names = ("precision", "batch_size", "gen_len", "init_kl_coef", "target", "top_p", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     warn_of_language(args.prompts or [], args.policy, args.reward)
     findings = examination.doctor(
@@ -109,9 +113,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.eos:
         ends = tokenizer.eos_token_id
         drawn["eos_token_id"] = ends if isinstance(ends, int) else list(ends)  # as in a run's JSON
+    trained = bool(history) and isinstance(history[-1].get("objective/kl_coef"), float)
     config = EvaluationConfig(
         args.samples, drawn["gen_len"], sampling, drawn["eos_token_id"], tuple(args.best_of), seed=args.seed,
-        kl_coef=history[-1].get("objective/kl_coef") if history else None,
+        kl_coef=price_of_kl(history[-1]["objective/kl_coef"], ppo) if trained else None,
     )  # fmt: skip
     policy, reference = (load_decoder(folder).to(where) for folder in (args.policy, args.reference))
     reward = load_scorer(args.reward, args.device)

@@ -22,7 +22,7 @@ from minirlhf.device.precision import Precision
 from minirlhf.device.processes import processes
 from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, expected_best_of_n, n_of_kl
 from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
-from minirlhf.evaluation.optimum import Optimum, OptimumPoint, described
+from minirlhf.evaluation.optimum import ENOUGH_OF_EACH, Optimum, OptimumPoint, TooFewSamples, described
 from minirlhf.evaluation.statistics import Array, Bootstrap
 from minirlhf.generation.generate import language_model
 from minirlhf.generation.sampling import SamplingConfig
@@ -108,7 +108,7 @@ def evaluate(
         devices = f"{decoder.device} and {reference.device}"
         raise ValueError(f"policy and reference must be on one device, they are on {devices}")
     given_lists = [prompts] if held_out_prompts is None else [prompts, held_out_prompts]
-    lists = [as_prompts(texts, tokenizer) for texts in given_lists]
+    lists = [list(dict.fromkeys(as_prompts(texts, tokenizer))) for texts in given_lists]  # each counts once
     for texts in lists:
         require_room(texts, tokenizer, min(decoder.n_positions, reference.n_positions), config.gen_len)
     if seen := set(lists[0]) & {prompt for texts in lists[1:] for prompt in texts}:
@@ -205,7 +205,13 @@ def _comparison(sampler: _Sampler, prompts: list[str]) -> Comparison:
             of_reference.setdefault(prompt, []).append(score)
     frontier: tuple[OptimumPoint, ...] = ()
     spending, why = None, ""
+    fewest = min(map(len, of_reference.values()))
     try:
+        if fewest < ENOUGH_OF_EACH:
+            rest = f"{ENOUGH_OF_EACH} are needed: give samples={ENOUGH_OF_EACH * len(prompts)} or fewer prompts"
+            raise TooFewSamples(
+                f"there are {fewest} samples of the reference for one of {len(prompts)} prompts, {rest}"
+            )
         optimum = Optimum(of_reference, described(c.sampling), interval)
         frontier = tuple(optimum.curve())
         spending = optimum.spent(interval.mean(new), kl_exact, c.kl_coef)

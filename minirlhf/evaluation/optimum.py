@@ -5,8 +5,9 @@ section 2.2; Korbak et al. 2022). With N samples of the reference for a prompt a
 sum 1, its reward is sum w S and its KL sum w log(N w); no policy has as much reward at less KL. Both estimates are
 biased by O(1/N), which the jackknife (Quenouille 1956) removes to O(1/N^2).
 
-Everything is in the distribution that the samples come from (docs/optimum.md says what truncation does to it). Left
-out: rewards without an upper bound are taken as they are sampled; no sample can exclude a rare one that is larger.
+Everything is in the distribution that the samples come from (docs/optimum.md says what truncation does to it). For a
+reward without an upper bound no sample can exclude a rare response with a larger one. How heavy the tail of the weights
+is, is said: above a Pareto k of .7 (Vehtari et al. 2024) the largest rewards decide.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from minirlhf.text.tokenizer import Tokenizer
 Counts = NDArray[np.int64]
 ENOUGH = 100  # effective samples in all, below which nothing is said
 ENOUGH_OF_EACH = 10  # and of each prompt, below which its bias is no longer small
+HEAVIEST = 0.7  # Pareto k of a prompt's weights, above which their means converge slowly
 STEEPEST = 1e6  # largest 1 / beta looked at, in units of 1 / (largest reward - smallest)
 
 
@@ -50,13 +53,21 @@ class OptimumPoint:
     """A point of the frontier.
 
     beta: the KL coefficient that leads there; None: infinite, the reference itself. reward, kl: a sequence, KL in nats.
-    effective_samples: how many equally weighted samples would tell as much (Kish 1965).
+    effective_samples: how many equally weighted samples would tell as much (Kish 1965). pareto_k: of the prompt whose
+    weights have the heaviest tail.
     """
 
     beta: float | None
     reward: Estimate
     kl: Estimate
     effective_samples: float
+    pareto_k: float
+
+    @property
+    def note(self) -> str:
+        """A warning where the largest rewards decide; "" where not."""
+        limit = "for a reward without an upper bound the true limit is higher"
+        return f"the largest rewards decide (Pareto k {self.pareto_k:.2f}): {limit}" if self.pareto_k > HEAVIEST else ""
 
 
 @dataclass(frozen=True)
@@ -128,8 +139,9 @@ class Optimum:
                 raise ValueError(f"prompt {prompt[:20]!r}: rewards must be finite, got {x[~np.isfinite(x)][0]}")
         every = np.concatenate(list(self.scores.values()))
         self.samples, self.spread = len(every), float(np.ptp(every))
+        equal = np.ptp(every.astype(np.float32)) == 0  # a rollout rounds scores to fp32, best-of-n does not
         self.start = float(np.mean([x.mean() for x in self.scores.values()]))
-        if self.spread == 0:
+        if equal:
             raise EqualRewards(f"all {self.samples} rewards are {every[0]:g}: every policy is as good as the reference")
         # Distinct rewards with their counts: all that is needed, and few where rewards are counts.
         self._tallies = [np.unique(x, return_counts=True) for x in self.scores.values()]
@@ -167,7 +179,7 @@ class Optimum:
     def by_prompt(self) -> dict[str, Optimum | None]:
         """The frontier of each prompt alone; None where all of its rewards are equal."""
         return {
-            prompt: Optimum({prompt: x}, self.distribution, self.bootstrap) if np.ptp(x) > 0 else None
+            prompt: Optimum({prompt: x}, self.distribution, self.bootstrap) if np.ptp(np.float32(x)) > 0 else None
             for prompt, x in self.scores.items()
         }
 
@@ -184,6 +196,7 @@ class Optimum:
                 found[name] = ask(value)
             except TooFewSamples as error:
                 notes.append(str(error))
+        notes += list(dict.fromkeys(point.note for point in found.values() if point.note))[:1]
         needed = found.get("needed")
         if needed is not None:
             slope = 0.0 if needed.beta is None else 1 / needed.beta  # d KL / d reward along the frontier
@@ -196,6 +209,8 @@ class Optimum:
                     "less KL than any policy can have for this reward: the samples are of another reference or other "
                     "prompts, or the policy's sampling sets are smaller than the reference's"
                 )
+            elif kl.mean < needed.kl.mean and self.distribution != described(None):
+                notes.append("beyond 1: what the policy's smaller sampling sets cut off costs nothing")
         objectives: dict[str, float] = {}  # of J = reward - beta KL
         if beta is not None:
             objectives = {"objective/policy": reward.mean - beta * kl.mean, "objective/reference": self.start}
@@ -271,7 +286,8 @@ class Optimum:
                 rewards, kls, figures[i, 1] = rewards + (kl - kls) / tilt, np.full_like(kls, kl), kl
             of_reward, of_kl = map(self.bootstrap.interval, map(float, figures[i]), (rewards, kls))
             beta = 1 / tilt if tilt > 0 else None
-            points.append(OptimumPoint(beta, of_reward, of_kl, float(self._effective(tilt)[0])))
+            heaviest = max(_pareto_k(*tally, tilt) for tally in self._tallies)
+            points.append(OptimumPoint(beta, of_reward, of_kl, float(self._effective(tilt)[0]), heaviest))
         return points
 
 
@@ -305,6 +321,16 @@ def optimum(
     return Optimum(dict(zip(distinct, drawn.candidate_scores.numpy(), strict=True)), described(sampling))
 
 
+def price_of_kl(coef: float, settings: Mapping[str, Any]) -> float | None:
+    """A run's KL coefficient per unit of the reward as it was given, which the run scales.
+
+    settings: fields of the run's PPOConfig. None where the run changes scores otherwise: it has another objective.
+    """
+    scale = settings.get("score_scale", 1.0)
+    kept = settings.get("score_clip") is None and settings.get("missing_eos", "keep") == "keep"
+    return coef / scale if kept and scale > 0 else None
+
+
 def described(sampling: SamplingConfig | None) -> str:
     """The distribution that a sampling config draws from, in words."""
     c = sampling or SamplingConfig()
@@ -320,11 +346,33 @@ def _corrected(values: Array, counts: Counts, tilt: float) -> Array:
 
     def figures(n: int, z: Array, a: Array) -> Array:
         reward = a / z
-        return np.stack([reward + values[-1], tilt * reward - np.log(z / n)])
+        return np.stack([reward, tilt * reward - np.log(z / n)])
 
     z, a = counts @ e, counts @ (d * e)
     without = figures(N - 1, np.maximum(z - e, np.finfo(float).tiny), a - d * e)  # (2, U): one sample less
-    return N * figures(N, z, a) - (N - 1) * (without @ counts) / N
+    found: Array = N * figures(N, z, a) - (N - 1) * (without @ counts) / N
+    return found + [values[-1], 0.0]  # added last: large rewards would cost digits
+
+
+def _pareto_k(values: Array, counts: Counts, tilt: float) -> float:
+    """The shape of a generalised Pareto distribution fitted to the largest weights of one prompt's samples.
+
+    Means of the weights have a variance for k below 1/2. The largest 3 sqrt(N), at most a fifth, are fitted (Vehtari et
+    al. 2024, section 3) by the estimator of Zhang & Stephens (2009), with its weak prior. 0 where they are equal.
+    """
+    N = int(counts.sum())
+    size = min(N // 5, math.ceil(3 * math.sqrt(N)))
+    last = values[np.searchsorted(counts.cumsum(), N - size - 1, side="right") :]  # distinct ones, threshold first
+    repeats = counts[len(values) - len(last) :]
+    x = np.repeat(np.exp((last - last[-1]) * tilt), repeats)[-size:] - math.exp((last[0] - last[-1]) * tilt)
+    if size < 5 or x[(size + 2) // 4 - 1] <= 1e-9:  # no tail, or one of equal weights
+        return 0.0
+    grid = np.arange(1, 31 + int(math.sqrt(size))) - 0.5
+    b = 1 / x[-1] + (1 - np.sqrt((30 + int(math.sqrt(size))) / grid)) / (3 * x[(size + 2) // 4 - 1])
+    k = np.log1p(-b[:, None] * x).mean(1)
+    likelihood = size * (np.log(-b / k) - k - 1)
+    b = b @ (1 / np.exp(np.clip(likelihood - likelihood[:, None], -700, 700)).sum(1))
+    return float((size * np.log1p(-b * x).mean() + 5) / (size + 10))
 
 
 def _resampled(values: Array, counts: Counts, tilts: Array, resamples: int, generator: np.random.Generator) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 from minirlhf.common.printing import show
 from minirlhf.evaluation.evaluate import EvaluationConfig, evaluate
 from minirlhf.evaluation.findings import before_after_table
+from minirlhf.evaluation.optimum import price_of_kl
 from minirlhf.evaluation.plots import plot_run
 from minirlhf.io.files import atomic_write, read_jsonl, write_json
 from minirlhf.models.sharded import exported
@@ -38,7 +39,7 @@ def save_results(
     if reward is not None:
         settings = EvaluationConfig(
             gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
-            kl_coef=trainer.kl_controller.coef, seed=config.seed,
+            kl_coef=price_of_kl(trainer.kl_controller.coef, vars(config)), seed=config.seed,
         )  # fmt: skip
         if trainer.processes.first:
             show(f"comparing policy and reference on {settings.samples} samples of each")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -214,11 +215,21 @@ def test_the_optimum_is_that_of_all_samples_of_the_reference(tokenizer):
     assert (summary["kl"], summary["reference/distinct_2"]) == (x.kl_exact.mean, x.reference.distinct_2)
     truncated = full_evaluation(tokenizer, settings={**settings, "sampling": SamplingConfig(top_p=0.9)}).given
     assert truncated.spending.kl == truncated.kl_exact and "sampled with top-p 0.9" in truncated.optimum
-    constant = full_evaluation(tokenizer, reward_fn=lambda texts: [0.5] * len(texts)).given
-    assert constant.spending is None and "rewards are 0.5: every policy is as good" in constant.optimum
-    assert "optimum/kl" not in constant.summary()
+    for value in (0.5, 0.3):  # in fp32 .3 is another number
+        constant = full_evaluation(tokenizer, reward_fn=lambda texts: [value] * len(texts)).given  # noqa: B023
+        assert constant.spending is None and f"rewards are {value}: every policy is as good" in constant.optimum
+        assert "optimum/kl" not in constant.summary()
     few = full_evaluation(tokenizer, 0).given
     assert few.frontier == () and "at least 100 in all, 10 of each prompt, are needed" in few.spending.note
+
+
+def test_many_prompts_need_more_samples_and_equal_ones_count_once(tokenizer):
+    settings = {"samples": 8, "best_of_prompts": 4, "best_of": (2,)}
+    many = full_evaluation(tokenizer, prompts=list("酒店周围位置"), settings=settings).given
+    assert many.spending is None
+    assert re.search(r"there are \d samples .* for one of 6 prompts, 10 are needed: give samples=60", many.optimum)
+    once, often = (full_evaluation(tokenizer, prompts=p, settings=settings).given for p in (["酒店"], ["酒店"] * 3))
+    assert once == often
 
 
 def test_held_out_prompts_are_looked_at_on_their_own(tokenizer):

@@ -10,7 +10,7 @@ import torch
 
 from conftest import VOCAB, make_gpt2
 from minirlhf import GPT2, ActorCritic, GPT2Config, Optimum, SamplingConfig, Tokenizer, optimum
-from minirlhf.evaluation.optimum import TooFewSamples, _corrected, described
+from minirlhf.evaluation.optimum import TooFewSamples, _corrected, _pareto_k, described, price_of_kl
 from minirlhf.evaluation.statistics import Bootstrap, Estimate
 
 
@@ -201,6 +201,55 @@ def test_rewards_without_a_bound_run_out_of_samples_instead_of_converging():
         with pytest.raises(TooFewSamples):
             found.at(beta)
     assert found.at(4.0).reward.mean == pytest.approx(4 / 3, rel=0.05)  # a rate of 1 - 1/4
+
+
+def test_the_pareto_k_is_the_shape_of_the_weights_tail():
+    """exp(tilt S) of exponential rewards is Pareto distributed, of shape tilt; a bounded reward has no tail."""
+    rewards = np.random.default_rng(1).exponential(1.0, (20, 4096))
+    for tilt in (0.3, 0.8):
+        shapes = [_pareto_k(*np.unique(x, return_counts=True), tilt) for x in rewards]
+        assert np.mean(shapes) == pytest.approx(tilt, abs=0.06) and np.std(shapes) < 0.15
+    assert UNIFORM.at(0.15).pareto_k < 0 and not UNIFORM.at(0.15).note
+    ones = np.random.default_rng(0).random(4096) < 0.1
+    assert Optimum({"x": ones}).at(0.1).pareto_k == 0  # equal weights
+
+
+def test_where_the_largest_rewards_decide_it_is_said():
+    found = Optimum({"x": np.random.default_rng(3).exponential(1.0, 4096)})
+    point = found.at(1.25)  # the reward is 5 in truth, and no sample shows it
+    assert point.pareto_k > 0.7 and "the largest rewards decide (Pareto k" in point.note
+    told = found.spent(point.reward, point.kl, beta=1.25)
+    assert told.note.count("for a reward without an upper bound the true limit is higher") == 1
+    assert point.note in str(told)
+
+
+def test_equal_rewards_are_equal_in_either_precision():
+    """A rollout holds scores in fp32, best-of-n in fp64: 1/3 and 1/3 are 1e-8 apart."""
+    both = [np.float32(1 / 3)] * 50 + [1 / 3] * 50
+    with pytest.raises(ValueError, match=r"all 100 rewards are 0.333333: every policy is as good as the reference"):
+        Optimum({"x": both})
+    assert Optimum({"x": both, "y": [0.1, 0.5] * 100}).by_prompt()["x"] is None
+
+
+def test_large_rewards_keep_their_digits():
+    rewards = np.random.default_rng(0).uniform(size=2000)
+    far, near = Optimum({"x": rewards + 2.0**14}), Optimum({"x": rewards})
+    assert far.at(0.2).reward.mean - 2.0**14 == pytest.approx(near.at(0.2).reward.mean, abs=1e-9)
+
+
+def test_an_efficiency_above_1_is_explained_where_sets_are_truncated():
+    spent = Estimate(0.8, 0.75, 0.85), Estimate(UNIFORM.at_reward(0.8).kl.mean * 0.97, 0.1, 2.0)
+    assert not UNIFORM.spent(*spent).note  # in the full softmax it is noise
+    truncated = Optimum(UNIFORM.scores, described(SamplingConfig(top_p=0.9)))
+    assert truncated.spent(*spent).note.startswith("beyond 1: what the policy's smaller sampling sets cut off costs")
+
+
+@pytest.mark.parametrize(("settings", "price"), [
+    ({}, 0.2), (dict(score_scale=0.1), 2.0), (dict(score_scale=0.0), None), (dict(score_scale=-1.0), None),
+    (dict(score_clip=3.0), None), (dict(missing_eos="replace"), None),
+])  # fmt: skip
+def test_the_price_of_kl_is_in_units_of_the_reward_as_it_was_given(settings, price):
+    assert price_of_kl(0.2, settings) == (None if price is None else pytest.approx(price))
 
 
 def test_too_few_samples_in_all_or_of_one_prompt():

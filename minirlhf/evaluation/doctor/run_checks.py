@@ -18,7 +18,7 @@ from minirlhf.device.precision_choice import ROUNDING_SHARE, Rounding
 from minirlhf.evaluation.doctor.memory import estimate, total, weight_bytes
 from minirlhf.evaluation.doctor.model_checks import SAME_OUTPUT, distance, untied_error
 from minirlhf.evaluation.doctor.setup import FAIL, OK, WARN, Result, Setup, Skipped
-from minirlhf.evaluation.optimum import EqualRewards, OptimumPoint, TooFewSamples, optimum
+from minirlhf.evaluation.optimum import EqualRewards, OptimumPoint, TooFewSamples, optimum, price_of_kl
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic, language_model
 from minirlhf.rewards.sentiment import SentimentReward
@@ -142,7 +142,8 @@ def forecast(setup: Setup) -> Result:
     if isinstance(reward, SentimentReward):
         reward = copy.copy(reward)
         reward.model = copy.deepcopy(reward.model)
-    prompts = list(dict.fromkeys(setup.pool()))[:FORECAST_PROMPTS]
+    pool = list(dict.fromkeys(setup.pool()))
+    prompts = pool[:FORECAST_PROMPTS]
     try:
         found = optimum(
             trainer.reference, prompts, reward, tokenizer=trainer.tokenizer, gen_len=c.gen_len, sampling=c.sampling,
@@ -154,18 +155,22 @@ def forecast(setup: Setup) -> Result:
         raise Skipped(f"samples could not be scored: {type(error).__name__}: {error}") from error
     said = [f"the reference has reward {found.start:.3f}"]
     asked: list[tuple[str, Callable[[float], OptimumPoint], float]] = []
-    if c.init_kl_coef > 0 and c.score_scale > 0:
-        asked.append((f"at beta {c.init_kl_coef:g}", found.at, c.init_kl_coef / c.score_scale))
+    if beta := price_of_kl(c.init_kl_coef, vars(c)):
+        asked.append((f"at beta {c.init_kl_coef:g}", found.at, beta))
     if c.adaptive_kl:
         asked.append((f"at the target of {c.target:g} nats", found.at_kl, c.target))
     for where, ask, value in asked:
         try:
             best = ask(value)
-            said.append(f"{where} the best possible is {best.reward.mean:.3f} at {best.kl.mean:.2f} nats")
+            known = (
+                f"{best.reward.mean:.3f} at {best.kl.mean:.2f} nats ({best.effective_samples:.0f} samples tell it)"
+            )
+            said += [f"{where} the best possible is {known}", *filter(None, [best.note])]
         except TooFewSamples as error:
             said.append(f"{where} nothing can be said: {error}")
     unknown = "; these prompts are words of the vocabulary, give prompts= for your own" * (setup.prompts is None)
-    return Result(OK, f"{'; '.join(said)} ({found.samples} samples {found.distribution}){unknown}")
+    some = f" of the first {len(prompts)} of {len(pool)} prompts" if len(pool) > len(prompts) else ""
+    return Result(OK, f"{'; '.join(said)} ({found.samples} samples{some} {found.distribution}){unknown}")
 
 
 def memory(setup: Setup) -> Result:
