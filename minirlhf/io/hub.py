@@ -19,9 +19,9 @@ from typing import Any
 from minirlhf.io.files import StrPath, atomic_write, replaced_folder, sha256
 
 WEIGHTS_FOLDER = "weights"
-TEXT_FILES = ("config.json", "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json",
-              "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.jinja")  # fmt: skip
+TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+TEXT_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 # Forms of weights; only the first one here that a model has is fetched.
 WEIGHT_FORMS = (
     r"model\.safetensors",
@@ -73,7 +73,8 @@ def download(name: str, to: StrPath | None = None, revision: str = "main") -> Pa
     """Fetch config, tokenizer and weights of a model on the hub, and nothing else; returns their folder.
 
     name: `owner/model`, or `model`. to: the files go into the folder `to/name`, which is complete or unchanged
-        afterwards; None: into the hub's cache. Weights that are already there are not fetched again.
+        afterwards; None: into the hub's cache. Weights that are already there are not fetched again. Config, tokenizer
+        and weights of an older revision are removed from the folder; a tokenizer stays if the new one has none.
     revision: a branch, a tag or a commit. HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN count as usual.
     Prefers safetensors to `pytorch_model.bin`, which has to be converted. A transfer that exceeds the announced size is
     stopped, and large files (those with a SHA-256 on the hub) are checked against it.
@@ -100,7 +101,7 @@ def download(name: str, to: StrPath | None = None, revision: str = "main") -> Pa
             raise DownloadError(f"the server names the commit {commit!r} of {name}, which is no SHA-1")
         if to is not None:
             with replaced_folder(Path(to) / name) as staged, tempfile.TemporaryDirectory(dir=staged) as fresh:
-                for old in [path for path in staged.iterdir() if _is_weights(path.name) and path.name not in files]:
+                for old in [path for path in staged.iterdir() if _is_outdated(path.name, files)]:
                     old.unlink()
                 for file in files:
                     _fetch(name, commit, file, staged, fresh)
@@ -206,6 +207,13 @@ def needed_files(name: str, listing: Iterable[str]) -> list[str]:
         f"{name} cannot be loaded: it must have config.json and model.safetensors or pytorch_model.bin, "
         f"and has {', '.join(present[:20]) or 'no files'}"
     )
+
+
+def _is_outdated(file: str, files: list[str]) -> bool:
+    """Whether a file is of an older revision than `files`, which lack it: they must not be read together."""
+    if file in TOKENIZER_FILES and not any(name in files for name in TOKENIZER_FILES):
+        return False  # the model is published without a tokenizer, so one was put there by hand
+    return file not in files and (file in TEXT_FILES or _is_weights(file))
 
 
 def _is_weights(file: str) -> bool:

@@ -100,21 +100,35 @@ def convert(folder: StrPath) -> Path:
 
 def _readable(folder: Path) -> Path | None:
     """The safetensors file or index of a folder, None if a pickle has to be converted."""
-    weights = folder / WEIGHTS_FILE
-    if weights.is_file():
-        return None if _is_stale(weights) else weights
-    return folder / INDEX_FILE if (folder / INDEX_FILE).is_file() else None
+    weights, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    conversion = _conversion(weights)
+    if weights.is_file() and conversion is None:
+        return weights
+    if _is_there(index):  # it came after a conversion, which is made only without an index
+        return index
+    return None if conversion is None or _is_stale(folder, conversion) else weights
 
 
-def _is_stale(weights: Path) -> bool:
-    """Whether a file is our conversion of a pickle that was replaced since."""
+def _conversion(weights: Path) -> dict[str, str] | None:
+    """The metadata of a file that is our conversion of a pickle, else None."""
     try:
         metadata = read_metadata(weights)
-    except ValueError:  # not ours; loading it raises the error
+    except (FileNotFoundError, ValueError):  # not ours; loading it raises the error
+        return None
+    return metadata if "converted_from" in metadata else None
+
+
+def _is_stale(folder: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether the pickle of a conversion with this metadata was replaced since; not if it was deleted.
+
+    Raises FileNotFoundError if only a part of the pickle is there, which tells nothing about the rest.
+    """
+    sources = _pickle_files(folder)
+    if not sources:
         return False
-    sources = _pickle_files(weights.parent) if "converted_from" in metadata else []
-    if not sources or not all(path.is_file() for path in sources):
-        return False
+    if absent := [path for path in sources if not path.is_file()]:
+        remedy = f"bring it, or remove {sources[0].name} to load {WEIGHTS_FILE}, which was converted before"
+        raise FileNotFoundError(f"{absent[0]} does not exist, or is not a file; {remedy}")
     try:
         recorded = json.loads(metadata["sources"])
         same_names = recorded.keys() == {path.name for path in sources}
@@ -138,10 +152,15 @@ def _times(path: Path) -> list[int]:
 
 def _pickle_files(folder: Path) -> list[Path]:
     """The pickle of a folder, or its index and shards; empty if there is none. Raises ValueError for a bad index."""
-    if (folder / PICKLE_FILE).is_file():
+    if _is_there(folder / PICKLE_FILE):
         return [folder / PICKLE_FILE]
     index = folder / PICKLE_INDEX_FILE
-    return [index, *(folder / name for name in read_index(index))] if index.is_file() else []
+    return [index, *(folder / name for name in read_index(index))] if _is_there(index) else []
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path is a file or a link. A broken link is not passed over: reading it raises the error."""
+    return path.is_file() or path.is_symlink()
 
 
 def _from_pickle(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

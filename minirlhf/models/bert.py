@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, C width, nh heads, hs = C / nh head size, L labels.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf.common import validation
+from minirlhf.common.text import printable
 from minirlhf.io.files import StrPath, naming
 from minirlhf.io.model_card import ModelCard, Origin
 from minirlhf.io.model_folder import (
@@ -229,7 +231,9 @@ class BertClassifier(nn.Module):
         """
         content, named = _read_published(folder)
         if "classifier.weight" not in named:
-            raise ValueError(f"{folder} holds no classification head (classifier.weight): not yet trained to classify")
+            others = ", ".join(name for name in named if re.search(r"classifier\.(.+\.)?weight$", name))
+            why = f"; one of another name is not read: {others[:200]}" if others else ": not yet trained to classify"
+            raise ValueError(f"{folder} holds no classification head (classifier.weight){printable(why)}")
         if content.get("id2label") is None:  # no names, so none are invented
             count, said = sum(named["classifier.weight"].shape[:1]), content.get("num_labels")
             if said not in (None, count):

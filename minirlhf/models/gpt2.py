@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minirlhf.common import validation
 from minirlhf.io.files import StrPath
-from minirlhf.io.model_folder import check_published, published_config, read_folder, renamed
+from minirlhf.io.model_folder import CONFIG_FILE, check_published, published_config, read_folder, renamed
 from minirlhf.models.decoder import BlockInputs, Decoder
 from minirlhf.models.layers import ACTIVATIONS, Conv1D, attention, config_from_json, global_rng_kept, normal_init
 
@@ -33,6 +33,9 @@ FIXED_FIELDS = {
     "add_cross_attention": (False,),
     "is_causal": (True,),
 }
+# Other families' names of these fields, which transformers reads in a GPT-2 config, too.
+ALIASES = {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "hidden_size": "n_embd",
+           "max_position_embeddings": "n_positions"}  # fmt: skip
 LAYER_TENSORS = 12  # of one block
 TRANSFORMERS_EOS = 50256  # the token that transformers' GPT-2 config ends texts with unless told otherwise
 
@@ -174,6 +177,12 @@ class GPT2(Decoder):
         if by_layer:
             content["scale_attn_by_inverse_layer_idx"] = False
         check_published(content, folder, model_type="gpt2", fixed=FIXED_FIELDS)
+        for alias, name in ALIASES.items():
+            if alias in content:
+                value = content.pop(alias)
+                if content.setdefault(name, value) != value:
+                    both = f"{name}={content[name]!r:.80} and {alias}={value!r:.80}"
+                    raise ValueError(f"{folder}: {CONFIG_FILE} has {both}: names of one field, which must be equal")
         named = renamed(tensors, own_name, folder)
         for name, tensor in named.items() if by_layer else ():
             layer = re.fullmatch(r"h\.([0-9]{1,9})\.attn\.c_attn\.(weight|bias)", name)

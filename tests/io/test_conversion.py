@@ -144,6 +144,69 @@ def test_weights_that_were_saved_beside_a_pickle_are_no_conversion_of_it(tmp_pat
     assert read_weights(tmp_path)["a"].tolist() == [0, 0]
 
 
+SHARDED_PICKLE = "pytorch_model.bin.index.json"
+
+
+def write_shards(folder, index, files):
+    """Shards of one tensor each, and their index; files: name of tensor and shard -> value."""
+    for name, value in files.items():
+        content, path = {name: torch.full((2,), value)}, folder / f"{name}.shard"
+        torch.save(content, path) if index == SHARDED_PICKLE else save_file(content, path)
+    (folder / index).write_text(json.dumps({"weight_map": {name: f"{name}.shard" for name in files}}))
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_shards_that_came_after_a_conversion_are_read(tmp_path, deleted):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    convert(tmp_path)
+    if deleted:
+        (tmp_path / "pytorch_model.bin").unlink()
+    write_shards(tmp_path, "model.safetensors.index.json", {"a": 2.0, "b": 3.0})
+    assert convert(tmp_path) == tmp_path / "model.safetensors.index.json"
+    assert {name: t.tolist() for name, t in read_weights(tmp_path).items()} == {"a": [2, 2], "b": [3, 3]}
+    (tmp_path / "b.shard").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index.json names files that do not exist: b.shard"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_missing_shard_of_a_pickle_is_an_error_and_not_the_old_conversion(tmp_path, replaced):
+    write_shards(tmp_path, SHARDED_PICKLE, {"a": 1.0, "b": 1.0})
+    convert(tmp_path)
+    if replaced:
+        write_shards(tmp_path, SHARDED_PICKLE, {"a": 2.0, "c": 2.0})
+    lost = "c.shard" if replaced else "b.shard"
+    (tmp_path / lost).rename(tmp_path / "elsewhere")
+    for read in (read_weights, convert):
+        with pytest.raises(FileNotFoundError, match=rf"{lost} does not exist.* or remove {SHARDED_PICKLE} to load mod"):
+            read(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / lost)
+    expected = {"a": [2, 2], "c": [2, 2]} if replaced else {"a": [1, 1], "b": [1, 1]}
+    assert {name: t.tolist() for name, t in read_weights(tmp_path).items()} == expected
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", SHARDED_PICKLE, "model.safetensors.index.json"])
+def test_a_broken_link_is_an_error_and_not_the_old_conversion(tmp_path, name):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    convert(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / name).symlink_to("newer")
+    with pytest.raises(FileNotFoundError, match=rf"{name} does not exist, or is not a file"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_conversion_whose_pickle_was_deleted_is_read(tmp_path, sharded):
+    if sharded:
+        write_shards(tmp_path, SHARDED_PICKLE, {"a": 1.0, "b": 1.0})
+    else:
+        torch.save({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    converted = convert(tmp_path)
+    for path in set(tmp_path.iterdir()) - {converted}:
+        path.unlink()
+    assert {name: t.tolist() for name, t in read_weights(tmp_path).items()} == {"a": [1, 1], "b": [1, 1]}
+
+
 def test_a_folder_that_cannot_be_written_is_read_in_memory_with_a_note(tmp_path, monkeypatch):
     """A read-only disk, a full one, a folder of somebody else: reading needs no right to write."""
     expected = state_dict()

@@ -365,6 +365,32 @@ def test_new_weights_in_another_form_replace_the_old_ones(client, published):
     assert names(folder) == sorted(["config.json", "vocab.txt", *SAFE_SHARDS])
 
 
+TEXTS = ["generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [["vocab.txt", "tokenizer_config.json"], ["tokenizer.json"], TEXTS])
+def test_no_text_of_an_older_revision_stays_beside_the_new_weights(client, published, kept):
+    """An old tokenizer.json would be read in place of a new vocab.txt."""
+    weights = {"config.json": b"{}", "model.safetensors": published["model.safetensors"]}
+    client.models["owner/model"] = {**weights, **dict.fromkeys(TEXTS, b"old")}
+    folder = download("owner/model", "weights")
+    (folder / "notes.txt").write_text("mine")
+    client.models["owner/model"] = {**weights, **dict.fromkeys(kept, b"new")}
+    download("owner/model", "weights")
+    assert names(folder) == sorted([*weights, *kept, "notes.txt"])
+    assert all((folder / file).read_bytes() == b"new" for file in kept)
+
+
+def test_a_tokenizer_put_beside_a_model_that_has_none_stays(client, published):
+    client.models["owner/model"] = {name: published[name] for name in ("config.json", "model.safetensors")}
+    folder = download("owner/model", "weights")
+    (folder / "vocab.txt").write_bytes(published["vocab.txt"])
+    (folder / "generation_config.json").write_text("{}")
+    download("owner/model", "weights")
+    assert names(folder) == NEEDED
+
+
 def nothing_stays_of(name, to):
     assert not Path("weights").joinpath(name).exists() and not list(Path().rglob("*.safetensors"))
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))

@@ -238,6 +238,15 @@ def test_a_model_that_was_not_trained_to_classify_is_named(folder, prefix):
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["net.classifier.weight", "classifier.modules_to_save.default.weight"])
+def test_a_head_of_another_name_is_named(folder, name):
+    """As saved inside another module, or by peft. It was trained, so the error must not say that it was not."""
+    rewrite_tensors(folder, lambda tensors: tensors.update({name: tensors.pop("classifier.weight")}))
+    with pytest.raises(ValueError, match=r"no classification head \(classifier.weight\); .* is not read") as caught:
+        BertClassifier.from_pretrained(folder)
+    assert str(caught.value).endswith(f": {name}") and "not yet trained" not in str(caught.value)
+
+
 # ---- construction ---------------------------------------------------------------------------------------------------
 
 

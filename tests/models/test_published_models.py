@@ -44,6 +44,7 @@ from minirlhf import (
     Tokenizer,
     ValueHead,
     generate,
+    load_decoder,
 )
 from minirlhf.io.model_folder import read_metadata, write_tensors
 from minirlhf.models.layers import check_vocabulary, shapes_only
@@ -224,6 +225,41 @@ def test_a_variant_computes_as_in_transformers_and_is_saved_as_it_computes(tmp_p
     assert not any(loading.values())
     assert_relatively_close(theirs.eval()(ids).logits, ours(ids), 1e-5)
     assert torch.equal(GPT2.from_pretrained(tmp_path / "saved")(ids), ours(ids))
+
+
+ALIASES = {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "hidden_size": "n_embd",
+           "max_position_embeddings": "n_positions"}  # fmt: skip
+
+
+@pytest.mark.parametrize("both", [False, True])
+@torch.no_grad()
+def test_other_families_names_of_the_sizes_of_gpt2_are_read_as_transformers_reads_them(tmp_path, both):
+    """The default of 12 heads would load as well, and compute something else."""
+    variant_gpt2(tmp_path / "model", n_embd=24)
+    content = json.loads((tmp_path / "model/config.json").read_text())
+    ids = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    for alias, name in ALIASES.items():
+        content[alias] = content[name] if both else content.pop(name)
+    write_config(tmp_path / "model", content)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ours = load_decoder(tmp_path / "model")
+    assert_relatively_close(ours(ids), theirs(ids).logits, 1e-6)
+    ours.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/config.json").read_text())
+    assert (saved["n_head"], saved["n_layer"], saved["n_embd"], saved["n_positions"]) == (2, 2, 24, 40)
+    assert not ALIASES.keys() & saved.keys()
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "model", num_attention_heads=12).eval()
+    assert (wide(ids).logits - theirs(ids).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_two_sizes_of_one_meaning_are_refused(tmp_path, alias):
+    variant_gpt2(tmp_path)
+    name = ALIASES[alias]
+    size = json.loads((tmp_path / "config.json").read_text())[name]
+    rewrite_config(tmp_path, **{alias: 4})
+    with pytest.raises(ValueError, match=rf"config.json has {name}={size} and {alias}=4: .* must be equal"):
+        GPT2.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
