@@ -4,6 +4,7 @@ The layouts are those of the uer models (GPT-2 and BERT, written by UER's conver
 GPT-2 and of transformers itself.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from minirlhf import (
     GPT2,
     ActorCritic,
     BertClassifier,
+    BertConfig,
     GPT2Config,
     SamplingConfig,
     SentimentReward,
@@ -79,6 +81,15 @@ ENGLISH_GPT2 = {
 }  # fmt: skip
 SMALL_GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=40, n_ctx=40)
 SMALL_BERT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "unlike"), [
+    (GPT2Config, TheirGPT2Config, {"vocab_size"}), (BertConfig, TheirBertConfig, {"vocab_size", "id2label"}),
+])  # fmt: skip
+def test_a_field_that_a_config_leaves_out_is_that_of_transformers(ours, theirs, unlike):
+    names = {field.name for field in dataclasses.fields(ours)} - unlike
+    own, other = ours(), theirs()
+    assert {name: getattr(own, name) for name in names} == {name: getattr(other, name, None) for name in names}
 
 
 @pytest.mark.parametrize("layers", [1, 12, 24])

@@ -1,9 +1,12 @@
 """Rewards named as module:function, and what is said of bad ones."""
 
 import sys
+import warnings
 
 import pytest
 
+from conftest import make_bert, make_gpt2
+from minirlhf import NGramScorer, RewardModel, SentimentReward
 from minirlhf.rewards.scorers import imported_reward, is_import, load_scorer
 
 
@@ -30,6 +33,21 @@ def test_functions_and_attributes_are_found(written):
             "def count(texts):\n    return [len(t) for t in texts]\n")  # fmt: skip
     assert imported_reward("reward_of_mine:count")(["ab"]) == [2]
     assert load_scorer("reward_of_mine:judge.score")(["ab"]) == [1.0]
+
+
+def test_a_folder_is_what_its_config_says(tmp_path, tokenizer):
+    labels = {0: "negative", 1: "positive"}
+    for name, model in (("bert", make_bert(id2label=labels)), ("one", make_bert(id2label={0: "reward"}))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    NGramScorer({"好": 1.0}, 0.0).save_pretrained(tmp_path / "ngrams")
+    kinds = {"bert": SentimentReward, "one": RewardModel, "ngrams": NGramScorer}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random classifier orders no canaries
+        assert {name: type(load_scorer(tmp_path / name, device="cpu")) for name in kinds} == kinds
+    make_gpt2().save_pretrained(tmp_path / "writer")
+    with pytest.raises(ValueError, match="holds a 'gpt2' model without a reward head, expected a reward"):
+        load_scorer(tmp_path / "writer")
 
 
 def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch):

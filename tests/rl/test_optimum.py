@@ -80,22 +80,27 @@ def systematic(p, count, generator):
     return RESPONSES[torch.searchsorted(p.cumsum(0), places).clamp_max(len(p) - 1)]
 
 
-def trained(seed=1, count=1024, **settings):
-    """The reference's distribution and that of a policy trained until it stands still, (121,) each."""
+def trained(seed=1, count=1024, pairs=False, **settings):
+    """The reference's distribution and that of a policy trained until it stands still, (121,) each.
+
+    pairs: groups of two, drawn at random from a sample of all responses, in the place of two large ones.
+    """
     config = GPT2Config(vocab_size=V, n_positions=8, n_embd=32, n_layer=1, n_head=2, initializer_range=0.1)
     policy, reference, tokenizer = GPT2(config, seed=seed), GPT2(config, seed=seed).eval(), Tokenizer(VOCAB)
     prompt = tokenizer.encode_prompt("大")
     ref = distribution(reference, prompt)
     sizes = dict(steps=60 * count, batch_size=count, minibatch_size=count, forward_batch_size=count, gen_len=LENGTH)
     if settings.get("group_size", 1) > 1:
-        settings["group_size"] = count // 2  # so large that mean and deviation of a group are those of the policy
+        # Two so large that mean and deviation of a group are those of the policy.
+        settings["group_size"] = 2 if pairs else count // 2
     settings = {**settings, **sizes, "lr": 4e-3, "lr_schedule": "linear", "adaptive_kl": False, "ppo_epochs": 2}
     trainer = PPOTrainer(policy, reference, tokenizer, **settings, top_p=1.0, seed=seed, device="cpu", precision="fp32")
     generator, G = torch.Generator().manual_seed(seed), trainer.config.group_size
     for _ in range(trainer.config.iterations):
         p = distribution(trainer.policy.decoder, prompt)
-        parts = count // G if G > 1 else 1  # each group is a sample of all responses
+        parts = 2 if G > 2 else 1  # each large group is a sample of all responses
         responses = torch.cat([systematic(p, count // parts, generator) for _ in range(parts)])
+        responses = responses[torch.randperm(count, generator=generator)] if pairs else responses
         tokens = torch.cat([torch.tensor(prompt).expand(count, -1), responses], 1)
         known = logprobs_in_batches(trainer.models, tokens, torch.ones_like(tokens), LENGTH, 1.0)
         real, scores = torch.ones_like(responses, dtype=torch.bool), reward_of(responses).float()
@@ -150,3 +155,19 @@ def test_a_method_with_k3_in_the_loss_ends_at_its_fixed_point(name):
     plain, divided = fixed_point("k3", ref, beta), with_standard_deviation(ref, beta)
     assert 0.5 * (plain - divided).abs().sum() > 0.1
     compare(ref, learned, plain if name == "dr_grpo" else divided, 0.01)
+
+
+@pytest.mark.parametrize(("name", "estimator", "placement", "factor"), [
+    ("rloo", "k2", "loss", 1), ("dr_grpo", "k1", "reward", 1), ("dr_grpo", "exact", "reward", 2),
+    ("dr_grpo", "k3", "loss", 2),
+])  # fmt: skip
+def test_in_small_groups_dr_grpo_has_a_stronger_leash_in_the_loss(name, estimator, placement, factor):
+    """Its advantages are those of RLOO times (G - 1) / G, here a half; a KL in the loss is not scaled with them."""
+    beta = 0.3 if estimator != "k3" else 0.6
+    settings = dict(advantages=name, group_size=2, whiten_advantages=False, kl_estimator=estimator)
+    ref, learned = trained(pairs=True, kl_placement=placement, init_kl_coef=beta / factor, **settings)
+    near, far = (
+        0.5 * (learned - fixed_point(estimator, ref, b)).abs().sum()
+        for b in (beta, beta / 2 if factor > 1 else 2 * beta)
+    )
+    assert near < 0.1 and far > 2 * near

@@ -15,6 +15,7 @@ def test_the_figures_of_a_step_by_hand():
     trainer = make_trainer(ppo_epochs=3, init_kl_coef=0.25, horizon=100.0)
     stats = trainer.step(queries, responses, scores)
     assert stats["reward/mean"] == pytest.approx(3.0)
+    assert stats["reward/shaped"] == pytest.approx(3.0)
     assert stats["reward/std"] == pytest.approx(math.sqrt(2.0))
     assert stats["tokens/response"] == pytest.approx((4 + 1 + 2 + 7 + 5) / 5)
     assert stats["ppo/updates"] == 3 * 3  # 5 rows in minibatches of 2: the last has one

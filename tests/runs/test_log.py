@@ -7,7 +7,7 @@ import os
 import pytest
 
 from minirlhf.io.files import read_jsonl
-from minirlhf.runs.log import RunLog
+from minirlhf.runs.log import RunLog, is_rewards
 
 NAMES = ("metrics.jsonl", "samples.jsonl")
 EMPTY = {name: {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()} for name in NAMES}
@@ -164,3 +164,11 @@ def test_a_line_that_stands_twice_counts_once(tmp_path):
     with pytest.warns(UserWarning, match="metrics.jsonl is damaged"):
         RunLog.resume(tmp_path, marks, 4, {})
     assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("value", "fine"), [
+    ({"1": 0.5, "2": None}, True), ({}, True), ({"1": "x"}, False), ({"1": float("nan")}, False), ({"x": 0.5}, False),
+    ({"-1": 0.5}, False), ([0.5], False), (None, False),
+])  # fmt: skip
+def test_what_may_be_the_rewards_of_steps(value, fine):
+    assert is_rewards(value) == fine

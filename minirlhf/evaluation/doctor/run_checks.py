@@ -162,9 +162,7 @@ def forecast(setup: Setup) -> Result:
     for where, ask, value in asked:
         try:
             best = ask(value)
-            known = (
-                f"{best.reward.mean:.3f} at {best.kl.mean:.2f} nats ({best.effective_samples:.0f} samples tell it)"
-            )
+            known = f"{best.reward.mean:.3f} at {best.kl.mean:.2f} nats ({best.effective_samples:.0f} samples tell it)"
             said += [f"{where} the best possible is {known}", *filter(None, [best.note])]
         except TooFewSamples as error:
             said.append(f"{where} nothing can be said: {error}")
