@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         entry = COMMANDS.get(arguments.command)
         meant = flags_meant(unknown, [*entry.arguments, *entry.flags]) if entry else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f' ({meant})' if meant else ''}")
+        parser.error(printable(f"unrecognized arguments: {' '.join(unknown)}{f' ({meant})' if meant else ''}"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of another encoding: an escape is better than a crash
             stream.reconfigure(errors="backslashreplace")

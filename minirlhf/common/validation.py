@@ -13,7 +13,7 @@ Config = TypeVar("Config")
 def require(config: object, name: str, fine: bool, allowed: str) -> None:
     """Raise ValueError for a field of a config unless it is fine."""
     if not fine:
-        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
+        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r:.200}")
 
 
 def require_config(config: Any, kind: type[Config]) -> Config:

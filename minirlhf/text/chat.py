@@ -137,7 +137,7 @@ def _compiled(template: str) -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+        raise TemplateError(printable(str(message)))
 
     def tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML

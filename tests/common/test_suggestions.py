@@ -29,6 +29,7 @@ FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
     ("reward_model_path", None, "PPOTrainer.train"), ("betas", None, "betas (0.9, 0.999)"), ("beta1", None, "AdamW"),
     ("pad_token_id", None, "tokenizer"), ("num_iterations", "ppo_epochs", "passes"), ("vf_clip", "cliprange_value", ""),
     ("num_sample_generations", None, "Run"), ("min_new_tokens", None, "probabilities"), ("n_steps", "batch_size", ""),
+    ("kl_penalty_coef", "init_kl_coef", ""), ("grad_norm", "max_grad_norm", ""), ("use_lora", "lora", "LoRAConfig"),
 ])  # fmt: skip
 def test_a_name_of_another_library_gives_the_field_and_its_unit(name, field, unit):
     with pytest.raises(ValueError, match=f"PPOConfig has no field '{name}'; ") as error:
