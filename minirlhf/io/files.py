@@ -10,6 +10,7 @@ import ctypes
 import errno
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -293,6 +294,13 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def free_path(path: StrPath) -> Path:
+    """The path, or the first of PATH-2, PATH-3, ... where there is nothing, not even a link that leads nowhere."""
+    path = Path(path)
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+    return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
 def remove_partial(*folders: StrPath) -> None:

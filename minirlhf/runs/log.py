@@ -19,7 +19,7 @@ from typing import Any
 
 from minirlhf.common.text import json_line
 from minirlhf.common.validation import is_finite
-from minirlhf.io.files import atomic_write, flush_folder, open_for_writing
+from minirlhf.io.files import atomic_write, flush_folder, free_path, open_for_writing
 from minirlhf.io.training_state import is_count, is_record, is_text
 
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE = "metrics.jsonl", "samples.jsonl", "config.json"
@@ -45,7 +45,7 @@ class RunLog:
 
         step: the last one whose lines belong to it. rewards: mean rewards of some of the steps.
         A file that is damaged is named in a warning and kept under another name; in its place come the lines that can
-        be read, and for steps whose line is lost one with their mean reward.
+        be read, and for steps whose line is lost, or has another mean reward, one with the mean reward of `rewards`.
         Raises OSError as the constructor, before anything is changed.
         """
         contents = {name: _read(folder / name) for name in LOG_FILES}
@@ -58,7 +58,7 @@ class RunLog:
                         file.truncate(len(saved))
                 continue
             lines, restored = _salvage(content, step, rewards if name == METRICS_FILE else {})
-            repaired, aside = b"".join(lines), path.with_name(f"{name}.damaged")
+            repaired, aside = b"".join(lines), free_path(path.with_name(f"{name}.damaged"))
             warnings.warn(
                 f"{path} is damaged: it is not what it was when step {step} was saved; {len(lines) - restored} lines "
                 f"can be read, and {restored} are restored from what the checkpoint knows"
@@ -128,8 +128,13 @@ def _read(path: Path) -> bytes:
 
 
 def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> tuple[list[bytes], int]:
-    """The readable lines up to a step, in order, and how many of them were made from `rewards`, theirs being lost."""
-    found = []
+    """The readable lines up to a step, in order, and how many of them were made from `rewards`, theirs being lost.
+
+    A line with another mean reward than in `rewards` was changed, so it is lost as well.
+    """
+    found: list[tuple[int, bytes]] = []
+    intact: set[int] = set()  # steps of which a line has the mean reward that is known
+    changed: set[int] = set()  # and of which one has another
     # NULs are what a power failure leaves unwritten; a line twice is a file that was put together wrongly.
     for line in dict.fromkeys(line.strip(b"\0") for line in content.split(b"\n")):
         try:
@@ -137,8 +142,14 @@ def _salvage(content: bytes, step: int, rewards: Mapping[int, float | None]) -> 
         except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] <= step:
-            found.append((entry["step"], line + b"\n"))
-    readable = {number for number, _ in found}
+            number = entry["step"]
+            if "reward/mean" in entry and number in rewards:
+                right = entry["reward/mean"] == rewards[number]
+                (intact if right else changed).add(number)
+                if not right:
+                    continue
+            found.append((number, line + b"\n"))
+    readable = {number for number, _ in found} - (changed - intact)
     lost = {number: reward for number, reward in rewards.items() if number <= step and number not in readable}
     found += [(number, _line({"step": number, "reward/mean": reward})) for number, reward in lost.items()]
     return [line for _, line in sorted(found, key=lambda pair: pair[0])], len(lost)

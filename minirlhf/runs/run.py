@@ -32,7 +32,7 @@ from typing import Any, Generic, TypeVar
 
 from minirlhf.device.launch import restarted
 from minirlhf.device.processes import agreed, processes
-from minirlhf.io.files import PARTIAL, flush_folder, read_json, read_jsonl, remove_partial, write_json
+from minirlhf.io.files import PARTIAL, flush_folder, free_path, read_json, read_jsonl, remove_partial, write_json
 from minirlhf.models.decoder import Decoder
 from minirlhf.models.heads import ActorCritic
 from minirlhf.models.sharded import is_sharded
@@ -55,6 +55,7 @@ CHECKPOINTS, BEST = "checkpoints", "best"
 KEPT = 2  # newest checkpoints that stay, besides the best
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
 TAKEN = "{} exists and is not empty; choose another folder, or resume the run in it"
+LINKED = "{} is a symbolic link, and checkpoints are not written through links: put the folder itself in its place"
 SHOWN = 5  # samples of a rollout that are logged at a save
 Trainer = TypeVar("Trainer", bound=Trainable)
 
@@ -179,10 +180,11 @@ class Run(Generic[Trainer]):
         """Go on with a run from its newest checkpoint; from the one before, with a warning, if that is damaged.
 
         ref_policy, data, overrides: as in `load_checkpoint`. loggers: None: those that it had, and the same curves.
-        A damaged checkpoint is kept under another name; a damaged log is named in a warning and repaired as far as
-        possible (see `RunLog.resume`).
+        A damaged checkpoint, or one of another step than its name says, is kept under another name; a damaged log is
+        named in a warning and repaired as far as possible (see `RunLog.resume`).
         Raises FileNotFoundError if it is no run, BlockingIOError if another process works in it, OSError if a file to
-        be written is a symbolic link, ValueError if no checkpoint can be read, or as `load_checkpoint`.
+        be written, or the newest checkpoint, is a symbolic link, ValueError if no checkpoint can be read, or as
+        `load_checkpoint`.
         """
         _check_keep_last(keep_last)
         check_loggers(loggers or ())
@@ -203,36 +205,39 @@ class Run(Generic[Trainer]):
                         f"{folder} is a run of supervised fine-tuning by minirlhf 0.1.0, which can resume it"
                     )
                 if (folder / CHECKPOINTS).is_symlink():
-                    raise OSError(
-                        f"{folder / CHECKPOINTS} is a symbolic link, and checkpoints are not written through links"
-                    )
+                    raise OSError(LINKED.format(folder / CHECKPOINTS))
                 lock = FolderLock(folder) if group.first else None
                 if lock is not None:
                     undo.callback(lock.release)
                     remove_partial(folder, folder / CHECKPOINTS)
             _check_shared(folder)
-            for step in reversed(group.broadcast("checkpoints", _steps(folder))):
+            for step in reversed(group.broadcast("checkpoints", _steps(folder, linked=True))):
                 checkpoint = _checkpoint(folder, step)
                 try:
                     with agreed("a checkpoint"):
+                        if checkpoint.is_symlink() and not checkpoint.is_dir():
+                            raise OSError(LINKED.format(checkpoint))
                         trainer = load(checkpoint)
                         record = read_json(checkpoint / COUNTERS_FILE).get("run")
+                        if record is None:
+                            raise ValueError(f"{checkpoint} was saved by no run: it does not say what the log was")
+                        if trainer.steps_done != step:  # someone copied or renamed it
+                            raise DamagedCheckpoint(f"{checkpoint} is a checkpoint of step {trainer.steps_done}")
+                        if checkpoint.is_symlink():  # to go back would drop the steps that it holds
+                            raise OSError(LINKED.format(checkpoint))
                     break
                 except DamagedCheckpoint as error:
                     warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=3)
                     damaged.append(checkpoint)
             else:
                 raise ValueError(f"{folder} has no checkpoint that can be read")
-            if record is None:
-                raise ValueError(f"{checkpoint} was saved by no run: it does not say what the log was")
             rewards = {int(number): reward for number, reward in record["rewards"].items()}
             with agreed("the log"):
                 if group.first:
                     log = RunLog.resume(folder, record["log"], step, rewards)
                     for path in damaged:
-                        aside = path.with_name(f"{path.name}.damaged")
-                        shutil.rmtree(aside, ignore_errors=True)
-                        path.rename(aside)
+                        if not path.is_symlink():
+                            path.rename(free_path(path.with_name(f"{path.name}.damaged")))
                     if loggers is not None:
                         choose_loggers(folder, loggers)
             run = cls(folder, trainer, log, lock, rewards, keep_last)
@@ -422,10 +427,11 @@ def newest_checkpoint(folder: Path) -> Path:
     return _checkpoint(folder, steps[-1])
 
 
-def _steps(folder: Path) -> list[int]:
-    """The steps that a run has checkpoints of, in order."""
-    paths = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir() and not path.is_symlink()]
-    names = [path.name for path in paths if re.fullmatch("step-([0-9]{6}|[1-9][0-9]{6,17})", path.name)]
+def _steps(folder: Path, linked: bool = False) -> list[int]:
+    """The steps that a run has checkpoints of, in order. linked: also those where a symbolic link stands."""
+    paths = (folder / CHECKPOINTS).glob("step-*")
+    found = [path for path in paths if (linked if path.is_symlink() else path.is_dir())]
+    names = [path.name for path in found if re.fullmatch("step-([0-9]{6}|[1-9][0-9]{6,17})", path.name)]
     return sorted(int(name.removeprefix("step-")) for name in names)
 
 
@@ -434,9 +440,8 @@ def _link(link: Path, target: str) -> None:
     if link.is_symlink() and os.readlink(link) == target:
         return
     if link.is_dir() and not link.is_symlink():  # a tool that follows links copied the run
-        aside = link.with_name(f"{link.name}.copy")
+        aside = free_path(link.with_name(f"{link.name}.copy"))
         warnings.warn(f"{link} is a folder and no link; it is kept as {aside.name}", stacklevel=2)
-        shutil.rmtree(aside, ignore_errors=True)
         link.rename(aside)
     temporary = link.with_name(f".{link.name}{PARTIAL}")
     temporary.unlink(missing_ok=True)

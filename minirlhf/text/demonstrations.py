@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minirlhf.io.files import StrPath
 from minirlhf.text.chat import ASSISTANT, Message, check_messages
-from minirlhf.text.text_files import json_object, numbered_lines, parsed, split_by_hash, text_of
+from minirlhf.text.text_files import check_plain, json_object, numbered_lines, parsed, split_by_hash, text_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def read_demonstrations(path: StrPath, encoding: str = "utf-8") -> list[Demonstr
     lines = numbered_lines(path, encoding)
     if kind == ".jsonl":
         return parsed(path, lines, lambda line: [_from_json(line)], "texts")
+    check_plain(path, lines, "text", "prompt", "messages")
     return parsed(path, lines, lambda line: [Demonstration("", line)] if line.strip() else [], "texts")
 
 
@@ -92,7 +93,7 @@ def _from_json(line: str) -> Demonstration | Conversation:
     if "messages" in content:
         return Conversation(content["messages"])
     if "text" in content:
-        if "response" in content:
+        if "response" in content or content.get("prompt"):
             raise ValueError("a line has either a text, or a prompt and a response, not both")
         return Demonstration("", text_of(content, "text"))
     missing = [key for key in ("prompt", "response") if key not in content]

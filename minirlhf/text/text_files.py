@@ -60,6 +60,11 @@ def numbered_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> lis
         raise ValueError(f"{path}, line {number} is not {encoding} ({error}); {hint}") from error
     except (LookupError, ValueError) as error:
         raise ValueError(f"encoding must be the name of a text encoding, got {encoding!r}") from error
+    return lines_of(text)
+
+
+def lines_of(text: str) -> list[tuple[int, str]]:
+    """The lines of a file's text as `numbered_lines` gives them."""
     # str.splitlines would also split at separators that may stand within a text, such as U+2028.
     end = "\n" if "\n" in text else "\r"  # of files from old spreadsheets
     lines = enumerate(text.removeprefix("\ufeff").split(end), 1)
@@ -91,6 +96,20 @@ def json_object(line: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
     return content
+
+
+def check_plain(path: object, lines: Sequence[tuple[int, str]], *fields: str) -> None:
+    """Raise ValueError for a file of texts in which every line is a JSON object with one of the fields."""
+
+    def is_row(line: str) -> bool:
+        try:
+            return not json_object(line).keys().isdisjoint(fields)
+        except ValueError:
+            return False
+
+    if lines and all(is_row(line) for _, line in lines):
+        named = " or ".join(map(repr, fields))
+        raise ValueError(f"{path} must hold a text a line, but each is a JSON object with {named}: name it .jsonl")
 
 
 def text_of(content: Mapping[str, Any], key: str) -> str:

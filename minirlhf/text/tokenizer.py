@@ -44,6 +44,8 @@ class Tokenizer:
         self.vocab = self.model.vocab
         self.special_ids = self.model.special_ids
         self.pad_id, self.eos_id = self.model.pad_id, self.model.eos_id
+        blank = {i for i, token in enumerate(self.vocab) if token == "" and self.model.backend.id_to_token(i) is None}
+        self._silent_ids = self.special_ids | blank  # what `decode` leaves out
         self.eos_ids = tuple(dict.fromkeys([self.eos_id, *self.model.stop_ids]))
 
     @classmethod
@@ -176,10 +178,11 @@ class Tokenizer:
     def decode_pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
         """The text that each token adds: as many texts as ids, which joined are `decode` of all.
 
-        Special tokens add nothing; of the tokens of one character, only the last does. Raises ValueError as `decode`.
+        Special tokens and blank lines of the vocabulary add nothing; of the tokens of one character, only the last
+        does. Raises ValueError as `decode`.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        spoken = [i for i, token in enumerate(ids) if token not in self.special_ids]
+        spoken = [i for i, token in enumerate(ids) if token not in self._silent_ids]
         pieces = [""] * len(ids)
         context = begin = 0  # in `spoken`: the last tokens that gave a piece, and the first that gave none yet
         for end, place in enumerate(spoken, 1):

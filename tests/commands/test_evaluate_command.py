@@ -158,6 +158,9 @@ def test_prompts_are_given_or_those_of_the_run(run, folders, tmp_path):
     assert pools("--run", folders / "run") == [["服务", "很好"], None]
     assert pools("--run", folders / "run", "--prompts", "酒", "--held-out-prompts", "店") == [["酒"], ["店"]]
     shutil.copytree(folders / "run", tmp_path / "other")
+    of_a_file = ["写 a.txt", "服务"]  # of a run whose file of prompts held them
+    write_json(tmp_path / "other" / "config.json", {"arguments": {"prompts": of_a_file}})
+    assert pools("--run", tmp_path / "other") == [of_a_file, None]
     for config in ({}, {"arguments": {"prompts": [1]}}, {"arguments": 3, "ppo": []}):  # of some other script
         write_json(tmp_path / "other" / "config.json", config)
         code, out, err = run("--run", tmp_path / "other")

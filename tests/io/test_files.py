@@ -13,7 +13,16 @@ import pytest
 from conftest import names
 from minirlhf.io import files
 from minirlhf.io.conversion import read_pickle
-from minirlhf.io.files import atomic_write, field, open_for_writing, read_json, read_text, replaced_folder, write_json
+from minirlhf.io.files import (
+    atomic_write,
+    field,
+    free_path,
+    open_for_writing,
+    read_json,
+    read_text,
+    replaced_folder,
+    write_json,
+)
 from minirlhf.io.model_folder import read_metadata, read_tensors
 
 # ---- files that are read ---------------------------------------------------------------------------------------------
@@ -268,6 +277,13 @@ def test_a_file_in_the_way_is_an_error(tmp_path):
     with pytest.raises(FileExistsError, match="is a file"), replaced_folder(tmp_path / "model"):
         pass
     assert (tmp_path / "model").read_bytes() == b"precious"
+
+
+def test_a_free_path_is_the_first_where_nothing_is(tmp_path):
+    for expected in ("a", "a-2", "a-3", "a-4"):
+        path = free_path(tmp_path / "a")
+        assert path == tmp_path / expected
+        {"a": path.mkdir, "a-2": path.touch}.get(expected, lambda path=path: path.symlink_to("nowhere"))()
 
 
 def test_what_was_not_finished_is_removed_and_nothing_else(tmp_path):

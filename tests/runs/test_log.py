@@ -125,6 +125,35 @@ def test_damage_is_named_and_repaired_from_what_is_left_and_known(tmp_path, name
     assert steps(tmp_path, name)[-1] == 4 and log.flush() == RunLog(tmp_path).flush()
 
 
+@pytest.mark.parametrize(("spoil", "kept", "restored"), [
+    (lambda content: content.replace(b"0.125", b"123"), 3, 1),  # of step 1
+    (lambda content: content.replace(b"0.125", b'"0.125"'), 3, 1),
+    (lambda content: content.replace(b"0.125", b"null"), 3, 1),
+    (lambda content: b'{"step": 1, "reward/mean": 1e9}\n' + content, 4, 0),
+    (lambda content: content.replace(b"0.125", b"123") + b'{"step": 1, "evaluation/reward": 0.5}\n', 4, 1),
+], ids=["a number", "a text", "null", "a line before it", "beside a line of other figures"])  # fmt: skip
+def test_a_mean_reward_that_is_not_the_one_of_the_checkpoint_does_not_stay(tmp_path, spoil, kept, restored):
+    marks = a_log(tmp_path).flush()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(spoilt := spoil(path.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{kept} lines can be read, and {restored} are restored"):
+        RunLog.resume(tmp_path, marks, 4, {step: step / 8 for step in range(1, 5)})
+    rewards = [(line["step"], line["reward/mean"]) for line in history(tmp_path) if "reward/mean" in line]
+    assert rewards == [(1, 0.125), (2, 0.25), (3, 0.375), (4, 0.5)]
+    assert len(history(tmp_path)) == kept + restored
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == spoilt
+
+
+def test_a_file_that_was_kept_before_stays(tmp_path):
+    marks = a_log(tmp_path, 1).flush()
+    for number in range(3):
+        (tmp_path / "metrics.jsonl").write_text(f"damage {number}")
+        with pytest.warns(UserWarning, match=rf"kept as metrics\.jsonl\.damaged{['', '-2', '-3'][number]}$"):
+            RunLog.resume(tmp_path, marks, 1, {1: 0.125})
+    for number, end in enumerate(["", "-2", "-3"]):
+        assert (tmp_path / f"metrics.jsonl.damaged{end}").read_text() == f"damage {number}"
+
+
 def test_a_missing_file_is_damage_too(tmp_path):
     marks = a_log(tmp_path, 2).flush()
     (tmp_path / "metrics.jsonl").unlink()

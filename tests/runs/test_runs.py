@@ -215,6 +215,31 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(co
     same_end(copied, undisturbed)
 
 
+def test_a_checkpoint_that_was_kept_before_stays(copied):
+    aside = copied / "checkpoints" / f"step-{STEPS:06d}.damaged"
+    aside.mkdir()
+    (aside / "notes.txt").write_text("mine")
+    (copied / "checkpoints" / f"step-{STEPS:06d}" / "manifest.json").write_text("{}")
+    with pytest.warns(UserWarning, match="is damaged"):
+        Run.resume(copied, reference())
+    assert (aside / "notes.txt").read_text() == "mine" and aside.with_name(f"{aside.name}-2").is_dir()
+
+
+def test_a_checkpoint_of_another_step_than_its_name_says_is_told_and_kept(copied, undisturbed):
+    """Or it would be the newest again after every step to come, and the log cut back to it."""
+    checkpoints = copied / "checkpoints"
+    shutil.copytree(checkpoints / "step-000004", checkpoints / "step-000099")
+    content = snapshot(checkpoints / "step-000099")
+    with (
+        pytest.warns(UserWarning, match=r"step-000099 is a checkpoint of step 4; going back to the checkpoint before"),
+        Run.resume(copied, reference()) as run,
+    ):
+        assert run.trainer.iteration == STEPS
+    assert snapshot(checkpoints / "step-000099.damaged") == content
+    shutil.rmtree(checkpoints / "step-000099.damaged")
+    same_end(copied, undisturbed)
+
+
 def test_a_run_without_a_readable_checkpoint_says_so_and_keeps_what_there_is(copied, tmp_path):
     for path in (copied / "checkpoints").glob("step-*/training.safetensors"):
         path.unlink()
@@ -301,6 +326,27 @@ def test_a_copy_that_followed_links_is_resumed(tmp_path, undisturbed):
         same_end(folder, undisturbed)
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_has_the_name_for_the_copy_of_best_stays(copied, kind):
+    best, taken = copied / "checkpoints" / "best", copied / "checkpoints" / "best.copy"
+    best.unlink()
+    best.mkdir()
+    (best / "notes.txt").write_text("a copy")
+    if kind == "folder":
+        taken.mkdir()
+        (taken / "notes.txt").write_text("mine")
+    elif kind == "file":
+        taken.write_text("mine")
+    else:
+        taken.symlink_to("nowhere")
+    before = snapshot(taken) if kind == "folder" else os.readlink(taken) if kind == "link" else taken.read_text()
+    with pytest.warns(UserWarning, match=r"best is a folder and no link; it is kept as best\.copy-2"):
+        finish(copied)
+    after = snapshot(taken) if kind == "folder" else os.readlink(taken) if kind == "link" else taken.read_text()
+    assert after == before and best.is_symlink()
+    assert (copied / "checkpoints" / "best.copy-2" / "notes.txt").read_text() == "a copy"
+
+
 def test_names_that_are_not_ours_do_not_block_a_run(copied):
     names = ["step-٠٠٠٠٠٩", "step-０００００９", "step-²²²²²²", "step-0000009", "step-9", "step-000009 "]
     for name in names:
@@ -347,11 +393,37 @@ def test_a_checkpoint_that_is_a_link_is_no_checkpoint_of_the_run(copied, tmp_pat
     link.symlink_to(victim)
     with (
         pytest.raises(RunFailed, match=r"saving step 8 of 8 failed: FileExistsError: .*step-000008 is a symbolic link"),
+        pytest.warns(UserWarning, match=r"step-000008 is a checkpoint of step 6; going back"),
         Run.resume(folder, reference(), steps=4 * 8) as run,
     ):
         assert run.trainer.iteration == STEPS
         run.trainer.train(PROMPTS, reward, run.record)
     assert link.is_symlink() and snapshot(victim) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_newest_checkpoint_that_was_moved_and_linked_loses_no_step(copied, tmp_path, there):
+    """The one before would be the newest, and the log would be cut back to it. The other disk may be absent."""
+    newest = copied / "checkpoints" / f"step-{STEPS:06d}"
+    newest.rename(tmp_path / "moved")
+    newest.symlink_to(tmp_path / ("moved" if there else "nowhere"))
+    before = snapshot(tmp_path)
+    with pytest.raises(OSError, match=r"step-000006 is a symbolic link, .*: put the folder itself in its place"):
+        Run.resume(copied, reference())
+    assert snapshot(tmp_path) == before
+    newest.unlink()
+    (tmp_path / "moved").rename(newest)
+    assert Run.resume(copied, reference()).trainer.iteration == STEPS
+
+
+def test_an_earlier_checkpoint_may_be_a_link(copied, tmp_path):
+    earlier = copied / "checkpoints" / "step-000004"
+    earlier.rename(tmp_path / "moved")
+    earlier.symlink_to(tmp_path / "moved")
+    content = snapshot(tmp_path / "moved")
+    with Run.resume(copied, reference(), steps=4 * 8) as run:
+        run.trainer.train(PROMPTS, reward, run.record)
+    assert run.trainer.iteration == 8 and earlier.is_symlink() and snapshot(tmp_path / "moved") == content
 
 
 def test_a_run_of_an_older_version_is_refused_by_name(copied, tmp_path):

@@ -33,7 +33,8 @@ def test_texts_and_pairs_by_hand(tmp_path):
     ("{", "not valid JSON"), ('{"text": "a"} b', "not valid JSON"), ("[" * 100_000, "not valid JSON"),
     ("[1]", "expected a JSON object, got a list"), ("{}", "prompt and response missing"),
     ('{"prompt": "a"}', "line 3: response missing"), ('{"response": "a"}', "line 3: prompt missing"),
-    ('{"text": "a", "response": "b"}', "not both"), ('{"text": 5}', "text must be a text, got a int"),
+    ('{"text": "a", "response": "b"}', "not both"), ('{"prompt": "q", "text": "abc"}', "line 3: .* not both"),
+    ('{"text": 5}', "text must be a text, got a int"),
     ('{"prompt": null, "response": "a"}', "prompt must be a text, got a NoneType"),
     ('{"prompt": "a", "response": ["b"]}', "response must be a text, got a list"),
     ('{"prompt": "a", "response": " \\u3000"}', "the response is empty"), ('{"text": ""}', "the text is empty"),
@@ -43,6 +44,20 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_demonstrations(path)
     assert str(caught.value).startswith(f"{path}, line 3: ") and len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_a_text_beside_a_prompt_that_is_empty_is_a_text(tmp_path):
+    lines = [json.dumps({"prompt": prompt, "text": ONE.response}) for prompt in (None, "")]
+    assert read_demonstrations(write(tmp_path, "\n".join(lines), "d.jsonl")) == [ONE, ONE]
+
+
+def test_a_text_file_of_rows_is_refused(tmp_path):
+    chat = json.dumps({"messages": []})
+    for lines in (rows(), rows()[:1], [chat]):
+        with pytest.raises(ValueError, match=r"d.txt must hold a text a line, but each is a JSON object .* it .jsonl"):
+            read_demonstrations(write(tmp_path, "\n".join(lines), "d.txt"))
+    for line in ("服务很好", '{"city": "Rome"}'):
+        assert len(read_demonstrations(write(tmp_path, "\n".join([*rows(), line]), "d.txt"))) == 3
 
 
 def test_files_that_are_none(tmp_path):

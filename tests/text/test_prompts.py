@@ -1,6 +1,7 @@
 """Prompts: every collection of texts becomes the same list, and anything else is refused by name."""
 
 import collections.abc
+import io
 import itertools
 import json
 import string
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from minirlhf.text import text_files
-from minirlhf.text.prompts import as_prompts, read_prompts
+from minirlhf.text.prompts import as_prompts, read_pool, read_prompts
 
 TEXTS = ["酒店", "The room", "房间"]
 
@@ -129,6 +130,70 @@ def test_a_file_without_prompts_and_a_missing_one_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a.txt, line 1 is not utf-8"):
         as_prompts(tmp_path / "a.txt")
     assert read_prompts(tmp_path / "a.txt", "gbk") == ["酒店"]
+
+
+def test_an_open_text_file_gives_its_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    for content in ("酒店\nThe room\n房间\n", "\ufeff酒店\r\n\r\nThe room\n房间"):
+        path.write_bytes(content.encode())
+        with open(path, encoding="utf-8") as file:
+            assert as_prompts(file) == as_prompts(io.StringIO(content)) == as_prompts(path) == TEXTS
+    with pytest.raises(ValueError, match="got no prompts"):
+        as_prompts(io.StringIO(""))
+    with pytest.raises(ValueError, match="of type bytes"):
+        as_prompts(io.BytesIO(b"a\nb\n"))
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts"])
+def test_a_text_file_of_rows_is_refused(tmp_path, name):
+    path, row = tmp_path / name, json.dumps({"prompt": "酒店"})
+    path.write_text(f"{row}\n\n{row}\n", encoding="utf-8")
+    for given in (path, io.StringIO(f"{row}\n"), open(path, encoding="utf-8")):  # noqa: SIM115
+        with pytest.raises(ValueError, match=r"each is a JSON object with 'prompt' or 'messages': name it .jsonl"):
+            as_prompts(given)
+    for line in ("{", '{"city": "Rome"}', "3", "[]"):  # texts that a model may be asked to continue
+        path.write_text(f"{row}\n{line}\n", encoding="utf-8")
+        assert as_prompts(path) == [row, line]
+
+
+def test_a_row_with_a_prompt_may_have_more_of_its_chat(tmp_path):
+    """As UltraChat has it: `messages` holds the prompt and the answers to it."""
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [
+        ({"prompt": "a", "messages": [user, answer]}, "a"), ({"prompt": "a", "messages": [user]}, "a"),
+        ({"prompt": [user], "messages": [user, answer]}, [user]), ({"prompt": None, "messages": [user]}, [user]),
+        ({"prompt": "", "messages": [user]}, [user]), ({"messages": [user]}, [user]),
+    ]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row, _ in rows))
+    assert read_prompts(tmp_path / "p.jsonl") == [prompt for _, prompt in rows]
+
+
+@pytest.mark.parametrize("pool", [
+    ["酒店"], ["酒店", "readme.txt is"], ["a/b"], ["data/missing", "a/b"], ["酒店", ""], ["x" * 9999, "a\0b", "\ud800"],
+    ["酒店", [{"role": "user", "content": "a.txt"}]], ["open missing.txt", "酒店"], [],
+    ["I wrote it as .txt,", "Use csv"],
+])  # fmt: skip
+def test_texts_of_a_command_line_are_prompts(tmp_path, monkeypatch, pool):
+    monkeypatch.chdir(tmp_path)
+    assert read_pool(pool) == pool
+
+
+def test_a_file_on_a_command_line_is_read_or_refused_and_never_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("酒店\nThe room\n房间\n", encoding="utf-8")
+    (tmp_path / "b").write_text("酒店", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    assert read_pool(["a.txt"]) == TEXTS and read_pool(["b"]) == ["酒店"]
+    pools = [["酒店", "a.txt"], ["a.txt", "missing.txt"], ["b", "酒店"], ["folder", "folder"]]
+    for pool in [*pools, ["missing.jsonl", "x.csv"], ["missing.TXT", "x.Json"], ["x.tsv", "x.parquet"]]:
+        with pytest.raises(ValueError, match=r"must be texts, or one file: '\S+', one of 2, names a file or folder"):
+            read_pool(pool)
+    for name in ("missing.txt", "missing.TXT", "data/missing.jsonl", "folder"):
+        with pytest.raises(FileNotFoundError, match=f"{name} does not exist, or is not a file"):
+            read_pool([name])
+    for name in ("missing.json", "prompts.csv", "x.parquet"):
+        with pytest.raises(ValueError, match=rf"{name} must be \.txt .* or \.jsonl"):
+            read_pool([name])
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])

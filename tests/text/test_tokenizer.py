@@ -267,6 +267,23 @@ def test_pieces_by_hand(tokenizer):
     assert tokenizer.decode_pieces([]) == [] and tokenizer.decode_pieces(ids_of("[SEP]")) == [""]
 
 
+@pytest.mark.parametrize("tokens", [
+    ["é", "", "a"], ["", "a", "", "", "b", ""], ["a", "[SEP]", "", "b"], ["hello", "", "##a", "酒", "", "a"], [""],
+])  # fmt: skip
+def test_a_blank_line_of_the_vocabulary_adds_nothing(tokens):
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "", "é", "a", "b", "酒", "", "hello", "##a"]
+    blank = Tokenizer(vocab)
+    ids = [vocab.index(token) for token in tokens]
+    pieces = blank.decode_pieces(ids)
+    assert "".join(pieces) == blank.decode(ids) and len(pieces) == len(ids)
+    assert all(piece == "" for piece, token in zip(pieces, tokens, strict=True) if token == "")
+    for cut in range(len(ids) + 1):
+        joined = blank.decode(ids[:cut]) + "".join(blank.decode_response(ids[:cut], ids[cut:]))
+        assert joined == blank.decode(ids)
+    with pytest.raises(ValueError, match=f"token id {len(vocab)} is outside"):
+        blank.decode_pieces([len(vocab)])
+
+
 @pytest.mark.parametrize(
     "vocab", [{token: i for i, token in enumerate(VOCAB)}, set(VOCAB), "abc", len], ids=lambda x: type(x).__name__
 )
