@@ -55,7 +55,8 @@ _NAMES: dict[tuple[str | None, str], str] = {
         "min_length min_new_tokens min_p typical_p",
     ("lam", ""): "gae_lambda lambd lmbda",
     ("gamma", ""): "discount",
-    ("cliprange", ""): "eps_clip clip clip_low clip_eps clip_range clip_ratio clip_param epsilon ppo_clip epsilon_low clip_ratio_low",
+    ("cliprange", ""):
+        "eps_clip clip clip_low clip_eps clip_range clip_ratio clip_param epsilon ppo_clip epsilon_low clip_ratio_low",
     ("cliprange_high", "of ratios above 1"): "epsilon_high clip_ratio_high eps_clip_high clip_higher",
     ("cliprange_value", ""): "value_clip value_clip_range clip_range_vf cliprange_vf vf_clip_param vf_clip",
     ("vf_coef", ""): "critic_coef value_loss_coef vf_loss_coeff",
@@ -65,7 +66,8 @@ _NAMES: dict[tuple[str | None, str], str] = {
     ("score_scale", "a factor; 1 for none"): "use_score_scaling reward_scale",
     (None, "scores are not normalised by running statistics"): "use_score_norm reward_norm",
     ("score_clip", "scores are clipped to +- this"): "reward_clip reward_clip_range cliprange_reward",
-    ("init_kl_coef", "with adaptive_kl=False it stays"): "kl_coef kl_coeff kl_coefficient kl_penalty_coef kl_weight kl_beta beta",
+    ("init_kl_coef", "with adaptive_kl=False it stays"):
+        "kl_coef kl_coeff kl_coefficient kl_penalty_coef kl_weight kl_beta beta",
     ("init_kl_coef", 'with kl_placement="loss"'): "kl_loss_coef",
     ("adaptive_kl", ""): "adap_kl_ctrl use_adaptive_kl",
     ("target", "KL in nats a sequence"): "kl_target",

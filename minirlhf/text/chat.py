@@ -14,6 +14,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minirlhf.common.text import printable
+
 ASSISTANT = "assistant"
 Message = dict[str, Any]  # "role" and "content", both texts, and whatever else the template reads
 

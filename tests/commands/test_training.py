@@ -66,7 +66,7 @@ def test_train_leaves_a_run_with_its_results(run, tiny, tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(run, tiny, tmp_path, monkeypatch):
-    common = ["--policy", tiny / "policy", "--reward", tiny / "second", "--prompts", "酒店", "位置", *SMALL,
+    common = ["--policy", tiny / "policy", "--reward", tiny / "reward", "--prompts", "酒店", "位置", *SMALL,
               "--no-evaluation", "--save-freq", 1, "--lr", 1e-2]  # fmt: skip
     assert run("train", *common, "--output", "whole")[0] == 0
     record = Run.record
@@ -106,9 +106,9 @@ def test_without_arguments_it_is_the_default_run_on_the_starter_weights(run, mon
     own, config = starter_module.starter(), seen[1]
     assert seen[0] == own.policy and (config.steps, config.lr, config.advantages) == (10240, 1.2e-4, "rloo_to_go")
     with pytest.raises(ZeroDivisionError):
-        run("train", "--algorithm", "grpo", "--gamma", 0.5)
+        run("train", "--algorithm", "grpo", "--top-p", 0.5)
     config = seen[3]  # the method, at the scale of these weights
-    assert (config.advantages, config.group_size, config.gamma, config.lr) == ("grpo", 8, 0.5, 1.2e-4)
+    assert (config.advantages, config.group_size, config.top_p, config.lr) == ("grpo", 8, 0.5, 1.2e-4)
     with pytest.raises(ZeroDivisionError):
         run("train", "--algorithm", "trl2020")
     assert seen[5] == PPOConfig.preset("trl2020")
