@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 from lives import PROMPTS, new_trainer, reference, reward
 
+from folders import snapshot
 from minirlhf.io.files import read_jsonl
 from minirlhf.runs.loggers import LOGGERS, LOGGERS_FILE, Loggers, check_loggers, choose_loggers
 from minirlhf.runs.run import Run
@@ -115,6 +116,14 @@ def test_unknown_and_missing_loggers_are_refused_before_any_write(tmp_path, monk
     with pytest.raises(kind, match=message):
         Run.start(tmp_path / "run", new_trainer(), {}, loggers=names)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_refuses_them_as_well_and_stays_as_it_is(tmp_path):
+    train(Run.start(tmp_path / "run", new_trainer(), {}), steps=1)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'wandb'"):
+        Run.resume(tmp_path / "run", reference(), loggers=["wanbd"])
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", LOGGERS)
