@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minirlhf.evaluation.report import report
 from minirlhf.evaluation.report_texts import LANGUAGES
 from minirlhf.generation.sampling import SamplingConfig
 from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
+from minirlhf.io.training_state import module_hash
 from minirlhf.models.loading import load_decoder
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.runs.log import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE
@@ -121,6 +123,10 @@ def evaluate(args: argparse.Namespace) -> None:
         kl_coef=price_of_kl(history[-1]["objective/kl_coef"], ppo) if trained else None,
     )  # fmt: skip
     policy, reference = (load_decoder(folder).to(where) for folder in (args.policy, args.reference))
+    own = None if args.run is None else Path(args.run) / "reference"
+    given_another = own is not None and own.is_dir() and not own.samefile(args.reference)
+    if given_another and module_hash(load_decoder(str(own))) != module_hash(reference):
+        warnings.warn(f"{args.reference} is another reference than {own}, from which the run began", stacklevel=2)
     reward = load_scorer(args.reward, args.device)
     second = None if args.second_scorer is None else load_scorer(args.second_scorer, args.device)
     if sys.stderr.isatty():

@@ -59,7 +59,9 @@ class Explanation:
         head = f"prompt {printable(self.prompt)!r}, score {self.score:.4f}"
         if self.group:
             scores = ", ".join(f"{score:.4f}" for score in self.group)
-            head += f"; mean of the group {sum(self.group) / len(self.group):.4f} ({scores})"
+            total = sum(self.group)  # what an advantage is compared with, by methods
+            mean, others = total / len(self.group), (total - self.score) / (len(self.group) - 1)
+            head += f"; the group's scores {scores} (mean {mean:.4f}, of the others {others:.4f})"
         return "\n".join([head, READING, *text_table(self.rows(), left=0)])
 
     def draw(self, path: str | os.PathLike[str] | None = None) -> Any:

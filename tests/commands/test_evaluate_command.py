@@ -104,6 +104,16 @@ def test_on_a_terminal_it_says_how_much_it_will_do(run, folders, monkeypatch):
     )
 
 
+@pytest.mark.filterwarnings("default:.*is another reference")
+def test_another_reference_than_the_run_s_is_told(run, folders, tmp_path):
+    code, _, err = run("--run", folders / "run", "--reference", folders / "run" / "policy")
+    assert code == 0
+    assert re.fullmatch(r"warning: .*policy is another reference than .*reference, from which the run began\n", err)
+    shutil.copytree(folders / "run" / "reference", tmp_path / "copy")
+    code, _, err = run("--run", folders / "run", "--reference", tmp_path / "copy")
+    assert (code, err) == (0, "")
+
+
 def test_as_json_it_prints_one_object(run, folders):
     code, out, _ = run(*models(folders), "--prompts", "酒店", "--json")
     (line,) = out
@@ -236,6 +246,7 @@ def test_a_command_line_that_cannot_be_understood(run, folders, arguments):
     assert (code, out) == (2, []) and err.startswith("usage: minirlhf evaluate")
 
 
+@pytest.mark.filterwarnings("default:.*is another reference")
 def test_models_that_do_not_fit_are_named(run, folders, tmp_path):
     make_gpt2(0, vocab_size=7, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "small")
     code, _, err = run("--run", folders / "run", "--reference", tmp_path / "small")

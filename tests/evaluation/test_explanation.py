@@ -63,7 +63,10 @@ def test_a_sample_of_a_group_stands_beside_the_scores_of_the_others(make_decoder
     rollout = trainer.collect(PROMPTS[:2], lambda texts: [0.5, 0.25, 2.0, 4.0])
     explanation = explain(trainer, rollout, 3, io.StringIO())
     lines = str(explanation).splitlines()
-    assert lines[0] == f"prompt {PROMPTS[1]!r}, score 4.0000; mean of the group 3.0000 (2.0000, 4.0000)"
+    assert (
+        lines[0]
+        == f"prompt {PROMPTS[1]!r}, score 4.0000; the group's scores 2.0000, 4.0000 (mean 3.0000, of the others 2.0000)"
+    )
     assert explanation.group == (2.0, 4.0) and [token["reward"] for token in explanation.tokens] == [0.0, 0.0, 4.0]
     assert [token["advantage"] for token in explanation.tokens] == pytest.approx([0.5**0.5] * 3, rel=1e-5)
     assert lines[-4].split() == [name for name in COLUMNS if name not in ("value", "returns")]  # then 3 tokens
