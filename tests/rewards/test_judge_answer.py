@@ -29,6 +29,24 @@ EIGHTS = [
     '{"reason": "a {b}", "score": 8}', '{"reason": "x", "result": {"score": 8}}', "as {asked}: 3 lines.\nScore: 8",
     "◁think▷Score: 3◁/think▷8", "<|START_THINKING|>score: 3<|END_THINKING|>8", "<seed:think>3</seed:think>8",
     "<|channel|>analysis<|message|>score: 3<|end|><|start|>assistant<|channel|>final<|message|>8",
+    "8分（满分10分）", "8 (out of 10)", "8 stars out of 10", "最终得分8分", "评分结果：8", "综合评价：8分", "总评：8",
+    "Overall: 8", "Style: 7\nOverall: 8/10", "【评分】：8分", "Score - 8", "**Score** - 8/10", "Score: (8)", "(8)",
+    "Score: 8 (0-10)", "评分：8分/10分", "Score (0 = bad, 10 = good): 8", "打分（满分10分）：8",
+    "Score (a whole number): 8", "Rating: [[8]]/10", "满分10分，我给8分", "On a scale of 1 to 10, my rating is 8.",
+    "Score: 8 on a scale from 0 to 10", "十分制。评分：8", "Score: 8 — very good", "Score: 8 - good",
+    "Score: 8 (good)", "Score: 8, as it is good", "Score: 8; good", "Score: 8 because it is good.",
+    "Score: 8 The text is good. It has 3 rooms.", "评分：8分。3 间房", "评分：8\n分析：好", "评分：8 分析：好",
+    "评分：8分 —— 好", "(Score: 8)", "[Score: 8]", "【评分：8分】", "| Score: 8 |", "Score: 8</s>",
+    "Score: 8\r\n3 rooms", "评分：\u30008\u3000理由：好", "'Score: 8'", "{'score': 8}",
+    "{'reason': \"it's\", 'score': 8}", "It's {'reason': 'it\\'s', 'score': '8/10'}.",
+    '{"分析": "服务很好", "评分": 8}', '{"评分理由": "好", "评分": 8}', '{"score_reason": "x", "score": 8}',
+    '{"score": 8, "grade_level": 3}', '{"finalScore": 8, "words": 3}', '{"score": 8, "out_of": 10}',
+    '{"score": 8, "max_score": 10}', '{"score": 8, "scale": "0-10"}', '{"得分": 8, "满分": 10}',
+    '{"score_out_of_10": 8, "x": "y"}', '{"评分（满分10分）": 8, "x": "y"}', "[Analysis] good [Score]: 8",
+    "<|begin_of_thought|>\nScore: 7\n<|end_of_thought|>\n\n<|begin_of_solution|>8<|end_of_solution|>",
+    "<reflection>Score: 7</reflection>8", "<scratchpad>\n7\n</scratchpad>\n8",
+    "<Analysis>a <b>7</b></Analysis>Score: 8", "<rating>8</rating><rationale>Score: 7, at first</rationale>",
+    "<analysis><analysis>7</analysis>7</analysis>8",
 ]  # fmt: skip
 NONE = [
     "", " \n", "I'm sorry, but I can't help with that.", "seven", "eight", "八", "八分", "٨", "7 because it is nice",
@@ -43,6 +61,28 @@ NONE = [
     "10 stars for 8 rooms", "Score: 8½", "Score: 8 and a half", '{"details": {"grammar": 3}, "score": 8',
     '{"scores": {"style": 7, "grammar": 8}}', '{"a": {"score": 7}, "b": {"score": 8}}', '{"a":' * 3000,
     "<|channel|>analysis<|message|>score: 3",
+    "Score: 2+3+3 = 8", "Score: 4 × 2 = 8", "Score: 4*2 = 8", "Score: 2^3", "Score: 9 -> 7", "Score: 9 → 7",
+    "Score: 9... 7", "评分：7分半", "评分：7 分半", "Score: 7 1/2", "Score: 8 ½", "评分：7点5", "评分：7点五",
+    "Score: 7·5", "Score: 7٫5", "Score: 7+", "Score: 7±1", "Score: 7.5.3", "Score: 8?", "Score: 7 percent",
+    "评分：7分以上", "Score: 4 out of five", "Score: 4/5 stars", "Score: 4 (out of five)", "评分：4（满分五分）",
+    "评分（五分制）：4", "Score (out of five): 4", "Score: 4 on a five-point scale", "Score: 4, out of 5",
+    "Score: 4 stars (max 5)", "评分：4 星（共5星）", "Score (1-5): 4/10", "Score (0-10): 4/5", "Score: 8/10/10",
+    "Score: 7、8", "Score: 7 — 8", "Score: 7\u20118", "Score: 7|8", "Score: 9; 7", "Score: 7 or eight",
+    "评分：7 或八", "给 7 分或 8 分", "Score: 8 for style, 7 for content", "Score: 7 (or 8)",
+    "Score: 7-8\n\nScore: 8", "Overall: 8 rooms", "Overall: 7-8", "Overall: 7\nScore: 8", "(4/5)", "(7) (8)",
+    "Style: 8 rooms\n(7) 8", '{"充分性": 8, "总评": 3}', '{"分类": 1, "总评": 8}', '{"分析": 9, "结论": 3}',
+    '{"berating": 1, "overall": 9}', '{"grade_level": 3, "quality": 8}', '{"upgrade": 3, "quality": 8}',
+    '{"score": 4, "out_of": "five"}', '{"score": 8, "finalScore": 7}', "{'score': 8", "{'score': 8, 'rating': 7}",
+    "{'grammar': {'score': 3}, 'style': {'score': 8}}", "{'score': True}",
+    "<scratchpad>\n7\n</scratchpad>\nThe final is 8.", "<analysis>Score: 7", "<scratchpad>7",
+    "<|begin_of_thought|>Score: 7",
+]  # fmt: skip
+FOURS_OF_FIVE = [
+    "评分：4分（满分5分）", "Score: 4 (out of 5)", "Score: 4 stars out of 5", "4 stars out of 5", "评分：4分/5分",
+    "Score (1-5): 4", "打分（满分5分）：4", "评分：4分（5分制）", "满分5分，我给4分。", "满分：5分\n得分：4分",
+    "On a scale of 1 to 5, the score is 4.", "Score on a 5-point scale.\n4", "[[4]]/5", "[[4]] out of 5",
+    '{"score": 4, "out_of": 5}', '{"score": 4, "maxScore": 5}', '{"score": 4, "scale": "1-5"}',
+    '{"得分": 4, "满分": 5}', '{"score_out_of_5": 4, "x": "y"}', '{"score (1-5)": 4}',
 ]  # fmt: skip
 
 
@@ -57,11 +97,25 @@ def test_anything_else_is_none(answer):
     assert parse_score(answer, 0, 10) is None
 
 
+@pytest.mark.parametrize("answer", FOURS_OF_FIVE)
+def test_a_score_of_another_scale_is_none(answer):
+    assert parse_score(answer, 0, 5) == 4
+    assert parse_score(answer, 0, 10) is None and parse_score(answer, 0, 4) is None
+
+
+@pytest.mark.parametrize("answer", [
+    "Score" + " " * 50000 + "x", "Score: 1" + " " * 50000 + "x", '{"score": "Score' + " " * 50000 + 'x"}',
+    "<analysis>" * 9000, "1 to " * 9000,
+], ids=lambda answer: answer[:10])  # fmt: skip
+def test_a_judge_that_repeats_itself_is_read_in_no_time(answer):  # some patterns would take minutes
+    assert parse_score(answer, 0, 10) is None
+
+
 @pytest.mark.parametrize(("answer", "low", "high", "score"), [
     ("-0", 0, 10, 0), (".5", 0, 1, 0.5), ("-2.5", -5, 5, -2.5), ("Score: -3", -5, 5, -3), ("4/5", 1, 5, 4),
     ("Score: 80/100", 0, 100, 80), ("10/10", 0, 10, 10), ('{"score": -1e-1}', -1, 1, -0.1), ("10.01", 0, 10, None),
     ("-0.01", 0, 10, None), ("1" + "0" * 400, 0, 10, None), ('{"score": 1' + "0" * 400 + "}", 0, 10, None),
-    ("Score: 11", 0, 10, None), ('{"score": NaN}', 0, 10, None),
+    ("Score: 11", 0, 10, None), ("Score - 3", -5, 5, None), ("Score -3", -5, 5, -3), ('{"score": NaN}', 0, 10, None),
 ])  # fmt: skip
 def test_signs_and_ranges(answer, low, high, score):
     assert parse_score(answer, low, high) == score
@@ -76,7 +130,7 @@ def test_a_score_is_in_the_range_whatever_the_answer(answer, low, width):
 @given(
     st.integers(-(10**6), 10**6),
     st.integers(0, 3),
-    st.sampled_from(["{}", "Score: {}", "评分：{}分", "[[{}]]", "**{}**"]),
+    st.sampled_from(["{}", "Score: {}", "评分：{}分", "[[{}]]", "**{}**", "Overall: {}", "{{'score': {}}}"]),
 )
 def test_every_decimal_number_is_read_exactly(number, digits, form):
     text = f"{number / 10**digits:.{digits}f}"
