@@ -219,6 +219,12 @@ def test_the_histogram_finds_the_set_that_a_sort_finds(seed, scale, p, ties):
             assert abs(smaller - p) < 1e-6  # which of the two reaches p is a matter of rounding
 
 
+def test_beyond_the_cpu_top_p_sorts():
+    """By shapes alone, on the meta device, which stands for a GPU here."""
+    keep = top_p_set(torch.empty(2, 5, device="meta"), 0.9)
+    assert (keep.shape, keep.dtype, keep.device.type) == ((2, 5), torch.bool, "meta")
+
+
 @pytest.mark.parametrize("size", [4, 5, 50, 1000])
 def test_drawn_indices_follow_the_weights(size):
     weights = torch.rand(1, size, generator=torch.Generator().manual_seed(0)).pow(3)
