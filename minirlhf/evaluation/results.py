@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +37,9 @@ def save_results(
     name = algorithm or ("ppo" if config.advantages == "gae" else config.advantages)
     summary: dict[str, Any] = {"algorithm": name.upper(), "episodes": config.steps}
     saved = shlex.quote(str(output / POLICY))
-    told = [f"saved in {output}; to sample from it: minirlhf generate --model {saved} --prompt TEXT"]
+    program = "minirlhf" if shutil.which("minirlhf") else f"{shlex.quote(sys.executable)} -m minirlhf"
+    sample = f"{program} generate --model {saved} --prompt TEXT --gen-len {config.gen_len}"
+    told = [f"saved in {output}; to sample from it: {sample}"]
     if reward is not None:
         settings = EvaluationConfig(
             gen_len=config.gen_len, sampling=config.sampling, eos_token_id=config.eos_token_id, best_of=(16,), max_n=16,
