@@ -102,8 +102,8 @@ def evaluate(args: argparse.Namespace) -> None:
     prompts = args.prompts or arguments.get("prompts")
     if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, (str, list)) for prompt in prompts)):
         raise ValueError("give --prompts, or a --run whose config.json has them under arguments")
-    is_read = not args.prompts and len(prompts) > 1  # several of a run are texts, also where they look like files
-    pools = [prompts if is_read else read_pool(prompts, args.encoding)]
+    are_texts = not args.prompts and len(prompts) > 1  # a run has kept the texts, also where they look like files
+    pools = [prompts if are_texts else read_pool(prompts, args.encoding)]
     if args.held_out_prompts is not None:
         pools.append(read_pool(args.held_out_prompts, args.encoding))
     drawn = {name: ppo.get(name, default) for name, default in SAMPLING.items()}

@@ -22,7 +22,7 @@ from minirlhf.device.precision import Precision
 from minirlhf.device.processes import processes
 from minirlhf.evaluation.best_of import best_of_n, best_of_n_kl, expected_best_of_n, n_of_kl
 from minirlhf.evaluation.findings import BestOfNPoint, Comparison, Evaluation, Figures, Pair, symptoms
-from minirlhf.evaluation.optimum import ENOUGH_OF_EACH, Optimum, OptimumPoint, TooFewSamples, described
+from minirlhf.evaluation.optimum import Optimum, OptimumPoint, described
 from minirlhf.evaluation.statistics import Array, Bootstrap
 from minirlhf.generation.generate import language_model
 from minirlhf.generation.sampling import SamplingConfig
@@ -205,13 +205,7 @@ def _comparison(sampler: _Sampler, prompts: list[str]) -> Comparison:
             of_reference.setdefault(prompt, []).append(score)
     frontier: tuple[OptimumPoint, ...] = ()
     spending, why = None, ""
-    fewest = min(map(len, of_reference.values()))
     try:
-        if fewest < ENOUGH_OF_EACH:
-            rest = f"{ENOUGH_OF_EACH} are needed: give samples={ENOUGH_OF_EACH * len(prompts)} or fewer prompts"
-            raise TooFewSamples(
-                f"there are {fewest} samples of the reference for one of {len(prompts)} prompts, {rest}"
-            )
         optimum = Optimum(of_reference, described(c.sampling), interval)
         frontier = tuple(optimum.curve())
         spending = optimum.spent(interval.mean(new), kl_exact, c.kl_coef)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from minirlhf.common.validation import is_finite
 from minirlhf.evaluation.best_of import best_of_n, loaded
 from minirlhf.evaluation.statistics import Array, Bootstrap, Estimate
 from minirlhf.generation.sampling import SamplingConfig
@@ -134,7 +135,8 @@ class Optimum:
             raise ValueError("scores is empty: the optimum needs the rewards of at least one prompt's samples")
         for prompt, x in self.scores.items():
             if x.ndim != 1 or len(x) < 2:
-                raise ValueError(f"prompt {prompt[:20]!r}: at least 2 rewards in a list needed, got shape {x.shape}")
+                remedy = "draw more samples, or give fewer prompts"
+                raise ValueError(f"prompt {prompt[:20]!r}: at least 2 rewards needed, got shape {x.shape}: {remedy}")
             if not np.isfinite(x).all():
                 raise ValueError(f"prompt {prompt[:20]!r}: rewards must be finite, got {x[~np.isfinite(x)][0]}")
         every = np.concatenate(list(self.scores.values()))
@@ -196,7 +198,7 @@ class Optimum:
                 found[name] = ask(value)
             except TooFewSamples as error:
                 notes.append(str(error))
-        notes += list(dict.fromkeys(point.note for point in found.values() if point.note))[:1]
+        notes += [point.note for point in found.values() if point.note][:1]
         needed = found.get("needed")
         if needed is not None:
             slope = 0.0 if needed.beta is None else 1 / needed.beta  # d KL / d reward along the frontier
@@ -328,7 +330,7 @@ def price_of_kl(coef: float, settings: Mapping[str, Any]) -> float | None:
     """
     scale = settings.get("score_scale", 1.0)
     kept = settings.get("score_clip") is None and settings.get("missing_eos", "keep") == "keep"
-    return coef / scale if kept and scale > 0 else None
+    return coef / scale if kept and is_finite(scale) and scale > 0 else None
 
 
 def described(sampling: SamplingConfig | None) -> str:
@@ -367,8 +369,8 @@ def _pareto_k(values: Array, counts: Counts, tilt: float) -> float:
     x = np.repeat(np.exp((last - last[-1]) * tilt), repeats)[-size:] - math.exp((last[0] - last[-1]) * tilt)
     if size < 5 or x[(size + 2) // 4 - 1] <= 1e-9:  # no tail, or one of equal weights
         return 0.0
-    grid = np.arange(1, 31 + int(math.sqrt(size))) - 0.5
-    b = 1 / x[-1] + (1 - np.sqrt((30 + int(math.sqrt(size))) / grid)) / (3 * x[(size + 2) // 4 - 1])
+    points = 30 + int(math.sqrt(size))
+    b = 1 / x[-1] + (1 - np.sqrt(points / (np.arange(points) + 0.5))) / (3 * x[(size + 2) // 4 - 1])
     k = np.log1p(-b[:, None] * x).mean(1)
     likelihood = size * (np.log(-b / k) - k - 1)
     b = b @ (1 / np.exp(np.clip(likelihood - likelihood[:, None], -700, 700)).sum(1))

@@ -258,20 +258,23 @@ def check_supported(content: Mapping[str, Any], folder: StrPath) -> None:
 
 
 def check_published(
-    content: Mapping[str, Any], folder: StrPath, model_type: str | tuple[str, ...], fixed: Mapping[str, tuple[Any, ...]]
+    content: Mapping[str, Any],
+    folder: StrPath,
+    model_type: str | tuple[str, ...],
+    fixed: Mapping[str, tuple[Any, ...]],
+    remedy: str = "",
 ) -> None:
     """Raise ValueError if a published config is of another model, or asks for a variant that is not supported.
 
     model_type: or the supported ones, of which the first is what a missing one means.
     fixed: field -> the supported values, of which the first is what a missing field means.
+    remedy: what to do with another model, for the error.
     """
     check_supported(content, folder)
     supported = (model_type,) if isinstance(model_type, str) else model_type
     found = field(content, "model_type", str, f"{folder}: {CONFIG_FILE}", supported[0])
     if found not in supported:
-        another = "; a classifier of another library may be a reward as a function of texts (docs/from_trl.md)"
-        raise ValueError(f"{folder} holds a {found!r} model, expected {' or '.join(map(repr, supported))}"
-                         f"{another if supported[0] == 'bert' else ''}")  # fmt: skip
+        raise ValueError(f"{folder} holds a {found!r} model, expected {' or '.join(map(repr, supported))}{remedy}")
     for name, values in fixed.items():
         if content.get(name, values[0]) not in values:
             allowed = " or ".join(repr(value) for value in values)

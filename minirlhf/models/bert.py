@@ -290,7 +290,8 @@ class BertClassifier(nn.Module):
 def _read_published(folder: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A BERT folder's `config.json`, and all its tensors by their names here; raises as `from_pretrained`."""
     content, tensors = read_folder(folder)
-    check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS)
+    remedy = "; a classifier of another library may be a reward as a function of texts (docs/from_trl.md)"
+    check_published(content, folder, model_type="bert", fixed=FIXED_FIELDS, remedy=remedy)
     return content, renamed(tensors, _own_name, folder)
 
 

@@ -131,6 +131,7 @@ ADVANTAGES: dict[str, Callable[[Rollout, PPOConfig], tuple[Tensor, Tensor | None
 }
 USES_VALUES = {"gae"}  # only for these a value head is made; the others return None for the returns
 COMPARES_GROUPS = {"rloo", "rloo_to_go", "grpo", "dr_grpo"}  # these need at least two responses a prompt
+COMPARES_WHOLE_RETURNS = {"rloo", "grpo", "dr_grpo"}  # these know no discount
 
 
 def with_advantages(batch: Rollout, config: PPOConfig) -> Rollout:

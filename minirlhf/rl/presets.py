@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from minirlhf.common import validation
 from minirlhf.models.lora_config import LoRAConfig
 from minirlhf.models.sharded import require_shardable
-from minirlhf.rl.advantages import COMPARES_GROUPS, USES_VALUES
+from minirlhf.rl.advantages import COMPARES_GROUPS, COMPARES_WHOLE_RETURNS, USES_VALUES
 
 if TYPE_CHECKING:
     from minirlhf.rl.config import PPOConfig
@@ -249,8 +249,9 @@ PRESETS: dict[str, PPOOverrides] = {
     ),
 }
 METHODS = ("reinforce", "rloo", "rloo_to_go", "grpo", "dr_grpo", "dapo", "gspo", "reinforce++")
-# These make a method. (The KL of one without has a coefficient of 0, and is that of its placement if it gets one.)
+# These make a method, and so do those of PARTS that its preset turns on.
 DEFINING = ("advantages", "policy_ratio", "loss_averaging", "whiten_advantages", "whiten_scope", "kl_placement")
+PARTS = ("drop_flat_groups", "cliprange_high")
 
 
 def starter_run(algorithm: str) -> dict[str, Any]:
@@ -270,8 +271,12 @@ def require_combinations(config: PPOConfig) -> None:
     require(c, "whiten_advantages", whitened, "True for 'reinforce++' (without whitening it is 'reinforce')")
     high = c.cliprange_high
     require(c, "cliprange_high", high is None or high >= c.cliprange, f"at least cliprange, {c.cliprange!r}, or None")
-    whole = c.advantages in ("rloo", "grpo", "dr_grpo")
-    require(c, "gamma", c.gamma == 1 or not whole, f"1 for {c.advantages!r}, which compares whole returns")
+    require(
+        c,
+        "gamma",
+        c.gamma == 1 or c.advantages not in COMPARES_WHOLE_RETURNS,
+        f"1 for {c.advantages!r}, which compares whole returns",
+    )
     uses_values = c.advantages in USES_VALUES
     for name, off in (("whiten_rewards", False), ("value_head", None)):
         reason = f"{off} for {c.advantages!r}, which has no values"
@@ -295,7 +300,6 @@ def require_method(config: PPOConfig, name: str, preset: PPOConfig) -> None:
     for field in DEFINING if name in METHODS else ():
         own = getattr(preset, field)
         validation.require(config, field, getattr(config, field) == own, f"{own!r} in preset {name!r}")
-    if name == "dapo":
-        validation.require(config, "drop_flat_groups", config.drop_flat_groups > 0, "at least 1 in preset 'dapo'")
-        higher = config.cliprange_high is not None and config.cliprange_high > config.cliprange
-        validation.require(config, "cliprange_high", higher, "above cliprange in preset 'dapo'")
+    for field in PARTS if name in METHODS else ():
+        kept = bool(getattr(config, field)) or not getattr(preset, field)
+        validation.require(config, field, kept, f"turned on, as in preset {name!r}")

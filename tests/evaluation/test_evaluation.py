@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -227,7 +226,7 @@ def test_many_prompts_need_more_samples_and_equal_ones_count_once(tokenizer):
     settings = {"samples": 8, "best_of_prompts": 4, "best_of": (2,)}
     many = full_evaluation(tokenizer, prompts=list("酒店周围位置"), settings=settings).given
     assert many.spending is None
-    assert re.search(r"there are \d samples .* for one of 6 prompts, 10 are needed: give samples=60", many.optimum)
+    assert many.optimum.endswith("at least 2 rewards needed, got shape (1,): draw more samples, or give fewer prompts")
     once, often = (full_evaluation(tokenizer, prompts=p, settings=settings).given for p in (["酒店"], ["酒店"] * 3))
     assert once == often
 

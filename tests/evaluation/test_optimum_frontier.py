@@ -246,7 +246,7 @@ def test_an_efficiency_above_1_is_explained_where_sets_are_truncated():
 
 @pytest.mark.parametrize(("settings", "price"), [
     ({}, 0.2), (dict(score_scale=0.1), 2.0), (dict(score_scale=0.0), None), (dict(score_scale=-1.0), None),
-    (dict(score_clip=3.0), None), (dict(missing_eos="replace"), None),
+    (dict(score_scale="2"), None), (dict(score_clip=3.0), None), (dict(missing_eos="replace"), None),
 ])  # fmt: skip
 def test_the_price_of_kl_is_in_units_of_the_reward_as_it_was_given(settings, price):
     assert price_of_kl(0.2, settings) == (None if price is None else pytest.approx(price))
