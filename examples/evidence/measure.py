@@ -1,6 +1,5 @@
 """What the scripts of this folder share: samples, exact KL, spread over seeds, and runs that are done once."""
 
-import dataclasses
 import json
 import math
 import statistics
@@ -18,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for `
 from minirlhf import GPT2, ActorCritic, Models, NGramScorer, PPOConfig, Tokenizer, collect_rollout
 from minirlhf.evaluation.best_of import best_of_n_kl, expected_best_of_n
 from minirlhf.evaluation.optimum import Optimum
-from minirlhf.evaluation.statistics import Bootstrap
+from minirlhf.evaluation.statistics import Bootstrap, Estimate
 from minirlhf.io.files import atomic_write, read_json, read_jsonl, write_json
 from minirlhf.rewards.base import RewardFunction, call_reward
 from minirlhf.rl.rollout import Rollout
 from minirlhf.text.statistics import distinct_n
 
 DISTRIBUTIONS = {"sampled": 0.95, "full": 1.0}  # name: top-p
+RESAMPLES = 200
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 
 
@@ -81,21 +81,29 @@ class Task:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Reward over KL in nats of the optimum, from the reference on, and n, KL and reward of best-of-n."""
+    """Reward over KL in nats of the optimum, from the reference on, and n, KL and reward of best-of-n.
+
+    resampled: (RESAMPLES, one each n), the rewards of best-of-n by bootstrap over the reference's samples.
+    """
 
     kls: list[float]
     rewards: list[float]
     best_of_n: list[tuple[int, float, float]]
+    resampled: list[list[float]]
 
     @classmethod
     def of(cls, scores: dict[str, list[float]]) -> "Frontier":
         """From the scores of the reference's samples of each prompt."""
         points = Optimum(scores, bootstrap=Bootstrap(2)).curve(40)  # the spread that counts is that over seeds
-        rows, best = [np.array([x]) for x in scores.values()], []
-        for n in (2**k for k in range(8)):
-            if n <= min(map(len, scores.values())) // 4:
-                best.append((n, best_of_n_kl(n), float(np.mean([expected_best_of_n(row, n).mean() for row in rows]))))
-        return cls([p.kl.mean for p in points], [p.reward.mean for p in points], best)
+        ns = [2**k for k in range(8) if 2**k <= min(map(len, scores.values())) // 4]
+
+        def rewards(rows: list[np.ndarray]) -> list[float]:
+            return [float(np.mean([expected_best_of_n(row, n).mean() for row in rows])) for n in ns]
+
+        rows, generator = [np.array([x]) for x in scores.values()], np.random.default_rng(0)
+        resampled = [rewards([generator.choice(row, row.shape[1], axis=1) for row in rows]) for _ in range(RESAMPLES)]
+        best = [(n, best_of_n_kl(n), reward) for n, reward in zip(ns, rewards(rows), strict=True)]
+        return cls([p.kl.mean for p in points], [p.reward.mean for p in points], best, resampled)
 
     def needed(self, reward: float) -> float | None:
         """The least KL for this reward; None beyond what the samples can tell."""
@@ -105,6 +113,12 @@ class Frontier:
         """The area under a curve, up to a KL, over that under the optimum's; both above the reference's reward."""
         start = self.rewards[0]
         return area(kls, rewards, start, limit) / area(self.kls, self.rewards, start, limit)
+
+    def share_of_best_of_n(self, limit: float) -> Estimate:
+        """The same of best-of-n, with its 95% interval; the optimum's area is taken as known."""
+        _, kls, rewards = zip(*self.best_of_n, strict=True)
+        replicates = np.array([self.share(kls, some, limit) for some in self.resampled])
+        return Bootstrap(RESAMPLES).interval(self.share(kls, rewards, limit), replicates)
 
 
 class Ledger:
@@ -143,11 +157,10 @@ class Spread:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.std is None else f"{self.mean:.3f} ± {self.std:.3f}"
+        return f"{self:.3f}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+    def __format__(self, spec: str) -> str:
+        return format(self.mean, spec) + ("" if self.std is None else f" ± {format(self.std, spec)}")
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:

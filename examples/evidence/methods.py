@@ -11,6 +11,7 @@ each policy are measured in the distribution that was sampled and in the full so
 optimum's frontier. Leaves methods.md, methods.png and methods.json.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -35,6 +36,7 @@ except ImportError:
 
 from minirlhf import GPT2, NGramScorer, PPOConfig, PPOTrainer, Tokenizer
 from minirlhf.common.printing import show
+from minirlhf.evaluation.statistics import Estimate
 from minirlhf.io.files import atomic_write, write_json
 from minirlhf.rewards.scorers import load_scorer
 from minirlhf.rl.presets import METHODS as PRESET_METHODS
@@ -96,7 +98,8 @@ def one_run(task: Task, name: str, coef: float, seed: int, args: Any) -> dict[st
     policy, history = METHODS[name](task, name, coef * SCALE.get(name, 1), seed, args.iterations)
     seconds = watch()
     found = task.measure(policy, args.samples, seed)
-    return {"method": name, "kl_coef": coef, "seed": seed, **seconds, **found, "history": history}
+    key = {"method": name, "kl_coef": coef, "seed": seed, "samples": args.iterations * BATCH}
+    return {**key, **seconds, **found, "history": history}
 
 
 # ---- training: each returns the policy, and reward, KL and time of its own samples ----------------------------------
@@ -181,26 +184,32 @@ def stopwatch() -> Callable[[], dict[str, float]]:
 # ---- what came out --------------------------------------------------------------------------------------------------
 
 
-def seconds_to_goal(history: History) -> float | None:
-    """CPU seconds until the mean reward of three batches is GOAL, at a KL of at most GOAL_KL; None: never."""
+def reached(run: dict[str, Any]) -> dict[str, float] | None:
+    """Samples and CPU seconds until the mean reward of three entries is GOAL, at a KL of at most GOAL_KL; None: never.
+
+    All entries of a history have as many samples.
+    """
+    history: History = run["history"]
     for i in range(2, len(history)):
         last = history[i - 2 : i + 1]
         if sum(entry["reward"] for entry in last) / 3 >= GOAL and last[-1]["kl"] <= GOAL_KL:
-            return last[-1]["cpu_seconds"]
+            return {"samples": run["samples"] * (i + 1) / len(history), "cpu_seconds": last[-1]["cpu_seconds"]}
     return None
 
 
 def summary(runs: list[dict[str, Any]], frontier: dict[str, Frontier]) -> dict[str, Any]:
-    """By method: each coefficient's figures, areas under the frontier and seconds to the goal, with their spread."""
+    """By method: each coefficient's figures, areas under the frontier, samples and seconds to the goal, with spread."""
     limits = {name: min(GOAL_KL, optimum.kls[-1]) for name, optimum in frontier.items()}
-    found: dict[str, Any] = {"limits": limits, "methods": {}}
+    best = {name: optimum.share_of_best_of_n(limits[name]) for name, optimum in frontier.items()}
+    found: dict[str, Any] = {"limits": limits, "best_of_n_area": best, "methods": {}}
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
         points, seeds = {}, sorted({run["seed"] for run in own})
         for coef in sorted({run["kl_coef"] for run in own}):
             some = [run for run in own if run["kl_coef"] == coef]
             figures: dict[str, Spread | None] = {"cpu_seconds": spread([run["cpu_seconds"] for run in some])}
-            figures["seconds_to_goal"] = spread([seconds_to_goal(run["history"]) for run in some])
+            goals = [reached(run) or {} for run in some]
+            figures |= {f"{name}_to_goal": spread([g.get(name) for g in goals]) for name in ("samples", "cpu_seconds")}
             for name in DISTRIBUTIONS:
                 for figure in ("reward", "kl", "second", "distinct_2"):
                     figures[f"{name}/{figure}"] = spread([run[name][figure] for run in some])
@@ -228,7 +237,7 @@ def plain(x: Any) -> Any:
     """For JSON."""
     if isinstance(x, dict):
         return {str(name): plain(value) for name, value in x.items()}
-    return x.as_dict() if isinstance(x, Spread) else x
+    return dataclasses.asdict(x) if isinstance(x, (Spread, Estimate)) else x
 
 
 def cell(x: Spread | None) -> str:
@@ -246,15 +255,18 @@ def markdown(found: dict[str, Any], frontier: dict[str, Frontier]) -> str:
     text = [
         f"Mean ± standard deviation over seeds. Area: under reward over KL above the reference, {limit}, as a share of "
         "the optimum's; in brackets the 95% interval of the mean.", "",
-        f"| method | area, sampled | area, full softmax | best: CPU seconds to reward {GOAL:g} at KL ≤ {GOAL_KL:g} |",
-        "|---|---|---|---|",
+        f"| method | area, sampled | area, full softmax | best: samples, and CPU seconds, to reward {GOAL:g} at "
+        f"KL ≤ {GOAL_KL:g} |", "|---|---|---|---|",
     ]  # fmt: skip
     for method, x in found["methods"].items():
         areas = [
             f"{cell(a)}{' [{:.3f}, {:.3f}]'.format(*a.interval) if a.interval else ''}" for a in x["area"].values()
         ]
-        times = [p["seconds_to_goal"] for p in x["points"].values() if p["seconds_to_goal"] is not None]
-        text.append(f"| {method} | {' | '.join(areas)} | {cell(min(times, key=lambda t: t.mean, default=None))} |")
+        goals = [p for p in x["points"].values() if p["cpu_seconds_to_goal"] is not None]
+        first = min(goals, key=lambda p: p["cpu_seconds_to_goal"].mean, default=None)
+        spent = "never" if first is None else f"{first['samples_to_goal']:.0f}; {first['cpu_seconds_to_goal']:.0f}"
+        text.append(f"| {method} | {' | '.join(areas)} | {spent} |")
+    text.append(f"| best-of-n | {' | '.join(map(str, found['best_of_n_area'].values()))} | |")
     heads = ("method", "coefficient", "seeds", "reward", "KL", "efficiency", "second scorer", "distinct-2",
              "reward, full softmax", "KL, full softmax", "efficiency, full softmax", "CPU seconds")  # fmt: skip
     text += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

@@ -10,6 +10,7 @@ are fitted, with d = sqrt(KL): d (a - b d) for best-of-n, d (a - b log d) for po
 overoptimisation.png and overoptimisation.json.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -202,7 +203,7 @@ def report(runs: list[dict[str, Any]], output: Path) -> None:
         coef = "–" if row["kl_coef"] is None else f"{row['kl_coef']:g}"
         text.append(f"| {row['method']} | {row['pairs']} | {coef} | {' | '.join(cells)} |")
     atomic_write(output / "overoptimisation.md", ("\n".join(text) + "\n").encode())
-    plain = [{name: x.as_dict() if isinstance(x, Spread) else x for name, x in row.items()} for row in rows]
+    plain = [{name: dataclasses.asdict(x) if isinstance(x, Spread) else x for name, x in row.items()} for row in rows]
     write_json(output / "overoptimisation.json", {"rows": plain})
     draw(runs, output / "overoptimisation.png")
 

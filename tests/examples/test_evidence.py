@@ -5,10 +5,12 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curves import CASES
-from measure import area, spread
+from measure import Frontier, area, spread
+from methods import reached
 from overoptimisation import fitted
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "examples" / "evidence"
@@ -38,7 +40,7 @@ def test_methods_are_measured_and_a_finished_run_is_not_run_again(call, tiny, tm
             assert 0 < run[name]["reward"] < 1 and run[name]["kl"] > -1e-6
         assert len(run["history"]) == 1 and run["cpu_seconds"] > 0
     found = json.loads((folder / "methods.json").read_text())["methods"]
-    assert list(found) == METHODS
+    assert list(found) == METHODS and found["ppo"]["points"]["0.1"]["samples_to_goal"] is None
     rloo = found["rloo"]["points"]["0.1"]["sampled/reward"]
     values = [run["sampled"]["reward"] for run in runs(folder) if run["method"] == "rloo"]
     assert rloo["count"] == 2 and rloo["mean"] == pytest.approx(sum(values) / 2)
@@ -89,7 +91,25 @@ def test_areas_and_intervals_worked_by_hand():
     found = spread([1.0, None, 2.0, 3.0])
     assert (found.mean, found.std, found.count) == (2.0, 1.0, 3) and str(found) == "2.000 ± 1.000"
     assert found.interval == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert f"{found:.0f}" == "2 ± 1"
     assert spread([1.0]).std is None and spread([None]) is None
+
+
+def test_the_goal_is_reached_by_three_entries_in_the_samples_of_all():
+    """Of four entries with 128 samples each: the mean of the second to the fourth is .9, of the first three .8."""
+    history = [{"reward": r, "kl": kl, "cpu_seconds": 10.0 * i} for i, (r, kl) in enumerate(
+        [(0.6, 0.0), (0.9, 1.0), (0.9, 2.0), (0.9, 3.0)], 1)]  # fmt: skip
+    assert reached({"history": history, "samples": 512}) == {"samples": 512, "cpu_seconds": 40.0}
+    assert reached({"history": history[1:], "samples": 384}) == {"samples": 384, "cpu_seconds": 40.0}
+    assert reached({"history": [*history[:3], {**history[3], "kl": 3.1}], "samples": 512}) is None
+    assert reached({"history": history[:2], "samples": 256}) is None
+
+
+def test_the_area_of_best_of_n_has_an_interval_that_more_samples_narrow():
+    generator = np.random.default_rng(3)
+    found = [Frontier.of({"酒店": generator.random(n).tolist()}).share_of_best_of_n(1.0) for n in (400, 6400)]
+    assert all(x.low < x.mean < x.high for x in found) and found[1].mean < 1
+    assert found[1].high - found[1].low < (found[0].high - found[0].low) / 2
 
 
 def test_overoptimisation_of_a_proxy_is_measured_and_resumed(call, tiny, tmp_path):
