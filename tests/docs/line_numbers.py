@@ -5,16 +5,23 @@ import re
 from pathlib import Path
 
 DETAILS = Path(__file__).resolve().parents[2] / "docs" / "details.md"
-LINK = r"\[`(\w+)`\]\((\.\./minirlhf/[\w/]+\.py)(?:#L(\d+))?\)"
+LINK = r"\[`([\w.]+)`\]\((\.\./minirlhf/[\w/]+\.py)(?:#L(\d+))?\)"
 
 
 def line_of(source: str, name: str) -> int | None:
-    """The line on which a function, class or constant is defined."""
-    for node in ast.walk(ast.parse(source)):
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if getattr(node, "name", None) == name or any(isinstance(x, ast.Name) and x.id == name for x in targets):
-            return node.lineno
-    return None
+    """The line on which a function, class or constant is defined. name: of a method, `Class.method`."""
+    scope, found = ast.parse(source), None
+    for part in name.split("."):
+        found = next((node for node in ast.walk(scope) if _defines(node, part)), None)
+        if found is None:
+            return None
+        scope = found
+    return found.lineno
+
+
+def _defines(node: ast.AST, name: str) -> bool:
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return getattr(node, "name", None) == name or any(isinstance(x, ast.Name) and x.id == name for x in targets)
 
 
 def renewed(text: str) -> str:
