@@ -1,11 +1,15 @@
 """Fixtures that many tests share: a small vocabulary, small random models, and one thread for small tensors."""
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+# Threads cost more than they bring at these sizes. Libraries read this when they load, and processes inherit it.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import hypothesis
 import pytest
@@ -35,7 +39,6 @@ from minirlhf.rewards.sentiment import CANARIES
 hypothesis.settings.register_profile("without a deadline", deadline=None)
 hypothesis.settings.load_profile("without a deadline")
 
-# Threads cost more than they bring at these sizes.
 torch.set_num_threads(1)
 
 HEAD = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
