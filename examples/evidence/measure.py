@@ -157,9 +157,10 @@ class Spread:
     count: int
 
     def __str__(self) -> str:
-        return f"{self:.3f}"
+        return format(self)
 
     def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
         return format(self.mean, spec) + ("" if self.std is None else f" ± {format(self.std, spec)}")
 
 

@@ -89,7 +89,7 @@ def main() -> None:
                 if not ledger.done(method=name, kl_coef=coef, seed=seed):
                     ledger.add(one_run(task, name, coef, seed, args))
                     show(line(ledger.runs[-1]))
-            report(ledger.runs, frontier, output)
+            report(ledger.runs, frontier, args.iterations * BATCH, output)
     show((output / "methods.md").read_text(encoding="utf-8"))
 
 
@@ -98,8 +98,7 @@ def one_run(task: Task, name: str, coef: float, seed: int, args: Any) -> dict[st
     policy, history = METHODS[name](task, name, coef * SCALE.get(name, 1), seed, args.iterations)
     seconds = watch()
     found = task.measure(policy, args.samples, seed)
-    key = {"method": name, "kl_coef": coef, "seed": seed, "samples": args.iterations * BATCH}
-    return {**key, **seconds, **found, "history": history}
+    return {"method": name, "kl_coef": coef, "seed": seed, **seconds, **found, "history": history}
 
 
 # ---- training: each returns the policy, and reward, KL and time of its own samples ----------------------------------
@@ -184,20 +183,19 @@ def stopwatch() -> Callable[[], dict[str, float]]:
 # ---- what came out --------------------------------------------------------------------------------------------------
 
 
-def reached(run: dict[str, Any]) -> dict[str, float] | None:
+def reached(history: History, samples: int) -> dict[str, float] | None:
     """Samples and CPU seconds until the mean reward of three entries is GOAL, at a KL of at most GOAL_KL; None: never.
 
-    All entries of a history have as many samples.
+    samples: of the whole history, whose entries share them evenly.
     """
-    history: History = run["history"]
     for i in range(2, len(history)):
         last = history[i - 2 : i + 1]
         if sum(entry["reward"] for entry in last) / 3 >= GOAL and last[-1]["kl"] <= GOAL_KL:
-            return {"samples": run["samples"] * (i + 1) / len(history), "cpu_seconds": last[-1]["cpu_seconds"]}
+            return {"samples": samples * (i + 1) / len(history), "cpu_seconds": last[-1]["cpu_seconds"]}
     return None
 
 
-def summary(runs: list[dict[str, Any]], frontier: dict[str, Frontier]) -> dict[str, Any]:
+def summary(runs: list[dict[str, Any]], frontier: dict[str, Frontier], samples: int) -> dict[str, Any]:
     """By method: each coefficient's figures, areas under the frontier, samples and seconds to the goal, with spread."""
     limits = {name: min(GOAL_KL, optimum.kls[-1]) for name, optimum in frontier.items()}
     best = {name: optimum.share_of_best_of_n(limits[name]) for name, optimum in frontier.items()}
@@ -208,7 +206,7 @@ def summary(runs: list[dict[str, Any]], frontier: dict[str, Frontier]) -> dict[s
         for coef in sorted({run["kl_coef"] for run in own}):
             some = [run for run in own if run["kl_coef"] == coef]
             figures: dict[str, Spread | None] = {"cpu_seconds": spread([run["cpu_seconds"] for run in some])}
-            goals = [reached(run) or {} for run in some]
+            goals = [reached(run["history"], samples) or {} for run in some]
             figures |= {f"{name}_to_goal": spread([g.get(name) for g in goals]) for name in ("samples", "cpu_seconds")}
             for name in DISTRIBUTIONS:
                 for figure in ("reward", "kl", "second", "distinct_2"):
@@ -226,8 +224,8 @@ def summary(runs: list[dict[str, Any]], frontier: dict[str, Frontier]) -> dict[s
     return found
 
 
-def report(runs: list[dict[str, Any]], frontier: dict[str, Frontier], output: Path) -> None:
-    found = summary(runs, frontier)
+def report(runs: list[dict[str, Any]], frontier: dict[str, Frontier], samples: int, output: Path) -> None:
+    found = summary(runs, frontier, samples)
     atomic_write(output / "methods.md", markdown(found, frontier).encode())
     write_json(output / "methods.json", plain(found))
     draw(found, runs, frontier["sampled"], output / "methods.png")
@@ -264,7 +262,7 @@ def markdown(found: dict[str, Any], frontier: dict[str, Frontier]) -> str:
         ]
         goals = [p for p in x["points"].values() if p["cpu_seconds_to_goal"] is not None]
         first = min(goals, key=lambda p: p["cpu_seconds_to_goal"].mean, default=None)
-        spent = "never" if first is None else f"{first['samples_to_goal']:.0f}; {first['cpu_seconds_to_goal']:.0f}"
+        spent = "–" if first is None else f"{first['samples_to_goal']:.0f}; {first['cpu_seconds_to_goal']:.0f}"
         text.append(f"| {method} | {' | '.join(areas)} | {spent} |")
     text.append(f"| best-of-n | {' | '.join(map(str, found['best_of_n_area'].values()))} | |")
     heads = ("method", "coefficient", "seeds", "reward", "KL", "efficiency", "second scorer", "distinct-2",
