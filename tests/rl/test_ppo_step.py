@@ -256,7 +256,7 @@ OF_METHODS = dict(
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("name", ["ppo", *METHODS])
-def test_two_steps_of_each_method_on_groups_that_it_samples(name, kind):
+def test_three_steps_of_each_method_on_groups_that_it_samples(name, kind):
     """Ragged rows that end by themselves, groups of equal scores among them; two epochs, top-p .9, temperature .8."""
     config = PPOConfig(**{**PRESETS.get(name, {}), **OF_METHODS})
     policy, reference = models(seed=1, kind=kind)
@@ -266,7 +266,7 @@ def test_two_steps_of_each_method_on_groups_that_it_samples(name, kind):
     trainer = PPOTrainer(policy, reference, Tokenizer(TOKENS), config)
     params, ref_params = arrays(trainer.policy, reference)
     given, state, logged, lengths = {name: getattr(config, name) for name in READ_BY_THE_ORACLE}, None, [], set()
-    for prompts in (["a", "b c"], ["g f e", "d"]):
+    for prompts in (["a", "b c"], ["g f e", "d"], ["a c", "f"]):
         rollout = trainer.collect(prompts, lambda texts: [float(len(set(text)) // 2) for text in texts])
         rows = rows_of(rollout)
         coef, order = trainer.kl_controller.coef, Order(trainer, rows)
