@@ -39,8 +39,6 @@ from minirlhf.rewards.sentiment import CANARIES
 hypothesis.settings.register_profile("without a deadline", deadline=None)
 hypothesis.settings.load_profile("without a deadline")
 
-torch.set_num_threads(1)
-
 HEAD = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LATIN = [*"abcdefghijklmnopqrstuvwxyz0123456789", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
 CHINESE = [*"酒店周围位置前台房间干净服务很好非常满意推荐脏太差失望评早餐一般，。！？", "wifi", "hello", "world"]

@@ -271,12 +271,8 @@ def require_combinations(config: PPOConfig) -> None:
     require(c, "whiten_advantages", whitened, "True for 'reinforce++' (without whitening it is 'reinforce')")
     high = c.cliprange_high
     require(c, "cliprange_high", high is None or high >= c.cliprange, f"at least cliprange, {c.cliprange!r}, or None")
-    require(
-        c,
-        "gamma",
-        c.gamma == 1 or c.advantages not in COMPARES_WHOLE_RETURNS,
-        f"1 for {c.advantages!r}, which compares whole returns",
-    )
+    whole = c.advantages in COMPARES_WHOLE_RETURNS
+    require(c, "gamma", c.gamma == 1 or not whole, f"1 for {c.advantages!r}, which compares whole returns")
     uses_values = c.advantages in USES_VALUES
     for name, off in (("whiten_rewards", False), ("value_head", None)):
         reason = f"{off} for {c.advantages!r}, which has no values"

@@ -3,6 +3,7 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 DETAILS = Path(__file__).resolve().parents[2] / "docs" / "details.md"
 LINK = r"\[`([\w.]+)`\]\((\.\./minirlhf/[\w/]+\.py)(?:#L(\d+))?\)"
@@ -10,12 +11,11 @@ LINK = r"\[`([\w.]+)`\]\((\.\./minirlhf/[\w/]+\.py)(?:#L(\d+))?\)"
 
 def line_of(source: str, name: str) -> int | None:
     """The line on which a function, class or constant is defined. name: of a method, `Class.method`."""
-    scope, found = ast.parse(source), None
+    found: Any = ast.parse(source)
     for part in name.split("."):
-        found = next((node for node in ast.walk(scope) if _defines(node, part)), None)
+        found = next((node for node in ast.walk(found) if _defines(node, part)), None)
         if found is None:
             return None
-        scope = found
     return found.lineno
 
 
